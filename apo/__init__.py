@@ -1,0 +1,1 @@
+"""Front ends of Amortized Proximal Optimization on the apo_kernels backend."""

@@ -1,0 +1,112 @@
+"""Full and block-diagonal blocks: what the shapes of ``A`` and ``B`` mean.
+
+A block on a side of length ``n`` takes one of two forms, told apart by its rank:
+
+* **full**: ``(*batch, n, n)``, of the gradient's rank;
+* **block-diagonal**: a stack ``(*batch, ceil(n / b), b, b)``, of one rank more. The stack's square
+  matrices lie along the diagonal. Where ``b`` doesn't divide ``n`` the last of them is read only in its
+  leading ``(n mod b, n mod b)`` part; the rest of it has no effect and a zero gradient.
+
+``b = 1`` is a diagonal, ``b >= n`` a full block in a stack of one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["block_count", "blocks_from_dense", "blocks_to_dense", "identity_block", "is_stack"]
+
+
+def block_count(size: int, block_size: int) -> int:
+    """``ceil(size / block_size)``: how many blocks cover a side of length ``size``."""
+    return -(-size // block_size)
+
+
+def is_stack(block: Tensor, matrix: Tensor) -> bool:
+    """Whether ``block`` is block-diagonal (a stack) with respect to ``matrix``."""
+    return block.ndim == matrix.ndim + 1
+
+
+def width(block: Tensor, matrix: Tensor, side: int) -> int:
+    """The side of the largest square that is multiplied: ``b`` for a stack, ``side`` for a full block."""
+    return min(block.shape[-1], side) if is_stack(block, matrix) else side
+
+
+def identity_block(
+    size: int,
+    block_size: int | None = None,
+    *,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """``scale · I`` for a side of length ``size``.
+
+    Args:
+        size: length of the side, at least 0.
+        block_size: ``None`` for a full block ``(size, size)``; otherwise the side ``b >= 1`` of the squares
+            of a stack ``(ceil(size / b), b, b)``.
+        scale: the value on the diagonal.
+        dtype, device: as for :func:`torch.eye`.
+
+    Raises:
+        TypeError: ``size`` or ``block_size`` is not an integer.
+        ValueError: ``size`` is negative or ``block_size`` is below 1.
+    """
+    check_size("size", size, least=0)
+    if block_size is None:
+        return torch.eye(size, dtype=dtype, device=device).mul_(scale)
+    check_size("block_size", block_size, least=1)
+    eye = torch.eye(block_size, dtype=dtype, device=device).mul_(scale)
+    return eye.repeat(block_count(size, block_size), 1, 1)
+
+
+def blocks_to_dense(stack: Tensor, size: int) -> Tensor:
+    """The ``(*batch, size, size)`` matrix that a stack ``(*batch, ceil(size / b), b, b)`` stands for.
+
+    Differentiable. Raises ValueError where the stack doesn't cover ``size``.
+    """
+    check_size("size", size, least=0)
+    count, b = _stack_shape("stack", stack)
+    if count != (expected := block_count(size, b)):
+        raise ValueError(
+            f"stack must hold {expected} blocks of side {b} for size {size}, but got shape {tuple(stack.shape)}"
+        )
+    batch = stack.shape[:-3]
+    dense = stack.new_zeros(*batch, count, b, count, b)
+    # The block diagonal is the diagonal over the two block indices; torch puts that axis last.
+    dense = dense.diagonal_scatter(stack.movedim(-3, -1), dim1=-4, dim2=-2)
+    return dense.reshape(*batch, count * b, count * b)[..., :size, :size]
+
+
+def blocks_from_dense(dense: Tensor, block_size: int) -> Tensor:
+    """The stack of squares of side ``block_size`` along the diagonal of ``dense`` ``(*batch, n, n)``.
+
+    What lies outside the squares is dropped; a last square that sticks out is padded with zeros.
+    Raises ValueError where ``dense`` isn't square.
+    """
+    check_size("block_size", block_size, least=1)
+    if dense.ndim < 2 or dense.shape[-1] != dense.shape[-2]:
+        raise ValueError(f"dense must be square, (*batch, n, n), but got shape {tuple(dense.shape)}")
+    size = dense.shape[-1]
+    count = block_count(size, block_size)
+    pad = count * block_size - size
+    padded = torch.nn.functional.pad(dense, (0, pad, 0, pad))
+    tiles = padded.reshape(*dense.shape[:-2], count, block_size, count, block_size)
+    return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).contiguous()
+
+
+def check_size(name: str, value: object, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, but got {value!r} of type {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, but got {value}")
+
+
+def _stack_shape(name: str, stack: Tensor) -> tuple[int, int]:
+    if stack.ndim < 3 or stack.shape[-1] != stack.shape[-2] or stack.shape[-1] < 1:
+        raise ValueError(
+            f"{name} must be a stack of squares, (*batch, k, b, b), but got {tuple(stack.shape)}"
+        )
+    return stack.shape[-3], stack.shape[-1]

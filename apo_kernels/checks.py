@@ -1,0 +1,271 @@
+"""Every refusal of a bad argument: before anything is computed or written, naming it, its value and what it must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from apo_kernels.aten import Kept, accumulation_dtype
+from apo_kernels.blocks import block_count
+
+__all__ = ["foreach_operands", "kept_products", "operands", "step", "wanted_letters"]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def operands(
+    G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor | None = None, *, index: int | None = None
+) -> None:
+    """Refuse what is not one preconditioned gradient, number ``index`` of lists ``Gs, As, ...`` if given."""
+    if _plainly_fit(G, A, B, S, V):
+        return
+    at = "" if index is None else f"s[{index}]"
+    _matrix("G" + at, G)
+    _same_as_G("S" + at, S, G, "G" + at)
+    if V is not None:
+        _same_as_G("V" + at, V, G, "G" + at)
+    _block("A" + at, A, G, -1, at)
+    _block("B" + at, B, G, -2, at)
+
+
+def _plainly_fit(G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor | None) -> bool:
+    """Whether this is the common case, seen in a quarter of the time: what isn't is looked at closely.
+
+    The close look costs as much as a small layer.
+    """
+    beside = (A, B, S) if V is None else (A, B, S, V)
+    if type(G) not in _PLAIN_TYPES or G.ndim != 2 or G.dtype not in DTYPES or G.layout is not torch.strided:
+        return False
+    dtype, device, shape = G.dtype, G.device, G.shape
+    for x in beside:
+        if (
+            type(x) not in _PLAIN_TYPES
+            or x.dtype is not dtype
+            or x.device != device
+            or x.layout is not torch.strided
+        ):
+            return False
+    m, n = shape
+    return S.shape == shape and (V is None or V.shape == shape) and A.shape == (n, n) and B.shape == (m, m)
+
+
+def foreach_operands(Vs: Sequence[Tensor] | None = None, /, **lists: Sequence[Tensor]) -> None:
+    """Refuse lists that don't match, then what :func:`operands` refuses of each entry."""
+    named = lists if Vs is None else {**lists, "Vs": Vs}
+    length = tensor_lists(**named)
+    Gs, As, Bs, Ss = (named[name] for name in ("Gs", "As", "Bs", "Ss"))
+    for i in range(length):
+        operands(Gs[i], As[i], Bs[i], Ss[i], None if Vs is None else Vs[i], index=i)
+        if Gs[i].device != Gs[0].device:
+            raise ValueError(
+                f"Gs[{i}] must be on the device of Gs[0], {Gs[0].device}, but is on {Gs[i].device}"
+            )
+
+
+def tensor_lists(**lists: Sequence[Tensor]) -> int:
+    """The common length of lists of tensors."""
+    length = None
+    for name, tensors in lists.items():
+        if not isinstance(tensors, (list, tuple)):
+            raise TypeError(f"{name} must be a list or tuple of tensors, but got {_kind(tensors)}")
+        if length is None:
+            first, length = name, len(tensors)
+        if len(tensors) != length:
+            raise ValueError(f"{name} must have the length of {first}, {length}, but has {len(tensors)}")
+    return length or 0
+
+
+def wanted_letters(wanted: str) -> None:
+    if not isinstance(wanted, str):
+        raise TypeError(f"wanted must be a string of letters from 'GABS', but got {_kind(wanted)}")
+    if not wanted or set(wanted) - set("GABS") or len(set(wanted)) != len(wanted):
+        raise ValueError(f"wanted must be one or more different letters from 'GABS', but got {wanted!r}")
+
+
+def kept_products(kept: Kept, G: Tensor, *, name: str = "kept", G_name: str = "G") -> None:
+    if not isinstance(kept, Kept):
+        raise TypeError(
+            f"{name} must be the Kept that a forward with keep=True returned, but got {_kind(kept)}"
+        )
+    dtype, shape, device = accumulation_dtype(G.dtype), G.shape, G.device
+    for field, x in zip(Kept._fields, kept, strict=True):
+        if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype or x.device != device:
+            raise ValueError(
+                f"{name}.{field} must be a {dtype} tensor of {G_name}'s shape {tuple(G.shape)} on {G.device}, "
+                f"but got {_description(x)}"
+            )
+
+
+def kept_list(kept: Sequence[Kept], Gs: Sequence[Tensor]) -> None:
+    tensor_lists(Gs=Gs)
+    if not isinstance(kept, (list, tuple)) or isinstance(kept, Kept) or len(kept) != len(Gs):
+        raise ValueError(
+            f"kept must be None or a list of {len(Gs)} Kept, one for each of Gs, but got {_kind(kept)}"
+        )
+    for i, (each, G) in enumerate(zip(kept, Gs, strict=True)):
+        _tensor(f"Gs[{i}]", G)
+        kept_products(each, G, name=f"kept[{i}]", G_name=f"Gs[{i}]")
+
+
+def no_graph(reason: str, **lists: Sequence[Tensor]) -> None:
+    """Refuse tensors that autograd is watching where no graph is built."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensors in lists.items():
+        for i, x in enumerate(tensors):
+            if x.requires_grad:
+                at = name if len(tensors) == 1 and not name.endswith("s") else f"{name}[{i}]"
+                raise ValueError(
+                    f"{at} must not require grad, but does, in grad mode: {reason}; "
+                    "call it under torch.no_grad() or detach"
+                )
+
+
+def step(
+    thetas: Sequence[Tensor],
+    Gs: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    Ss: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] | None,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """Refuse what an in-place step couldn't finish."""
+    written = {"thetas": thetas}
+    if momentum_buffers is not None:
+        written["momentum_buffers"] = momentum_buffers
+    tensor_lists(Gs=Gs, **written)
+    foreach_operands(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    _scalar("momentum", momentum, below=1.0)
+    _scalar("weight_decay", weight_decay)
+    _learning_rate(lr, Gs)
+    if momentum != 0 and momentum_buffers is None:
+        raise ValueError(
+            f"momentum_buffers must be given where momentum is not 0, but momentum is {momentum}"
+        )
+    for name, tensors in written.items():
+        for i, x in enumerate(tensors):
+            _same_as_G(f"{name}[{i}]", x, Gs[i], f"Gs[{i}]")
+            _writable(f"{name}[{i}]", x)
+    no_graph("it is written in place", **written)
+
+
+def no_shared_memory(
+    thetas: Sequence[Tensor], momentum_buffers: Sequence[Tensor] | None, **read: Sequence[Tensor]
+) -> None:
+    """Refuse one memory under two names where one of them is written: tied weights are to be listed once.
+
+    Apart from :func:`step`, for fake tensors have no addresses.
+    """
+    seen: dict[int, str] = {}
+    named = {"thetas": thetas, "momentum_buffers": momentum_buffers or (), **read}
+    for name, tensors in named.items():
+        for i, x in enumerate(tensors):
+            if x.numel() == 0 or x.is_meta:
+                continue
+            other = seen.get(x.data_ptr())
+            if other is not None:
+                raise ValueError(f"{other} is written and must not share memory with {name}[{i}], but does")
+            if name not in read:
+                seen[x.data_ptr()] = f"{name}[{i}]"
+
+
+def _tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, but got {_kind(x)}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, but its layout is {x.layout}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, but its dtype is {x.dtype}")
+
+
+def _matrix(name: str, x: Tensor) -> None:
+    _tensor(name, x)
+    if x.ndim < 2:
+        raise ValueError(
+            f"{name} must be a matrix or a batch of them, (*batch, m, n), but its shape is {tuple(x.shape)}"
+        )
+
+
+def _beside(name: str, x: Tensor, G: Tensor, G_name: str) -> None:
+    _tensor(name, x)
+    if x.device != G.device:
+        raise ValueError(f"{name} must be on {G_name}'s device, {G.device}, but is on {x.device}")
+    if (x.dtype == torch.float64) != (G.dtype == torch.float64):
+        raise TypeError(
+            f"{name} must be float64 exactly if {G_name} is (narrower dtypes mix freely), "
+            f"but {name} is {x.dtype} and {G_name} is {G.dtype}"
+        )
+
+
+def _same_as_G(name: str, x: Tensor, G: Tensor, G_name: str) -> None:
+    _beside(name, x, G, G_name)
+    if x.shape != G.shape:
+        raise ValueError(
+            f"{name} must have {G_name}'s shape {tuple(G.shape)}, but its shape is {tuple(x.shape)}"
+        )
+
+
+def _block(name: str, x: Tensor, G: Tensor, axis: int, at: str) -> None:
+    _beside(name, x, G, "G" + at)
+    batch, side = G.shape[:-2], G.shape[axis]
+    if x.ndim == G.ndim:
+        fits = x.shape == (*batch, side, side)
+    elif x.ndim == G.ndim + 1:
+        b = x.shape[-1]
+        fits = b >= 1 and x.shape == (*batch, block_count(side, b), b, b)
+    else:
+        fits = False
+    if not fits:
+        full = _shape(*batch, side, side)
+        stack = _shape(*batch, f"ceil({side}/b)", "b", "b")
+        raise ValueError(
+            f"{name} must be full, {full}, or a stack of blocks, {stack}, with b >= 1, "
+            f"for G{at} of shape {tuple(G.shape)}, but its shape is {tuple(x.shape)}"
+        )
+
+
+def _scalar(name: str, value: object, *, below: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, but got {_kind(value)}")
+    if not 0 <= value < below:
+        bound = "finite and at least 0" if below == math.inf else f"at least 0 and below {below:g}"
+        raise ValueError(f"{name} must be {bound}, but got {value}")
+
+
+def _learning_rate(lr: object, Gs: Sequence[Tensor]) -> None:
+    if not isinstance(lr, Tensor):
+        _scalar("lr", lr)
+    elif lr.ndim != 0 or not lr.is_floating_point():
+        raise ValueError(
+            f"lr must be a number or a floating-point tensor of no dimensions, but got {_description(lr)}"
+        )
+    elif lr.device.type != "cpu" and Gs and lr.device != Gs[0].device:
+        raise ValueError(f"lr must be on the CPU or on {Gs[0].device} with Gs, but is on {lr.device}")
+
+
+def _writable(name: str, x: Tensor) -> None:
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(
+            f"{name} must not overlap itself, but is expanded: shape {tuple(x.shape)}, strides {x.stride()}"
+        )
+
+
+def _kind(x: object) -> str:
+    return f"a {type(x).__name__}" if isinstance(x, Tensor) else f"{x!r} of type {type(x).__name__}"
+
+
+def _description(x: object) -> str:
+    return (
+        f"a {x.dtype} tensor of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else _kind(x)
+    )
+
+
+def _shape(*sizes: object) -> str:
+    return f"({', '.join(map(str, sizes))})"

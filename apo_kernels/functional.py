@@ -1,0 +1,242 @@
+"""The public functions.
+
+Notation (Eq. 10 of Bae et al., NeurIPS 2022): a gradient ``G`` ``(*batch, m, n)``, a scaling ``S`` of ``G``'s
+shape, and blocks ``A`` for the ``n`` side and ``B`` for the ``m`` side, each full or a block-diagonal stack
+(:mod:`apo_kernels.blocks`). Dtypes float32, bfloat16 and float16 mix freely and are summed in float32;
+float64 mixes with nothing. Any strides are taken. On every path ``S²`` and the intermediate products are
+float32 (float64), and a result is rounded once.
+
+Every function takes ``backend=``: ``None`` for the best that serves the tensors, or a backend's name. See
+:func:`explain`.
+
+All functions raise TypeError for what is no dense floating-point tensor, for float64 mixed with narrower
+dtypes, and for lists that are none; ValueError for shapes that don't fit, different devices, and unknown backends.
+The error names the argument, its value and what it must be; nothing has been written then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from apo_kernels import checks, ops
+from apo_kernels.aten import Kept
+from apo_kernels.dispatch import choose
+
+__all__ = [
+    "explain",
+    "foreach_precondition",
+    "foreach_precondition_step_",
+    "foreach_precondition_vjp",
+    "precondition",
+    "precondition_vjp",
+]
+
+Tensors = Sequence[Tensor]
+
+
+@overload
+def precondition(
+    G: Tensor, A: Tensor, B: Tensor, S: Tensor, *, keep: Literal[False] = ..., backend: str | None = ...
+) -> Tensor: ...
+@overload
+def precondition(
+    G: Tensor, A: Tensor, B: Tensor, S: Tensor, *, keep: Literal[True], backend: str | None = ...
+) -> tuple[Tensor, Kept]: ...
+def precondition(
+    G: Tensor, A: Tensor, B: Tensor, S: Tensor, *, keep: bool = False, backend: str | None = None
+) -> Tensor | tuple[Tensor, Kept]:
+    """The structured preconditioned gradient ``P(G) = B (S² ⊙ BᵀGA) Aᵀ`` (Eq. 10).
+
+    Differentiable in all four operands, to any order.
+
+    Args:
+        G: ``(*batch, m, n)``.
+        A: ``(*batch, n, n)``, or a stack ``(*batch, ceil(n/b), b, b)``.
+        B: ``(*batch, m, m)``, or a stack ``(*batch, ceil(m/b), b, b)``; its ``b`` may differ from ``A``'s.
+        S: ``(*batch, m, n)``.
+        keep: return also what :func:`precondition_vjp` can reuse, three matrices of ``G``'s size. For calling
+            the derivatives by hand: no graph is built, and operands that autograd watches are refused.
+        backend: see the module's docstring.
+
+    Returns:
+        ``P(G)``, contiguous, of ``G``'s shape and dtype; with ``keep``, ``(P(G), Kept)``.
+
+    Raises:
+        TypeError, ValueError: see the module's docstring.
+    """
+    if keep:
+        Ys, kept = foreach_precondition([G], [A], [B], [S], keep=True, backend=backend)
+        return Ys[0], kept[0]
+    if _watched(G, A, B, S):
+        return ops.foreach_precondition_keep([G], [A], [B], [S], backend)[0]
+    if torch.compiler.is_compiling():
+        return ops.precondition(G, A, B, S, backend)
+    # An operator's dispatch would cost as much as a small layer: call its body.
+    checks.operands(G, A, B, S)
+    return choose(backend).backend.foreach_precondition([G], [A], [B], [S])[0]
+
+
+@overload
+def foreach_precondition(
+    Gs: Tensors,
+    As: Tensors,
+    Bs: Tensors,
+    Ss: Tensors,
+    *,
+    keep: Literal[False] = ...,
+    backend: str | None = ...,
+) -> list[Tensor]: ...
+@overload
+def foreach_precondition(
+    Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, *, keep: Literal[True], backend: str | None = ...
+) -> tuple[list[Tensor], list[Kept]]: ...
+def foreach_precondition(
+    Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, *, keep: bool = False, backend: str | None = None
+) -> list[Tensor] | tuple[list[Tensor], list[Kept]]:
+    """:func:`precondition` of a whole model: four lists of equal length, one entry a layer.
+
+    Shapes, forms of blocks and dtypes may differ from layer to layer; the device may not. Returns a list of
+    results; with ``keep``, a list of results and a list of :class:`Kept`.
+    """
+    if keep:
+        checks.no_graph("keep=True builds no graph", Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+        if torch.compiler.is_compiling():
+            flat = ops.foreach_precondition_keep(Gs, As, Bs, Ss, backend)
+            kept = ops.unflatten_kept(flat[len(Gs) :], Gs)
+            return flat[: len(Gs)], kept or []
+        checks.foreach_operands(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+        return choose(backend).backend.foreach_precondition_keep(Gs, As, Bs, Ss)
+    checks.tensor_lists(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    if _watched(*Gs, *As, *Bs, *Ss):
+        return ops.foreach_precondition_keep(Gs, As, Bs, Ss, backend)[: len(Gs)]
+    if torch.compiler.is_compiling():
+        return ops.foreach_precondition(Gs, As, Bs, Ss, backend)
+    checks.foreach_operands(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    return choose(backend).backend.foreach_precondition(Gs, As, Bs, Ss)
+
+
+def precondition_vjp(
+    G: Tensor,
+    A: Tensor,
+    B: Tensor,
+    S: Tensor,
+    V: Tensor,
+    *,
+    kept: Kept | None = None,
+    wanted: str = "ABS",
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """The derivatives of ``⟨V, P(G)⟩``, by hand: no graph is built. With ``M = BᵀGA`` and ``N = BᵀVA``::
+
+        dS = 2 S ⊙ M ⊙ N
+        dB = (V A)(S² ⊙ M)ᵀ + (G A)(S² ⊙ N)ᵀ
+        dA = Vᵀ B (S² ⊙ M) + Gᵀ B (S² ⊙ N)
+        dG = P(V)
+
+    In APO, ``V`` is the gradient of the proximal objective at the lookahead ``θ − P(G)``, and the meta-gradient
+    of the blocks is minus this (Eq. 8 and 9).
+
+    Args:
+        G, A, B, S: as for :func:`precondition`.
+        V: the cotangent, of ``G``'s shape.
+        kept: what ``precondition(..., keep=True)`` returned for the same ``G, A, B, S``; saves its products
+            (half of the FLOPs of a square layer).
+        wanted: which derivatives, in which order; letters of ``"GABS"``. What isn't wanted isn't computed.
+        backend: see the module's docstring.
+
+    Returns:
+        One tensor for each letter of ``wanted``, of that operand's shape, in float32 (float64 for float64
+        operands): never 16-bit, for ``dS`` of 16-bit gradients is often below their range.
+
+    Raises:
+        TypeError, ValueError: see the module's docstring; also where ``wanted`` or ``kept`` isn't as above.
+    """
+    held = None if kept is None else [kept]
+    return foreach_precondition_vjp([G], [A], [B], [S], [V], kept=held, wanted=wanted, backend=backend)[0]
+
+
+def foreach_precondition_vjp(
+    Gs: Tensors,
+    As: Tensors,
+    Bs: Tensors,
+    Ss: Tensors,
+    Vs: Tensors,
+    *,
+    kept: Sequence[Kept] | None = None,
+    wanted: str = "ABS",
+    backend: str | None = None,
+) -> list[tuple[Tensor, ...]]:
+    """:func:`precondition_vjp` of a whole model: lists of equal length, one entry a layer; a list of tuples."""
+    checks.wanted_letters(wanted)
+    if kept is not None:
+        checks.kept_list(kept, Gs)
+    if torch.compiler.is_compiling():
+        flat = ops.foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, ops.flatten_kept(kept or []), wanted, backend)
+        step = len(wanted)
+        return [tuple(flat[i : i + step]) for i in range(0, len(flat), step)]
+    checks.foreach_operands(Vs, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    with torch.no_grad():
+        grads = choose(backend).backend.foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, kept, wanted)
+    return [tuple(each[letter] for letter in wanted) for each in grads]
+
+
+def foreach_precondition_step_(
+    thetas: Tensors,
+    Gs: Tensors,
+    As: Tensors,
+    Bs: Tensors,
+    Ss: Tensors,
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    momentum_buffers: Tensors | None = None,
+    weight_decay: float = 0.0,
+    backend: str | None = None,
+) -> None:
+    """The preconditioned step of a whole model, in place::
+
+        v ← momentum · v + P(G)
+        θ ← (1 − lr · weight_decay) θ − lr · v
+
+    Args:
+        thetas: the weights, each of its ``G``'s shape, any of the dtypes that mix; written.
+        Gs, As, Bs, Ss: as for :func:`foreach_precondition`.
+        lr: the learning rate, a number >= 0 or a floating-point tensor of no dimensions.
+        momentum: ``0 <= momentum < 1``.
+        momentum_buffers: the ``v``, each of its ``G``'s shape; needed where ``momentum`` isn't 0, written
+            whenever given. At momentum 0 their old content isn't read.
+        weight_decay: decoupled (Loshchilov & Hutter, 2019), a number >= 0.
+        backend: see the module's docstring.
+
+    Raises:
+        TypeError, ValueError: see the module's docstring; also a weight or buffer that requires grad in grad
+            mode, overlaps itself, or shares its memory with another argument. Nothing has been written then.
+    """
+    if torch.compiler.is_compiling():
+        rate, rate_tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
+        ops.foreach_precondition_step_(
+            thetas, Gs, As, Bs, Ss, momentum_buffers or [], rate, rate_tensor, momentum, weight_decay, backend
+        )
+        return
+    checks.step(thetas, Gs, As, Bs, Ss, momentum_buffers, lr, momentum, weight_decay)
+    checks.no_shared_memory(thetas, momentum_buffers, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    path = choose(backend).backend
+    with torch.no_grad():
+        path.foreach_precondition_step_(
+            thetas, Gs, As, Bs, Ss, momentum_buffers or [], lr, momentum, weight_decay
+        )
+
+
+def explain(backend: str | None = None) -> str:
+    """Which path would serve a call, and why, in a sentence: ``"aten: it serves …"``."""
+    choice = choose(backend)
+    return f"{choice.name}: {choice.reason}"
+
+
+def _watched(*tensors: Tensor) -> bool:
+    """Whether autograd must see the call. What is no tensor is left to the checks."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)

@@ -1,0 +1,38 @@
+"""One JSON file a run: where it was taken, and every number."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment
+
+__all__ = ["load", "write"]
+
+
+def write(out: Path, name: str, device: str, payload: dict[str, Any]) -> Path:
+    """Write ``out/name.json``: the environment under ``"environment"`` beside the payload's keys."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}.json"
+    content = {"benchmark": name, "environment": environment.describe(device), **payload}
+    path.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What :func:`write` wrote. Non-finite numbers stand as the strings "inf", "-inf" and "nan"."""
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinities: as strings they survive every reader."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value

@@ -1,0 +1,244 @@
+"""Who is timed against whom: each contestant is an operation on all layers of a model, in one dtype.
+
+Three operations, apart:
+
+* **apply**: the preconditioned gradients of all layers.
+* **refresh**: what a method does to keep its preconditioner current. Ours: the forward and the derivatives of
+  the blocks (the meta-gradient). The chain: the same by autograd. KFAC: the damped inverses or the
+  eigendecompositions of its factors (which it has been given; their statistics aren't timed).
+* **step**: apply, and the update of all weights with momentum and weight decay.
+
+KFAC is Martens & Grosse (2015), the eigenbasis form is that of EKFAC (George et al., 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+import apo_kernels as ak
+from benchmarks.shapes import Shape
+
+__all__ = ["CHAIN", "NAMES", "OPERATIONS", "Contestant", "Workload", "chain", "contestants"]
+
+OPERATIONS = ("apply", "refresh", "step")
+BLOCK_SIZE = 64
+LR, MOMENTUM, WEIGHT_DECAY, DAMPING = 1e-3, 0.9, 1e-4, 1e-2
+
+FULL = "apo_kernels, full blocks"
+BLOCKS = f"apo_kernels, blocks of {BLOCK_SIZE}"
+CHAIN = "plain chain"
+COMPILED = "plain chain, torch.compile"
+INVERSE = "KFAC, Cholesky inverses"
+EIGEN = "KFAC, eigenbases"
+NAMES = (FULL, BLOCKS, CHAIN, COMPILED, INVERSE, EIGEN)
+
+
+def chain(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> Tensor:
+    """The operator as one writes it down."""
+    return B @ ((S * S) * (B.mT @ G @ A)) @ A.mT
+
+
+@dataclass
+class Contestant:
+    """A call to time, and how many FLOPs of matrix products it takes (None: not counted in products)."""
+
+    call: Callable[[], object]
+    flops: int | None
+
+
+class Workload:
+    """The operands of all layers of a model, made when first asked for; the same for every contestant."""
+
+    def __init__(self, layers: list[Shape], dtype: torch.dtype, device: str) -> None:
+        self.layers, self.dtype, self.device = layers, dtype, device
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def _random(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=self.generator, device=self.device) * scale).to(self.dtype)
+
+    @cached_property
+    def Gs(self) -> list[Tensor]:
+        return [self._random(m, n, scale=1e-2) for m, n in self.layers]
+
+    @cached_property
+    def Vs(self) -> list[Tensor]:
+        return [self._random(m, n, scale=1e-2) for m, n in self.layers]
+
+    @cached_property
+    def As(self) -> list[Tensor]:
+        return [self._random(n, n, scale=n**-0.5) for _, n in self.layers]
+
+    @cached_property
+    def Bs(self) -> list[Tensor]:
+        return [self._random(m, m, scale=m**-0.5) for m, _ in self.layers]
+
+    @cached_property
+    def A_stacks(self) -> list[Tensor]:
+        return [
+            self._random(-(-n // BLOCK_SIZE), BLOCK_SIZE, BLOCK_SIZE, scale=0.125) for _, n in self.layers
+        ]
+
+    @cached_property
+    def B_stacks(self) -> list[Tensor]:
+        return [
+            self._random(-(-m // BLOCK_SIZE), BLOCK_SIZE, BLOCK_SIZE, scale=0.125) for m, _ in self.layers
+        ]
+
+    @cached_property
+    def Ss(self) -> list[Tensor]:
+        return [self._random(m, n) for m, n in self.layers]
+
+    @cached_property
+    def thetas(self) -> list[Tensor]:
+        return [self._random(m, n) for m, n in self.layers]
+
+    @cached_property
+    def buffers(self) -> list[Tensor]:
+        return [torch.zeros_like(theta) for theta in self.thetas]
+
+    @cached_property
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """Second moments, as KFAC would have them, in the workload's dtype."""
+        return [(self._moment(A), self._moment(B)) for A, B in zip(self.As, self.Bs, strict=True)]
+
+    def _moment(self, X: Tensor) -> Tensor:
+        wide = X.float()
+        return (wide @ wide.mT).to(self.dtype)
+
+    @cached_property
+    def inverses(self) -> list[tuple[Tensor, Tensor]]:
+        return [(damped_inverse(A), damped_inverse(B)) for A, B in self.factors]
+
+    @cached_property
+    def eigenbases(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return [eigenbasis(A, B) for A, B in self.factors]
+
+
+def damped_inverse(factor: Tensor) -> Tensor:
+    """``(F + γI)⁻¹`` by Cholesky, in float32 for 16-bit factors (LAPACK has no narrower), stored in their dtype."""
+    wide = factor.float()
+    return torch.cholesky_inverse(torch.linalg.cholesky(_damped(wide))).to(factor.dtype)
+
+
+def eigenbasis(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``Q_A``, ``Q_B`` and the damped reciprocal eigenvalues ``(m, n)``, stored in the factors' dtype."""
+    (a, Q_A), (b, Q_B) = (torch.linalg.eigh(_damped(factor.float())) for factor in (A, B))
+    return Q_A.to(A.dtype), Q_B.to(B.dtype), torch.outer(b, a).reciprocal().to(A.dtype)
+
+
+def _damped(wide: Tensor) -> Tensor:
+    return wide + DAMPING * torch.eye(len(wide), device=wide.device)
+
+
+def contestants(operation: str, work: Workload, *, compiled: bool = True) -> Iterator[tuple[str, Contestant]]:
+    """The contestants of one operation, by name, ready to be called."""
+    yield from {"apply": _appliers, "refresh": _refreshers, "step": _steppers}[operation](work, compiled)
+
+
+def _appliers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestant]]:
+    full = sum(ak.precondition_flops(m, n) for m, n in work.layers)
+    blocks = sum(ak.precondition_flops(m, n, BLOCK_SIZE, BLOCK_SIZE) for m, n in work.layers)
+    two_products = full // 2
+    yield FULL, Contestant(lambda: ak.foreach_precondition(work.Gs, work.As, work.Bs, work.Ss), full)
+    yield (
+        BLOCKS,
+        Contestant(lambda: ak.foreach_precondition(work.Gs, work.A_stacks, work.B_stacks, work.Ss), blocks),
+    )
+    yield CHAIN, Contestant(lambda: _apply_chain(work), full)
+    if compiled:
+        compiled_chain = torch.compile(_foreach_chain, dynamic=False)
+        yield COMPILED, Contestant(lambda: compiled_chain(work.Gs, work.As, work.Bs, work.Ss), full)
+    yield INVERSE, Contestant(lambda: _apply_inverses(work), two_products)
+    yield EIGEN, Contestant(lambda: _apply_eigenbases(work), full)
+
+
+def _refreshers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestant]]:
+    def flops(block_size: int | None) -> int:
+        return sum(
+            ak.precondition_flops(m, n, block_size, block_size)
+            + ak.precondition_vjp_flops(m, n, block_size, block_size, kept=True)
+            for m, n in work.layers
+        )
+
+    # The chain multiplies from the left: its derivatives take 8mn² + 6m²n, in whichever shape.
+    by_autograd = sum(12 * m * n**2 + 10 * m**2 * n for m, n in work.layers)
+    yield FULL, Contestant(lambda: _refresh(work, work.As, work.Bs), flops(None))
+    yield BLOCKS, Contestant(lambda: _refresh(work, work.A_stacks, work.B_stacks), flops(BLOCK_SIZE))
+    yield CHAIN, Contestant(lambda: _differentiate(_foreach_chain, work), by_autograd)
+    if compiled:
+        compiled_chain = torch.compile(_foreach_chain, dynamic=False)
+        yield COMPILED, Contestant(lambda: _differentiate(compiled_chain, work), by_autograd)
+    yield INVERSE, Contestant(lambda: [(damped_inverse(A), damped_inverse(B)) for A, B in work.factors], None)
+    yield EIGEN, Contestant(lambda: [eigenbasis(A, B) for A, B in work.factors], None)
+
+
+def _steppers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestant]]:
+    full = sum(ak.precondition_flops(m, n) for m, n in work.layers)
+    blocks = sum(ak.precondition_flops(m, n, BLOCK_SIZE, BLOCK_SIZE) for m, n in work.layers)
+    yield FULL, Contestant(lambda: _step(work, work.As, work.Bs), full)
+    yield BLOCKS, Contestant(lambda: _step(work, work.A_stacks, work.B_stacks), blocks)
+    yield CHAIN, Contestant(lambda: _update(work, _apply_chain(work)), full)
+    if compiled:
+        compiled_chain = torch.compile(_foreach_chain, dynamic=False)
+        yield (
+            COMPILED,
+            Contestant(lambda: _update(work, compiled_chain(work.Gs, work.As, work.Bs, work.Ss)), full),
+        )
+    yield INVERSE, Contestant(lambda: _update(work, _apply_inverses(work)), full // 2)
+    yield EIGEN, Contestant(lambda: _update(work, _apply_eigenbases(work)), full)
+
+
+def _foreach_chain(Gs: list[Tensor], As: list[Tensor], Bs: list[Tensor], Ss: list[Tensor]) -> list[Tensor]:
+    return [chain(*operands) for operands in zip(Gs, As, Bs, Ss, strict=True)]
+
+
+def _apply_chain(work: Workload) -> list[Tensor]:
+    return _foreach_chain(work.Gs, work.As, work.Bs, work.Ss)
+
+
+def _apply_inverses(work: Workload) -> list[Tensor]:
+    return [B @ G @ A for G, (A, B) in zip(work.Gs, work.inverses, strict=True)]
+
+
+def _apply_eigenbases(work: Workload) -> list[Tensor]:
+    return [
+        Q_B @ (s * (Q_B.mT @ G @ Q_A)) @ Q_A.mT
+        for G, (Q_A, Q_B, s) in zip(work.Gs, work.eigenbases, strict=True)
+    ]
+
+
+def _refresh(work: Workload, As: list[Tensor], Bs: list[Tensor]) -> object:
+    _, kept = ak.foreach_precondition(work.Gs, As, Bs, work.Ss, keep=True)
+    return ak.foreach_precondition_vjp(work.Gs, As, Bs, work.Ss, work.Vs, kept=kept)
+
+
+def _differentiate(foreach_chain: Callable[..., list[Tensor]], work: Workload) -> object:
+    blocks = [[x.detach().requires_grad_() for x in operands] for operands in (work.As, work.Bs, work.Ss)]
+    Ys = foreach_chain(work.Gs, *blocks)
+    return torch.autograd.grad(Ys, [x for operands in blocks for x in operands], work.Vs)
+
+
+def _step(work: Workload, As: list[Tensor], Bs: list[Tensor]) -> None:
+    ak.foreach_precondition_step_(
+        work.thetas,
+        work.Gs,
+        As,
+        Bs,
+        work.Ss,
+        lr=LR,
+        momentum=MOMENTUM,
+        momentum_buffers=work.buffers,
+        weight_decay=WEIGHT_DECAY,
+    )
+
+
+def _update(work: Workload, directions: list[Tensor]) -> None:
+    torch._foreach_mul_(work.buffers, MOMENTUM)
+    torch._foreach_add_(work.buffers, directions)
+    torch._foreach_mul_(work.thetas, 1 - LR * WEIGHT_DECAY)
+    torch._foreach_add_(work.thetas, work.buffers, alpha=-LR)
