@@ -69,19 +69,13 @@ def aligned_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     *batch, m, n = shape
     if n % ALIGNMENT == 0 or m * n < SMALL:
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.empty((*batch, m, block_count(n, ALIGNMENT) * ALIGNMENT), dtype=dtype, device=device)[
-        ..., :n
-    ]
+    return torch.empty((*batch, m, block_count(n, ALIGNMENT) * ALIGNMENT), dtype=dtype, device=device)[..., :n]
 
 
 def precondition(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *, wide: bool = False) -> Tensor:
     """``P(G)``, contiguous, of ``G``'s shape, in ``G``'s dtype or, if ``wide``, the accumulation dtype."""
     dtype = accumulation_dtype(G.dtype)
-    if (
-        G.numel() < SMALL
-        and A.ndim == B.ndim == G.ndim == 2
-        and A.dtype == B.dtype == S.dtype == G.dtype == dtype
-    ):
+    if G.numel() < SMALL and A.ndim == B.ndim == G.ndim == 2 and A.dtype == B.dtype == S.dtype == G.dtype == dtype:
         # The products without the bookkeeping, which takes as long as those of a small layer.
         M = torch.mm(B.mT, torch.mm(G, A))
         return torch.mm(torch.mm(B, M.mul_(S).mul_(S)), A.mT)
@@ -129,9 +123,7 @@ def foreach_precondition(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors) -> 
     return [precondition(*operands) for operands in zip(Gs, As, Bs, Ss, strict=True)]
 
 
-def foreach_precondition_keep(
-    Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors
-) -> tuple[list[Tensor], list[Kept]]:
+def foreach_precondition_keep(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors) -> tuple[list[Tensor], list[Kept]]:
     pairs = [precondition_keep(*operands) for operands in zip(Gs, As, Bs, Ss, strict=True)]
     return [Y for Y, _ in pairs], [kept for _, kept in pairs]
 
@@ -140,7 +132,8 @@ def foreach_precondition_vjp(
     Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, Vs: Tensors, kept: Sequence[Kept] | None, wanted: str
 ) -> list[dict[str, Tensor]]:
     held = kept if kept is not None else [None] * len(Gs)
-    return [precondition_vjp(*each, wanted) for each in zip(Gs, As, Bs, Ss, Vs, held, strict=True)]
+    each = zip(Gs, As, Bs, Ss, Vs, held, strict=True)
+    return [precondition_vjp(G, A, B, S, V, kept_one, wanted) for G, A, B, S, V, kept_one in each]
 
 
 def foreach_precondition_step_(
@@ -156,7 +149,7 @@ def foreach_precondition_step_(
 ) -> None:
     """All directions first, then all writes: an allocation that fails leaves every weight as it was."""
     directions = [precondition(*operands, wide=True) for operands in zip(Gs, As, Bs, Ss, strict=True)]
-    buffers = momentum_buffers or [None] * len(directions)
+    buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(directions)
     for theta, direction, buffer in zip(thetas, directions, buffers, strict=True):
         _step_(theta, direction, buffer, lr, momentum, weight_decay)
 
@@ -211,11 +204,11 @@ class _Problem:
     def leave(self, x: Tensor) -> Tensor:
         """A matrix as the caller has it."""
         x = x.mT if self.transposed else x
-        return x.unflatten(0, self.shape[: self.batch_dims]) if self.batch_dims > 1 else x
+        return x.reshape(*self.shape[: self.batch_dims], *x.shape[1:]) if self.batch_dims > 1 else x
 
     def leave_block(self, x: Tensor) -> Tensor:
         """A block's derivative as the caller has the block."""
-        return x.unflatten(0, self.shape[: self.batch_dims]) if self.batch_dims > 1 else x
+        return x.reshape(*self.shape[: self.batch_dims], *x.shape[1:]) if self.batch_dims > 1 else x
 
     def _widen(self, x: Tensor) -> Tensor:
         x = x if x.dtype == self.dtype else x.to(self.dtype)
@@ -269,7 +262,7 @@ def _sum_of_products(L: Tensor, R: Tensor, L2: Tensor, R2: Tensor, like: Tensor)
         return _full_sum_of_products(L, R, L2, R2)
     b = like.shape[-1]
     if b == 1:
-        return (L.mT * R).sum(-2).add_((L2.mT * R2).sum(-2)).unflatten(-1, (-1, 1, 1))
+        return (L.mT * R).sum(-2).add_((L2.mT * R2).sum(-2))[..., None, None]
     whole, rest = divmod(L.shape[-2], b)
     D = torch.empty_like(like, memory_format=torch.contiguous_format)
     if whole:
@@ -299,7 +292,7 @@ def _full_sum_of_products(L: Tensor, R: Tensor, L2: Tensor, R2: Tensor) -> Tenso
 
 def _panels(X: Tensor, whole: int, b: int) -> Tensor:
     """The first ``whole·b`` columns of ``X`` as a stack of panels ``(*batch, whole, m, b)``: a view."""
-    return X[..., : whole * b].unflatten(-1, (whole, b)).transpose(-3, -2)
+    return torch.unflatten(X[..., : whole * b], -1, (whole, b)).transpose(-3, -2)
 
 
 def _product(X: Tensor, Y: Tensor, out: Tensor | None) -> Tensor:

@@ -106,7 +106,5 @@ def check_size(name: str, value: object, *, least: int) -> None:
 
 def _stack_shape(name: str, stack: Tensor) -> tuple[int, int]:
     if stack.ndim < 3 or stack.shape[-1] != stack.shape[-2] or stack.shape[-1] < 1:
-        raise ValueError(
-            f"{name} must be a stack of squares, (*batch, k, b, b), but got {tuple(stack.shape)}"
-        )
+        raise ValueError(f"{name} must be a stack of squares, (*batch, k, b, b), but got {tuple(stack.shape)}")
     return stack.shape[-3], stack.shape[-1]

@@ -17,9 +17,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def operands(
-    G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor | None = None, *, index: int | None = None
-) -> None:
+def operands(G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor | None = None, *, index: int | None = None) -> None:
     """Refuse what is not one preconditioned gradient, number ``index`` of lists ``Gs, As, ...`` if given."""
     if _plainly_fit(G, A, B, S, V):
         return
@@ -42,12 +40,7 @@ def _plainly_fit(G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor | None) -
         return False
     dtype, device, shape = G.dtype, G.device, G.shape
     for x in beside:
-        if (
-            type(x) not in _PLAIN_TYPES
-            or x.dtype is not dtype
-            or x.device != device
-            or x.layout is not torch.strided
-        ):
+        if type(x) not in _PLAIN_TYPES or x.dtype is not dtype or x.device != device or x.layout is not torch.strided:
             return False
     m, n = shape
     return S.shape == shape and (V is None or V.shape == shape) and A.shape == (n, n) and B.shape == (m, m)
@@ -61,9 +54,7 @@ def foreach_operands(Vs: Sequence[Tensor] | None = None, /, **lists: Sequence[Te
     for i in range(length):
         operands(Gs[i], As[i], Bs[i], Ss[i], None if Vs is None else Vs[i], index=i)
         if Gs[i].device != Gs[0].device:
-            raise ValueError(
-                f"Gs[{i}] must be on the device of Gs[0], {Gs[0].device}, but is on {Gs[i].device}"
-            )
+            raise ValueError(f"Gs[{i}] must be on the device of Gs[0], {Gs[0].device}, but is on {Gs[i].device}")
 
 
 def tensor_lists(**lists: Sequence[Tensor]) -> int:
@@ -88,9 +79,7 @@ def wanted_letters(wanted: str) -> None:
 
 def kept_products(kept: Kept, G: Tensor, *, name: str = "kept", G_name: str = "G") -> None:
     if not isinstance(kept, Kept):
-        raise TypeError(
-            f"{name} must be the Kept that a forward with keep=True returned, but got {_kind(kept)}"
-        )
+        raise TypeError(f"{name} must be the Kept that a forward with keep=True returned, but got {_kind(kept)}")
     dtype, shape, device = accumulation_dtype(G.dtype), G.shape, G.device
     for field, x in zip(Kept._fields, kept, strict=True):
         if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype or x.device != device:
@@ -103,9 +92,7 @@ def kept_products(kept: Kept, G: Tensor, *, name: str = "kept", G_name: str = "G
 def kept_list(kept: Sequence[Kept], Gs: Sequence[Tensor]) -> None:
     tensor_lists(Gs=Gs)
     if not isinstance(kept, (list, tuple)) or isinstance(kept, Kept) or len(kept) != len(Gs):
-        raise ValueError(
-            f"kept must be None or a list of {len(Gs)} Kept, one for each of Gs, but got {_kind(kept)}"
-        )
+        raise ValueError(f"kept must be None or a list of {len(Gs)} Kept, one for each of Gs, but got {_kind(kept)}")
     for i, (each, G) in enumerate(zip(kept, Gs, strict=True)):
         _tensor(f"Gs[{i}]", G)
         kept_products(each, G, name=f"kept[{i}]", G_name=f"Gs[{i}]")
@@ -146,9 +133,7 @@ def step(
     _scalar("weight_decay", weight_decay)
     _learning_rate(lr, Gs)
     if momentum != 0 and momentum_buffers is None:
-        raise ValueError(
-            f"momentum_buffers must be given where momentum is not 0, but momentum is {momentum}"
-        )
+        raise ValueError(f"momentum_buffers must be given where momentum is not 0, but momentum is {momentum}")
     for name, tensors in written.items():
         for i, x in enumerate(tensors):
             _same_as_G(f"{name}[{i}]", x, Gs[i], f"Gs[{i}]")
@@ -207,9 +192,7 @@ def _beside(name: str, x: Tensor, G: Tensor, G_name: str) -> None:
 def _same_as_G(name: str, x: Tensor, G: Tensor, G_name: str) -> None:
     _beside(name, x, G, G_name)
     if x.shape != G.shape:
-        raise ValueError(
-            f"{name} must have {G_name}'s shape {tuple(G.shape)}, but its shape is {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name} must have {G_name}'s shape {tuple(G.shape)}, but its shape is {tuple(x.shape)}")
 
 
 def _block(name: str, x: Tensor, G: Tensor, axis: int, at: str) -> None:
@@ -243,9 +226,7 @@ def _learning_rate(lr: object, Gs: Sequence[Tensor]) -> None:
     if not isinstance(lr, Tensor):
         _scalar("lr", lr)
     elif lr.ndim != 0 or not lr.is_floating_point():
-        raise ValueError(
-            f"lr must be a number or a floating-point tensor of no dimensions, but got {_description(lr)}"
-        )
+        raise ValueError(f"lr must be a number or a floating-point tensor of no dimensions, but got {_description(lr)}")
     elif lr.device.type != "cpu" and Gs and lr.device != Gs[0].device:
         raise ValueError(f"lr must be on the CPU or on {Gs[0].device} with Gs, but is on {lr.device}")
 
@@ -262,9 +243,7 @@ def _kind(x: object) -> str:
 
 
 def _description(x: object) -> str:
-    return (
-        f"a {x.dtype} tensor of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else _kind(x)
-    )
+    return f"a {x.dtype} tensor of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else _kind(x)
 
 
 def _shape(*sizes: object) -> str:

@@ -68,15 +68,17 @@ def precondition(
     Raises:
         TypeError, ValueError: see the module's docstring.
     """
-    if keep:
-        Ys, kept = foreach_precondition([G], [A], [B], [S], keep=True, backend=backend)
-        return Ys[0], kept[0]
-    if _watched(G, A, B, S):
-        return ops.foreach_precondition_keep([G], [A], [B], [S], backend)[0]
     if torch.compiler.is_compiling():
-        return ops.precondition(G, A, B, S, backend)
-    # An operator's dispatch would cost as much as a small layer: call its body.
+        return _compiled_precondition(G, A, B, S, keep, backend)
     checks.operands(G, A, B, S)
+    if keep:
+        checks.no_graph("keep=True builds no graph", G=[G], A=[A], B=[B], S=[S])
+        Ys, kept = choose(backend).backend.foreach_precondition_keep([G], [A], [B], [S])
+        return Ys[0], kept[0]
+    if _watched([G], [A], [B], [S]):
+        results: list[Tensor] = ops.foreach_precondition_keep([G], [A], [B], [S], backend)
+        return results[0]
+    # An operator's dispatch would cost as much as a small layer: call its body.
     return choose(backend).backend.foreach_precondition([G], [A], [B], [S])[0]
 
 
@@ -102,20 +104,15 @@ def foreach_precondition(
     Shapes, forms of blocks and dtypes may differ from layer to layer; the device may not. Returns a list of
     results; with ``keep``, a list of results and a list of :class:`Kept`.
     """
+    if torch.compiler.is_compiling():
+        return _compiled_foreach_precondition(Gs, As, Bs, Ss, keep, backend)
+    checks.foreach_operands(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
     if keep:
         checks.no_graph("keep=True builds no graph", Gs=Gs, As=As, Bs=Bs, Ss=Ss)
-        if torch.compiler.is_compiling():
-            flat = ops.foreach_precondition_keep(Gs, As, Bs, Ss, backend)
-            kept = ops.unflatten_kept(flat[len(Gs) :], Gs)
-            return flat[: len(Gs)], kept or []
-        checks.foreach_operands(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
         return choose(backend).backend.foreach_precondition_keep(Gs, As, Bs, Ss)
-    checks.tensor_lists(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
-    if _watched(*Gs, *As, *Bs, *Ss):
-        return ops.foreach_precondition_keep(Gs, As, Bs, Ss, backend)[: len(Gs)]
-    if torch.compiler.is_compiling():
-        return ops.foreach_precondition(Gs, As, Bs, Ss, backend)
-    checks.foreach_operands(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    if _watched(Gs, As, Bs, Ss):
+        results: list[Tensor] = ops.foreach_precondition_keep(Gs, As, Bs, Ss, backend)
+        return results[: len(Gs)]
     return choose(backend).backend.foreach_precondition(Gs, As, Bs, Ss)
 
 
@@ -156,6 +153,10 @@ def precondition_vjp(
         TypeError, ValueError: see the module's docstring; also where ``wanted`` or ``kept`` isn't as above.
     """
     held = None if kept is None else [kept]
+    if not torch.compiler.is_compiling():
+        checks.operands(G, A, B, S, V)
+        if kept is not None:
+            checks.kept_products(kept, G)
     return foreach_precondition_vjp([G], [A], [B], [S], [V], kept=held, wanted=wanted, backend=backend)[0]
 
 
@@ -172,13 +173,15 @@ def foreach_precondition_vjp(
 ) -> list[tuple[Tensor, ...]]:
     """:func:`precondition_vjp` of a whole model: lists of equal length, one entry a layer; a list of tuples."""
     checks.wanted_letters(wanted)
-    if kept is not None:
-        checks.kept_list(kept, Gs)
     if torch.compiler.is_compiling():
-        flat = ops.foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, ops.flatten_kept(kept or []), wanted, backend)
+        flat: list[Tensor] = ops.foreach_precondition_vjp(
+            Gs, As, Bs, Ss, Vs, ops.flatten_kept(kept or []), wanted, backend
+        )
         step = len(wanted)
         return [tuple(flat[i : i + step]) for i in range(0, len(flat), step)]
     checks.foreach_operands(Vs, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    if kept is not None:
+        checks.kept_list(kept, Gs)
     with torch.no_grad():
         grads = choose(backend).backend.foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, kept, wanted)
     return [tuple(each[letter] for letter in wanted) for each in grads]
@@ -226,9 +229,7 @@ def foreach_precondition_step_(
     checks.no_shared_memory(thetas, momentum_buffers, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
     path = choose(backend).backend
     with torch.no_grad():
-        path.foreach_precondition_step_(
-            thetas, Gs, As, Bs, Ss, momentum_buffers or [], lr, momentum, weight_decay
-        )
+        path.foreach_precondition_step_(thetas, Gs, As, Bs, Ss, momentum_buffers or [], lr, momentum, weight_decay)
 
 
 def explain(backend: str | None = None) -> str:
@@ -237,6 +238,29 @@ def explain(backend: str | None = None) -> str:
     return f"{choice.name}: {choice.reason}"
 
 
-def _watched(*tensors: Tensor) -> bool:
-    """Whether autograd must see the call. What is no tensor is left to the checks."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+def _compiled_precondition(
+    G: Tensor, A: Tensor, B: Tensor, S: Tensor, keep: bool, backend: str | None
+) -> Tensor | tuple[Tensor, Kept]:
+    """As operators, which check their operands themselves."""
+    if keep or _watched([G], [A], [B], [S]):
+        Y, *kept = ops.foreach_precondition_keep([G], [A], [B], [S], backend)
+        return (Y, Kept(*kept)) if keep else Y
+    result: Tensor = ops.precondition(G, A, B, S, backend)
+    return result
+
+
+def _compiled_foreach_precondition(
+    Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, keep: bool, backend: str | None
+) -> list[Tensor] | tuple[list[Tensor], list[Kept]]:
+    results: list[Tensor]
+    if keep or _watched(Gs, As, Bs, Ss):
+        results = ops.foreach_precondition_keep(Gs, As, Bs, Ss, backend)
+        Ys, flat = results[: len(Gs)], results[len(Gs) :]
+        return (Ys, [Kept(*flat[i : i + 3]) for i in range(0, len(flat), 3)]) if keep else Ys
+    results = ops.foreach_precondition(Gs, As, Bs, Ss, backend)
+    return results
+
+
+def _watched(*lists: Tensors) -> bool:
+    """Whether autograd must see the call."""
+    return torch.is_grad_enabled() and any(x.requires_grad for tensors in lists for x in tensors)

@@ -86,9 +86,7 @@ def foreach_precondition_vjp(
     return [each[letter] for each in grads for letter in wanted]
 
 
-@torch.library.custom_op(
-    "apo_kernels::foreach_precondition_step_", mutates_args=("thetas", "momentum_buffers")
-)
+@torch.library.custom_op("apo_kernels::foreach_precondition_step_", mutates_args=("thetas", "momentum_buffers"))
 def foreach_precondition_step_(
     thetas: Sequence[Tensor],
     Gs: Sequence[Tensor],
@@ -123,9 +121,7 @@ def unflatten_kept(flat: Sequence[Tensor], Gs: Sequence[Tensor]) -> list[Kept] |
     if not len(flat):
         return None
     if len(flat) != 3 * len(Gs):
-        raise ValueError(
-            f"kept must hold 3 tensors for each of the {len(Gs)} matrices, but holds {len(flat)}"
-        )
+        raise ValueError(f"kept must hold 3 tensors for each of the {len(Gs)} matrices, but holds {len(flat)}")
     kept = [Kept(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
     for i, (each, G) in enumerate(zip(kept, Gs, strict=True)):
         checks.kept_products(each, G, name=f"kept[{i}]", G_name=f"Gs[{i}]")
@@ -248,9 +244,7 @@ def _foreach_backward(ctx: Any, Vs: Sequence[Tensor | None]) -> tuple[list[Tenso
     operands = [[tensors[i] for i in used] for tensors in lists]
     cotangents = [V.to(lists[0][i].dtype) for i in used if (V := Vs[i]) is not None]
     held = [x for i in used for x in kept[3 * i : 3 * i + 3]] if kept else []
-    found = (
-        dict(zip(used, _vjp(operands, cotangents, held, wanted, ctx.backend), strict=True)) if wanted else {}
-    )
+    found = dict(zip(used, _vjp(operands, cotangents, held, wanted, ctx.backend), strict=True)) if wanted else {}
     return _for_inputs(ctx, *([found.get(i, {}).get(name) for i in range(length)] for name in "GABS"))
 
 
@@ -277,7 +271,7 @@ def _forward_flops(G: Shape, A: Shape, B: Shape) -> int:
 
 
 def _register_flops(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    return register_flop_formula(getattr(torch.ops.apo_kernels, name))  # type: ignore[no-any-return]
+    return register_flop_formula(getattr(torch.ops.apo_kernels, name))
 
 
 @_register_flops("precondition")

@@ -28,9 +28,7 @@ def precondition(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> Tensor:
     return B @ (S.square() * (B.mT @ G @ A)) @ A.mT
 
 
-def precondition_vjp(
-    G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def precondition_vjp(G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dG, dA, dB, dS)``, each of its operand's shape: the derivatives of ``⟨V, P(G)⟩``."""
     A_dense, B_dense = _dense(A, G, G.shape[-1]), _dense(B, G, G.shape[-2])
     S2 = S.square()

@@ -53,11 +53,7 @@ def _cpu() -> str:
                 break
     except OSError:
         pass
-    notable = [
-        name
-        for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_fp16")
-        if name in flags.split()
-    ]
+    notable = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_fp16") if name in flags.split()]
     return f"{model} ({', '.join(notable)})" if notable else model
 
 

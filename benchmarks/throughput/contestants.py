@@ -79,15 +79,11 @@ class Workload:
 
     @cached_property
     def A_stacks(self) -> list[Tensor]:
-        return [
-            self._random(-(-n // BLOCK_SIZE), BLOCK_SIZE, BLOCK_SIZE, scale=0.125) for _, n in self.layers
-        ]
+        return [self._random(-(-n // BLOCK_SIZE), BLOCK_SIZE, BLOCK_SIZE, scale=0.125) for _, n in self.layers]
 
     @cached_property
     def B_stacks(self) -> list[Tensor]:
-        return [
-            self._random(-(-m // BLOCK_SIZE), BLOCK_SIZE, BLOCK_SIZE, scale=0.125) for m, _ in self.layers
-        ]
+        return [self._random(-(-m // BLOCK_SIZE), BLOCK_SIZE, BLOCK_SIZE, scale=0.125) for m, _ in self.layers]
 
     @cached_property
     def Ss(self) -> list[Tensor]:
@@ -206,10 +202,7 @@ def _apply_inverses(work: Workload) -> list[Tensor]:
 
 
 def _apply_eigenbases(work: Workload) -> list[Tensor]:
-    return [
-        Q_B @ (s * (Q_B.mT @ G @ Q_A)) @ Q_A.mT
-        for G, (Q_A, Q_B, s) in zip(work.Gs, work.eigenbases, strict=True)
-    ]
+    return [Q_B @ (s * (Q_B.mT @ G @ Q_A)) @ Q_A.mT for G, (Q_A, Q_B, s) in zip(work.Gs, work.eigenbases, strict=True)]
 
 
 def _refresh(work: Workload, As: list[Tensor], Bs: list[Tensor]) -> object:
