@@ -11,54 +11,85 @@ from torch import Tensor
 from apo_kernels.aten import Kept, accumulation_dtype
 from apo_kernels.blocks import block_count
 
-__all__ = ["foreach_operands", "kept_products", "operands", "step", "wanted_letters"]
+__all__ = [
+    "foreach_operands",
+    "kept_list",
+    "kept_products",
+    "no_graph",
+    "no_shared_memory",
+    "operands",
+    "step",
+    "tensor_lists",
+    "wanted_letters",
+]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def operands(G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor | None = None, *, index: int | None = None) -> None:
-    """Refuse what is not one preconditioned gradient, number ``index`` of lists ``Gs, As, ...`` if given."""
-    if _plainly_fit(G, A, B, S, V):
+def operands(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *V: Tensor, index: int | None = None) -> None:
+    """Refuse what is not one preconditioned gradient, with its cotangent if given; number ``index`` of lists
+    ``Gs, As, ...`` if given."""
+    if _plainly_fit(G, A, B, S, *V):
         return
     at = "" if index is None else f"s[{index}]"
     _matrix("G" + at, G)
     _same_as_G("S" + at, S, G, "G" + at)
-    if V is not None:
-        _same_as_G("V" + at, V, G, "G" + at)
+    for cotangent in V:
+        _same_as_G("V" + at, cotangent, G, "G" + at)
     _block("A" + at, A, G, -1, at)
     _block("B" + at, B, G, -2, at)
 
 
-def _plainly_fit(G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor | None) -> bool:
+def _plainly_fit(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *V: Tensor) -> bool:
     """Whether this is the common case, seen in a quarter of the time: what isn't is looked at closely.
 
     The close look costs as much as a small layer.
     """
-    beside = (A, B, S) if V is None else (A, B, S, V)
     if type(G) not in _PLAIN_TYPES or G.ndim != 2 or G.dtype not in DTYPES or G.layout is not torch.strided:
         return False
     dtype, device, shape = G.dtype, G.device, G.shape
-    for x in beside:
+    for x in (A, B, S, *V):
         if type(x) not in _PLAIN_TYPES or x.dtype is not dtype or x.device != device or x.layout is not torch.strided:
             return False
     m, n = shape
-    return S.shape == shape and (V is None or V.shape == shape) and A.shape == (n, n) and B.shape == (m, m)
+    return A.shape == (n, n) and B.shape == (m, m) and S.shape == shape and all(x.shape == shape for x in V)
 
 
-def foreach_operands(Vs: Sequence[Tensor] | None = None, /, **lists: Sequence[Tensor]) -> None:
+def _plainly_matches(x: Tensor, G: Tensor) -> bool:
+    """The common case of what is written, likewise."""
+    return (
+        type(x) in _PLAIN_TYPES
+        and x.dtype is G.dtype
+        and x.shape == G.shape
+        and x.device == G.device
+        and x.layout is torch.strided
+        and x.is_contiguous()
+    )
+
+
+def foreach_operands(
+    Gs: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    Ss: Sequence[Tensor],
+    Vs: Sequence[Tensor] | None = None,
+) -> None:
     """Refuse lists that don't match, then what :func:`operands` refuses of each entry."""
-    named = lists if Vs is None else {**lists, "Vs": Vs}
-    length = tensor_lists(**named)
-    Gs, As, Bs, Ss = (named[name] for name in ("Gs", "As", "Bs", "Ss"))
-    for i in range(length):
-        operands(Gs[i], As[i], Bs[i], Ss[i], None if Vs is None else Vs[i], index=i)
-        if Gs[i].device != Gs[0].device:
-            raise ValueError(f"Gs[{i}] must be on the device of Gs[0], {Gs[0].device}, but is on {Gs[i].device}")
+    if Vs is None:
+        tensor_lists(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+        entries = zip(Gs, As, Bs, Ss, strict=True)
+    else:
+        tensor_lists(Gs=Gs, As=As, Bs=Bs, Ss=Ss, Vs=Vs)
+        entries = zip(Gs, As, Bs, Ss, Vs, strict=True)
+    for i, (G, *others) in enumerate(entries):
+        operands(G, *others, index=i)
+        if G.device != Gs[0].device:
+            raise ValueError(f"Gs[{i}] must be on the device of Gs[0], {Gs[0].device}, but is on {G.device}")
 
 
-def tensor_lists(**lists: Sequence[Tensor]) -> int:
-    """The common length of lists of tensors."""
+def tensor_lists(**lists: Sequence[Tensor]) -> None:
+    """Refuse what is no list of tensors, and lists of different lengths."""
     length = None
     for name, tensors in lists.items():
         if not isinstance(tensors, (list, tuple)):
@@ -67,7 +98,6 @@ def tensor_lists(**lists: Sequence[Tensor]) -> int:
             first, length = name, len(tensors)
         if len(tensors) != length:
             raise ValueError(f"{name} must have the length of {first}, {length}, but has {len(tensors)}")
-    return length or 0
 
 
 def wanted_letters(wanted: str) -> None:
@@ -77,25 +107,27 @@ def wanted_letters(wanted: str) -> None:
         raise ValueError(f"wanted must be one or more different letters from 'GABS', but got {wanted!r}")
 
 
-def kept_products(kept: Kept, G: Tensor, *, name: str = "kept", G_name: str = "G") -> None:
+def kept_products(kept: Kept, G: Tensor, *, index: int | None = None) -> None:
+    """Refuse what a forward of ``G`` can't have kept."""
+    at = "" if index is None else f"[{index}]"
     if not isinstance(kept, Kept):
-        raise TypeError(f"{name} must be the Kept that a forward with keep=True returned, but got {_kind(kept)}")
+        raise TypeError(f"kept{at} must be the Kept that a forward with keep=True returned, but got {_kind(kept)}")
     dtype, shape, device = accumulation_dtype(G.dtype), G.shape, G.device
-    for field, x in zip(Kept._fields, kept, strict=True):
-        if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype or x.device != device:
+    for i, x in enumerate(kept):
+        if not isinstance(x, Tensor) or x.shape != shape or x.dtype is not dtype or x.device != device:
+            name = "G" if index is None else f"Gs{at}"
             raise ValueError(
-                f"{name}.{field} must be a {dtype} tensor of {G_name}'s shape {tuple(G.shape)} on {G.device}, "
+                f"kept{at}.{Kept._fields[i]} must be a {dtype} tensor of {name}'s shape {tuple(shape)} on {device}, "
                 f"but got {_description(x)}"
             )
 
 
 def kept_list(kept: Sequence[Kept], Gs: Sequence[Tensor]) -> None:
-    tensor_lists(Gs=Gs)
+    """Refuse what the forwards of ``Gs`` can't have kept. ``Gs`` have been checked."""
     if not isinstance(kept, (list, tuple)) or isinstance(kept, Kept) or len(kept) != len(Gs):
         raise ValueError(f"kept must be None or a list of {len(Gs)} Kept, one for each of Gs, but got {_kind(kept)}")
-    for i, (each, G) in enumerate(zip(kept, Gs, strict=True)):
-        _tensor(f"Gs[{i}]", G)
-        kept_products(each, G, name=f"kept[{i}]", G_name=f"Gs[{i}]")
+    for i, G in enumerate(Gs):
+        kept_products(kept[i], G, index=i)
 
 
 def no_graph(reason: str, **lists: Sequence[Tensor]) -> None:
@@ -128,15 +160,17 @@ def step(
     if momentum_buffers is not None:
         written["momentum_buffers"] = momentum_buffers
     tensor_lists(Gs=Gs, **written)
-    foreach_operands(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    foreach_operands(Gs, As, Bs, Ss)
     _scalar("momentum", momentum, below=1.0)
     _scalar("weight_decay", weight_decay)
     _learning_rate(lr, Gs)
     if momentum != 0 and momentum_buffers is None:
         raise ValueError(f"momentum_buffers must be given where momentum is not 0, but momentum is {momentum}")
     for name, tensors in written.items():
-        for i, x in enumerate(tensors):
-            _same_as_G(f"{name}[{i}]", x, Gs[i], f"Gs[{i}]")
+        for i, (x, G) in enumerate(zip(tensors, Gs, strict=True)):
+            if _plainly_matches(x, G):
+                continue
+            _same_as_G(f"{name}[{i}]", x, G, f"Gs[{i}]")
             _writable(f"{name}[{i}]", x)
     no_graph("it is written in place", **written)
 
@@ -148,17 +182,18 @@ def no_shared_memory(
 
     Apart from :func:`step`, for fake tensors have no addresses.
     """
-    seen: dict[int, str] = {}
-    named = {"thetas": thetas, "momentum_buffers": momentum_buffers or (), **read}
-    for name, tensors in named.items():
+    written = {"thetas": thetas, "momentum_buffers": momentum_buffers or ()}
+    owners: dict[int, tuple[str, int]] = {}
+    for name, tensors in (*written.items(), *read.items()):
         for i, x in enumerate(tensors):
-            if x.numel() == 0 or x.is_meta:
+            address = x.data_ptr()
+            if address == 0:  # empty, or on the meta device
                 continue
-            other = seen.get(x.data_ptr())
-            if other is not None:
-                raise ValueError(f"{other} is written and must not share memory with {name}[{i}], but does")
-            if name not in read:
-                seen[x.data_ptr()] = f"{name}[{i}]"
+            if address in owners:
+                other, j = owners[address]
+                raise ValueError(f"{other}[{j}] is written and must not share memory with {name}[{i}], but does")
+            if name in written:
+                owners[address] = name, i
 
 
 def _tensor(name: str, x: object) -> None:
@@ -232,10 +267,15 @@ def _learning_rate(lr: object, Gs: Sequence[Tensor]) -> None:
 
 
 def _writable(name: str, x: Tensor) -> None:
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(
-            f"{name} must not overlap itself, but is expanded: shape {tuple(x.shape)}, strides {x.stride()}"
-        )
+    if x.is_contiguous():
+        return
+    reach = 1  # of the dimensions of smaller stride
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < reach:
+            raise ValueError(
+                f"{name} must not overlap itself, but its shape is {tuple(x.shape)} with strides {x.stride()}"
+            )
+        reach += (size - 1) * stride
 
 
 def _kind(x: object) -> str:

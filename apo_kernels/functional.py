@@ -106,7 +106,7 @@ def foreach_precondition(
     """
     if torch.compiler.is_compiling():
         return _compiled_foreach_precondition(Gs, As, Bs, Ss, keep, backend)
-    checks.foreach_operands(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    checks.foreach_operands(Gs, As, Bs, Ss)
     if keep:
         checks.no_graph("keep=True builds no graph", Gs=Gs, As=As, Bs=Bs, Ss=Ss)
         return choose(backend).backend.foreach_precondition_keep(Gs, As, Bs, Ss)
@@ -179,7 +179,7 @@ def foreach_precondition_vjp(
         )
         step = len(wanted)
         return [tuple(flat[i : i + step]) for i in range(0, len(flat), step)]
-    checks.foreach_operands(Vs, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    checks.foreach_operands(Gs, As, Bs, Ss, Vs)
     if kept is not None:
         checks.kept_list(kept, Gs)
     with torch.no_grad():

@@ -45,7 +45,7 @@ def foreach_precondition(
     backend: str | None = None,
 ) -> list[Tensor]:
     """``P(G)`` of each. Its backward recomputes the forward's products: the least memory."""
-    checks.foreach_operands(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    checks.foreach_operands(Gs, As, Bs, Ss)
     return choose(backend).backend.foreach_precondition(Gs, As, Bs, Ss)
 
 
@@ -59,7 +59,7 @@ def foreach_precondition_keep(
 ) -> list[Tensor]:
     """``P(G)`` of each, then ``U, R, W`` of each (:class:`apo_kernels.Kept`), which its backward reuses: the
     least time. Differentiable in the former only."""
-    checks.foreach_operands(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    checks.foreach_operands(Gs, As, Bs, Ss)
     Ys, kept = choose(backend).backend.foreach_precondition_keep(Gs, As, Bs, Ss)
     return [*Ys, *flatten_kept(kept)]
 
@@ -80,7 +80,7 @@ def foreach_precondition_vjp(
     ``kept`` is empty, or ``U, R, W`` of each as :func:`foreach_precondition_keep` returns them.
     """
     checks.wanted_letters(wanted)
-    checks.foreach_operands(Vs, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    checks.foreach_operands(Gs, As, Bs, Ss, Vs)
     held = unflatten_kept(kept, Gs)
     grads = choose(backend).backend.foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, held, wanted)
     return [each[letter] for each in grads for letter in wanted]
@@ -123,8 +123,7 @@ def unflatten_kept(flat: Sequence[Tensor], Gs: Sequence[Tensor]) -> list[Kept] |
     if len(flat) != 3 * len(Gs):
         raise ValueError(f"kept must hold 3 tensors for each of the {len(Gs)} matrices, but holds {len(flat)}")
     kept = [Kept(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
-    for i, (each, G) in enumerate(zip(kept, Gs, strict=True)):
-        checks.kept_products(each, G, name=f"kept[{i}]", G_name=f"Gs[{i}]")
+    checks.kept_list(kept, Gs)
     return kept
 
 
@@ -139,13 +138,13 @@ def _(G: Tensor, A: Tensor, B: Tensor, S: Tensor, backend: str | None = None) ->
 
 @foreach_precondition.register_fake
 def _(Gs, As, Bs, Ss, backend=None):  # type: ignore[no-untyped-def]
-    checks.foreach_operands(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    checks.foreach_operands(Gs, As, Bs, Ss)
     return [G.new_empty(G.shape) for G in Gs]
 
 
 @foreach_precondition_keep.register_fake
 def _(Gs, As, Bs, Ss, backend=None):  # type: ignore[no-untyped-def]
-    checks.foreach_operands(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    checks.foreach_operands(Gs, As, Bs, Ss)
     Ys = [G.new_empty(G.shape) for G in Gs]
     kept = [aligned_empty(G.shape, accumulation_dtype(G.dtype), G.device) for G in Gs for _ in range(3)]
     return [*Ys, *kept]
@@ -154,7 +153,7 @@ def _(Gs, As, Bs, Ss, backend=None):  # type: ignore[no-untyped-def]
 @foreach_precondition_vjp.register_fake
 def _(Gs, As, Bs, Ss, Vs, kept, wanted, backend=None):  # type: ignore[no-untyped-def]
     checks.wanted_letters(wanted)
-    checks.foreach_operands(Vs, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    checks.foreach_operands(Gs, As, Bs, Ss, Vs)
     unflatten_kept(kept, Gs)
     each = (dict(zip("GABS", operands, strict=True)) for operands in zip(Gs, As, Bs, Ss, strict=True))
     return [
@@ -217,6 +216,7 @@ precondition.register_autograd(_backward, setup_context=_setup_context)
 def _foreach_setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     Gs, As, Bs, Ss, ctx.backend = inputs
     ctx.length = len(Gs)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*Gs, *As, *Bs, *Ss)
 
 
@@ -224,6 +224,7 @@ def _foreach_keep_setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[
     Gs, As, Bs, Ss, ctx.backend = inputs
     ctx.length = len(Gs)
     kept = output[ctx.length :]
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*kept)
     ctx.save_for_backward(*Gs, *As, *Bs, *Ss, *kept)
 

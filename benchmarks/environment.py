@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
@@ -13,9 +14,26 @@ from typing import Any
 
 import torch
 
-__all__ = ["describe", "device_name"]
+from benchmarks.console import console
+
+__all__ = ["add_arguments", "describe", "device_name", "run"]
 
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "pytest-benchmark", "apo-kernels")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """This part has no options of its own."""
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Show :func:`describe` and write it to ``environment.json``."""
+    from benchmarks import results  # it describes the environment of every file that it writes
+
+    found = describe(options.device)
+    console.print_json(data=found)
+    path = results.write(options.out, "environment", options.device, {})
+    console.print(f"wrote {path}", soft_wrap=True)
+    return found
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from benchmarks.timing import interleave
@@ -10,14 +12,16 @@ __all__ = ["copy_bandwidth", "matmul_rates"]
 
 
 def matmul_rates(device: str, dtypes: list[torch.dtype], *, seconds: float = 1.0) -> dict[torch.dtype, float]:
-    """FLOP/s of ``torch.mm`` on large square matrices, a dtype: the best of two sizes."""
-    sizes = (512, 1024) if torch.device(device).type == "cpu" else (4096, 8192)
-    rates: dict[torch.dtype, float] = {}
+    """FLOP/s of ``torch.mm`` on square matrices, a dtype: the best of some sizes."""
+    sizes = (128, 256, 512, 1024) if torch.device(device).type == "cpu" else (2048, 4096, 8192)
+    rates = dict.fromkeys(dtypes, 0.0)
     for dtype in dtypes:
-        operands = {size: torch.randn(size, size, device=device).to(dtype) for size in sizes}
-        calls = {str(size): lambda X=X: torch.mm(X, X) for size, X in operands.items()}
-        samples = interleave(calls, seconds=seconds)
-        rates[dtype] = max(2 * size**3 / samples[str(size)].median for size in sizes)
+        for size in sizes:
+            X = torch.randn(size, size, device=device).to(dtype)
+            sample = interleave({"mm": partial(torch.mm, X, X)}, seconds=seconds / len(sizes))["mm"]
+            rates[dtype] = max(rates[dtype], 2 * size**3 / sample.median)
+            if 8 * sample.median > seconds:  # a larger one would take too long
+                break
     return rates
 
 

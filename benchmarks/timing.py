@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,10 +15,12 @@ __all__ = ["Sample", "device_timer", "interleave"]
 
 Call = Callable[[], object]
 
+WINDOW = 0.005  # seconds: what is shorter would be timed with cold caches and the clock's own grain
+
 
 def device_timer() -> float:
     """Seconds, read after the device has finished all that was asked of it (for pytest-benchmark and here)."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -51,8 +54,9 @@ def interleave(
 ) -> dict[str, Sample]:
     """Run the calls in turn, round after round, so that what slows the machine slows them all.
 
-    Each is warmed up once, then takes part until it has used ``seconds`` (but ``least`` rounds at the least,
-    ``most`` at the most). The order turns by one each round: none always follows the same neighbour.
+    Each is warmed up, then takes part until it has used ``seconds`` (but ``least`` rounds at the least, ``most``
+    at the most). A round calls it as often as it takes to fill ``WINDOW``, and counts the mean. The order turns by
+    one each round: none always follows the same neighbour.
 
     Args:
         calls: what to time, by name.
@@ -60,8 +64,13 @@ def interleave(
         advance: told after each call how far the whole is, from 0 to 1.
     """
     samples = {name: Sample() for name in calls}
-    for call in calls.values():
-        call()
+
+    def share(name: str) -> float:
+        """How much of its rounds a call has had."""
+        rounds, used = len(samples[name].times), sum(samples[name].times) * repeats[name]
+        return min(1.0, rounds / least, max(used / seconds, rounds / most))
+
+    repeats = {name: _repeats(call) for name, call in calls.items()}
     active, turn = list(calls), 0
     was_enabled = gc.isenabled()
     gc.collect()
@@ -70,18 +79,24 @@ def interleave(
         while active:
             turn += 1
             for name in active[turn % len(active) :] + active[: turn % len(active)]:
-                start = device_timer()
-                calls[name]()
-                samples[name].times.append(device_timer() - start)
-                advance(sum(_share(s, seconds, least, most) for s in samples.values()) / len(samples))
-            active = [name for name in active if _share(samples[name], seconds, least, most) < 1]
+                samples[name].times.append(_time(calls[name], repeats[name]))
+                advance(sum(map(share, calls)) / len(calls))
+            active = [name for name in active if share(name) < 1]
     finally:
         if was_enabled:
             gc.enable()
     return samples
 
 
-def _share(sample: Sample, seconds: float, least: int, most: int) -> float:
-    """How much of its rounds a call has had."""
-    rounds = len(sample.times)
-    return min(1.0, rounds / least, max(sum(sample.times) / seconds, rounds / most))
+def _time(call: Call, repeats: int) -> float:
+    """Seconds of one call: the mean over so many, one after the other."""
+    start = device_timer()
+    for _ in range(repeats):
+        call()
+    return (device_timer() - start) / repeats
+
+
+def _repeats(call: Call) -> int:
+    """How many calls fill ``WINDOW``; the first one warms up."""
+    call()
+    return max(1, math.ceil(WINDOW / max(_time(call, 1), 1e-9)))

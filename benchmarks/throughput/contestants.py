@@ -23,18 +23,32 @@ from torch import Tensor
 import apo_kernels as ak
 from benchmarks.shapes import Shape
 
-__all__ = ["CHAIN", "NAMES", "OPERATIONS", "Contestant", "Workload", "chain", "contestants"]
+__all__ = [
+    "BLOCKS",
+    "CHAIN",
+    "COMPILED",
+    "EIGEN",
+    "FULL",
+    "INVERSE",
+    "NAMES",
+    "OPERATIONS",
+    "Contestant",
+    "Workload",
+    "chain",
+    "contestants",
+    "estimate",
+]
 
 OPERATIONS = ("apply", "refresh", "step")
 BLOCK_SIZE = 64
 LR, MOMENTUM, WEIGHT_DECAY, DAMPING = 1e-3, 0.9, 1e-4, 1e-2
 
-FULL = "apo_kernels, full blocks"
-BLOCKS = f"apo_kernels, blocks of {BLOCK_SIZE}"
+FULL = "ours, full blocks"
+BLOCKS = f"ours, blocks of {BLOCK_SIZE}"
 CHAIN = "plain chain"
-COMPILED = "plain chain, torch.compile"
-INVERSE = "KFAC, Cholesky inverses"
-EIGEN = "KFAC, eigenbases"
+COMPILED = "compiled chain"
+INVERSE = "KFAC inverses"
+EIGEN = "KFAC eigenbases"
 NAMES = (FULL, BLOCKS, CHAIN, COMPILED, INVERSE, EIGEN)
 
 
@@ -134,6 +148,21 @@ def _damped(wide: Tensor) -> Tensor:
 def contestants(operation: str, work: Workload, *, compiled: bool = True) -> Iterator[tuple[str, Contestant]]:
     """The contestants of one operation, by name, ready to be called."""
     yield from {"apply": _appliers, "refresh": _refreshers, "step": _steppers}[operation](work, compiled)
+
+
+def estimate(
+    operation: str, name: str, layers: list[Shape], dtype: torch.dtype, rates: dict[torch.dtype, float]
+) -> float:
+    """Seconds that a call can be expected to take, from the measured rates of matrix products: to leave out what
+    would take minutes. Decompositions count as 10 (eigenvectors: 50) products at a fifth of the rate."""
+    forward = sum(ak.precondition_flops(m, n) for m, n in layers)
+    wide = torch.promote_types(dtype, torch.float32)
+    if name in (FULL, BLOCKS):
+        return forward * (3 if operation == "refresh" else 1) / rates.get(wide, rates[dtype])
+    if operation == "refresh" and name in (INVERSE, EIGEN):
+        cubes = sum(m**3 + n**3 for m, n in layers)
+        return cubes * (10 if name == EIGEN else 2) / rates.get(wide, rates[dtype])
+    return forward * (3 if operation == "refresh" else 1) / rates[dtype]
 
 
 def _appliers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestant]]:

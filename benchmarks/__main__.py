@@ -1,0 +1,66 @@
+"""The front door: ``python -m benchmarks [PART] [options]``. Without a part, all of them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.console import console
+
+PARTS = {
+    "environment": "machine, versions and commit that figures are taken with",
+    "throughput": "milliseconds, GFLOP/s and ratios on the layers of named models",
+    "stability": "errors and breakdowns in low precision, against KFAC's inverse",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    _check_device(options.device)
+    for name in [options.part] if options.part else PARTS:
+        console.rule(f"[bold]{name}")
+        importlib.import_module(f"benchmarks.{name}").run(options)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--quick", action="store_true", help="small models, few rounds: under three minutes in all")
+    common.add_argument("--device", default="cpu", help="cpu, cuda, … (default: %(default)s)")
+    common.add_argument("--out", type=Path, default=Path("results"), help="folder to write to (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, parents=[common], allow_abbrev=False
+    )
+    parts = parser.add_subparsers(dest="part", metavar="PART")
+    for name, text in PARTS.items():
+        _add_part_arguments(name, parts.add_parser(name, help=text, description=text, parents=[common]))
+        _add_defaults(name, parser)
+    return parser
+
+
+def _add_part_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    importlib.import_module(f"benchmarks.{name}").add_arguments(parser)
+
+
+def _add_defaults(name: str, parser: argparse.ArgumentParser) -> None:
+    """Without a part, every part's own options stand at their defaults."""
+    own = argparse.ArgumentParser(add_help=False)
+    _add_part_arguments(name, own)
+    parser.set_defaults(**vars(own.parse_args([])))
+
+
+def _check_device(device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"python -m benchmarks: --device must be one that torch can use here, but {device!r} is not: {reason}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

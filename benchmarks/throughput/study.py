@@ -1,0 +1,181 @@
+"""The run: every contestant on every model, operation and dtype, interleaved; tables, plots and a JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from rich.progress import Progress, TaskID
+
+from benchmarks import results, roofs
+from benchmarks.console import console, progress
+from benchmarks.environment import device_name
+from benchmarks.shapes import MODELS, QUICK_MODELS
+from benchmarks.throughput import plots, tables
+from benchmarks.throughput.contestants import (
+    BLOCKS,
+    FULL,
+    NAMES,
+    OPERATIONS,
+    Contestant,
+    Workload,
+    contestants,
+    estimate,
+)
+from benchmarks.timing import Sample, interleave
+
+__all__ = ["DTYPES", "add_arguments", "run"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks throughput`` beside the common ones."""
+    parser.add_argument("--models", type=_names(MODELS), metavar="NAME,…", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--dtypes", type=_names(DTYPES), metavar="NAME,…", help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--operations", type=_names(OPERATIONS), metavar="NAME,…", help=f"of {', '.join(OPERATIONS)}")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; 1 compares best (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, help="that each contestant is timed for (default: 4, with --quick 0.25)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        help="seconds a call may be expected to take; what takes longer isn't run (default: 60, with --quick 1)",
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure, show, and write ``throughput.json`` and the plots into ``options.out``."""
+    models = options.models or list(QUICK_MODELS if options.quick else MODELS)
+    dtypes = options.dtypes or list(DTYPES)
+    operations = options.operations or list(OPERATIONS)
+    seconds = options.seconds or (0.25 if options.quick else 4.0)
+    limit = options.limit or (1.0 if options.quick else 60.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        with progress() as bar:
+            task = bar.add_task("measuring the machine", total=None)
+            rates = roofs.matmul_rates(options.device, list(DTYPES.values()), seconds=min(seconds, 1.0))
+            bandwidth = roofs.copy_bandwidth(options.device, seconds=min(seconds, 1.0))
+            bar.remove_task(task)
+            rows = [
+                row
+                for model in models
+                for row in _model(bar, model, operations, dtypes, rates, seconds, limit, options)
+            ]
+        payload: dict[str, Any] = {
+            "device_name": device_name(options.device),
+            "threads": options.threads,
+            "matmul_flops_per_s": {name: rates[dtype] for name, dtype in DTYPES.items()},
+            "copy_bytes_per_s": bandwidth,
+            "rows": rows,
+            "ratios": tables.ratios(rows),
+        }
+        tables.show(payload)
+        path = results.write(options.out, "throughput", options.device, payload)
+        for written in (*plots.draw(payload, options.out), path):
+            console.print(f"wrote {written}", soft_wrap=True)
+    finally:
+        torch.set_num_threads(threads)
+    return payload
+
+
+def _model(
+    bar: Progress,
+    model: str,
+    operations: list[str],
+    dtypes: list[str],
+    rates: dict[torch.dtype, float],
+    seconds: float,
+    limit: float,
+    options: argparse.Namespace,
+) -> Iterator[Row]:
+    """One row a contestant, operation and dtype. All dtypes are interleaved: their ratios are figures too."""
+    work = {name: Workload(MODELS[model], DTYPES[name], options.device) for name in dtypes}
+    for operation in operations:
+        ready: dict[str, Contestant] = {}
+        rows: dict[str, Row] = {}
+        torch._dynamo.reset()
+        task = bar.add_task(f"{model}: {operation}, preparing", total=len(dtypes) * len(NAMES))
+        for dtype in dtypes:
+            for name, contestant in contestants(operation, work[dtype], compiled=not options.no_compile):
+                bar.update(task, description=f"{model}: {operation}, preparing {name} in {dtype}", advance=1)
+                row: Row = {"model": model, "operation": operation, "dtype": dtype, "contestant": name}
+                row["gflop"] = None if contestant.flops is None else contestant.flops / 1e9
+                rows[f"{name} in {dtype}"] = row
+                expected = estimate(operation, name, MODELS[model], DTYPES[dtype], rates)
+                if expected > limit:
+                    row["note"] = f"not run: expected to take over {limit:g} s a call (--limit)"
+                    row["expected_s"] = expected
+                elif (failure := _failure(name, contestant)) is not None:
+                    row["note"] = failure
+                else:
+                    ready[f"{name} in {dtype}"] = contestant
+        bar.update(task, description=f"{model}: {operation}, timing", total=1.0, completed=0)
+        samples = interleave(
+            {key: contestant.call for key, contestant in ready.items()},
+            seconds=seconds,
+            advance=partial(_advance, bar, task),
+        )
+        bar.remove_task(task)
+        for key, sample in samples.items():
+            row = rows[key]
+            row.update(_figures(row, sample, rates[_product_dtype(row, options.device)]))
+        yield from rows.values()
+        gc.collect()
+
+
+def _advance(bar: Progress, task: TaskID, share: float) -> None:
+    bar.update(task, completed=share)
+
+
+def _failure(name: str, contestant: Contestant) -> str | None:
+    """Why a contestant can't be run here. Where one of torch's own can't, that is a result; ours must not."""
+    try:
+        contestant.call()
+    except Exception as error:
+        if name in (FULL, BLOCKS):
+            raise
+        return f"{name} failed: {type(error).__name__}"
+    return None
+
+
+def _product_dtype(row: Row, device: str) -> torch.dtype:
+    """The dtype that a row's products are taken in: the rate to compare it with."""
+    dtype = DTYPES[row["dtype"]]
+    widened = row["contestant"] in (FULL, BLOCKS) and torch.device(device).type == "cpu"
+    return torch.float32 if widened else dtype
+
+
+def _figures(row: Row, sample: Sample, roof: float) -> Row:
+    low, high = sample.spread
+    figures: Row = {
+        "median_ms": sample.median * 1e3,
+        "low_ms": low * 1e3,
+        "high_ms": high * 1e3,
+        "rounds": len(sample.times),
+    }
+    if row["gflop"] is not None:
+        figures["gflop_per_s"] = row["gflop"] / sample.median
+        figures["share_of_matmul"] = row["gflop"] * 1e9 / sample.median / roof
+    return figures
+
+
+def _names(known: Any) -> Any:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
+        return names
+
+    return parse

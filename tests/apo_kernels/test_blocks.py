@@ -1,0 +1,39 @@
+"""Block-diagonal stacks and the matrices that they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import apo_kernels as ak
+
+
+@given(size=st.integers(0, 40), b=st.integers(1, 50), batch=st.sampled_from([(), (2,), (2, 3)]))
+def test_dense_and_back(size: int, b: int, batch: tuple[int, ...]) -> None:
+    stack = torch.randn(*batch, -(-size // b), b, b)
+    dense = ak.blocks_to_dense(stack, size)
+    assert dense.shape == (*batch, size, size)
+    again = ak.blocks_from_dense(dense, b)
+    assert torch.equal(ak.blocks_to_dense(again, size), dense)
+    # What sticks out of the matrix is dropped, nothing else is.
+    whole = size // b
+    assert torch.equal(again[..., :whole, :, :], stack[..., :whole, :, :])
+
+
+def test_dense_is_block_diag() -> None:
+    stack = torch.randn(3, 4, 4)
+    assert torch.equal(ak.blocks_to_dense(stack, 10), torch.block_diag(*stack)[:10, :10])
+
+
+@pytest.mark.parametrize("b", [None, 1, 3, 4, 20])
+def test_identity_block_is_the_identity(b: int | None) -> None:
+    block = ak.identity_block(10, b, scale=0.5, dtype=torch.float64)
+    dense = block if b is None else ak.blocks_to_dense(block, 10)
+    assert torch.equal(dense, 0.5 * torch.eye(10, dtype=torch.float64))
+
+
+def test_dense_is_differentiable() -> None:
+    stack = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: ak.blocks_to_dense(x, 5), stack)

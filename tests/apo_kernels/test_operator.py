@@ -1,0 +1,290 @@
+"""Forward, derivatives and step against the float64 reference: any shape, form, stride and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import apo_kernels as ak
+from apo_kernels import aten, reference
+from tests.apo_kernels.cases import DTYPES, TOLERANCE, Layer, make, relative_error
+
+sides = st.integers(1, 70)
+block_sizes = st.one_of(st.none(), st.integers(1, 80))
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT
+
+
+def strided(x: Tensor) -> Tensor:
+    """Every other entry of something larger, filled with NaN in between."""
+    shape = [2 * size + 1 for size in x.shape]
+    larger = torch.full(shape, torch.nan, dtype=x.dtype)
+    view = larger[tuple(slice(1, None, 2) for _ in shape)]
+    return view.copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": transposed,
+    "strided": strided,
+}
+layouts = st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 5)
+
+
+def laid_out(layer: Layer, names: tuple[str, ...]) -> Layer:
+    tensors = (layer.G, layer.A, layer.B, layer.S, layer.V)
+    return Layer(*(LAYOUTS[name](x) for name, x in zip(names, tensors, strict=True)))
+
+
+@given(m=sides, n=sides, b_A=block_sizes, b_B=block_sizes, dtype=st.sampled_from(DTYPES), layout=layouts)
+def test_forward(m: int, n: int, b_A: int | None, b_B: int | None, dtype: torch.dtype, layout: tuple[str, ...]) -> None:
+    layer = laid_out(make(m, n, b_A, b_B, dtype=dtype), layout)
+    Y = ak.precondition(*layer.operands)
+    assert Y.dtype == dtype
+    assert Y.is_contiguous()
+    assert relative_error(Y, layer.forward()) < TOLERANCE[dtype]
+
+
+@given(
+    m=sides,
+    n=sides,
+    b_A=block_sizes,
+    b_B=block_sizes,
+    dtype=st.sampled_from(DTYPES),
+    layout=layouts,
+    wanted=st.sampled_from(["ABS", "GABS", "S", "A", "B", "G", "SA", "BG", "SBAG"]),
+    keep=st.booleans(),
+)
+def test_derivatives(
+    m: int,
+    n: int,
+    b_A: int | None,
+    b_B: int | None,
+    dtype: torch.dtype,
+    layout: tuple[str, ...],
+    wanted: str,
+    keep: bool,
+) -> None:
+    layer = laid_out(make(m, n, b_A, b_B, dtype=dtype), layout)
+    before = [x.clone() for x in (*layer.operands, layer.V)]
+    kept = ak.precondition(*layer.operands, keep=True)[1] if keep else None
+    found = ak.precondition_vjp(*layer.operands, layer.V, kept=kept, wanted=wanted)
+    wide = aten.accumulation_dtype(dtype)
+    for name, derivative in zip(wanted, found, strict=True):
+        operand = getattr(layer, name)
+        assert derivative.dtype == wide
+        assert derivative.shape == operand.shape
+        assert derivative.is_contiguous()
+        # Never rounded to 16 bits: only the float32 sums differ from float64's.
+        assert relative_error(derivative, layer.derivatives()[name]) < TOLERANCE[wide]
+    assert all(torch.equal(x, y) for x, y in zip(before, (*layer.operands, layer.V), strict=True))
+
+
+@pytest.mark.parametrize(("b_A", "b_B"), [(None, None), (4, None), (None, 3), (4, 3), (1, 2)])
+@pytest.mark.parametrize("batch", [(3,), (2, 2), (0,), (1,)])
+@pytest.mark.parametrize(("m", "n"), [(5, 9), (9, 5)])
+def test_batches_are_matrices_one_by_one(
+    m: int, n: int, batch: tuple[int, ...], b_A: int | None, b_B: int | None
+) -> None:
+    layer = make(m, n, b_A, b_B, batch=batch)
+    found = [*ak.precondition_vjp(*layer.operands, layer.V, wanted="GABS"), ak.precondition(*layer.operands)]
+    Y, kept = ak.precondition(*layer.operands, keep=True)
+    found_kept = [*ak.precondition_vjp(*layer.operands, layer.V, wanted="GABS", kept=kept), Y]
+    truth = [*layer.derivatives().values(), layer.forward()]
+    for f, k, t in zip(found, found_kept, truth, strict=True):
+        assert f.shape == k.shape == t.shape
+        assert relative_error(f, t) < 1e-12
+        assert relative_error(k, t) < 1e-12
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 3), (3, 0), (0, 0)])
+@pytest.mark.parametrize(("b_A", "b_B"), [(None, None), (2, 2)])
+def test_empty(m: int, n: int, b_A: int | None, b_B: int | None) -> None:
+    layer = make(m, n, b_A, b_B)
+    Y = ak.precondition(*layer.operands)
+    dG, dA, dB, dS = ak.precondition_vjp(*layer.operands, layer.V, wanted="GABS")
+    assert Y.shape == dG.shape == dS.shape == (m, n)
+    assert torch.equal(dA, torch.zeros_like(layer.A))
+    assert torch.equal(dB, torch.zeros_like(layer.B))
+
+
+@pytest.mark.parametrize(("b_A", "b_B"), [(None, None), (64, 64)])
+@pytest.mark.parametrize(("m", "n"), [(300, 1001), (1001, 300), (260, 513)])
+def test_large_odd_layers(m: int, n: int, b_A: int | None, b_B: int | None) -> None:
+    """Where rows are aligned and derivatives go panel by panel."""
+    layer = make(m, n, b_A, b_B, dtype=torch.float32)
+    Y, kept = ak.precondition(*layer.operands, keep=True)
+    assert relative_error(Y, layer.forward()) < 1e-5
+    for held in (kept, None):
+        found = ak.precondition_vjp(*layer.operands, layer.V, kept=held, wanted="GABS")
+        for derivative, truth in zip(found, layer.derivatives().values(), strict=True):
+            assert relative_error(derivative, truth) < 1e-5
+            assert derivative.is_contiguous()
+
+
+def test_expanded_operands() -> None:
+    layer = make(6, 4, batch=(3,))
+    A, B = layer.A[:1].expand(3, 4, 4), layer.B[:1].expand(3, 6, 6)
+    S = layer.S[:, :1, :1].expand(3, 6, 4)
+    expected = reference.precondition(layer.G, A, B, S)
+    assert relative_error(ak.precondition(layer.G, A, B, S), expected) < 1e-13
+
+
+MIXES = [
+    (torch.float32, torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.float32, torch.float32, torch.float32),
+    (torch.float16, torch.bfloat16, torch.float32, torch.float16),
+]
+
+
+@pytest.mark.parametrize("dtypes", MIXES, ids=str)
+def test_mixed_dtypes(dtypes: tuple[torch.dtype, ...]) -> None:
+    layer = make(20, 30, None, 8)
+    G, A, B, S = (x.to(dtype) for x, dtype in zip(layer.operands, dtypes, strict=True))
+    mixed = Layer(G, A, B, S, layer.V.to(G.dtype))
+    Y = ak.precondition(G, A, B, S)
+    assert Y.dtype == G.dtype
+    assert relative_error(Y, mixed.forward()) < TOLERANCE[G.dtype]
+    for derivative, truth in zip(
+        ak.precondition_vjp(G, A, B, S, mixed.V, wanted="GABS"), mixed.derivatives().values(), strict=True
+    ):
+        assert derivative.dtype == torch.float32
+        assert relative_error(derivative, truth) < 3e-5
+
+
+@pytest.mark.parametrize(("scale_S", "scale_G"), [(1e-4, 1e4), (1e3, 1e-4)])
+def test_squared_scalings_beyond_half_precision(scale_S: float, scale_G: float) -> None:
+    """S² is near 1e-8 or 1e6 here: as float16 it would be nothing, or infinite."""
+    layer = make(12, 9, dtype=torch.float32)
+    S = (layer.S * scale_S).half()
+    half = Layer((layer.G * scale_G).half(), layer.A.half(), layer.B.half(), S, layer.V.half())
+    Y = ak.precondition(*half.operands)
+    assert torch.isfinite(Y).all()
+    assert relative_error(Y, half.forward()) < 2e-3  # some results are subnormal
+
+
+def test_small_derivatives_of_half_precision_survive() -> None:
+    """G and V near 1e-4: dS is near 1e-8, below what float16 can hold."""
+    layer = make(12, 9, dtype=torch.float32)
+    half = Layer(*(x.half() for x in (layer.G * 1e-4, layer.A, layer.B, layer.S, layer.V * 1e-4)))
+    (dS,) = ak.precondition_vjp(*half.operands, half.V, wanted="S")
+    assert dS.abs().max() < 1e-6
+    assert relative_error(dS, half.derivatives()["S"]) < 1e-4
+
+
+def test_operator_is_symmetric_and_positive() -> None:
+    layer = make(7, 12, 5, None)
+    P_G, P_V = ak.precondition(*layer.operands), ak.precondition(layer.V, *layer.operands[1:])
+    torch.testing.assert_close((layer.V * P_G).sum(), (layer.G * P_V).sum())
+    assert (layer.G * P_G).sum() > 0
+
+
+def test_transposing_the_problem_transposes_the_result() -> None:
+    layer = make(7, 12, 5, 3)
+    G, A, B, S = layer.operands
+    torch.testing.assert_close(ak.precondition(G.mT, B, A, S.mT), ak.precondition(G, A, B, S).mT)
+
+
+def test_foreach_is_one_by_one() -> None:
+    layers = [make(3, 4), make(0, 2), make(9, 70, 16, 4), make(70, 9, None, 64, seed=1), make(1, 1, batch=(2,))]
+    Gs, As, Bs, Ss = (list(x) for x in zip(*(layer.operands for layer in layers), strict=True))
+    Vs = [layer.V for layer in layers]
+    Ys, kept = ak.foreach_precondition(Gs, As, Bs, Ss, keep=True)
+    for held in (kept, None):
+        grads = ak.foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, kept=held)
+        for layer, Y, (dA, dB, dS) in zip(layers, Ys, grads, strict=True):
+            truth = layer.derivatives()
+            assert relative_error(Y, layer.forward()) < 1e-12
+            assert relative_error(dA, truth["A"]) < 1e-12
+            assert relative_error(dB, truth["B"]) < 1e-12
+            assert relative_error(dS, truth["S"]) < 1e-12
+    plain = ak.foreach_precondition(Gs, As, Bs, Ss)
+    assert all(relative_error(x, y) < 1e-13 for x, y in zip(plain, Ys, strict=True))
+
+
+def test_foreach_of_nothing() -> None:
+    assert ak.foreach_precondition([], [], [], []) == []
+    assert ak.foreach_precondition([], [], [], [], keep=True) == ([], [])
+    assert ak.foreach_precondition_vjp([], [], [], [], []) == []
+    ak.foreach_precondition_step_([], [], [], [], [], lr=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("lr", [0.3, torch.tensor(0.3, dtype=torch.float64)], ids=["number", "tensor"])
+def test_step(dtype: torch.dtype, momentum: float, weight_decay: float, lr: float | Tensor) -> None:
+    layers = [make(5, 8, dtype=dtype), make(9, 6, 4, 2, dtype=dtype, seed=1)]
+    Gs, As, Bs, Ss = (list(x) for x in zip(*(layer.operands for layer in layers), strict=True))
+    thetas = [layer.V.clone() for layer in layers]
+    buffers = [torch.randn_like(G) for G in Gs]
+    expected = [
+        reference.precondition_step(
+            theta.double(),
+            *layer.exact.operands,
+            lr=lr,
+            momentum=momentum,
+            momentum_buffer=buffer.double(),
+            weight_decay=weight_decay,
+        )
+        for theta, layer, buffer in zip(thetas, layers, buffers, strict=True)
+    ]
+    ak.foreach_precondition_step_(
+        thetas, Gs, As, Bs, Ss, lr=lr, momentum=momentum, momentum_buffers=buffers, weight_decay=weight_decay
+    )
+    for theta, buffer, (exact_theta, exact_buffer) in zip(thetas, buffers, expected, strict=True):
+        assert theta.dtype == buffer.dtype == dtype
+        assert relative_error(theta, exact_theta) < TOLERANCE[dtype]
+        assert relative_error(buffer, exact_buffer) < TOLERANCE[dtype]
+
+
+def test_step_writes_strided_weights_and_leaves_their_neighbours() -> None:
+    """A weight and its bias as columns of one matrix, the layout that front ends use."""
+    layer = make(6, 5)
+    joint = torch.randn(6, 8, dtype=torch.float64)
+    before = joint.clone()
+    ak.foreach_precondition_step_([joint[:, 1:6]], [layer.G], [layer.A], [layer.B], [layer.S], lr=1.0)
+    torch.testing.assert_close(joint[:, 1:6], before[:, 1:6] - layer.forward())
+    assert torch.equal(joint[:, 0], before[:, 0])
+    assert torch.equal(joint[:, 6:], before[:, 6:])
+
+
+def test_step_at_momentum_0_does_not_read_the_buffer() -> None:
+    layer = make(4, 4)
+    theta, buffer = torch.zeros(4, 4, dtype=torch.float64), torch.full((4, 4), torch.nan, dtype=torch.float64)
+    ak.foreach_precondition_step_([theta], *([x] for x in layer.operands), lr=1.0, momentum_buffers=[buffer])
+    assert torch.isfinite(theta).all()
+    torch.testing.assert_close(buffer, layer.forward())
+
+
+def test_step_takes_weights_that_require_grad_under_no_grad() -> None:
+    layer = make(4, 4)
+    theta = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        ak.foreach_precondition_step_([theta], *([x] for x in layer.operands), lr=1.0)
+    torch.testing.assert_close(theta.detach(), -layer.forward())
+
+
+def test_step_that_runs_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second layer's products fail: the first layer's weight must not have moved."""
+    layers = [make(4, 4), make(5, 5)]
+    thetas, buffers = [torch.ones_like(layer.G) for layer in layers], [torch.ones_like(layer.G) for layer in layers]
+    product = aten.precondition
+
+    def fails_on_the_second(G: Tensor, *operands: Tensor, **options: bool) -> Tensor:
+        if G.shape == (5, 5):
+            raise torch.OutOfMemoryError("no memory for this")
+        return product(G, *operands, **options)
+
+    monkeypatch.setattr(aten, "precondition", fails_on_the_second)
+    operands = (list(x) for x in zip(*(layer.operands for layer in layers), strict=True))
+    with pytest.raises(torch.OutOfMemoryError):
+        ak.foreach_precondition_step_(thetas, *operands, lr=0.1, momentum=0.9, momentum_buffers=buffers)
+    assert all(torch.equal(x, torch.ones_like(x)) for x in (*thetas, *buffers))

@@ -1,0 +1,54 @@
+"""Interleaving: everybody takes turns, uses what it is given, and is counted right."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from benchmarks import timing
+from benchmarks.timing import Sample, interleave
+
+
+def test_rounds_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "WINDOW", 0.0)
+    order: list[str] = []
+    samples = interleave({name: lambda name=name: order.append(name) for name in "abc"}, seconds=60.0, most=4)
+    rounds = ["".join(order[i : i + 3]) for i in range(6, len(order), 3)]  # after two calls each to warm up
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    assert len(set(rounds)) > 1  # the order turns
+    assert all(len(sample.times) == 4 for sample in samples.values())
+
+
+def test_short_calls_are_repeated_and_divided() -> None:
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.0005)
+
+    sample = interleave({"call": call}, seconds=60.0, most=3)["call"]
+    assert calls > 10
+    assert 0.0005 <= sample.median < 0.002
+
+
+def test_who_is_slow_gets_fewer_rounds_but_not_too_few() -> None:
+    calls = {"slow": lambda: time.sleep(0.03), "fast": lambda: time.sleep(0.001)}
+    samples = interleave(calls, seconds=0.05, least=2, most=8)
+    assert len(samples["slow"].times) == 2
+    assert len(samples["fast"].times) > 2
+
+
+def test_sample() -> None:
+    sample = Sample([3.0, 1.0, 2.0, 5.0, 4.0])
+    assert sample.median == 3.0
+    assert sample.spread == (2.0, 4.0)
+    assert Sample([1.0]).spread == (1.0, 1.0)
+
+
+def test_progress_reaches_the_end() -> None:
+    shares: list[float] = []
+    interleave({"a": lambda: None, "b": lambda: time.sleep(0.002)}, seconds=0.02, most=3, advance=shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
