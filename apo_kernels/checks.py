@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -76,6 +76,7 @@ def foreach_operands(
     Vs: Sequence[Tensor] | None = None,
 ) -> None:
     """Refuse lists that don't match, then what :func:`operands` refuses of each entry."""
+    entries: Iterable[tuple[Tensor, ...]]
     if Vs is None:
         tensor_lists(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
         entries = zip(Gs, As, Bs, Ss, strict=True)

@@ -55,7 +55,7 @@ def interleave(
     """Run the calls in turn, round after round, so that what slows the machine slows them all.
 
     Each is warmed up, then takes part until it has used ``seconds`` (but ``least`` rounds at the least, ``most``
-    at the most). A round calls it as often as it takes to fill ``WINDOW``, and counts the mean. The order turns by
+    at the most; one round is enough if it takes more than four times ``seconds``). A round calls it as often as it takes to fill ``WINDOW``, and counts the mean. The order turns by
     one each round: none always follows the same neighbour.
 
     Args:
@@ -68,7 +68,8 @@ def interleave(
     def share(name: str) -> float:
         """How much of its rounds a call has had."""
         rounds, used = len(samples[name].times), sum(samples[name].times) * repeats[name]
-        return min(1.0, rounds / least, max(used / seconds, rounds / most))
+        enough = 1 if used > 4 * seconds * rounds else least
+        return min(1.0, rounds / enough, max(used / seconds, rounds / most))
 
     repeats = {name: _repeats(call) for name, call in calls.items()}
     active, turn = list(calls), 0
@@ -97,6 +98,6 @@ def _time(call: Call, repeats: int) -> float:
 
 
 def _repeats(call: Call) -> int:
-    """How many calls fill ``WINDOW``; the first one warms up."""
-    call()
-    return max(1, math.ceil(WINDOW / max(_time(call, 1), 1e-9)))
+    """How many calls fill ``WINDOW``; the first one warms up, and tells enough if it fills it by far."""
+    first = _time(call, 1)
+    return 1 if first > 10 * WINDOW else max(1, math.ceil(WINDOW / max(_time(call, 1), 1e-9)))
