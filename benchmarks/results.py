@@ -17,7 +17,7 @@ def write(out: Path, name: str, device: str, payload: dict[str, Any]) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
     content = {"benchmark": name, "environment": environment.describe(device), **payload}
-    path.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(_plain(content), separators=(",", ":"), allow_nan=False) + "\n")
     return path
 
 
@@ -28,11 +28,11 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinities: as strings they survive every reader."""
+    """Six digits of a number; and JSON has no infinities: as strings they survive every reader."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
     return value

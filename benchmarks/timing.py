@@ -55,8 +55,9 @@ def interleave(
     """Run the calls in turn, round after round, so that what slows the machine slows them all.
 
     Each is warmed up, then takes part until it has used ``seconds`` (but ``least`` rounds at the least, ``most``
-    at the most; one round is enough if it takes more than four times ``seconds``). A round calls it as often as it takes to fill ``WINDOW``, and counts the mean. The order turns by
-    one each round: none always follows the same neighbour.
+    at the most; one round is enough of a call of more than four times ``seconds``). A round calls it as often as
+    it takes to fill ``WINDOW``, and counts the mean. The order turns by one each round: none always follows the
+    same neighbour.
 
     Args:
         calls: what to time, by name.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from benchmarks.stability.measure import DTYPES, LIMIT, Row, short_name
 from benchmarks.stability.methods import METHODS
@@ -16,6 +17,7 @@ __all__ = [
     "median_error",
     "saved_from",
     "select",
+    "summarise",
     "within_reach",
 ]
 
@@ -70,3 +72,34 @@ def saved_from(rows: Sequence[Row]) -> float:
     broken = [row.damping for row in rows if row.breakdown]
     above = [row.damping for row in rows if not broken or row.damping > max(broken)]
     return min(above, default=math.inf)
+
+
+def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One record a dtype below float64 and a method, over the problems that the dtype itself allows for.
+
+    ``broken`` of ``problems`` break down, none from the damping ``saved_from`` on; ``median_over_limit`` and
+    ``worst_over_limit`` are of the error over that of the limit, ``worst_arithmetic`` of the arithmetic alone,
+    where there is a result (None where there is none).
+    """
+    reachable = within_reach(rows)
+    records = []
+    for dtype in DTYPE_NAMES[1:]:
+        limits = {row.pair: row.error for row in select(reachable, dtype=dtype, method=LIMIT)}
+        for method in METHODS:
+            own = select(reachable, dtype=dtype, method=method.key)
+            ratios = sorted(row.error / limit for row in own if row.error and (limit := limits[row.pair]))
+            records.append(
+                {
+                    "dtype": dtype,
+                    "method": method.key,
+                    "problems": len(own),
+                    "broken": sum(row.breakdown is not None for row in own),
+                    "saved_from": saved_from(own),
+                    "median_over_limit": ratios[len(ratios) // 2] if ratios else None,
+                    "worst_over_limit": ratios[-1] if ratios else None,
+                    "worst_arithmetic": max(
+                        (row.arithmetic for row in own if row.arithmetic is not None), default=None
+                    ),
+                }
+            )
+    return records

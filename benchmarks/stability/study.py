@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +12,7 @@ from rich.markup import escape
 
 from benchmarks import results
 from benchmarks.console import console, progress
-from benchmarks.stability.aggregate import LABELS
+from benchmarks.stability.aggregate import LABELS, select, summarise
 from benchmarks.stability.findings import findings
 from benchmarks.stability.measure import DTYPES, Row, limit, measure
 from benchmarks.stability.methods import METHODS
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this part."""
     parser.add_argument(
         "--dampings",
-        type=float,
+        type=_above_0,
         nargs="+",
         default=list(DAMPINGS),
         metavar="γ",
@@ -67,8 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, show and write everything; the payload of the JSON file."""
-    if min(options.dampings, default=0.0) <= 0:
-        raise ValueError(f"--dampings must all be above 0, but got {options.dampings}")
     moments = options.moments or (QUICK_MOMENTS if options.quick else MOMENTS)
     conditions = options.conditions or (QUICK_CONDITIONS if options.quick else CONDITIONS)
     with console.status("training the nets that are recorded"):
@@ -94,6 +93,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "methods": LABELS,
         "cases": [_describe(case) for case in cases],
         "findings": said,
+        "summary": {source: summarise(select(rows, source=source)) for source in ("recorded", "synthetic")},
         "rows": [_plain(row) for row in rows],
     }
     paths = [*plot(rows, options.out), results.write(options.out, "stability", options.device, payload)]
@@ -142,6 +142,13 @@ def _plain(row: Row) -> dict[str, Any]:
 
 def _nonzero(counts: dict[str, int]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
+
+
+def _above_0(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, but got {text}")
+    return value
 
 
 def _list(values: Sequence[int]) -> str:

@@ -12,9 +12,8 @@ from benchmarks.stability.aggregate import (
     DTYPE_NAMES,
     dampings,
     median_error,
-    saved_from,
     select,
-    within_reach,
+    summarise,
 )
 from benchmarks.stability.measure import LIMIT, Counts, Row
 from benchmarks.stability.methods import METHODS
@@ -107,7 +106,6 @@ def _grid(
 
 def _summary_table(rows: Sequence[Row]) -> Table:
     """The whole study, a line for each dtype and method: only problems that the dtype itself allows for."""
-    reachable = within_reach(rows)
     table = _table(
         "In sum, over the problems that aren't beyond any method",
         "Recorded and synthetic. Saved: the damping from which on nothing breaks down. Error over that of "
@@ -115,27 +113,22 @@ def _summary_table(rows: Sequence[Row]) -> Table:
     )
     for head in ("broken\ndown", "of", "saved\nfrom", "error/limit\nmedian", "\nworst", "arithm.\nworst"):
         table.add_column(head, justify="right", no_wrap=True)
-    for dtype in DTYPE_NAMES[1:]:
-        limits = {row.pair: row.error for row in select(reachable, dtype=dtype, method=LIMIT)}
-        for method in ROWS[1:]:
-            own = select(reachable, dtype=dtype, method=method)
-            if not own:
-                continue
-            ratios = sorted(row.error / limit for row in own if row.error and (limit := limits[row.pair]))
-            arithmetic = [row.arithmetic for row in own if row.arithmetic is not None]
-            broken = sum(row.breakdown is not None for row in own)
-            table.add_row(
-                dtype if method == ROWS[1] else "",
-                SHORT[method],
-                _count_cell(broken, len(own)),
-                str(len(own)),
-                _short(saved_from(own)) if broken else "",
-                f"{ratios[len(ratios) // 2]:.2g}" if ratios else "",
-                _short(ratios[-1]) if ratios and ratios[-1] >= 100 else f"{ratios[-1]:.2g}" if ratios else "",
-                _short(max(arithmetic)) if arithmetic else "",
-                style=_style(method),
-                end_section=method == ROWS[-1],
-            )
+    for record in summarise(rows):
+        method, worst = record["method"], record["worst_over_limit"]
+        if not record["problems"]:
+            continue
+        table.add_row(
+            record["dtype"] if method == ROWS[1] else "",
+            SHORT[method],
+            _count_cell(record["broken"], record["problems"]),
+            str(record["problems"]),
+            _short(record["saved_from"]) if record["broken"] else "",
+            "" if worst is None else f"{record['median_over_limit']:.2g}",
+            "" if worst is None else _short(worst) if worst >= 100 else f"{worst:.2g}",
+            "" if record["worst_arithmetic"] is None else _short(record["worst_arithmetic"]),
+            style=_style(method),
+            end_section=method == ROWS[-1],
+        )
     return table
 
 

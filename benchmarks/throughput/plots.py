@@ -28,10 +28,11 @@ TITLES = {
 
 
 def draw(payload: dict[str, Any], out: Path) -> list[Path]:
-    """Write one PNG a dtype into ``out``; return the paths."""
+    """Write one PNG a dtype, and one of single layers, into ``out``; return the paths."""
     matplotlib.use("Agg")
-    rows = payload["rows"]
-    return [_relative(payload, dtype, out) for dtype in dict.fromkeys(row["dtype"] for row in rows)]
+    out.mkdir(parents=True, exist_ok=True)
+    dtypes = dict.fromkeys(row["dtype"] for row in payload["rows"])
+    return [*(_relative(payload, dtype, out) for dtype in dtypes), _by_shape(payload, out)]
 
 
 def _relative(payload: dict[str, Any], dtype: str, out: Path) -> Path:
@@ -50,7 +51,7 @@ def _relative(payload: dict[str, Any], dtype: str, out: Path) -> Path:
                 if not chain or not time:
                     continue
                 x = i + (j - (len(present) - 1) / 2) * 0.85 / len(present)
-                ax.bar(x, chain / time, width=0.8 / len(present), color=COLOURS[name])
+                ax.bar(x, chain / time - 1, bottom=1, width=0.8 / len(present), color=COLOURS[name])
         ax.axhline(1, color="#444444", linewidth=1)
         ax.set_xticks(range(len(models)), models)
         ax.set_yscale("log")
@@ -64,6 +65,30 @@ def _relative(payload: dict[str, Any], dtype: str, out: Path) -> Path:
     handles = [matplotlib.patches.Patch(color=COLOURS[name], label=name) for name in present]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     path = out / f"throughput-{dtype}.png"
-    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _by_shape(payload: dict[str, Any], out: Path) -> Path:
+    """GFLOP/s of single layers in float32, in the order of their size, below the machine's own rate."""
+    rows = payload["by_shape"]
+    labels = list(dict.fromkeys(f"{row['m']}×{row['n']}" for row in rows))
+    figure = Figure(figsize=(max(6.0, 2 + 0.36 * len(labels)), 4.2), layout="constrained", dpi=110)
+    ax = figure.subplots()
+    roof = payload["matmul_flops_per_s"]["fp32"] / 1e9
+    ax.axhline(roof, color="#444444", linewidth=1, linestyle="--")
+    ax.annotate("matrix products as measured", (0, roof), (0, 3), textcoords="offset points", fontsize=8)
+    for name in dict.fromkeys(row["contestant"] for row in rows):
+        rates = [row["gflop_per_s"] for row in rows if row["contestant"] == name]
+        ax.plot(labels, rates, "o-", color=COLOURS[name], label=name, markersize=4)
+    ax.tick_params(axis="x", labelrotation=90)
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel("GFLOP/s")
+    ax.set_xlabel("layer, m×n, by size")
+    ax.grid(axis="y", alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(f"Rate by shape, fp32, {payload['device_name']}, {payload['threads']} thread(s)", fontsize=11)
+    ax.legend(frameon=False)
+    path = out / "throughput-shapes.png"
     figure.savefig(path)
     return path

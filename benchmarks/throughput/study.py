@@ -18,6 +18,7 @@ from benchmarks.shapes import MODELS, QUICK_MODELS
 from benchmarks.throughput import plots, tables
 from benchmarks.throughput.contestants import (
     BLOCKS,
+    CHAIN,
     FULL,
     NAMES,
     OPERATIONS,
@@ -67,20 +68,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             rates = roofs.matmul_rates(options.device, list(DTYPES.values()), seconds=min(seconds, 1.0))
             bandwidth = roofs.copy_bandwidth(options.device, seconds=min(seconds, 1.0))
             bar.remove_task(task)
-            rows = [
-                row
-                for model in models
-                for row in _model(bar, model, operations, dtypes, rates, seconds, limit, options)
-            ]
+            console.print(tables.machine(device_name(options.device), options.threads, rates, bandwidth))
+            rows: list[Row] = []
+            for model in models:
+                found = list(_model(bar, model, operations, dtypes, rates, seconds, limit, options))
+                console.print(tables.model_table(model, found))
+                rows += found
+            by_shape = _shapes(bar, models, seconds / 8, rates, options)
         payload: dict[str, Any] = {
             "device_name": device_name(options.device),
             "threads": options.threads,
             "matmul_flops_per_s": {name: rates[dtype] for name, dtype in DTYPES.items()},
             "copy_bytes_per_s": bandwidth,
             "rows": rows,
+            "by_shape": by_shape,
             "ratios": tables.ratios(rows),
         }
-        tables.show(payload)
+        console.print(tables.ratio_table(payload["ratios"]))
         path = results.write(options.out, "throughput", options.device, payload)
         for written in (*plots.draw(payload, options.out), path):
             console.print(f"wrote {written}", soft_wrap=True)
@@ -132,6 +136,25 @@ def _model(
             row.update(_figures(row, sample, rates[_product_dtype(row, options.device)]))
         yield from rows.values()
         gc.collect()
+
+
+def _shapes(
+    bar: Progress, models: list[str], seconds: float, rates: dict[torch.dtype, float], options: argparse.Namespace
+) -> list[Row]:
+    """Each distinct layer alone, applied in float32: how the rate depends on the shape."""
+    shapes = sorted({shape for model in models for shape in MODELS[model]}, key=lambda shape: shape[0] * shape[1])
+    task = bar.add_task("single layers", total=len(shapes))
+    rows: list[Row] = []
+    for m, n in shapes:
+        work = Workload([(m, n)], torch.float32, options.device)
+        ready = {name: c for name, c in contestants("apply", work, compiled=False) if name in (FULL, BLOCKS, CHAIN)}
+        samples = interleave({name: contestant.call for name, contestant in ready.items()}, seconds=seconds)
+        for name, sample in samples.items():
+            row: Row = {"m": m, "n": n, "contestant": name, "gflop": (ready[name].flops or 0) / 1e9}
+            rows.append(row | _figures(row, sample, rates[torch.float32]))
+        bar.advance(task)
+    bar.remove_task(task)
+    return rows
 
 
 def _advance(bar: Progress, task: TaskID, share: float) -> None:

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from rich import box
 from rich.table import Table
 
-from benchmarks.console import console
 from benchmarks.throughput.contestants import BLOCKS, CHAIN, FULL
 
-__all__ = ["ratios", "show"]
+__all__ = ["machine", "model_table", "ratio_table", "ratios"]
 
 Row = dict[str, Any]
 
 
-def show(payload: dict[str, Any]) -> None:
-    """One table a model, then the ratios."""
-    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in payload["matmul_flops_per_s"].items())
-    console.print(f"\n[bold]{payload['device_name']}[/], {payload['threads']} thread(s)")
-    console.print(f"matrix products as measured: {rates}; copies {payload['copy_bytes_per_s'] / 1e9:.0f} GB/s")
-    for model in dict.fromkeys(row["model"] for row in payload["rows"]):
-        console.print(_model_table(model, [row for row in payload["rows"] if row["model"] == model]))
-    console.print(_ratio_table(payload["ratios"]))
+def machine(name: str, threads: int, rates: dict[torch.dtype, float], bandwidth: float) -> str:
+    """What everything is measured against, in two lines."""
+    each = ", ".join(f"{str(dtype).removeprefix('torch.')} {rate / 1e9:.0f}" for dtype, rate in rates.items())
+    return f"{name}, {threads} thread(s)\nmatrix products in GFLOP/s: {each}; copies {bandwidth / 1e9:.0f} GB/s\n"
 
 
 def ratios(rows: list[Row]) -> list[Row]:
@@ -48,7 +44,8 @@ def ratios(rows: list[Row]) -> list[Row]:
     ]
 
 
-def _model_table(model: str, rows: list[Row]) -> Table:
+def model_table(model: str, rows: list[Row]) -> Table:
+    """Every figure of one model."""
     table = _table(f"{model}: medians of interleaved rounds")
     for heading in ("", "dtype", "contestant"):
         table.add_column(heading, no_wrap=True)
@@ -81,7 +78,8 @@ def _cells(row: Row, chain_ms: float | None) -> list[str]:
     ]
 
 
-def _ratio_table(found: list[Row]) -> Table:
+def ratio_table(found: list[Row]) -> Table:
+    """:func:`ratios` as a table."""
     table = _table("Ratios of medians")
     table.caption = (
         "forward, with VJP: ours ÷ plain chain (and autograd through it), fp32. In bf16, in fp16: ours ÷ ours in "

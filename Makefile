@@ -1,0 +1,28 @@
+.PHONY: install bench test lint format
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+install: $(VENV)/.installed
+
+# One environment for both commands; made anew when what it holds has changed.
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+bench: install  ## every benchmark at its quick setting: tables, plots and JSON in results/
+	$(BIN)/python -m benchmarks --quick
+
+test: install lint  ## lint, types and tests
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

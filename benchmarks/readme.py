@@ -1,0 +1,122 @@
+"""README's measured tables, made from the results files: ``python -m benchmarks.readme`` writes them anew.
+
+A table stands between ``<!-- name -->`` and ``<!-- /name -->``. A test holds README against the files, so a figure
+that no run has given can't stand there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.throughput.contestants import BLOCKS, CHAIN, COMPILED, EIGEN, FULL, INVERSE
+
+__all__ = ["RESULTS", "TABLES", "render"]
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc"
+TITLES = {"mlp": "MLP 784-1000-1000-10", "lenet": "LeNet", "vgg16": "VGG16", "resnet18": "ResNet-18"}
+TITLES["transformer"] = "Transformer 6+6, 512"
+
+
+def render(text: str) -> str:
+    """README with every table as the results files have it."""
+    for name, make in TABLES.items():
+        opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if text.count(opening) != 1 or text.count(closing) != 1:
+            raise ValueError(f"README must hold the marks of the table {name!r} once")
+        before, rest = text.split(opening)
+        text = f"{before}{opening}{make()}\n{closing}{rest.split(closing)[1]}"
+    return text
+
+
+def _machine() -> str:
+    content = results.load(RESULTS / "throughput.json")
+    packages = content["environment"]["packages"]
+    return (
+        f"Measured on {content['device_name']}, {content['threads']} thread, torch {packages['torch']}, Python "
+        f"{content['environment']['python']}, whose matrix products reach "
+        + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in content["matmul_flops_per_s"].items())
+        + "."
+    )
+
+
+def _ratios() -> str:
+    content = results.load(RESULTS / "throughput.json")
+    header = ["", "forward ÷ chain", "forward + VJP ÷ autograd", "bf16 ÷ fp32", "fp16 ÷ fp32", "full ÷ blocks of 64"]
+    keys = ["forward", "with VJP", "in bf16", "in fp16", "full/blocks"]
+    rows = [[TITLES[row["model"]], *(_ratio(row[key]) for key in keys)] for row in content["ratios"]]
+    return _markdown(header, rows)
+
+
+def _times() -> str:
+    content = results.load(RESULTS / "throughput.json")
+    names = (FULL, BLOCKS, CHAIN, COMPILED, INVERSE, EIGEN)
+    cells = {
+        (row["model"], row["operation"], row["contestant"]): row for row in content["rows"] if row["dtype"] == "fp32"
+    }
+    rows = []
+    for model in TITLES:
+        for operation in ("apply", "refresh", "step"):
+            found = [cells[model, operation, name] for name in names]
+            rows.append([TITLES[model], operation, *(_milliseconds(row) for row in found)])
+    return _markdown(["ms, fp32", "", *names], rows)
+
+
+def _shapes() -> str:
+    content = results.load(RESULTS / "throughput.json")
+    cells = {(row["m"], row["n"], row["contestant"]): row["median_ms"] for row in content["by_shape"]}
+    rows = []
+    for m, n in ((1000, 785), (1000, 1001), (256, 2305), (512, 2049), (512, 4609)):
+        full, blocks, chain = (cells[m, n, name] for name in (FULL, BLOCKS, CHAIN))
+        rows.append([f"{m}×{n}", *(f"{x:,.1f}" for x in (chain, full, blocks)), f"{full / blocks:.1f}×"])
+    return _markdown(["layer", "chain, ms", "full, ms", "blocks of 64, ms", "blocks faster than full by"], rows)
+
+
+def _stability() -> str:
+    content = results.load(RESULTS / "stability.json")
+    records = {(each["dtype"], each["method"]): each for each in content["summary"]["recorded"]}
+    rows = []
+    for method, label in content["methods"].items():
+        if method != "limit":
+            found = [records[dtype, method] for dtype in ("fp32", "bf16", "fp16")]
+            rows.append([label, *map(_breakdowns, found), *(f"{each['worst_arithmetic']:.0e}" for each in found)])
+    header = ["recorded layers", "breakdowns in fp32", "in bf16", "in fp16", "worst arithmetic error in fp32", "bf16"]
+    return _markdown([*header, "fp16"], rows)
+
+
+def _breakdowns(record: dict[str, Any]) -> str:
+    count = f"{record['broken']} of {record['problems']}"
+    return f"{count}, none from {record['saved_from']:g}" if record["broken"] else count
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _milliseconds(row: dict[str, Any]) -> str:
+    if "median_ms" not in row:
+        return f"({row['expected_s']:.0f} s expected)" if "expected_s" in row else "failed"
+    value = row["median_ms"]
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "machine": _machine,
+    "ratios": _ratios,
+    "times": _times,
+    "shapes": _shapes,
+    "stability": _stability,
+}
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))
