@@ -50,6 +50,7 @@ def interleave(
     seconds: float,
     least: int = 3,
     most: int = 101,
+    warm: bool = False,
     advance: Callable[[float], object] = lambda share: None,
 ) -> dict[str, Sample]:
     """Run the calls in turn, round after round, so that what slows the machine slows them all.
@@ -62,6 +63,7 @@ def interleave(
     Args:
         calls: what to time, by name.
         seconds: what each may use.
+        warm: each has been called before.
         advance: told after each call how far the whole is, from 0 to 1.
     """
     samples = {name: Sample() for name in calls}
@@ -72,7 +74,7 @@ def interleave(
         enough = 1 if used > 4 * seconds * rounds else least
         return min(1.0, rounds / enough, max(used / seconds, rounds / most))
 
-    repeats = {name: _repeats(call) for name, call in calls.items()}
+    repeats = {name: _repeats(call, warm) for name, call in calls.items()}
     active, turn = list(calls), 0
     was_enabled = gc.isenabled()
     gc.collect()
@@ -98,7 +100,8 @@ def _time(call: Call, repeats: int) -> float:
     return (device_timer() - start) / repeats
 
 
-def _repeats(call: Call) -> int:
-    """How many calls fill ``WINDOW``; the first one warms up, and tells enough if it fills it by far."""
-    first = _time(call, 1)
-    return 1 if first > 10 * WINDOW else max(1, math.ceil(WINDOW / max(_time(call, 1), 1e-9)))
+def _repeats(call: Call, warm: bool) -> int:
+    """How many calls fill ``WINDOW``."""
+    if not warm:
+        call()
+    return max(1, math.ceil(WINDOW / max(_time(call, 1), 1e-9)))

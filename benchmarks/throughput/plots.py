@@ -8,7 +8,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.throughput.contestants import BLOCKS, CHAIN, COMPILED, EIGEN, FULL, INVERSE
+from benchmarks.shapes import MODELS
+from benchmarks.throughput.contestants import BLOCKS, CHAIN, COMPILED, EIGEN, FULL, INVERSE, OPERATIONS
 
 __all__ = ["draw"]
 
@@ -38,8 +39,8 @@ def draw(payload: dict[str, Any], out: Path) -> list[Path]:
 def _relative(payload: dict[str, Any], dtype: str, out: Path) -> Path:
     """Time over that of the plain chain, a panel an operation: models across, contestants as bars."""
     rows = [row for row in payload["rows"] if row["dtype"] == dtype]
-    operations = list(dict.fromkeys(row["operation"] for row in rows))
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    operations = sorted({row["operation"] for row in rows}, key=OPERATIONS.index)
+    models = sorted({row["model"] for row in rows}, key=list(MODELS).index)
     times = {(r["operation"], r["model"], r["contestant"]): r.get("median_ms") for r in rows}
     present = [name for name in COLOURS if any(row["contestant"] == name for row in rows)]
     figure = Figure(figsize=(4.2 * len(operations), 4.2), layout="constrained", dpi=110)

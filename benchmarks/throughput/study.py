@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="seconds a call may be expected to take; what takes longer isn't run (default: 60, with --quick 1)",
     )
+    parser.add_argument(
+        "--add", action="store_true", help="keep the rows of an earlier run in --out that this one doesn't measure"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
 
 
@@ -75,14 +78,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 console.print(tables.model_table(model, found))
                 rows += found
             by_shape = _shapes(bar, models, seconds / 8, rates, options)
+        earlier = _earlier(options, rows)
         payload: dict[str, Any] = {
             "device_name": device_name(options.device),
             "threads": options.threads,
             "matmul_flops_per_s": {name: rates[dtype] for name, dtype in DTYPES.items()},
             "copy_bytes_per_s": bandwidth,
-            "rows": rows,
+            "rows": [*rows, *earlier["rows"]],
             "by_shape": by_shape,
-            "ratios": tables.ratios(rows),
+            "ratios": tables.ratios([*rows, *earlier["rows"]]),
+            "earlier": earlier["environments"],
         }
         console.print(tables.ratio_table(payload["ratios"]))
         path = results.write(options.out, "throughput", options.device, payload)
@@ -91,6 +96,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     return payload
+
+
+def _earlier(options: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
+    """With ``--add``: the rows of the file that is to be written anew, so that a long run can be made in parts,
+    and where they were taken."""
+    path = options.out / "throughput.json"
+    if not options.add or not path.exists():
+        return {"rows": [], "environments": []}
+    content = results.load(path)
+    measured = {_key(row) for row in rows}
+    return {
+        "rows": [row for row in content["rows"] if _key(row) not in measured],
+        "environments": [content["environment"], *content["earlier"]],
+    }
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return row["model"], row["operation"], row["dtype"], row["contestant"]
 
 
 def _model(
@@ -128,6 +151,7 @@ def _model(
         samples = interleave(
             {key: contestant.call for key, contestant in ready.items()},
             seconds=seconds,
+            warm=True,
             advance=partial(_advance, bar, task),
         )
         bar.remove_task(task)

@@ -8,6 +8,7 @@ import torch
 from rich import box
 from rich.table import Table
 
+from benchmarks.shapes import MODELS
 from benchmarks.throughput.contestants import BLOCKS, CHAIN, FULL
 
 __all__ = ["machine", "model_table", "ratio_table", "ratios"]
@@ -40,7 +41,7 @@ def ratios(rows: list[Row]) -> list[Row]:
             "chain fp16": ratio(model, ("apply", "fp16", CHAIN), ("apply", "fp32", CHAIN)),
             "full/blocks": ratio(model, ("apply", "fp32", FULL), ("apply", "fp32", BLOCKS)),
         }
-        for model in dict.fromkeys(row["model"] for row in rows)
+        for model in sorted({row["model"] for row in rows}, key=list(MODELS).index)
     ]
 
 

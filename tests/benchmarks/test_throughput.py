@@ -110,7 +110,7 @@ def test_estimates_scale_with_the_rate() -> None:
 
 def test_ratios() -> None:
     rows = [
-        {"model": "x", "operation": o, "dtype": d, "contestant": c, "median_ms": t}
+        {"model": "mlp", "operation": o, "dtype": d, "contestant": c, "median_ms": t}
         for o, d, c, t in (
             ("apply", "fp32", FULL, 2.0),
             ("apply", "fp32", CHAIN, 4.0),
@@ -155,6 +155,26 @@ def test_what_would_take_too_long_is_named_and_left_out(tmp_path: Path) -> None:
     rows = results.load(tmp_path / "throughput.json")["rows"]
     assert len(rows) == len(NAMES) - 1
     assert all("median_ms" not in row and row["note"].startswith("not run") for row in rows)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_can_be_made_in_parts(tmp_path: Path) -> None:
+    options = ["throughput", "--seconds", "0.01", "--models", "lenet", "--no-compile", "--out", str(tmp_path)]
+    main([*options, "--dtypes", "fp32,bf16", "--operations", "apply"])
+    first = results.load(tmp_path / "throughput.json")
+    main([*options, "--dtypes", "fp32", "--operations", "apply,step", "--add"])
+    both = results.load(tmp_path / "throughput.json")
+    assert {(row["operation"], row["dtype"]) for row in both["rows"]} == {
+        ("apply", "fp32"),
+        ("apply", "bf16"),
+        ("step", "fp32"),
+    }
+    assert len(both["rows"]) == 3 * (len(NAMES) - 1)
+    assert [row for row in both["rows"] if row["dtype"] == "bf16"] == [
+        row for row in first["rows"] if row["dtype"] == "bf16"
+    ]
+    assert both["earlier"] == [first["environment"]]
+    assert both["ratios"][0]["in bf16"] is not None
 
 
 BAD: list[tuple[list[str], str]] = [
