@@ -24,13 +24,15 @@ __all__ = [
 ]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+Tensors = Sequence[Tensor]
 
 
 def operands(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *V: Tensor, index: int | None = None) -> None:
     """Refuse what is not one preconditioned gradient, with its cotangent if given; number ``index`` of lists
     ``Gs, As, ...`` if given."""
-    if _plainly_fit(G, A, B, S, *V):
+    if _plainly_fit((G,), (A,), (B,), (S,), V or None):
         return
     at = "" if index is None else f"s[{index}]"
     _matrix("G" + at, G)
@@ -41,39 +43,46 @@ def operands(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *V: Tensor, index: int 
     _block("B" + at, B, G, -2, at)
 
 
-def _plainly_fit(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *V: Tensor) -> bool:
-    """Whether this is the common case, seen in a quarter of the time: what isn't is looked at closely.
+def _plainly_fit(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, Vs: Tensors | None) -> bool:
+    """Whether every entry is of the common case, full blocks of one dtype: what isn't is looked at closely.
 
-    The close look costs as much as a small layer.
+    One flat loop over as few attributes as will do, for looking closely takes longer than a small layer.
     """
-    if type(G) not in _PLAIN_TYPES or G.ndim != 2 or G.dtype not in DTYPES or G.layout is not torch.strided:
-        return False
-    dtype, device, shape = G.dtype, G.device, G.shape
-    for x in (A, B, S, *V):
-        if type(x) not in _PLAIN_TYPES or x.dtype is not dtype or x.device != device or x.layout is not torch.strided:
+    for G, A, B, S, V in zip(Gs, As, Bs, Ss, Ss if Vs is None else Vs, strict=True):
+        if not (type(G) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN and type(S) in _PLAIN):
             return False
-    m, n = shape
-    return A.shape == (n, n) and B.shape == (m, m) and S.shape == shape and all(x.shape == shape for x in V)
+        dtype, device, shape = G.dtype, G.device, G.shape
+        if not (
+            dtype in DTYPES
+            and (A.dtype is dtype and B.dtype is dtype and S.dtype is dtype)
+            and (A.device == device and B.device == device and S.device == device and Gs[0].device == device)
+            and len(shape) == 2
+            and (S.shape == shape and A.shape == (shape[1], shape[1]) and B.shape == (shape[0], shape[0]))
+            and (G.layout is A.layout is B.layout is S.layout is torch.strided)
+        ):
+            return False
+        if V is not S and not _plainly_matches(V, G):
+            return False
+    return True
 
 
 def _plainly_matches(x: Tensor, G: Tensor) -> bool:
-    """The common case of what is written, likewise."""
+    """Whether ``x`` is a tensor like ``G`` in all that is asked of it."""
     return (
-        type(x) in _PLAIN_TYPES
+        type(x) in _PLAIN
         and x.dtype is G.dtype
         and x.shape == G.shape
         and x.device == G.device
         and x.layout is torch.strided
-        and x.is_contiguous()
     )
 
 
 def foreach_operands(
-    Gs: Sequence[Tensor],
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-    Ss: Sequence[Tensor],
-    Vs: Sequence[Tensor] | None = None,
+    Gs: Tensors,
+    As: Tensors,
+    Bs: Tensors,
+    Ss: Tensors,
+    Vs: Tensors | None = None,
 ) -> None:
     """Refuse lists that don't match, then what :func:`operands` refuses of each entry."""
     entries: Iterable[tuple[Tensor, ...]]
@@ -83,13 +92,15 @@ def foreach_operands(
     else:
         tensor_lists(Gs=Gs, As=As, Bs=Bs, Ss=Ss, Vs=Vs)
         entries = zip(Gs, As, Bs, Ss, Vs, strict=True)
+    if _plainly_fit(Gs, As, Bs, Ss, Vs):
+        return
     for i, (G, *others) in enumerate(entries):
         operands(G, *others, index=i)
         if G.device != Gs[0].device:
             raise ValueError(f"Gs[{i}] must be on the device of Gs[0], {Gs[0].device}, but is on {G.device}")
 
 
-def tensor_lists(**lists: Sequence[Tensor]) -> None:
+def tensor_lists(**lists: Tensors) -> None:
     """Refuse what is no list of tensors, and lists of different lengths."""
     length = None
     for name, tensors in lists.items():
@@ -123,7 +134,7 @@ def kept_products(kept: Kept, G: Tensor, *, index: int | None = None) -> None:
             )
 
 
-def kept_list(kept: Sequence[Kept], Gs: Sequence[Tensor]) -> None:
+def kept_list(kept: Sequence[Kept], Gs: Tensors) -> None:
     """Refuse what the forwards of ``Gs`` can't have kept. ``Gs`` have been checked."""
     if not isinstance(kept, (list, tuple)) or isinstance(kept, Kept) or len(kept) != len(Gs):
         raise ValueError(f"kept must be None or a list of {len(Gs)} Kept, one for each of Gs, but got {_kind(kept)}")
@@ -131,7 +142,7 @@ def kept_list(kept: Sequence[Kept], Gs: Sequence[Tensor]) -> None:
         kept_products(kept[i], G, index=i)
 
 
-def no_graph(reason: str, **lists: Sequence[Tensor]) -> None:
+def no_graph(reason: str, **lists: Tensors) -> None:
     """Refuse tensors that autograd is watching where no graph is built."""
     if not torch.is_grad_enabled():
         return
@@ -146,12 +157,12 @@ def no_graph(reason: str, **lists: Sequence[Tensor]) -> None:
 
 
 def step(
-    thetas: Sequence[Tensor],
-    Gs: Sequence[Tensor],
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-    Ss: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor] | None,
+    thetas: Tensors,
+    Gs: Tensors,
+    As: Tensors,
+    Bs: Tensors,
+    Ss: Tensors,
+    momentum_buffers: Tensors | None,
     lr: float | Tensor,
     momentum: float,
     weight_decay: float,
@@ -169,16 +180,14 @@ def step(
         raise ValueError(f"momentum_buffers must be given where momentum is not 0, but momentum is {momentum}")
     for name, tensors in written.items():
         for i, (x, G) in enumerate(zip(tensors, Gs, strict=True)):
-            if _plainly_matches(x, G):
+            if _plainly_matches(x, G) and x.is_contiguous():
                 continue
             _same_as_G(f"{name}[{i}]", x, G, f"Gs[{i}]")
             _writable(f"{name}[{i}]", x)
     no_graph("it is written in place", **written)
 
 
-def no_shared_memory(
-    thetas: Sequence[Tensor], momentum_buffers: Sequence[Tensor] | None, **read: Sequence[Tensor]
-) -> None:
+def no_shared_memory(thetas: Tensors, momentum_buffers: Tensors | None, **read: Sequence[Tensor]) -> None:
     """Refuse one memory under two names where one of them is written: tied weights are to be listed once.
 
     Apart from :func:`step`, for fake tensors have no addresses.
@@ -258,7 +267,7 @@ def _scalar(name: str, value: object, *, below: float = math.inf) -> None:
         raise ValueError(f"{name} must be {bound}, but got {value}")
 
 
-def _learning_rate(lr: object, Gs: Sequence[Tensor]) -> None:
+def _learning_rate(lr: object, Gs: Tensors) -> None:
     if not isinstance(lr, Tensor):
         _scalar("lr", lr)
     elif lr.ndim != 0 or not lr.is_floating_point():
