@@ -76,8 +76,7 @@ def aligned_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device
 def precondition(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *, wide: bool = False) -> Tensor:
     """``P(G)``, contiguous, of ``G``'s shape, in ``G``'s dtype or, if ``wide``, the accumulation dtype."""
     dtype = accumulation_dtype(G.dtype)
-    if G.numel() < SMALL and A.ndim == B.ndim == G.ndim == 2 and A.dtype == B.dtype == S.dtype == G.dtype == dtype:
-        # The products without the bookkeeping, which takes as long as those of a small layer.
+    if _is_small(G, A, B, S, dtype):
         M = torch.mm(torch.mm(B.mT, G), A)
         return torch.mm(torch.mm(B, M.mul_(S).mul_(S)), A.mT)
     p = _Problem(G, A, B, S, narrow_first=True)
@@ -86,6 +85,9 @@ def precondition(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *, wide: bool = Fal
 
 def precondition_keep(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Kept]:
     """``P(G)`` and what :func:`precondition_vjp` can take over from it."""
+    if _is_small(G, A, B, S, G.dtype) and _A_is_wider(G, A, B):
+        kept = _small_forward(G, A, B, S)
+        return torch.mm(kept.W, A.mT), kept
     p = _Problem(G, A, B, S)
     kept = _forward(p)
     Y = _apply(p, kept.W, G.dtype)
@@ -96,6 +98,8 @@ def precondition_vjp(
     G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor, kept: Kept | None, wanted: str
 ) -> dict[str, Tensor]:
     """The derivatives named in ``wanted`` (letters of "GABS"), by name, in the accumulation dtype."""
+    if _is_small(G, A, B, S, V.dtype) and _A_is_wider(G, A, B):
+        return _small_vjp(G, A, B, S, V, kept or _small_forward(G, A, B, S, need_W="A" in wanted), wanted)
     p = _Problem(G, A, B, S)
     letters = wanted.translate(_SWAP) if p.transposed else wanted
     held = _forward(p, need_W="A" in letters) if kept is None else Kept(*(p.enter(x) for x in kept))
@@ -170,6 +174,49 @@ def foreach_precondition_step_(
         torch._foreach_sub_(weights, directions, alpha=lr)
 
 
+# Small layers with full blocks of one dtype: the algebra without the bookkeeping, which takes as long.
+
+
+def _is_small(G: Tensor, A: Tensor, B: Tensor, S: Tensor, dtype: torch.dtype) -> bool:
+    return (
+        G.numel() < SMALL
+        and (A.ndim == 2 and B.ndim == 2 and G.ndim == 2)
+        and (G.dtype is dtype and A.dtype is dtype and B.dtype is dtype and S.dtype is dtype)
+        and (dtype is torch.float32 or dtype is torch.float64)
+    )
+
+
+def _small_forward(G: Tensor, A: Tensor, B: Tensor, S: Tensor, need_W: bool = True) -> Kept:
+    U = torch.mm(G, A)
+    R = torch.mm(B.mT, U).mul_(S)
+    return Kept(U, R, torch.mm(B, R * S) if need_W else R)
+
+
+def _small_vjp(G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor, kept: Kept, wanted: str) -> dict[str, Tensor]:
+    U, R, W = kept
+    UV = torch.mm(V, A)
+    N = torch.mm(B.mT, UV)
+    d: dict[str, Tensor] = {}
+    if "S" in wanted:
+        d["S"] = (N * R).mul_(2)
+    TN = N.mul_(S).mul_(S)
+    if "B" in wanted:
+        d["B"] = _add_product(U, TN.mT, torch.mm(UV, (R * S).mT))
+    if "A" in wanted or "G" in wanted:
+        WN = torch.mm(B, TN, out=UV)  # UV has been read for the last time
+        if "A" in wanted:
+            d["A"] = _add_product(G.mT, WN, torch.mm(V.mT, W))
+        if "G" in wanted:
+            d["G"] = torch.mm(WN, A.mT)
+    return d
+
+
+def _A_is_wider(G: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether ``A`` is the side to begin with where derivatives follow."""
+    m, n = G.shape[-2:]
+    return width(A, G, n) >= width(B, G, m)
+
+
 class _Problem:
     """The operands, widened, their batch dimensions joined to at most one, and turned so that ``A`` is the side to
     begin with: the wider one, or with ``narrow_first`` the other."""
@@ -179,7 +226,7 @@ class _Problem:
         self.device = G.device
         self.dtype = accumulation_dtype(G.dtype)
         self.batch_dims = G.ndim - 2
-        self.transposed = (width(B, G, G.shape[-2]) > width(A, G, G.shape[-1])) is not narrow_first
+        self.transposed = _A_is_wider(G, A, B) is narrow_first
         self.plain = G.numel() < SMALL and not (self.transposed or is_stack(A, G) or is_stack(B, G))
         self.G, self.S = self.enter(G), self.enter(S)
         A, B = self._widen(A), self._widen(B)

@@ -78,14 +78,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 console.print(tables.model_table(model, found))
                 rows += found
             by_shape = _shapes(bar, models, seconds / 8, rates, options)
-        earlier = _earlier(options, rows)
+        earlier = _earlier(options, rows, by_shape)
         payload: dict[str, Any] = {
             "device_name": device_name(options.device),
             "threads": options.threads,
             "matmul_flops_per_s": {name: rates[dtype] for name, dtype in DTYPES.items()},
             "copy_bytes_per_s": bandwidth,
             "rows": [*rows, *earlier["rows"]],
-            "by_shape": by_shape,
+            "by_shape": sorted([*by_shape, *earlier["by_shape"]], key=lambda row: row["m"] * row["n"]),
             "ratios": tables.ratios([*rows, *earlier["rows"]]),
             "earlier": earlier["environments"],
         }
@@ -98,22 +98,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return payload
 
 
-def _earlier(options: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
-    """With ``--add``: the rows of the file that is to be written anew, so that a long run can be made in parts,
-    and where they were taken."""
+def _earlier(options: argparse.Namespace, rows: list[Row], by_shape: list[Row]) -> dict[str, Any]:
+    """With ``--add``: what the file that is to be written anew holds beside these rows, so that a long run can be
+    made in parts, and where it was taken."""
     path = options.out / "throughput.json"
     if not options.add or not path.exists():
-        return {"rows": [], "environments": []}
+        return {"rows": [], "by_shape": [], "environments": []}
     content = results.load(path)
-    measured = {_key(row) for row in rows}
     return {
-        "rows": [row for row in content["rows"] if _key(row) not in measured],
+        "rows": _without(rows, content["rows"], ("model", "operation", "dtype", "contestant")),
+        "by_shape": _without(by_shape, content["by_shape"], ("m", "n", "contestant")),
         "environments": [content["environment"], *content["earlier"]],
     }
 
 
-def _key(row: Row) -> tuple[str, ...]:
-    return row["model"], row["operation"], row["dtype"], row["contestant"]
+def _without(new: list[Row], old: list[Row], names: tuple[str, ...]) -> list[Row]:
+    """The old rows that no new one replaces."""
+    keys = {tuple(row[name] for name in names) for row in new}
+    return [row for row in old if tuple(row[name] for name in names) not in keys]
 
 
 def _model(
