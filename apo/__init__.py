@@ -9,8 +9,10 @@
 from apo.discrepancy import KL, BernoulliKL, GaussianKL, SquaredError
 from apo.learning_rate import AdaptiveLR
 from apo.objective import Evaluation, ProximalObjective
+from apo.optimizer import APO
 
 __all__ = [
+    "APO",
     "KL",
     "AdaptiveLR",
     "BernoulliKL",
