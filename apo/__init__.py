@@ -6,7 +6,9 @@
 * :mod:`apo.proximal` holds the proximal point methods that they amortize.
 """
 
+from apo import proximal
 from apo.discrepancy import KL, BernoulliKL, GaussianKL, SquaredError
+from apo.full_preconditioner import FullPreconditioner
 from apo.learning_rate import AdaptiveLR
 from apo.objective import Evaluation, ProximalObjective
 from apo.optimizer import APO
@@ -17,7 +19,9 @@ __all__ = [
     "AdaptiveLR",
     "BernoulliKL",
     "Evaluation",
+    "FullPreconditioner",
     "GaussianKL",
     "ProximalObjective",
     "SquaredError",
+    "proximal",
 ]

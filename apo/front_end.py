@@ -56,7 +56,7 @@ class FrontEnd(Optimizer):
         """The weights of all groups, in order."""
         return [p for group in self.param_groups for p in group["params"]]
 
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """One step: φ first, if that is due, then the weights with the new φ (Algorithm 1).
 
         Args:
@@ -131,9 +131,7 @@ class FrontEnd(Optimizer):
     def _scale(self) -> float:
         return 1.0 if self.grad_scaler is None else self.grad_scaler.get_scale()
 
-    def _evaluate(
-        self, closure: Closure, loss: Any, start: list[Tensor], anchor: Any
-    ) -> tuple[list[Tensor], bool]:
+    def _evaluate(self, closure: Closure, loss: Any, start: list[Tensor], anchor: Any) -> tuple[list[Tensor], bool]:
         """V at the present trial weights, and whether the trial can be learned from.
 
         A trial fails where Q isn't finite, or rises far above the loss at θ: stricter bounds were measured to drive
@@ -141,9 +139,7 @@ class FrontEnd(Optimizer):
         """
         self.in_trial = True
         try:
-            V, self.last = self.objective.gradient(
-                closure, self.parameters, start, anchor, scale=self._scale()
-            )
+            V, self.last = self.objective.gradient(closure, self.parameters, start, anchor, scale=self._scale())
         finally:
             self.in_trial = False
         before = torch.as_tensor(loss, dtype=torch.float64).detach().reshape(())

@@ -96,7 +96,9 @@ def slopes(groups: Sequence[Group], V: Sequence[Tensor], steps: Sequence[Tensor]
     sums, first = [], 0
     for group in groups:
         last = first + len(group["params"])
-        products = [torch.sum(v * s, dtype=torch.float64) for v, s in zip(V[first:last], steps[first:last], strict=True)]
+        products = [
+            torch.sum(v * s, dtype=torch.float64) for v, s in zip(V[first:last], steps[first:last], strict=True)
+        ]
         sums.append(torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64))
         first = last
     return [float(x) for x in torch.stack([s.cpu() for s in sums])]

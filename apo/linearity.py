@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -119,7 +120,7 @@ def _probe(
 
 
 def _norm(tensors: list[Tensor]) -> float:
-    return sum(t.double().square().sum().item() for t in tensors) ** 0.5
+    return math.hypot(*(float(t.double().norm()) for t in tensors))
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -130,7 +131,7 @@ def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=0, equal_nan=True)
     if isinstance(a, float):
-        return abs(a - b) <= 1e-4 * abs(a)
+        return math.isclose(a, b, rel_tol=1e-4)
     return True
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +184,7 @@ def _bias_of(module: nn.Module, name: str) -> str | None:
         return "in_proj_bias" if name == "in_proj_weight" else None
     if isinstance(module, nn.RNNBase):
         return name.replace("weight", "bias", 1) if name.startswith(("weight_ih", "weight_hh")) else None
-    if isinstance(module, _TRANSPOSED) and cast(int, module.groups) > 1:
+    if isinstance(module, _TRANSPOSED) and module.groups > 1:
         return None
     known = isinstance(module, (nn.Linear, nn.Bilinear, *_CONVOLUTIONS, *_TRANSPOSED))
     return "bias" if known and name == "weight" else None

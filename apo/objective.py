@@ -102,8 +102,7 @@ class ProximalObjective:
             inputs is None or callable(inputs) or isinstance(inputs, Iterable)
         ):
             raise TypeError(
-                "inputs must be an iterable of batches or a callable that returns one, "
-                f"but got {type(inputs).__name__}"
+                f"inputs must be an iterable of batches or a callable that returns one, but got {type(inputs).__name__}"
             )
         self.inputs = inputs
         self._iterator: Iterator[Any] | None = None

@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 
 from apo import checks, preconditioner
 from apo.front_end import FrontEnd
-from apo.learning_rate import LogRates, slopes
+from apo.learning_rate import LogRates
 from apo.linearity import get_rate
 from apo.lookahead import Lookahead
 from apo.matrix_view import matrix_views
@@ -32,12 +32,13 @@ class APO(FrontEnd):
 
     Each weight, read as a matrix and joined by its bias (:mod:`apo.matrix_view`), steps by ::
 
-        v ← μ v + P(G),   P(G) = B (S² ⊙ BᵀGA) Aᵀ        (Eq. 10)
-        θ ← (1 − lr·λ) θ − lr·v
+        v ← μ v + lr·P(G),   P(G) = B (S² ⊙ BᵀGA) Aᵀ        (Eq. 10)
+        θ ← (1 − lr·λ) θ − v
 
     ``φ = (log lr, A, B, S)`` descends the proximal objective at the lookahead, momentum included (Eq. 8). ``P``
     starts as the identity, which makes the start momentum SGD; ``lr``, the scale in front, is learned with it, and
-    lets it start from any rate.
+    lets it start from any rate. It stands inside the momentum: there φ answers for what it adds to the step. In front
+    of all of ``v`` it needs a λ_FSD ten times smaller to do as well, for it then answers for old gradients too.
 
     Args:
         model: whose parameters are trained, the module or its DDP.
@@ -65,7 +66,7 @@ class APO(FrontEnd):
         grad_scaler: as for :class:`~apo.AdaptiveLR`.
 
     A trial fails where Q isn't finite or leaps (:class:`~apo.front_end.FrontEnd`): the step is then left out,
-    ``lr`` (or P, where ``lr`` isn't learned) is divided by e, and ``failed_trials`` counts it.
+    ``lr`` (or P, where ``lr`` isn't learned) and the momentum are divided by e, and ``failed_trials`` counts it.
 
     Raises:
         TypeError, ValueError: an argument isn't as above; at a step: a sparse gradient, by its parameter's name.
@@ -161,35 +162,37 @@ class APO(FrontEnd):
                 self.state[layer.view.weight] = layer.state()
         # From here on everything is in place: nothing is half done for want of memory.
         for layer, direction in zip(layers, directions, strict=True):
-            if layer.momentum is not None:
-                layer.momentum.mul_(self._group(layer)["momentum"]).add_(direction)
+            rate = get_rate(self._group(layer))
+            if layer.momentum is None:
+                direction.mul_(rate)
+            else:
+                layer.momentum.mul_(self._group(layer)["momentum"]).add_(direction, alpha=rate)
         self._write(layers, [d if x.momentum is None else x.momentum for x, d in zip(layers, directions, strict=True)])
 
     def _meta_step(self, closure: Closure, loss: Any, *, move: bool) -> None:
         layers, gradients = self._gradients()
         anchor = self.objective.anchor(self.parameters)
         directions, kept = preconditioner.apply_and_keep(layers, gradients)
-        grads = {p: p.grad is not None for p in self.parameters}
+        has_grad = {p: p.grad is not None for p in self.parameters}
         with Lookahead(self.parameters) as lookahead:
             self._write(layers, self._velocities(layers, directions))
             V, passed = self._evaluate(closure, loss, lookahead.start, anchor)
-            if self.adapt_lr:
-                by_group = slopes(self.param_groups, V, torch._foreach_sub(self.parameters, lookahead.start))
         if not passed:
             self.failed_trials += 1
             self._shrink()
             return
-        V_of = {p: v if grads[p] else None for p, v in zip(self.parameters, V, strict=True)}
-        matrices = [layer.gradient(V_of[p] for p in layer.view.parameters) for layer in layers]
-        derivatives = preconditioner.block_gradients(layers, gradients, _all(matrices), kept)
+        V_of = {p: v if has_grad[p] else None for p, v in zip(self.parameters, V, strict=True)}
+        cotangents = [layer.view.gather(*_pair(V_of[p] for p in layer.view.parameters)) for layer in layers]
+        by_group = self._slopes(layers, directions, cotangents) if self.adapt_lr else []
+        derivatives = preconditioner.block_gradients(layers, gradients, cotangents, kept)
         del kept, V
         found: list[Tensor] = []
         for layer in self.layers:
-            # dQ/dφ = −(∂u/∂φ)ᵀ V with u = lr·v; a layer that had no gradient learns nothing
+            # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G); a layer that had no gradient learns nothing
             own = derivatives.get(layer) or tuple(torch.zeros_like(x) for x in layer.tensors())
             found += torch._foreach_mul(own, -get_rate(self._group(layer)))
         norms = torch.stack(torch._foreach_norm(found)) if found else torch.zeros(())
-        slopes_finite = not self.adapt_lr or bool(torch.tensor(by_group).isfinite().all())
+        slopes_finite = all(map(math.isfinite, by_group))
         if bool(norms.isfinite().all()) and slopes_finite:
             self.meta.step(found)
             for layer in self.layers:
@@ -210,46 +213,64 @@ class APO(FrontEnd):
             own = [p.grad for p in layer.view.parameters]
             if decay:
                 own = [
-                    None if g is None else g.add(p, alpha=decay) for g, p in zip(own, layer.view.parameters, strict=True)
+                    None if g is None else g.add(p, alpha=decay)
+                    for g, p in zip(own, layer.view.parameters, strict=True)
                 ]
-            matrix = layer.gradient(own)
-            if matrix is not None:
+            if own[0] is not None:
                 layers.append(layer)
-                gradients.append(matrix)
+                gradients.append(layer.view.gather(*_pair(own)))
         return layers, gradients
 
     def _velocities(self, layers: Sequence[Layer], directions: Sequence[Tensor]) -> list[Tensor]:
-        """``μ v + P(G)``, without touching v."""
-        return [
-            direction if layer.momentum is None else layer.momentum * self._group(layer)["momentum"] + direction
-            for layer, direction in zip(layers, directions, strict=True)
-        ]
+        """``μ v + lr·P(G)``, without touching v."""
+        velocities = []
+        for layer, direction in zip(layers, directions, strict=True):
+            group = self._group(layer)
+            step = direction * get_rate(group)
+            velocities.append(step if layer.momentum is None else step.add(layer.momentum, alpha=group["momentum"]))
+        return velocities
+
+    def _slopes(
+        self, layers: Sequence[Layer], directions: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> list[float]:
+        """``dQ/d log lr = −lr ⟨V, P(G) + λθ⟩`` of each group, summed in float64; one synchronisation."""
+        device = self.parameters[0].device
+        sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in self.param_groups]
+        for layer, direction, V in zip(layers, directions, cotangents, strict=True):
+            group = self._group(layer)
+            sums[layer.group] -= get_rate(group) * torch.sum(V * direction, dtype=torch.float64)
+            decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
+            if decay:
+                theta = layer.view.gather(*_pair(layer.view.parameters))
+                sums[layer.group] -= get_rate(group) * decay * torch.sum(V * theta, dtype=torch.float64)
+        values: list[float] = torch.stack(sums).tolist()
+        return values
 
     def _write(self, layers: Sequence[Layer], velocities: Sequence[Tensor]) -> None:
-        """``θ ← (1 − lr·λ) θ − lr·v`` of every parameter that has a gradient."""
-        for group in self.param_groups:
-            rate, decay = get_rate(group), group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-            weights, steps = [], []
-            for layer, velocity in zip(layers, velocities, strict=True):
-                if self._group(layer) is group:
-                    for p, step in zip(layer.view.parameters, layer.view.scatter(velocity), strict=True):
-                        if p.grad is not None:
-                            weights.append(p)
-                            steps.append(step)
-            if not weights:
-                continue
-            if decay:
-                torch._foreach_mul_(weights, 1 - rate * decay)
-            torch._foreach_add_(weights, steps, alpha=-rate)
+        """``θ ← (1 − lr·λ) θ − v`` of every parameter that has a gradient."""
+        weights, steps = [], []
+        for layer, velocity in zip(layers, velocities, strict=True):
+            group = self._group(layer)
+            decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
+            for p, step in zip(layer.view.parameters, layer.view.scatter(velocity), strict=True):
+                if p.grad is not None:
+                    weights.append(p)
+                    steps.append(step)
+                    if decay:
+                        p.mul_(1 - get_rate(group) * decay)
+        if weights:
+            torch._foreach_sub_(weights, steps)
 
     def _shrink(self) -> None:
-        """Divide the step by e."""
+        """Divide the step by e, what momentum adds to it included."""
+        for layer in self.layers:
+            if layer.momentum is not None:
+                layer.momentum.div_(math.e)
+            if not self.adapt_lr:
+                layer.S.mul_(math.exp(-0.5))
+                layer.refresh()
         if self.adapt_lr:
             self.rates.shrink(self.param_groups)
-            return
-        for layer in self.layers:
-            layer.S.mul_(math.exp(-0.5))
-            layer.refresh()
 
     def _group(self, layer: Layer) -> dict[str, Any]:
         return self.param_groups[layer.group]
@@ -295,6 +316,7 @@ def _check_group(group: dict[str, Any]) -> None:
     checks.one_of("block_dtype", group["block_dtype"], (None, *_BLOCK_DTYPES))
 
 
-def _all(matrices: Iterable[Tensor | None]) -> list[Tensor]:
-    found = [m for m in matrices if m is not None]
-    return found
+def _pair(tensors: Iterable[Tensor | None]) -> tuple[Any, Tensor | None]:
+    """Of a weight and its bias, or of a weight alone."""
+    weight, *bias = tensors
+    return weight, bias[0] if bias else None

@@ -28,6 +28,12 @@ class PlanRow:
     step_flops: int
     meta_flops: int
 
+    def cells(self) -> tuple[str, ...]:
+        """As text."""
+        share = f"{self.memory_bytes / max(self.weight_bytes, 1):.1f}"
+        costs = _flops(self.step_flops), _flops(self.meta_flops)
+        return (self.name, " x ".join(map(str, self.shape)), self.A, self.B, _bytes(self.memory_bytes), share, *costs)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -58,23 +64,12 @@ class Plan:
 
     def __str__(self) -> str:
         head = ("parameter", "matrix", "block A (n)", "block B (m)", "memory", "x weights", "step", "meta-step")
-        lines = [head]
-        for row in (*self.rows, self._total()):
-            lines.append(
-                (
-                    row.name,
-                    " x ".join(map(str, row.shape)),
-                    row.A,
-                    row.B,
-                    _bytes(row.memory_bytes),
-                    f"{row.memory_bytes / max(row.weight_bytes, 1):.1f}",
-                    _flops(row.step_flops),
-                    _flops(row.meta_flops),
-                )
-            )
+        lines = [head, *(row.cells() for row in (*self.rows, self._total()))]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         text = [
-            "  ".join(cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+            "  ".join(
+                cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
             for line in lines
         ]
         text.insert(1, "-" * len(text[0]))

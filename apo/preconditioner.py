@@ -5,7 +5,7 @@ All products go through :mod:`apo_kernels`' foreach operations, a whole model a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,11 +90,6 @@ class Layer:
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.working or (self.A, self.B, self.S)
-
-    def gradient(self, gradients: Iterable[Tensor | None]) -> Tensor | None:
-        """The matrix of these gradients of the view's parameters; None where the weight has none."""
-        weight, *bias = gradients
-        return None if weight is None else self.view.gather(weight, bias[0] if bias else None)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold."""
