@@ -62,6 +62,12 @@ class MetaOptimizer:
         for tensor in self.tensors:
             tensor.grad = None
 
+    def scale_rates(self, factor: float) -> None:
+        """Multiply every meta-rate, for schedules of them."""
+        if self._optimizer is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] *= factor
+
     def state_dict(self) -> dict[str, Any]:
         return {} if self._optimizer is None else self._optimizer.state_dict()
 

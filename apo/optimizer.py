@@ -90,7 +90,7 @@ class APO(FrontEnd):
         meta_lr: float = 0.01,
         meta_optimizer: MetaOptimizerName = "adam",
         adapt_lr: bool = True,
-        lr_meta_lr: float = 0.1,
+        lr_meta_lr: float = 0.03,
         shared_lr: bool = True,
         bounds: tuple[float, float] = (1e-10, 1e4),
         grad_scaler: GradScaler | None = None,
