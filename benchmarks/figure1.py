@@ -21,7 +21,7 @@ from benchmarks.console import console, progress
 __all__ = ["PANELS", "add_arguments", "draw", "run", "updates"]
 
 PANELS: dict[str, tuple[tuple[float, float], ...]] = {
-    "weight space": ((0, 1.0), (0, 0.1), (0, 0.01), (0, 0.001)),
+    "weight space": ((0, 30.0), (0, 10.0), (0, 3.0), (0, 0.3)),
     "function space": ((100.0, 1e-6), (10.0, 1e-6), (1.0, 1e-6), (0.1, 1e-6)),
     "both": ((100.0, 0.01), (10.0, 0.01), (1.0, 0.01), (0.1, 0.01)),
 }
@@ -33,7 +33,9 @@ POINT = (0.6, 1.5)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for figure1.png (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="folder for figure1.png (default: %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

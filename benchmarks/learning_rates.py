@@ -97,7 +97,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     try:
         with progress() as bar:
-            task = bar.add_task("learning rates", total=len(OPTIMIZERS) * (len(FIXED) + len(INITIAL) + 1) * options.seeds)
+            task = bar.add_task(
+                "learning rates", total=len(OPTIMIZERS) * (len(FIXED) + len(INITIAL) + 1) * options.seeds
+            )
 
             def runs(name: str, lr: float, adaptive: bool) -> list[Outcome]:
                 outcomes = []
@@ -151,7 +153,11 @@ def _table(found: dict[str, Any], options: argparse.Namespace) -> Table:
         for lr, outcomes in each["learned"].items():
             cells = f"{_mean(outcomes, 'loss'):.2e}", f"{_mean(outcomes, 'accuracy'):.2f}"
             table.add_row(
-                "", f"learned from {lr:g}", *cells, f"{_mean(outcomes, 'rate'):.2e}", f"{_mean(outcomes, 'failed_trials'):.1f}"
+                "",
+                f"learned from {lr:g}",
+                *cells,
+                f"{_mean(outcomes, 'rate'):.2e}",
+                f"{_mean(outcomes, 'failed_trials'):.1f}",
             )
         table.add_section()
     return table

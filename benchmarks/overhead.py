@@ -66,7 +66,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         low, high = row["spread"]
         bound = "" if row["bound"] is None else f"{row['bound']:.2f}"
         table.add_row(
-            name, f"{1e3 * row['step_seconds']:.1f}", f"{1e3 * low:.1f} to {1e3 * high:.1f}", f"{row['ratio']:.2f}", bound
+            name,
+            f"{1e3 * row['step_seconds']:.1f}",
+            f"{1e3 * low:.1f} to {1e3 * high:.1f}",
+            f"{row['ratio']:.2f}",
+            bound,
         )
     console.print(table)
     payload: dict[str, Any] = {"interval": options.interval, "threads": options.threads, "contestants": found}

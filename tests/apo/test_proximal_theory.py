@@ -68,9 +68,7 @@ def test_eq_4_is_the_minimum_of_the_linear_loss_and_the_quadratic_discrepancy() 
     eye = torch.eye(8, dtype=torch.float64)
     expected = s.theta - torch.linalg.inv(0.6 * s.fisher() + 0.2 * eye) @ s.gradient()
     assert error(closed_form_step(s.theta, s.gradient(), G, fsd_weight=0.6, wsd_weight=0.2), expected) < 1e-8
-    step = proximal_step(
-        s.theta, s.loss, s.discrepancy, method=DAMPED_NATURAL_GRADIENT, fsd_weight=0.6, wsd_weight=0.2
-    )
+    step = proximal_step(s.theta, s.loss, s.discrepancy, method=DAMPED_NATURAL_GRADIENT, fsd_weight=0.6, wsd_weight=0.2)
     assert error(step, expected) < 1e-8
 
 
