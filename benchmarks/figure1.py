@@ -57,11 +57,11 @@ def fitted() -> tuple[nn.Module, Tensor, Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1)).double()
     with torch.no_grad():
-        model[0].weight.mul_(6)  # wide enough a spectrum for a spike
+        next(model.parameters()).mul_(6)  # wide enough a spectrum for a spike
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(600):
         optimizer.zero_grad()
-        SquaredError()(model(x), t).backward()
+        SquaredError()(model(x), t).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return model, x, t
 

@@ -68,7 +68,7 @@ def train(name: str, lr: float, *, adaptive: bool, seed: int = 0, epochs: int = 
         objective = apo.ProximalObjective(model, lambda: x[torch.randint(len(x), (BATCH,), generator=others)])
         optimizer = apo.AdaptiveLR(optimizer, objective)
     for _ in range(epochs):
-        for batch in torch.randperm(len(x), generator=order).split(BATCH)[: len(x) // BATCH]:
+        for batch in torch.split(torch.randperm(len(x), generator=order), BATCH)[: len(x) // BATCH]:
 
             def closure(batch: Tensor = batch) -> Tensor:
                 optimizer.zero_grad()
@@ -140,7 +140,7 @@ def _mean(outcomes: list[Outcome], what: str) -> float:
 def _table(found: dict[str, Any], options: argparse.Namespace) -> Table:
     table = Table(
         title=f"digits, {options.epochs} epochs of batch {BATCH}, mean of {options.seeds} seeds",
-        caption="A one-step objective is short-sighted: where the learned loss is above the best fixed one, that is it.",
+        caption="A one-step objective is short-sighted: that is where a learned loss is above the best fixed one.",
     )
     for column in ("optimizer", "rate", "training loss", "test accuracy", "last rate", "failed trials"):
         table.add_column(column, justify="left" if column in ("optimizer", "rate") else "right")

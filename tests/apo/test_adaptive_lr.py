@@ -255,5 +255,5 @@ def test_closures_that_are_none_are_refused() -> None:
     opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.1), objective(model, other))
     with pytest.raises(TypeError, match="closure must be callable"):
         opt.step(3)
-    with pytest.raises(TypeError, match="closure must return the loss, .*but got NoneType"):
+    with pytest.raises(TypeError, match=r"closure must return the loss, .*but got NoneType"):
         opt.step(lambda: None)

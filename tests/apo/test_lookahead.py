@@ -40,14 +40,16 @@ def noisy_net() -> nn.Module:
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_a_trial_leaves_buffers_random_state_gradients_and_flags(front_end: str) -> None:
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_trial_leaves_buffers_random_state_gradients_and_flags(front_end: str, mode: str) -> None:
     """The step with a meta-update disturbs no more than the closure at θ does."""
     x, t, other = torch.randn(16, 5), torch.randint(3, (16,)), torch.randn(9, 5)
     seen = []
     for meta in (False, True):
         model = noisy_net()
-        model[3].eval()  # a flag of its own
+        model[2].eval()  # a flag of its own
         opt = FRONT_ENDS[front_end](model, other, interval=1 if meta else 0, warmup=0)
+        opt.objective = objective(model, other, mode=mode)
         torch.manual_seed(7)
         model(x)  # buffers that are not at their start
         opt.step(closure_of(opt, model, x, t))
@@ -69,7 +71,7 @@ def test_trials_are_evaluated_in_eval_mode_unless_asked_otherwise(front_end: str
         opt = FRONT_ENDS[front_end](model, other, interval=1)
         opt.objective = objective(model, other, mode=mode)
         modes: list[bool] = []
-        handle = model[1].register_forward_hook(lambda module, *_: modes.append(module.training))
+        handle = model[1].register_forward_hook(lambda module, *_, modes=modes: modes.append(module.training))
         opt.step(closure_of(opt, model, x, t))
         handle.remove()
         # the closure at θ, B′ at θ, the closure at θ′, B′ at θ′

@@ -164,7 +164,7 @@ def test_sparse_gradients_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 3))
     opt = apo.APO(model, objective(model, torch.randint(9, (7,))))
     before = weights(model)
-    with pytest.raises(TypeError, match="the gradient of 0.weight must be dense.*sparse=False"):
+    with pytest.raises(TypeError, match=r"the gradient of 0.weight must be dense.*sparse=False"):
         opt.step(closure_of(opt, model, torch.randint(9, (8,)), torch.randint(3, (8,))))
     assert same(weights(model), before)
 
