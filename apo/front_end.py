@@ -16,7 +16,7 @@ from apo.objective import Closure, Evaluation, ProximalObjective, average_over_r
 __all__ = ["FrontEnd"]
 
 # What torch.optim.Optimizer.__getstate__ leaves out too: hooks belong to the process, and schedulers wrap `step`.
-_NOT_PICKLED = ("_hooks", "step", "_opt_called", "_zero_grad_profile_name")
+_NOT_PICKLED = {"step", "_opt_called", "_zero_grad_profile_name"}
 
 
 class FrontEnd(Optimizer):
@@ -186,4 +186,8 @@ class FrontEnd(Optimizer):
         """Refuse a state that doesn't fit, before anything is loaded."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.endswith(_NOT_PICKLED)}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if not (name.endswith("_hooks") or name in _NOT_PICKLED)
+        }

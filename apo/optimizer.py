@@ -188,9 +188,10 @@ class APO(FrontEnd):
         del kept, V
         found: list[Tensor] = []
         for layer in self.layers:
-            # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G); a layer that had no gradient learns nothing
+            # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G); a layer that had no gradient adds nothing
             own = derivatives.get(layer) or tuple(torch.zeros_like(x) for x in layer.tensors())
-            found += torch._foreach_mul(own, -get_rate(self._group(layer)))
+            torch._foreach_mul_(own, -get_rate(self._group(layer)))
+            found += own
         norms = torch.stack(torch._foreach_norm(found)) if found else torch.zeros(())
         slopes_finite = all(map(math.isfinite, by_group))
         if bool(norms.isfinite().all()) and slopes_finite:

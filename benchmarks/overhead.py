@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interval", type=int, default=10, help="steps to a meta-update (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU's (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=1000, help="of the hidden layers (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=None, help="folder for overhead.json (default: none is written)")
 
 
@@ -59,7 +60,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, sample in samples.items()
     }
-    table = Table(title=f"A step, MLP 784-1000-1000-10, batch 100, a meta-update every {options.interval} steps")
+    table = Table(
+        title=f"MLP 784-{options.width}-{options.width}-10, batch 100, a meta-update every {options.interval} steps"
+    )
     for column in ("optimizer", "ms a step", "quartiles", "x SGDm", "bound"):
         table.add_column(column, justify="left" if column == "optimizer" else "right")
     for name, row in found.items():
@@ -73,7 +76,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             bound,
         )
     console.print(table)
-    payload: dict[str, Any] = {"interval": options.interval, "threads": options.threads, "contestants": found}
+    payload: dict[str, Any] = {
+        "interval": options.interval,
+        "width": options.width,
+        "threads": options.threads,
+        "contestants": found,
+    }
     if options.out is not None:
         write(options.out, "overhead", options.device, payload)
     return payload
@@ -108,7 +116,8 @@ def _period(
     x = torch.randn(4000, 784, generator=generator).to(options.device)
     t = torch.randint(10, (4000,), generator=generator).to(options.device)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10))
+    width = options.width
+    model = nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
     model = model.to(options.device)
 
     def batch() -> torch.Tensor:
