@@ -27,7 +27,9 @@ class FrontEnd(Optimizer):
         steps: how many steps were taken, skipped ones counted.
         failed_trials: how many trials were refused: Q not finite, or above ``J_B(θ) + |J_B(θ)| + 1``.
         last: the :class:`~apo.Evaluation` of the last trial, or None.
-        in_trial: whether the closure is being run at trial weights.
+        in_trial: whether the closure is being run at trial weights. A closure that clips its gradients bounds the
+            trial's as well, which the meta-optimizer evens out but for their weight against the FSD's; one that
+            counts or logs may want to skip trials.
     """
 
     def _init_front_end(

@@ -210,7 +210,8 @@ class AdaptiveLR(FrontEnd):
             if passed and move:
                 factors = self.rates.update(groups, by_group) if finite else [1.0] * len(groups)
                 torch._foreach_mul_(steps, [f for f, g in zip(factors, groups, strict=True) for _ in g["params"]])
-                torch._foreach_copy_(parameters, torch._foreach_add(lookahead.start, steps))
+                torch._foreach_add_(steps, lookahead.start)
+                torch._foreach_copy_(parameters, steps)
                 lookahead.commit()
                 state.commit()
         # Unless committed, weights and state are as before the step.

@@ -182,6 +182,28 @@ def test_a_gradient_that_is_not_finite_is_left_out() -> None:
     assert opt.failed_trials == 1
 
 
+def test_sparse_gradients_where_the_optimizer_takes_them() -> None:
+    runs = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Linear(4, 3)).double()
+        x, t, other = torch.randint(9, (8,)), torch.randint(3, (8,)), torch.randint(9, (6,))
+        opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.1), objective(model, other), interval=1)
+        for _ in range(4):
+            opt.step(closure_of(opt, model, x, t))
+        runs.append((weights(model), opt.param_groups[0]["lr"]))
+    (dense, dense_rate), (sparse_weights, sparse_rate) = runs
+    assert sparse_rate == pytest.approx(dense_rate, rel=1e-10)
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(dense, sparse_weights, strict=True))
+
+
+def test_parameters_on_two_devices_are_refused() -> None:
+    params = [torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True, device="meta")]
+    model = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"parameters must lie on one device, but got .'cpu', 'meta'."):
+        apo.AdaptiveLR(torch.optim.SGD(params, lr=0.1), objective(model, torch.zeros(1)))
+
+
 def test_larger_fsd_weight_is_more_cautious() -> None:
     rates = []
     for fsd_weight in (0.1, 30.0):
