@@ -157,7 +157,8 @@ class FrontEnd(Optimizer):
         B′ is not part of it: an iterable begins anew, a callable goes on from whatever it draws from.
         """
         state = super().state_dict()
-        state["apo"] = {"steps": self.steps, "failed_trials": self.failed_trials, **self._meta_state()}
+        counts = {"steps": self.steps, "failed_trials": self.failed_trials}
+        state["apo"] = {**counts, "settings": self._settings(), **self._meta_state()}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -172,10 +173,16 @@ class FrontEnd(Optimizer):
                 f"state_dict must come from {type(self).__name__}.state_dict(), but this one's 'apo' entry is "
                 f"{'missing' if meta is None else 'another front end'!r}"
             )
+        if meta["settings"] != self._settings():
+            raise ValueError(f"state_dict must come from settings {self._settings()}, but its are {meta['settings']}")
         self._check_state(state_dict)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "apo"})
         self._load_meta_state(meta, state_dict)
         self.steps, self.failed_trials = meta["steps"], meta["failed_trials"]
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What gives the state its form."""
 
     @abstractmethod
     def _meta_state(self) -> dict[str, Any]: ...

@@ -108,6 +108,9 @@ class FullPreconditioner(FrontEnd):
         if move:
             self._plain_step()
 
+    def _settings(self) -> dict[str, Any]:
+        return {"meta_optimizer": self.meta.name}
+
     def _meta_state(self) -> dict[str, Any]:
         return {"P": self.P, "meta": self.meta.state_dict()}
 

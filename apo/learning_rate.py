@@ -222,6 +222,9 @@ class AdaptiveLR(FrontEnd):
         elif finite and not move:
             self.rates.update(groups, by_group)
 
+    def _settings(self) -> dict[str, Any]:
+        return {"meta_optimizer": self.rates.meta.name, "shared": self.rates.shared}
+
     def _meta_state(self) -> dict[str, Any]:
         return {"rates": self.rates.state_dict(), "linear": self.linear}
 

@@ -31,7 +31,7 @@ class MetaOptimizer:
 
     def __init__(self, tensors: Iterable[Tensor], rates: Iterable[float], name: MetaOptimizerName) -> None:
         checks.one_of("meta_optimizer", name, ("adam", "rmsprop"))
-        self._name = name
+        self.name = name
         self._optimizer: torch.optim.Optimizer | None = None
         self.tensors: list[Tensor] = []
         self.add(tensors, rates)
@@ -46,7 +46,7 @@ class MetaOptimizer:
             group: dict[str, Any] = {"params": params, "lr": rate, "eps": EPS[dtype]}
             if self._optimizer is not None:
                 self._optimizer.add_param_group(group)
-            elif self._name == "adam":
+            elif self.name == "adam":
                 self._optimizer = torch.optim.Adam([group], betas=(0.9, 0.99))
             else:
                 self._optimizer = torch.optim.RMSprop([group], alpha=0.99)

@@ -128,13 +128,17 @@ class APO(FrontEnd):
         try:
             _check_group(group)
             checks.parameters(self.parameters)
-            views = matrix_views(self.model, group["params"])
+            if group["block_dtype"] is not None and any(p.dtype == torch.float64 for p in group["params"]):
+                raise ValueError(f"block_dtype must be None for float64 weights, but got {group['block_dtype']}")
+            place = len(self.param_groups) - 1
+            layers = [
+                Layer.start(view, group["block_size"], group["max_dim"], group["block_dtype"], place)
+                for view in matrix_views(self.model, group["params"])
+            ]
         except BaseException:
             self.param_groups.pop()
             raise
-        place = len(self.param_groups) - 1
-        for view in views:
-            layer = Layer.start(view, group["block_size"], group["max_dim"], group["block_dtype"], place)
+        for layer in layers:
             self.layers.append(layer)
             self.state[layer.view.weight] = layer.state()
             self.meta.add(layer.tensors(), layer.meta_rates(self.meta_lr))
@@ -278,6 +282,9 @@ class APO(FrontEnd):
 
     def _meta_state(self) -> dict[str, Any]:
         return {"meta": self.meta.state_dict(), "rates": self.rates.state_dict()}
+
+    def _settings(self) -> dict[str, Any]:
+        return {"meta_optimizer": self.meta.name, "shared_lr": self.rates.shared}
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         saved, own = state_dict["param_groups"], self.param_groups

@@ -303,6 +303,7 @@ def test_plan_names_every_parameter_and_its_cost() -> None:
         ({"block_size": 0}, ValueError, "block_size must be an integer >= 1, but got 0"),
         ({"max_dim": 1.5}, TypeError, "max_dim must be an integer, but got 1.5"),
         ({"block_dtype": torch.int8}, ValueError, "block_dtype must be one of None, torch.float32"),
+        ({"block_dtype": torch.bfloat16}, ValueError, "block_dtype must be None for float64 weights"),
         ({"meta_lr": -1}, ValueError, "meta_lr must be a finite number >= 0, but got -1"),
         ({"meta_optimizer": None}, ValueError, "meta_optimizer must be one of"),
         ({"interval": None}, TypeError, "interval must be an integer, but got None"),

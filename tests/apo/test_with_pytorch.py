@@ -280,6 +280,9 @@ def test_foreign_state_dicts_are_refused_whole(front_end: str) -> None:
     stranger = {"AdaptiveLR": preconditioned, "APO": adaptive}[front_end](model, other)
     with pytest.raises(ValueError, match=f"state_dict must come from {front_end}"):
         opt.load_state_dict(stranger.state_dict())
+    settings = {"AdaptiveLR": {"shared": True}, "APO": {"meta_optimizer": "rmsprop"}}[front_end]
+    with pytest.raises(ValueError, match="state_dict must come from settings"):
+        opt.load_state_dict(FRONT_ENDS[front_end](model, other, **settings).state_dict())
     if front_end == "APO":
         other_blocks = preconditioned(model, other, block_size=2)
         with pytest.raises(ValueError, match=r"same model and block settings: A of 0.weight \+ bias must be"):
