@@ -28,7 +28,7 @@ _BLOCK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class APO(FrontEnd):
-    r"""Learns a structured preconditioner while it trains: second-order steps without an inverse.
+    """Learns a structured preconditioner while it trains: second-order steps without an inverse.
 
     Each weight, read as a matrix and joined by its bias (:mod:`apo.matrix_view`), steps by ::
 
@@ -73,7 +73,7 @@ class APO(FrontEnd):
     ====================  ===========  ===========  ===========  ===========  ===========  =====
     diabetes, 10-100-100  8.5e-3 0.18  8.0e-3 0.26  6.9e-3 0.26  7.2e-3 0.27  6.1e-3 0.23  0.03
     digits, 64-256-256    2.9e-3 0.63  3.3e-3 0.82  3.1e-3 0.79  3.4e-3 0.88  3.4e-3 1.25  0.17
-    digits, autoencoder   19.4   0.60  19.3   1.03  19.3   0.98  19.3   0.88  \-           0.17
+    digits, autoencoder   19.4   0.60  19.3   1.03  19.3   0.98  19.3   0.88  not run      0.17
     ====================  ===========  ===========  ===========  ===========  ===========  =====
 
     Blocks pay on the regression, larger ones more; on the two others nothing tells the sizes apart (runs differ by a
