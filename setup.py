@@ -12,7 +12,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "apo_kernels" / "__init__.
 assert VERSION is not None
 
 BENCH = ["pytest>=8", "pytest-benchmark>=5", "rich>=13", "matplotlib>=3.8", "scikit-learn>=1.4"]
-TEST = [*BENCH, "hypothesis>=6.100"]
+TEST = [*BENCH, "hypothesis>=6.100", "lion-pytorch>=0.2", "torch-optimi>=0.3"]
 DEV = [*TEST, "ruff>=0.6", "mypy>=1.11"]
 
 setup(

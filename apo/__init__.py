@@ -1,1 +1,27 @@
-"""Front ends of Amortized Proximal Optimization on the apo_kernels backend."""
+"""Front ends of Amortized Proximal Optimization on the apo_kernels backend.
+
+* :class:`AdaptiveLR` learns the learning rate of any ``torch.optim.Optimizer`` that is linear in it;
+* :class:`APO` learns a structured preconditioner, with its learning rate;
+* :class:`ProximalObjective` is what both descend (Eq. 8);
+* :mod:`apo.proximal` holds the proximal point methods that they amortize.
+"""
+
+from apo import proximal
+from apo.discrepancy import KL, BernoulliKL, GaussianKL, SquaredError
+from apo.full_preconditioner import FullPreconditioner
+from apo.learning_rate import AdaptiveLR
+from apo.objective import Evaluation, ProximalObjective
+from apo.optimizer import APO
+
+__all__ = [
+    "APO",
+    "KL",
+    "AdaptiveLR",
+    "BernoulliKL",
+    "Evaluation",
+    "FullPreconditioner",
+    "GaussianKL",
+    "ProximalObjective",
+    "SquaredError",
+    "proximal",
+]

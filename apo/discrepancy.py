@@ -1,0 +1,146 @@
+"""Function-space discrepancies ``D_F = E ρ(f(x̃, θ′), f(x̃, θ))`` (the second term of Eq. 8).
+
+Each is a callable ``rho(new, old) -> scalar``: the mean over a batch of the divergence between the outputs at the
+lookahead and those at the weights, which are detached. It is zero at ``new = old`` and so is its gradient; its
+Hessian there is the Gauss–Newton matrix of the outputs, and the Fisher matrix where ρ is a KL divergence: the
+``G`` of Eq. 4 and of Theorem 1.
+
+A discrepancy has to match the loss in scale: the loss summed over outputs and averaged over examples, as
+``F.cross_entropy`` does, goes with the defaults here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apo import checks
+
+__all__ = ["KL", "BernoulliKL", "Discrepancy", "GaussianKL", "SquaredError", "discrepancy_named"]
+
+Discrepancy = Callable[[Any, Any], Tensor]
+"""``rho(new, old) -> scalar``. Both are what the model returned, or what ``outputs=`` took from it."""
+
+
+class KL:
+    """``KL(softmax(old) ‖ softmax(new))`` of logits, averaged over all but the class dimension.
+
+    Args:
+        dim: the dimension of the classes: -1, the last, for ``(N, C)`` and for language models' ``(N, T, C)``;
+            1 for segmentation's ``(N, C, H, W)``.
+    """
+
+    def __init__(self, dim: int = -1) -> None:
+        self.dim = dim
+
+    def __call__(self, new: Tensor, old: Tensor) -> Tensor:
+        new, old = _logits("KL", new, old)
+        log_p = F.log_softmax(old, self.dim)
+        log_q = F.log_softmax(new, self.dim)
+        return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / (new.numel() // new.shape[self.dim])
+
+
+class SquaredError:
+    """``½ ‖new − old‖²``, summed over outputs and averaged over examples (dimension 0).
+
+    Args:
+        mean: average over the outputs too, as ``F.mse_loss`` does.
+    """
+
+    def __init__(self, *, mean: bool = False) -> None:
+        self.mean = mean
+
+    def __call__(self, new: Tensor, old: Tensor) -> Tensor:
+        new, old = _logits("SquaredError", new, old)
+        return (new - old).square().sum() / (2 * (new.numel() if self.mean else len(new)))
+
+
+class BernoulliKL:
+    """``KL(σ(old) ‖ σ(new))`` of logits, summed over outputs and averaged over examples (dimension 0).
+
+    For losses like ``F.binary_cross_entropy_with_logits(..., reduction="sum") / len(x)``.
+
+    Args:
+        mean: average over the outputs too.
+    """
+
+    def __init__(self, *, mean: bool = False) -> None:
+        self.mean = mean
+
+    def __call__(self, new: Tensor, old: Tensor) -> Tensor:
+        new, old = _logits("BernoulliKL", new, old)
+        p = torch.sigmoid(old)
+        # log σ of both signs: exact where 1 − σ would round to nothing
+        positive = F.logsigmoid(old) - F.logsigmoid(new)
+        negative = F.logsigmoid(-old) - F.logsigmoid(-new)
+        total = (p * positive + torch.sigmoid(-old) * negative).sum()
+        return total / (new.numel() if self.mean else len(new))
+
+
+class GaussianKL:
+    """``KL(N(old) ‖ N(new))``, summed over outputs and averaged over examples (dimension 0).
+
+    Args:
+        variance: of outputs that are means, ``½ ‖new − old‖² / variance``; None for outputs that are a pair
+            ``(mean, log_variance)`` of equal shapes.
+    """
+
+    def __init__(self, variance: float | None = None) -> None:
+        self.variance = None if variance is None else checks.number("variance", variance, above=True)
+
+    def __call__(self, new: Any, old: Any) -> Tensor:
+        if self.variance is not None:
+            return SquaredError()(new, old) / self.variance
+        if not (isinstance(new, (tuple, list)) and len(new) == 2):
+            raise TypeError(
+                "GaussianKL without a variance needs outputs that are a pair (mean, log_variance), "
+                f"but got {type(new).__name__}"
+            )
+        mean, old_mean = _logits("GaussianKL", new[0], old[0])
+        log_var, old_log_var = _logits("GaussianKL", new[1], old[1])
+        change = log_var - old_log_var
+        ratio = ((old_mean - mean).square() + old_log_var.exp()) * torch.exp(-log_var)
+        return (change + ratio - 1).sum() / (2 * len(mean))
+
+
+_NAMED: dict[str, Callable[[], Discrepancy]] = {
+    "kl": KL,
+    "mse": SquaredError,
+    "bernoulli": BernoulliKL,
+    "gaussian": GaussianKL,
+}
+
+
+def discrepancy_named(discrepancy: str | Discrepancy) -> Discrepancy:
+    """``"kl"``, ``"mse"``, ``"bernoulli"`` or ``"gaussian"`` as a callable; a callable as it is."""
+    if isinstance(discrepancy, str):
+        checks.one_of("discrepancy", discrepancy, _NAMED)
+        return _NAMED[discrepancy]()
+    if not callable(discrepancy):
+        raise TypeError(
+            f"discrepancy must be one of {', '.join(map(repr, _NAMED))} or a callable rho(new, old) -> scalar, "
+            f"but got {discrepancy!r} ({type(discrepancy).__name__})"
+        )
+    return discrepancy
+
+
+def takes_pairs(discrepancy: Discrepancy) -> bool:
+    """Whether the discrepancy is of the whole tuple that the model returns."""
+    return isinstance(discrepancy, GaussianKL) and discrepancy.variance is None
+
+
+def _logits(name: str, new: object, old: object) -> tuple[Tensor, Tensor]:
+    """Both as tensors wide enough to sum in."""
+    if not isinstance(new, Tensor) or not isinstance(old, Tensor):
+        raise TypeError(
+            f"{name} needs outputs that are tensors, but got {type(new).__name__}: say which with "
+            "ProximalObjective(outputs=lambda returned: ...)"
+        )
+    if new.shape != old.shape:
+        raise ValueError(f"{name} needs outputs of one shape, but got {tuple(new.shape)} and {tuple(old.shape)}")
+    wide = torch.promote_types(new.dtype, torch.float32)
+    return new.to(wide), old.to(wide)

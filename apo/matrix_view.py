@@ -1,0 +1,190 @@
+"""A model's parameters as the matrices that are preconditioned.
+
+========================  ==========================================  =======================================
+parameter                 matrix ``m × n``                            blocks
+========================  ==========================================  =======================================
+Linear, Bilinear, RNNs    ``(out, in)``; its bias one more column     both sides
+Conv1d to 3d              ``(out, in/groups · ∏kernel)``; with bias   both sides
+transposed convolution    ``(out, in · ∏kernel)``; with bias          both sides
+  with groups             ``(in, out/groups · ∏kernel)``              both sides; the bias is a vector
+attention's in_proj       three ``(width, width)``; each with bias    both sides of each
+Embedding                 ``(entries, width)``                        width only: entries don't mix
+other, of two dims or up  ``(first, ∏ rest)``                         both sides
+vectors and scalars       ``(1, size)``                               none: a diagonal ``S``
+========================  ==========================================  =======================================
+
+A side longer than ``max_dim``, or of length 1, gets no block; ``S`` still scales along it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MatrixView", "Side", "matrix_views", "side"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A side of a matrix: its length and its block.
+
+    Attributes:
+        block_size: side of the squares of a block-diagonal block; None for a full block; 1 for none at all.
+    """
+
+    length: int
+    block_size: int | None
+
+    @property
+    def learned(self) -> bool:
+        return self.block_size != 1
+
+    @property
+    def width(self) -> int:
+        """Side of the largest square."""
+        return self.length if self.block_size is None else self.block_size
+
+    def __str__(self) -> str:
+        if not self.learned:
+            return "-"
+        return "full" if self.block_size is None else f"{-(-self.length // self.block_size)} x {self.block_size}"
+
+
+def side(length: int, block_size: int | None, max_dim: int | None) -> Side:
+    """The block that a side of this length gets."""
+    if length == 1 or block_size == 1 or (max_dim is not None and length > max_dim):
+        return Side(length, 1)
+    return Side(length, None if block_size is None or length <= block_size else block_size)
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixView:
+    """A weight, joined by its bias where it has one, read as a matrix or a small batch of matrices.
+
+    Attributes:
+        name: as the model calls it, ``"0.weight + bias"``.
+        weight, bias: the parameters; bias may be None.
+        batch: () or, for attention's in_proj, (3,).
+        m, n: sides, the bias's column counted.
+        mixes_rows: whether the ``m`` side may get a block.
+        is_vector: whether no side may.
+        transposed: whether dimensions 0 and 1 of the weight change places first.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    batch: tuple[int, ...]
+    m: int
+    n: int
+    mixes_rows: bool = True
+    is_vector: bool = False
+    transposed: bool = False
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(*batch, m, n)``."""
+        return (*self.batch, self.m, self.n)
+
+    def sides(self, block_size: int | None, max_dim: int | None) -> tuple[Side, Side]:
+        """The blocks of the ``n`` side (A) and of the ``m`` side (B)."""
+        if self.is_vector:
+            return Side(self.n, 1), Side(self.m, 1)
+        rows = side(self.m, block_size, max_dim) if self.mixes_rows else Side(self.m, 1)
+        return side(self.n, block_size, max_dim), rows
+
+    def gather(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The matrix ``(*batch, m, n)`` of tensors of the weight's and the bias's shapes. A view where it can be.
+        A bias that is None, though the view has one, counts as zeros."""
+        if self.transposed:
+            weight = weight.transpose(0, 1)
+        columns = self.n - (self.bias is not None)
+        matrix = weight.reshape(*self.batch, self.m, columns)
+        if self.bias is None:
+            return matrix
+        column = matrix.new_zeros(*self.batch, self.m, 1) if bias is None else bias.reshape(*self.batch, self.m, 1)
+        return torch.cat([matrix, column.to(matrix.dtype)], -1)
+
+    def scatter(self, matrix: Tensor) -> list[Tensor]:
+        """The parts of a matrix ``(*batch, m, n)`` in the shapes of :attr:`parameters`."""
+        part = matrix if self.bias is None else matrix[..., :-1]
+        if self.transposed:
+            rows, columns, *kernel = self.weight.shape
+            weight = part.reshape(columns, rows, *kernel).transpose(0, 1)
+        else:
+            weight = part.reshape(self.weight.shape)
+        return [weight] if self.bias is None else [weight, matrix[..., -1].reshape(self.bias.shape)]
+
+
+def matrix_views(model: nn.Module, parameters: Iterable[Tensor]) -> list[MatrixView]:
+    """The views of these of the model's parameters, each in exactly one, in the model's order.
+
+    A tied weight is seen where the model names it first, as an embedding's if it is one anywhere. A bias is joined
+    to its weight only where both are among ``parameters``.
+
+    Raises:
+        ValueError: some of the parameters aren't the model's.
+    """
+    wanted = {id(p): p for p in parameters}
+    entries = {id(m.weight) for m in model.modules() if isinstance(m, _EMBEDDINGS)}
+    views = []
+    for view in _views(model, wanted, entries):
+        views.append(view)
+        for p in view.parameters:
+            del wanted[id(p)]
+    if wanted:
+        shapes = ", ".join(str(tuple(p.shape)) for p in wanted.values())
+        raise ValueError(f"params must be parameters of the model, but got others, of shapes {shapes}")
+    return views
+
+
+def _views(model: nn.Module, wanted: dict[int, Tensor], entries: set[int]) -> Iterator[MatrixView]:
+    for prefix, module in model.named_modules():
+        own = {name: p for name, p in module._parameters.items() if p is not None}
+        for name, p in own.items():
+            if id(p) not in wanted:
+                continue
+            full = f"{prefix}.{name}" if prefix else name
+            if id(p) in entries and p.ndim == 2:
+                yield MatrixView(full, p, None, (), p.shape[0], p.shape[1], mixes_rows=False)
+                continue
+            partner = _bias_of(module, name)
+            bias = None if partner is None else own.get(partner)
+            if bias is not None and id(bias) not in wanted:
+                bias = None
+            yield _view(full if bias is None else f"{full} + {partner}", module, name, p, bias)
+
+
+def _view(name: str, module: nn.Module, own_name: str, p: Tensor, bias: Tensor | None) -> MatrixView:
+    if p.numel() == max(p.shape, default=1) and _bias_of(module, own_name) is None:
+        return MatrixView(name, p, None, (), 1, p.numel(), is_vector=True)
+    more = bias is not None
+    if isinstance(module, nn.MultiheadAttention) and own_name == "in_proj_weight":
+        return MatrixView(name, p, bias, (3,), p.shape[0] // 3, p.shape[1] + more)
+    m, transposed = p.shape[0], False
+    if isinstance(module, _TRANSPOSED) and module.groups == 1:
+        m, transposed = p.shape[1], True
+    return MatrixView(name, p, bias, (), m, p.numel() // max(m, 1) + more, transposed=transposed)
+
+
+def _bias_of(module: nn.Module, name: str) -> str | None:
+    """The name of the bias that adds to what this weight gives, one entry an output."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "in_proj_bias" if name == "in_proj_weight" else None
+    if isinstance(module, nn.RNNBase):
+        return name.replace("weight", "bias", 1) if name.startswith(("weight_ih", "weight_hh")) else None
+    if isinstance(module, _TRANSPOSED) and module.groups > 1:
+        return None
+    known = isinstance(module, (nn.Linear, nn.Bilinear, *_CONVOLUTIONS, *_TRANSPOSED))
+    return "bias" if known and name == "weight" else None

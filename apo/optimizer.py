@@ -1,0 +1,347 @@
+"""APO: the preconditioned optimizer (section 4.4 of the paper)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from apo import checks, preconditioner
+from apo.front_end import FrontEnd
+from apo.learning_rate import LogRates
+from apo.linearity import get_rate
+from apo.lookahead import Lookahead
+from apo.matrix_view import matrix_views
+from apo.meta_optimizer import MetaOptimizer, MetaOptimizerName
+from apo.objective import Closure, ProximalObjective
+from apo.plan import Plan, plan_of
+from apo.preconditioner import Layer
+
+__all__ = ["APO"]
+
+_BLOCK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class APO(FrontEnd):
+    """Learns a structured preconditioner while it trains: second-order steps without an inverse.
+
+    Each weight, read as a matrix and joined by its bias (:mod:`apo.matrix_view`), steps by ::
+
+        v ← μ v + lr·P(G),   P(G) = B (S² ⊙ BᵀGA) Aᵀ        (Eq. 10)
+        θ ← (1 − lr·λ) θ − v
+
+    ``φ = (log lr, A, B, S)`` descends the proximal objective at the lookahead, momentum included (Eq. 8). ``P``
+    starts as the identity, which makes the start momentum SGD; ``lr``, the scale in front, is learned with it, and
+    lets it start from any rate. It stands inside the momentum: there φ answers for what it adds to the step. In front
+    of all of ``v`` it needs a λ_FSD ten times smaller to do as well, for it then answers for old gradients too.
+
+    Args:
+        model: whose parameters are trained, the module or its DDP.
+        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD is 3 if it was left open; larger is steadier.
+        params: parameters of the model's or param groups of them (keys: ``lr``, ``momentum``, ``weight_decay``,
+            ``decoupled_weight_decay``, ``block_size``, ``max_dim``, ``block_dtype``); by default all that require
+            grad. A weight and its bias in different groups aren't joined.
+        lr: initial rate, >= 0.
+        momentum: μ, of the preconditioned gradient, in [0, 1).
+        weight_decay: λ, >= 0.
+        decoupled_weight_decay: as above; otherwise ``G`` gets ``λθ`` added (L2).
+        block_size: side of the squares of block-diagonal blocks; None: full blocks. The cost of a step goes with
+            it: ``8 · block_size`` FLOPs a weight against ``4 (m + n)``.
+        max_dim: a side longer than this gets no block at all; None: no bound.
+        block_dtype: what the products read A, B and S as: float32, bfloat16 or float16, whatever the weights'
+            dtype. Masters stay float32. None: the masters themselves.
+        interval: a meta-update every so many steps (K of Algorithm 1). 0: never.
+        warmup: and at each of the first so many.
+        meta_lr: rate of the meta-optimizer for S; for A and B it is divided by the block's side.
+        meta_optimizer: ``"adam"`` or ``"rmsprop"``, of A, B and S. Adam was the steadier by measurement.
+        adapt_lr: learn ``lr`` too.
+        lr_meta_lr: about how much ``log lr`` moves in a meta-update.
+        shared_lr: one learned factor for all param groups; otherwise each group's rate is learned for itself.
+        bounds: least and greatest rate.
+        grad_scaler: as for :class:`~apo.AdaptiveLR`.
+
+    **How the sizes were chosen.** Final loss, median of six runs (three seeds, ``lr`` 0.03 and 0.3), and CPU seconds of
+    12 epochs, by ``block_size``; the rest at its defaults, SGDm for comparison:
+
+    ====================  ===========  ===========  ===========  ===========  ===========  =====
+    task                  1 (S alone)  16           32           64           None (full)  SGDm
+    ====================  ===========  ===========  ===========  ===========  ===========  =====
+    diabetes, 10-100-100  8.5e-3 0.18  8.0e-3 0.26  6.9e-3 0.26  7.2e-3 0.27  6.1e-3 0.23  0.03
+    digits, 64-256-256    2.9e-3 0.63  3.3e-3 0.82  3.1e-3 0.79  3.4e-3 0.88  3.4e-3 1.25  0.17
+    digits, autoencoder   19.4   0.60  19.3   1.03  19.3   0.98  19.3   0.88  not run      0.17
+    ====================  ===========  ===========  ===========  ===========  ===========  =====
+
+    Blocks pay on the regression, larger ones more; on the two others nothing tells the sizes apart (runs differ by a
+    factor of 3, and by 8%). Where layers are narrow the size hardly shows in the time; at a width of 1000 a step costs
+    2.9 of SGDm's at 64 and 15.9 with full blocks (``benchmarks/overhead.py``). So 64. Leaving out the blocks of sides
+    above 65 cost half as much again on the regression (9.0e-3 against 6.1e-3, full blocks) and nothing on digits: the
+    default ``max_dim`` only bounds memory, 1.1 GB for a full block with its meta-optimizer's state and derivative.
+
+    A trial fails where Q isn't finite or leaps (:class:`~apo.front_end.FrontEnd`): the step is then left out,
+    ``lr`` (or P, where ``lr`` isn't learned) and the momentum are divided by e, and ``failed_trials`` counts it.
+
+    Raises:
+        TypeError, ValueError: an argument isn't as above; at a step: a sparse gradient, by its parameter's name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: ProximalObjective,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        block_size: int | None = 64,
+        max_dim: int | None = 8192,
+        block_dtype: torch.dtype | None = None,
+        interval: int = 10,
+        warmup: int = 50,
+        meta_lr: float = 0.01,
+        meta_optimizer: MetaOptimizerName = "adam",
+        adapt_lr: bool = True,
+        lr_meta_lr: float = 0.03,
+        shared_lr: bool = True,
+        bounds: tuple[float, float] = (1e-10, 1e4),
+        grad_scaler: GradScaler | None = None,
+    ) -> None:
+        self.model = checks.module("model", model)
+        if not isinstance(objective, ProximalObjective):
+            raise TypeError(f"objective must be an apo.ProximalObjective, but got {type(objective).__name__}")
+        checks.integer("interval", interval, least=0)
+        checks.integer("warmup", warmup, least=0)
+        self.meta_lr = checks.number("meta_lr", meta_lr)
+        self.adapt_lr = adapt_lr
+        self.layers: list[Layer] = []
+        self.meta = MetaOptimizer([], [], meta_optimizer)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "block_size": block_size,
+            "max_dim": max_dim,
+            "block_dtype": block_dtype,
+        }
+        if params is None:
+            params = [p for p in model.parameters() if p.requires_grad]
+            if not params:
+                raise ValueError("model must have parameters that require grad, but got none")
+        self.rates = LogRates(0, meta_lr=lr_meta_lr, meta_optimizer="rmsprop", shared=shared_lr, bounds=bounds)
+        super().__init__(params, defaults)
+        self._init_front_end(objective.with_default(fsd_weight=3.0), interval, warmup, grad_scaler)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model's, with their own settings; their preconditioner starts as the identity."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+            checks.parameters(self.parameters)
+            if group["block_dtype"] is not None and any(p.dtype == torch.float64 for p in group["params"]):
+                raise ValueError(f"block_dtype must be None for float64 weights, but got {group['block_dtype']}")
+            place = len(self.param_groups) - 1
+            layers = [
+                Layer.start(view, group["block_size"], group["max_dim"], group["block_dtype"], place)
+                for view in matrix_views(self.model, group["params"])
+            ]
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        for layer in layers:
+            self.layers.append(layer)
+            self.state[layer.view.weight] = layer.state()
+            self.meta.add(layer.tensors(), layer.meta_rates(self.meta_lr))
+        self.rates.grow()
+
+    def plan(self) -> Plan:
+        """Which parameter gets which treatment, and what that costs in memory and FLOPs. ``print`` it."""
+        return plan_of(self.model, self.layers, self.param_groups)
+
+    def _check_gradients(self) -> None:
+        for layer in self.layers:
+            for p in layer.view.parameters:
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise TypeError(
+                        f"the gradient of {layer.view.name} must be dense, but is {p.grad.layout}: "
+                        "build the embedding with sparse=False"
+                    )
+
+    def _plain_step(self) -> None:
+        layers, gradients = self._gradients()
+        directions = preconditioner.apply(layers, gradients)
+        for layer in layers:
+            if layer.momentum is None and self._group(layer)["momentum"] != 0:
+                layer.momentum = torch.zeros_like(layer.S)
+                self.state[layer.view.weight] = layer.state()
+        # From here on everything is in place: nothing is half done for want of memory.
+        for layer, direction in zip(layers, directions, strict=True):
+            rate = get_rate(self._group(layer))
+            if layer.momentum is None:
+                direction.mul_(rate)
+            else:
+                layer.momentum.mul_(self._group(layer)["momentum"]).add_(direction, alpha=rate)
+        self._write(layers, [d if x.momentum is None else x.momentum for x, d in zip(layers, directions, strict=True)])
+
+    def _meta_step(self, closure: Closure, loss: Any, *, move: bool) -> None:
+        layers, gradients = self._gradients()
+        anchor = self.objective.anchor(self.parameters)
+        directions, kept = preconditioner.apply_and_keep(layers, gradients)
+        has_grad = {p: p.grad is not None for p in self.parameters}
+        with Lookahead(self.parameters) as lookahead:
+            self._write(layers, self._velocities(layers, directions))
+            V, passed = self._evaluate(closure, loss, lookahead.start, anchor)
+        if not passed:
+            self.failed_trials += 1
+            self._shrink()
+            return
+        V_of = {p: v if has_grad[p] else None for p, v in zip(self.parameters, V, strict=True)}
+        cotangents = [layer.view.gather(*_pair(V_of[p] for p in layer.view.parameters)) for layer in layers]
+        by_group = self._slopes(layers, directions, cotangents) if self.adapt_lr else []
+        derivatives = preconditioner.block_gradients(layers, gradients, cotangents, kept)
+        del kept, V
+        found: list[Tensor] = []
+        for layer in self.layers:
+            # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G); a layer that had no gradient adds nothing
+            own = derivatives.get(layer) or tuple(torch.zeros_like(x) for x in layer.tensors())
+            torch._foreach_mul_(own, -get_rate(self._group(layer)))
+            found += own
+        norms = torch.stack(torch._foreach_norm(found)) if found else torch.zeros(())
+        slopes_finite = all(map(math.isfinite, by_group))
+        if bool(norms.isfinite().all()) and slopes_finite:
+            self.meta.step(found)
+            for layer in self.layers:
+                layer.refresh()
+            if self.adapt_lr:
+                self.rates.update(self.param_groups, by_group)
+        else:
+            self.failed_trials += 1
+        if move:
+            self._plain_step()
+
+    def _gradients(self) -> tuple[list[Layer], list[Tensor]]:
+        """The layers whose weight has a gradient, and the gradients' matrices, with L2 decay."""
+        layers, gradients = [], []
+        for layer in self.layers:
+            group = self._group(layer)
+            decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+            own = [p.grad for p in layer.view.parameters]
+            if decay:
+                own = [
+                    None if g is None else g.add(p, alpha=decay)
+                    for g, p in zip(own, layer.view.parameters, strict=True)
+                ]
+            if own[0] is not None:
+                layers.append(layer)
+                gradients.append(layer.view.gather(*_pair(own)))
+        return layers, gradients
+
+    def _velocities(self, layers: Sequence[Layer], directions: Sequence[Tensor]) -> list[Tensor]:
+        """``μ v + lr·P(G)``, without touching v."""
+        velocities = []
+        for layer, direction in zip(layers, directions, strict=True):
+            group = self._group(layer)
+            step = direction * get_rate(group)
+            velocities.append(step if layer.momentum is None else step.add(layer.momentum, alpha=group["momentum"]))
+        return velocities
+
+    def _slopes(
+        self, layers: Sequence[Layer], directions: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> list[float]:
+        """``dQ/d log lr = −lr ⟨V, P(G) + λθ⟩`` of each group, summed in float64; one synchronisation."""
+        device = self.parameters[0].device
+        sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in self.param_groups]
+        for layer, direction, V in zip(layers, directions, cotangents, strict=True):
+            group = self._group(layer)
+            sums[layer.group] -= get_rate(group) * torch.sum(V * direction, dtype=torch.float64)
+            decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
+            if decay:
+                theta = layer.view.gather(*_pair(layer.view.parameters))
+                sums[layer.group] -= get_rate(group) * decay * torch.sum(V * theta, dtype=torch.float64)
+        values: list[float] = torch.stack(sums).tolist()
+        return values
+
+    def _write(self, layers: Sequence[Layer], velocities: Sequence[Tensor]) -> None:
+        """``θ ← (1 − lr·λ) θ − v`` of every parameter that has a gradient."""
+        weights, steps = [], []
+        for layer, velocity in zip(layers, velocities, strict=True):
+            group = self._group(layer)
+            decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
+            for p, step in zip(layer.view.parameters, layer.view.scatter(velocity), strict=True):
+                if p.grad is not None:
+                    weights.append(p)
+                    steps.append(step)
+                    if decay:
+                        p.mul_(1 - get_rate(group) * decay)
+        if weights:
+            torch._foreach_sub_(weights, steps)
+
+    def _shrink(self) -> None:
+        """Divide the step by e, what momentum adds to it included."""
+        for layer in self.layers:
+            if layer.momentum is not None:
+                layer.momentum.div_(math.e)
+            if not self.adapt_lr:
+                layer.S.mul_(math.exp(-0.5))
+                layer.refresh()
+        if self.adapt_lr:
+            self.rates.shrink(self.param_groups)
+
+    def _group(self, layer: Layer) -> dict[str, Any]:
+        return self.param_groups[layer.group]
+
+    def _meta_state(self) -> dict[str, Any]:
+        return {"meta": self.meta.state_dict(), "rates": self.rates.state_dict()}
+
+    def _settings(self) -> dict[str, Any]:
+        return {"meta_optimizer": self.meta.name, "shared_lr": self.rates.shared}
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        saved, own = state_dict["param_groups"], self.param_groups
+        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in own]:
+            raise ValueError(
+                "state_dict must have param groups of the same sizes, "
+                f"but got {[len(g['params']) for g in saved]} for {[len(g['params']) for g in own]}"
+            )
+        for layer, state in self._saved(state_dict):
+            misfit = layer.misfit(state)
+            if misfit:
+                raise ValueError(f"state_dict must come from the same model and block settings: {misfit}")
+
+    def _load_meta_state(self, state: dict[str, Any], raw: dict[str, Any]) -> None:
+        # torch has cast the blocks to the weights' dtype: take them from the source
+        self.state = defaultdict(dict)
+        for layer, saved in self._saved(raw):
+            layer.load(saved)
+            self.state[layer.view.weight] = layer.state()
+        self.meta.load_state_dict(state["meta"])
+        self.rates.load_state_dict(state["rates"])
+
+    def _saved(self, state_dict: dict[str, Any]) -> list[tuple[Layer, Any]]:
+        """Each layer with its entry in a state dict, which names parameters by their place."""
+        places = [i for group in state_dict["param_groups"] for i in group["params"]]
+        place_of = dict(zip(self.parameters, places, strict=True))
+        return [(layer, state_dict["state"].get(place_of[layer.view.weight])) for layer in self.layers]
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    checks.number("lr", get_rate(group))
+    checks.fraction("momentum", group["momentum"])
+    checks.number("weight_decay", group["weight_decay"])
+    for name in ("block_size", "max_dim"):
+        if group[name] is not None:
+            checks.integer(name, group[name], least=1)
+    checks.one_of("block_dtype", group["block_dtype"], (None, *_BLOCK_DTYPES))
+
+
+def _pair(tensors: Iterable[Tensor | None]) -> tuple[Any, Tensor | None]:
+    """Of a weight and its bias, or of a weight alone."""
+    weight, *bias = tensors
+    return weight, bias[0] if bias else None

@@ -1,0 +1,149 @@
+"""The structured preconditioner of a model: a block A, B and a scaling S for each matrix (Eq. 9 and 10).
+
+All products go through :mod:`apo_kernels`' foreach operations, a whole model a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import apo_kernels as ak
+from apo.matrix_view import MatrixView, Side
+
+__all__ = ["Layer", "apply", "apply_and_keep", "block_gradients"]
+
+
+@dataclass(eq=False)
+class Layer:
+    """A matrix of the model's with its preconditioner, which starts as the identity.
+
+    Attributes:
+        view: the parameters, and how they are read.
+        A, B: blocks of the ``n`` and of the ``m`` side, full or a stack; ones on the diagonal where the side
+            has none, and then never changed.
+        S: ``(*batch, m, n)``.
+        sides: of A and of B.
+        dtype: what the products read A, B and S as.
+        group: index of the param group.
+        working: A, B and S in the dtype that the products read, where that isn't their own.
+        momentum: the momentum buffer, a matrix like S; None until it is needed.
+    """
+
+    view: MatrixView
+    sides: tuple[Side, Side]
+    A: Tensor
+    B: Tensor
+    S: Tensor
+    dtype: torch.dtype
+    group: int = 0
+    working: tuple[Tensor, Tensor, Tensor] | None = None
+    momentum: Tensor | None = None
+
+    @classmethod
+    def start(
+        cls,
+        view: MatrixView,
+        block_size: int | None,
+        max_dim: int | None,
+        dtype: torch.dtype | None = None,
+        group: int = 0,
+    ) -> Layer:
+        """The identity, with masters in float32 (float64 for float64 weights) and products that read ``dtype``."""
+        master = torch.promote_types(view.weight.dtype, torch.float32)
+        device = view.weight.device
+        sides = view.sides(block_size, max_dim)
+
+        def block(side: Side) -> Tensor:
+            one = ak.identity_block(side.length, side.block_size, dtype=master, device=device)
+            return one.expand(*view.batch, *one.shape).contiguous()
+
+        S = torch.ones(view.shape, dtype=master, device=device)
+        layer = cls(view, sides, block(sides[0]), block(sides[1]), S, dtype or master, group)
+        layer.refresh()
+        return layer
+
+    @property
+    def learned(self) -> str:
+        """Which of ``"ABS"`` are learned."""
+        return "A" * self.sides[0].learned + "B" * self.sides[1].learned + "S"
+
+    def tensors(self) -> list[Tensor]:
+        """Those learned, in the order of :attr:`learned`."""
+        return [getattr(self, name) for name in self.learned]
+
+    def meta_rates(self, meta_lr: float) -> list[float]:
+        """The meta-rate of each: divided by a block's side, for an entrywise step of ε can move the spectral norm
+        of a block by ε times its side."""
+        widths = {"A": self.sides[0].width, "B": self.sides[1].width, "S": 1}
+        return [meta_lr / widths[name] for name in self.learned]
+
+    def refresh(self) -> None:
+        """Bring the working copies up to date with what was learned."""
+        if self.dtype != self.S.dtype:
+            self.working = self.A.to(self.dtype), self.B.to(self.dtype), self.S.to(self.dtype)
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.working or (self.A, self.B, self.S)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold."""
+        named = {name: getattr(self, name) for name in self.learned}
+        return named if self.momentum is None else {**named, "momentum_buffer": self.momentum}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`state`, in place."""
+        for name in self.learned:
+            getattr(self, name).copy_(state[name])
+        held = state.get("momentum_buffer")
+        self.momentum = None if held is None else held.to(self.S, copy=True)
+        self.refresh()
+
+    def misfit(self, state: object) -> str | None:
+        """Why a state can't be taken up; None where it can."""
+        if not isinstance(state, dict) or not set(self.learned) <= state.keys():
+            return f"{self.view.name} needs entries {', '.join(self.learned)}"
+        for name, tensor in self.state().items():
+            held = state.get(name)
+            if isinstance(held, Tensor) and held.shape != tensor.shape:
+                return f"{name} of {self.view.name} must be {tuple(tensor.shape)}, but is {tuple(held.shape)}"
+        return None
+
+
+def _operands(layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    each = [layer.operands for layer in layers]
+    return [A for A, _, _ in each], [B for _, B, _ in each], [S for _, _, S in each]
+
+
+def apply(layers: Sequence[Layer], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """``P(G)`` of each layer."""
+    return ak.foreach_precondition(gradients, *_operands(layers))
+
+
+def apply_and_keep(layers: Sequence[Layer], gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[ak.Kept]]:
+    """``P(G)`` of each layer, and what :func:`block_gradients` can reuse of it."""
+    return ak.foreach_precondition(gradients, *_operands(layers), keep=True)
+
+
+def block_gradients(
+    layers: Sequence[Layer], gradients: Sequence[Tensor], V: Sequence[Tensor], kept: Sequence[ak.Kept]
+) -> dict[Layer, tuple[Tensor, ...]]:
+    """The derivatives of ``Σ ⟨V, P(G)⟩``, a tuple a layer in the order of ``layer.learned``."""
+    found: dict[Layer, tuple[Tensor, ...]] = {}
+    for wanted in dict.fromkeys(layer.learned for layer in layers):
+        at = [i for i, layer in enumerate(layers) if layer.learned == wanted]
+        those = [layers[i] for i in at]
+        derivatives = ak.foreach_precondition_vjp(
+            [gradients[i] for i in at],
+            *_operands(those),
+            [V[i] for i in at],
+            kept=[kept[i] for i in at],
+            wanted=wanted,
+        )
+        found.update(zip(those, derivatives, strict=True))
+    return found

@@ -1,0 +1,66 @@
+"""Small problems that the tests of the front ends share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import apo
+
+Problem = tuple[nn.Module, Tensor, Tensor, Tensor]
+
+
+def mlp(*, dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
+    """``(model, x, t, x̃)``: five inputs, three classes."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+    return model, torch.randn(16, 5, dtype=dtype), torch.randint(3, (16,)), torch.randn(12, 5, dtype=dtype)
+
+
+def convnet(*, dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
+    """A convolution, a norm, a lone vector and a linear layer, all with biases."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 16, 3)
+    ).to(dtype)
+    x, other = torch.randn(8, 2, 4, 4, dtype=dtype), torch.randn(6, 2, 4, 4, dtype=dtype)
+    return model, x, torch.randint(3, (8,)), other
+
+
+def objective(model: nn.Module, inputs: Any, **settings: Any) -> apo.ProximalObjective:
+    settings = {"fsd_weight": 0.7, "wsd_weight": 0.2, **settings}
+    return apo.ProximalObjective(model, [inputs] if isinstance(inputs, Tensor) else inputs, **settings)
+
+
+def closure_of(
+    opt: torch.optim.Optimizer,
+    model: nn.Module,
+    x: Tensor,
+    t: Tensor,
+    loss_of: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = loss_of(model(x), t)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """To the bit."""
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def difference(f: Callable[[float], float], h: float = 1e-3) -> float:
+    """``f′(0)`` by central differences of fourth order."""
+    return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)

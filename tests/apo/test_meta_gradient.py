@@ -1,0 +1,276 @@
+"""The meta-gradient of φ, against finite differences of Q and against autograd through an unrolled step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from apo_helpers import Problem, closure_of, convnet, difference, mlp, objective
+from torch import Tensor, nn
+
+import apo
+from apo.meta_optimizer import MetaOptimizer
+from apo_kernels import blocks_to_dense
+
+Recorded = dict[str, list[Any]]
+
+
+def attention() -> Problem:
+    torch.manual_seed(3)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.up = nn.ConvTranspose1d(4, 3, 2, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.attention(x, x, x)[0].mT).mean(-1)
+
+    x, other = torch.randn(6, 3, 4).double(), torch.randn(5, 3, 4).double()
+    return Net().double(), x, torch.randint(3, (6,)), other
+
+
+def embedding() -> Problem:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Embedding(6, 4), nn.LSTM(4, 3, batch_first=True)).double()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)[0].sum(1)
+
+    return Net(), torch.randint(6, (8, 3)), torch.randint(3, (8,)), torch.randint(6, (5, 3))
+
+
+PROBLEMS = {"mlp": mlp, "convnet": convnet, "attention": attention, "embedding": embedding}
+
+
+@contextmanager
+def recorded(opt: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
+    """Meta-gradients as they reach the meta-optimizers, which then don't move φ."""
+    found: Recorded = {"blocks": [], "slopes": []}
+
+    def meta_step(self: MetaOptimizer, grads: Any) -> None:
+        found["blocks"].append(list(grads))
+
+    def update(groups: Any, slopes: Any) -> list[float]:
+        found["slopes"].append(list(slopes))
+        return [1.0] * len(groups)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetaOptimizer, "step", meta_step)
+        if hasattr(opt, "rates"):
+            patch.setattr(opt.rates, "update", update)
+        yield found
+
+
+def roughened(opt: apo.APO) -> None:
+    """Blocks that are nothing special."""
+    for layer in opt.layers:
+        for tensor in layer.tensors():
+            tensor.add_(0.3 * torch.randn_like(tensor))
+        layer.refresh()
+
+
+def q_at(opt: Any, closure: Callable[[], Tensor]) -> float:
+    opt.meta_step(closure)
+    return opt.last.objective
+
+
+def prepared(problem: str, **settings: Any) -> tuple[apo.APO, nn.Module, Problem, Callable[[], Tensor]]:
+    """An APO with a momentum and blocks of its own, φ frozen so far."""
+    model, x, t, other = made = PROBLEMS[problem]()
+    settings = {"lr": 0.2, "interval": 0, "weight_decay": 0.03, **settings}
+    opt = apo.APO(model, objective(model, other), **settings)
+    closure = closure_of(opt, model, x, t)
+    for _ in range(2):
+        opt.step(closure)
+    roughened(opt)
+    return opt, model, made, closure
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("block_size", [None, 3, 1])
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_blocks_equal_finite_differences(
+    problem: str, block_size: int | None, decoupled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt, _, _, closure = prepared(problem, block_size=block_size, decoupled_weight_decay=decoupled)
+    with recorded(opt, monkeypatch) as found:
+        opt.meta_step(closure)
+        tensors = [t for layer in opt.layers for t in layer.tensors()]
+        names = [f"{name} of {layer.view.name}" for layer in opt.layers for name in layer.learned]
+        assert len(found["blocks"][0]) == len(tensors)
+        generator = torch.Generator().manual_seed(0)
+        for name, tensor, grad in zip(names, tensors, found["blocks"][0], strict=True):
+            start = tensor.clone()
+            direction = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+            # half of it along the gradient, lest the product be small beside what it is made of
+            direction = direction / direction.norm() + grad / grad.norm()
+
+            def q(h: float, tensor: Tensor = tensor, start: Tensor = start, along: Tensor = direction) -> float:
+                tensor.copy_(start + h * along)
+                return q_at(opt, closure)
+
+            expected = difference(q)
+            tensor.copy_(start)
+            assert (grad * direction).sum().item() == pytest.approx(expected, rel=1e-6), name
+        log_lr = math.log(opt.param_groups[0]["lr"])
+
+        def q_of_rate(h: float) -> float:
+            opt.param_groups[0]["lr"] = math.exp(log_lr + h)
+            return q_at(opt, closure)
+
+        assert found["slopes"][0][0] == pytest.approx(difference(q_of_rate), rel=1e-6)
+
+
+def dense_p(layer: Any, G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> Tensor:
+    """Eq. 10 from its definition, with dense blocks."""
+    if A.ndim == G.ndim + 1:
+        A = blocks_to_dense(A, layer.view.n)
+    if B.ndim == G.ndim + 1:
+        B = blocks_to_dense(B, layer.view.m)
+    return B @ (S**2 * (B.mT @ G @ A)) @ A.mT
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_blocks_equal_autograd_through_an_unrolled_step(
+    problem: str, block_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt, model, (_, x, t, other), closure = prepared(problem, block_size=block_size)
+    with recorded(opt, monkeypatch) as found:
+        opt.meta_step(closure)
+
+    model.eval()
+    named = dict(model.named_parameters())
+    name_of = {p: name for name, p in named.items()}
+    loss = F.cross_entropy(model(x), t)
+    grads = dict(zip(named.values(), torch.autograd.grad(loss, list(named.values()), create_graph=True), strict=True))
+    phi, log_lr = [], torch.tensor(math.log(opt.param_groups[0]["lr"]), dtype=torch.float64, requires_grad=True)
+    trial = {}
+    for layer in opt.layers:
+        operands = {k: getattr(layer, k).clone() for k in "ABS"}
+        phi += [operands[k].requires_grad_() for k in layer.learned]
+        view = layer.view
+        G = view.gather(grads[view.weight], None if view.bias is None else grads[view.bias])
+        velocity = 0.9 * layer.momentum + log_lr.exp() * dense_p(layer, G, **operands)
+        for p, step in zip(view.parameters, view.scatter(velocity), strict=True):
+            trial[name_of[p]] = (1 - log_lr.exp() * 0.03) * p.detach() - step
+    new, old = torch.func.functional_call(model, trial, other), model(other).detach()
+    kl = (old.softmax(-1) * (old.log_softmax(-1) - new.log_softmax(-1))).sum(-1).mean()
+    wsd = sum((trial[name] - p.detach()).square().sum() for name, p in named.items()) / 2
+    q = F.cross_entropy(torch.func.functional_call(model, trial, x), t) + 0.7 * kl + 0.2 * wsd
+
+    assert opt.last is not None
+    assert opt.last.objective == pytest.approx(q.item(), rel=1e-12)
+    *expected, expected_slope = torch.autograd.grad(q, [*phi, log_lr])
+    for grad, wanted in zip(found["blocks"][0], expected, strict=True):
+        assert (grad - wanted).norm() <= 1e-9 * wanted.norm()
+    assert found["slopes"][0][0] == pytest.approx(expected_slope.item(), rel=1e-9)
+
+
+BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.3, weight_decay=0.01),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9),
+    "Nesterov": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9, nesterov=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.02),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.05),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+}
+
+
+def unit_step(base: str, thetas: list[Tensor], gs: list[Tensor]) -> Tensor:
+    """What the base subtracts at rate 1, from the weights and gradients of all steps so far."""
+    t, g = len(gs), gs[-1]
+    if base == "SGD":
+        return g + 0.01 * thetas[-1]
+    if base in ("momentum", "Nesterov"):
+        v = sum(0.9 ** (t - 1 - i) * gi for i, gi in enumerate(gs))
+        return g + 0.9 * v if base == "Nesterov" else v
+    if base == "Adagrad":
+        return g / (sum(gi**2 for gi in gs).sqrt() + 1e-10)
+    if base == "RMSprop":
+        return g / (sum(0.01 * 0.99 ** (t - 1 - i) * gi**2 for i, gi in enumerate(gs)).sqrt() + 1e-8)
+    mean = sum(0.1 * 0.9 ** (t - 1 - i) * gi for i, gi in enumerate(gs)) / (1 - 0.9**t)
+    square = sum(0.001 * 0.999 ** (t - 1 - i) * gi**2 for i, gi in enumerate(gs)) / (1 - 0.999**t)
+    return mean / (square.sqrt() + 1e-8) + (0.1 * thetas[-1] if base == "AdamW" else 0)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_log_rate_equals_finite_differences_and_autograd(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, t, other = mlp()
+    rates = {"first": [*model[0].parameters()], "second": [*model[2].parameters()]}
+    opt = apo.AdaptiveLR(BASES[base]([{"params": p} for p in rates.values()]), objective(model, other), interval=0)
+    closure = closure_of(opt, model, x, t)
+    history = []
+    for last in (False, False, True):
+        thetas = [p.detach().clone() for p in model.parameters()]
+        closure()
+        history.append((thetas, [p.grad.clone() for p in model.parameters()]))
+        if not last:
+            opt.step(closure)
+
+    with recorded(opt, monkeypatch) as found:
+        opt.meta_step(closure)
+        slopes = found["slopes"][0]
+        for group, slope in zip(opt.param_groups, slopes, strict=True):
+            rate = group["lr"]
+
+            def q(h: float, group: Any = group, rate: float = rate) -> float:
+                group["lr"] = rate * math.exp(h)
+                return q_at(opt, closure)
+
+            assert slope == pytest.approx(difference(q), rel=1e-6)
+            group["lr"] = rate
+
+    model.eval()
+    log_lr = torch.tensor([math.log(g["lr"]) for g in opt.param_groups], dtype=torch.float64, requires_grad=True)
+    trial = {}
+    for i, (name, p) in enumerate(model.named_parameters()):
+        step = unit_step(base, [thetas[i] for thetas, _ in history], [grads[i] for _, grads in history])
+        trial[name] = p.detach() - log_lr[i // 2].exp() * step
+    new, old = torch.func.functional_call(model, trial, other), model(other).detach()
+    kl = (old.softmax(-1) * (old.log_softmax(-1) - new.log_softmax(-1))).sum(-1).mean()
+    wsd = sum((trial[name] - p.detach()).square().sum() for name, p in model.named_parameters()) / 2
+    value = F.cross_entropy(torch.func.functional_call(model, trial, x), t) + 0.7 * kl + 0.2 * wsd
+    (expected,) = torch.autograd.grad(value, log_lr)
+    assert slopes == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+def test_full_preconditioner_equals_finite_differences_and_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, t, other = mlp()
+    opt = apo.FullPreconditioner(model, objective(model, other), lr=0.3)
+    closure = closure_of(opt, model, x, t)
+    opt.P.add_(0.1 * torch.randn_like(opt.P))
+    with recorded(opt, monkeypatch) as found:
+        opt.meta_step(closure)
+        grad, start = found["blocks"][0][0], opt.P.clone()
+        direction = grad / grad.norm() + torch.randn_like(grad) / len(grad)
+
+        def q(h: float) -> float:
+            opt.P.copy_(start + h * direction)
+            return q_at(opt, closure)
+
+        assert (grad * direction).sum().item() == pytest.approx(difference(q), rel=1e-6)
+        opt.P.copy_(start)
+
+    theta, f = apo.proximal.flat_model(model)
+    P = start.clone().requires_grad_()
+    closure()
+    step = 0.3 * P @ torch.cat([p.grad.flatten() for p in model.parameters()])
+    new, old = f(theta - step, other), f(theta, other)
+    kl = (old.softmax(-1) * (old.log_softmax(-1) - new.log_softmax(-1))).sum(-1).mean()
+    value = F.cross_entropy(f(theta - step, x), t) + 0.7 * kl + 0.1 * step.square().sum()
+    (expected,) = torch.autograd.grad(value, P)
+    assert (grad - expected).norm() <= 1e-9 * expected.norm()
