@@ -5,7 +5,7 @@ argument of the call, the environment variable ``APO_KERNELS_BACKEND``, and the 
 tensors: ``triton`` on a GPU that it has kernels for, else ``aten``.
 
 **Names.** ``"aten"``, ``"triton"``, and ``"triton:ieee"``, ``"triton:tf32"``, ``"triton:tf32x3"``, which say how
-float32 operands are multiplied; plain ``"triton"`` is faithful to float32 (:meth:`apo_kernels.targets.Target.precision`).
+float32 operands are multiplied; plain ``"triton"`` is faithful to it (:meth:`apo_kernels.targets.Target.precision`).
 
 **Failures.** A backend that was asked for fails loudly. One that was chosen here and fails is warned about once, and
 ``aten`` serves from then on; running out of memory is no failure of a backend.

@@ -120,14 +120,14 @@ def load_tile(pointer, row_stride, col_stride, row0, col0, rows, cols, R: tl.con
     pointer += row0 * row_stride + col0 * col_stride
     r, c = tl.arange(0, R), tl.arange(0, C)
     address = pointer.to(tl.int64)
-    fits = (col_stride == 1) & (row_stride % UNIT == 0) & (row_stride < 1 << 20) & (cols % UNIT == 0)
+    fits = (col_stride == 1) & (row_stride % UNIT == 0) & (cols % UNIT == 0)
     if fits & (address % 16 == 0):
         pointer = tl.multiple_of(pointer, 16)
         pitch = (row_stride // UNIT).to(tl.int32) * UNIT
         whole = (cols // UNIT).to(tl.int32) * UNIT
         x = tl.load(pointer + r[:, None] * pitch + c[None, :], mask=(r < rows)[:, None] & (c < whole)[None, :], other=0)
     else:
-        offset = r.to(tl.int64)[:, None] * row_stride + c.to(tl.int64)[None, :] * col_stride
+        offset = r[:, None] * row_stride.to(tl.int32) + c[None, :] * col_stride.to(tl.int32)
         x = tl.load(pointer + offset, mask=(r < rows)[:, None] & (c < cols)[None, :], other=0)
     return x
 
@@ -139,20 +139,21 @@ def store_tile(
     """``x`` into ``X[row0 :, col0 :]``, as far as ``rows`` and ``cols`` (counted in the tile)."""
     pointer += row0 * row_stride + col0 * col_stride
     r, c = tl.arange(0, R), tl.arange(0, C)
-    offset = r.to(tl.int64)[:, None] * row_stride + c.to(tl.int64)[None, :] * col_stride
+    offset = r[:, None] * row_stride.to(tl.int32) + c[None, :] * col_stride.to(tl.int32)
     tl.store(pointer + offset, storable(x, TYPE), mask=(r < rows)[:, None] & (c < cols)[None, :])
 
 
 @triton.jit
-def diagonal_offsets(r, c, row_stride, col_stride, square_stride, side, first):
-    """Where entry ``(r, c)`` of a block-diagonal tile lies in its stack, and whether it lies on the diagonal at all.
+def diagonal_offsets(r, c, row_stride, col_stride, square_stride, side):
+    """Where entries ``(r, c)`` of a block-diagonal tile lie in its stack, and which lie on the diagonal at all.
 
-    The tile begins with square ``first``; its squares have side ``side``.
+    The tile begins with the square that offsets count from; its squares have side ``side``. Divisions are in int32.
     """
-    r, c = r.to(tl.int64)[:, None], c.to(tl.int64)[None, :]
+    side = side.to(tl.int32)
     square = r // side
-    offset = (first + square) * square_stride + (r % side) * row_stride + (c % side) * col_stride
-    return offset, square == c // side
+    down = square * square_stride.to(tl.int32) + (r - square * side) * row_stride.to(tl.int32)
+    across = c % side * col_stride.to(tl.int32)
+    return down[:, None] + across[None, :], square[:, None] == (c // side)[None, :]
 
 
 @triton.jit
@@ -163,11 +164,12 @@ def load_squares(
 
     Zero off the diagonal squares and, in rows and columns, from ``limit`` on.
     """
+    pointer += first * square_stride
     if side >= limit:
-        x = load_tile(pointer + first * square_stride, row_stride, col_stride, 0, col0, limit, limit - col0, R, C)
+        x = load_tile(pointer, row_stride, col_stride, 0, col0, limit, limit - col0, R, C)
     else:
         r, c = tl.arange(0, R), col0 + tl.arange(0, C)
-        offset, on_diagonal = diagonal_offsets(r, c, row_stride, col_stride, square_stride, side, first)
+        offset, on_diagonal = diagonal_offsets(r, c, row_stride, col_stride, square_stride, side)
         x = tl.load(pointer + offset, mask=on_diagonal & (r < limit)[:, None] & (c < limit)[None, :], other=0)
     return x
 
@@ -189,9 +191,13 @@ def store_squares(
     C: tl.constexpr,
 ):
     """The part at ``(row0, col0)`` of a tile into a stack: what lies on its diagonal squares, up to ``limit``."""
-    r, c = row0 + tl.arange(0, R), col0 + tl.arange(0, C)
-    offset, on_diagonal = diagonal_offsets(r, c, row_stride, col_stride, square_stride, side, first)
-    tl.store(pointer + offset, storable(x, TYPE), mask=on_diagonal & (r < limit)[:, None] & (c < limit)[None, :])
+    pointer += first * square_stride
+    if side >= limit:
+        store_tile(pointer, row_stride, col_stride, row0, col0, limit - row0, limit - col0, x, TYPE, R, C)
+    else:
+        r, c = row0 + tl.arange(0, R), col0 + tl.arange(0, C)
+        offset, on_diagonal = diagonal_offsets(r, c, row_stride, col_stride, square_stride, side)
+        tl.store(pointer + offset, storable(x, TYPE), mask=on_diagonal & (r < limit)[:, None] & (c < limit)[None, :])
 
 
 @triton.jit

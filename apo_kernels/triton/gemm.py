@@ -318,11 +318,9 @@ def grouped_gemm(
                 acc = acc * undo_g * undo_q * undo_v * undo_q
             shape = layers + layer * LAYER_FIELDS
             side, group = tl.load(shape + _SIDE_B), tl.load(shape + _GROUP_B)
-            p, dr, dc, dq, _ = stack(operands, layer, _DB, tl.float32)
+            block, dr, dc, dq, _ = stack(operands, layer, _DB, tl.float32)
             reach = tl.minimum(side * group, m - row0)
-            store_squares(
-                p, dr, dc, dq, side, square * group, row, col, reach, acc, tl.float32, BM, BN
-            )  # fmt: skip
+            store_squares(block, dr, dc, dq, side, square * group, row, col, reach, acc, tl.float32, BM, BN)
 
     else:
         if STAGE == "dA_dG" and kind == _BLOCK:
@@ -348,11 +346,9 @@ def grouped_gemm(
                 acc = acc * undo_v * undo_q * undo_q
             shape = layers + layer * LAYER_FIELDS
             side, group = tl.load(shape + _SIDE_A), tl.load(shape + _GROUP_A)
-            p, dr, dc, dq, _ = stack(operands, layer, _DA, tl.float32)
+            block, dr, dc, dq, _ = stack(operands, layer, _DA, tl.float32)
             reach = tl.minimum(side * group, n - col0)
-            store_squares(
-                p, dr, dc, dq, side, square * group, row, col, reach, acc, tl.float32, BM, BN
-            )  # fmt: skip
+            store_squares(block, dr, dc, dq, side, square * group, row, col, reach, acc, tl.float32, BM, BN)
         else:
             if STAGE == "dA_dG":
                 x, xp, _ = packed(operands, layer, _WV, COMPUTE)

@@ -19,7 +19,7 @@ from apo_kernels.triton.roles import ALIGN, Kind, LayerField, PackField, Problem
 
 __all__ = ["PACK_TILE", "GemmPart"]
 
-PACK_TILE = (64, 128)
+PACK_TILE = (32, 128)
 """What one program of :func:`pack` copies."""
 
 Problem = tuple[int, ...]

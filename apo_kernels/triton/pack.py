@@ -20,14 +20,14 @@ _FIELDS = tl.constexpr(len(PackField))
 
 
 @triton.jit
-def load_widened(address, code, offset, mask):
-    """Entries of a float32 (``code`` 0), float16 (1) or bfloat16 (2) matrix, in float32."""
+def load_widened(address, code, base, offset, mask):
+    """Entries at ``base + offset`` of a float32 (``code`` 0), float16 (1) or bfloat16 (2) matrix, in float32."""
     if code == 0:
-        x = tl.load(address.to(tl.pointer_type(tl.float32)) + offset, mask=mask, other=0)
+        x = tl.load(address.to(tl.pointer_type(tl.float32)) + base + offset, mask=mask, other=0)
     elif code == 1:
-        x = tl.load(address.to(tl.pointer_type(tl.float16)) + offset, mask=mask, other=0).to(tl.float32)
+        x = tl.load(address.to(tl.pointer_type(tl.float16)) + base + offset, mask=mask, other=0).to(tl.float32)
     else:
-        x = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offset, mask=mask, other=0).to(tl.float32)
+        x = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + base + offset, mask=mask, other=0).to(tl.float32)
     return x
 
 
@@ -50,14 +50,21 @@ def pack(
     source, code, destination = tl.load(addresses + tl.load(job)), tl.load(job + 1), tl.load(job + 2)
     row_stride, col_stride, square_stride = tl.load(job + 3), tl.load(job + 4), tl.load(job + 5)
     side, first = tl.load(job + 6), tl.load(job + 7)
-    r, c = tl.load(job + 8) + tl.arange(0, ROWS), tl.load(job + 9) + tl.arange(0, COLS)
-    rows, cols, pitch = tl.load(job + 10), tl.load(job + 11), tl.load(job + 12)
-    offset, on_diagonal = diagonal_offsets(r, c, row_stride, col_stride, square_stride, side, first)
-    x = load_widened(source, code, offset, on_diagonal & (r < rows)[:, None] & (c < cols)[None, :])
+    row0, col0, rows, cols = tl.load(job + 8), tl.load(job + 9), tl.load(job + 10), tl.load(job + 11)
+    pitch = tl.load(job + 12)
+    r, c = tl.arange(0, ROWS), tl.arange(0, COLS)
+    inside = (row0 + r < rows)[:, None] & (col0 + c < cols)[None, :]
+    # Offsets fit int32: within a tile where there is one square, which may be large, else within a few small squares.
+    alone = side >= tl.maximum(rows, cols)
+    base = first * square_stride + tl.where(alone, row0 * row_stride + col0 * col_stride, 0)
+    row, col = tl.where(alone, 0, row0).to(tl.int32) + r, tl.where(alone, 0, col0).to(tl.int32) + c
+    offset, on_diagonal = diagonal_offsets(row, col, row_stride, col_stride, square_stride, side)
+    x = load_widened(source, code, base, offset, inside & on_diagonal)
     if SCAN:
         tl.store(amax + pid, tl.max(tl.abs(x)))
     if destination != 0:
         # Zeros down to the next multiple of 8 rows, and across to the pitch.
         height = (rows + UNIT - 1) // UNIT * UNIT
-        to = destination.to(tl.pointer_type(COMPUTE)) + r[:, None] * pitch + c[None, :]
-        tl.store(to, storable(x, COMPUTE), mask=(r < height)[:, None] & (c < pitch)[None, :])
+        to = destination.to(tl.pointer_type(COMPUTE)) + row0 * pitch + col0
+        fits = (row0 + r < height)[:, None] & (col0 + c < pitch)[None, :]
+        tl.store(to + (r[:, None] * pitch.to(tl.int32) + c[None, :]), storable(x, COMPUTE), mask=fits)
