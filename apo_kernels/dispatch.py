@@ -132,7 +132,7 @@ def _obstacle(Gs: Tensors) -> str | None:
 @cache
 def _triton_missing() -> str | None:
     try:
-        import_module("triton")
+        import_module("triton.language")
     except ImportError as error:
         return f"Triton can't be imported ({error})"
     return None
