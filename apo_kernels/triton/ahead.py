@@ -103,7 +103,7 @@ def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> I
     multiplies = not (dtype == torch.float32 and precision == "ieee" and target.backend == "cuda")
     operands = {f"TYPE_{name}": type_ for name in ("G", "A", "B", "S")}
     common = {"COMPUTE": type_, "PRECISION": precision}
-    flags = {"HAS_BUFFER": True, "HAS_MOMENTUM": True, "HAS_DECAY": True, "LR_IN_TENSOR": True}
+    updates = {"HAS_BUFFER": True, "HAS_MOMENTUM": True, "HAS_DECAY": True, "LR_IN_TENSOR": True}
     outputs = {"TYPE_OUT": type_, "TYPE_MOMENTUM": TYPES[torch.float32]}
     for side in (16, 32, 64):
         chosen = config.tile_config(target, dtype, precision, False, side)
@@ -113,13 +113,13 @@ def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> I
             ("tile_keep", {"UPDATE": False, "KEEP": True}),
             ("tile_update", {"UPDATE": True, "KEEP": False}),
         ):
-            constants = {**operands, **outputs, **common, **flags, **changes, **shape}
+            constants = {**operands, **outputs, **common, **updates, **changes, **shape, "OF_V": False}
             yield Case(
                 stage, dtype, precision, str(side), tile_forward, constants, chosen.warps, chosen.stages, multiplies
             )
         chosen = config.tile_config(target, dtype, precision, True, side)
         constants = {
-            **operands, **common, "TYPE_V": type_, **{f"WANT_{x}": True for x in "GABS"},
+            **operands, **common, "TYPE_V": type_, **{f"WANT_{x}": True for x in "ABS"},
             "SIDE": chosen.side, "SLAB": chosen.slab,
         }  # fmt: skip
         yield Case(
@@ -129,7 +129,7 @@ def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> I
     for stage, size in product(config.STAGES, ("small", "large")):
         each = config.gemm_config(target, dtype, precision, stage, size)
         constants = {
-            **outputs, **common, **flags, "STAGE": stage, "TYPE_S": type_, "SCALED": dtype == torch.float16,
+            **outputs, **common, **updates, "STAGE": stage, "TYPE_S": type_, "SCALED": dtype == torch.float16,
             "KEEP": False, "WANT_S": True, "BM": each.rows, "BN": each.cols, "BK": each.depth,
         }  # fmt: skip
         yield Case(stage, dtype, precision, size, grouped_gemm, constants, each.warps, each.stages, multiplies)

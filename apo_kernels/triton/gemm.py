@@ -155,7 +155,7 @@ def store_packed(
     BN: tl.constexpr,
 ):
     """``x`` into a workspace matrix at ``(row0 + row, col0 + col)``, pads included: they are zeros."""
-    pointer, pitch, _ = packed(operands, layer, role, COMPUTE)
+    pointer, pitch, _unused = packed(operands, layer, role, COMPUTE)
     r, c = tl.arange(0, BM), tl.arange(0, BN)
     pointer += (row0 + row) * pitch + (col0 + col)
     offset = r[:, None] * pitch.to(tl.int32) + c[None, :]
@@ -211,7 +211,7 @@ def grouped_gemm(
     acc = tl.zeros((BM, BN), tl.float32)
 
     if STAGE == "right":
-        x, xp, _ = packed(operands, layer, _G + which, COMPUTE)
+        x, xp, _unused = packed(operands, layer, _G + which, COMPUTE)
         y, yp, yq = packed(operands, layer, _A, COMPUTE)
         acc = multiply(
             acc, x + col0, xp, y + square * yq, yp, row, col, rows, cols, depth,
@@ -229,7 +229,7 @@ def grouped_gemm(
 
     elif STAGE == "scale":
         x, xp, xq = packed(operands, layer, _B, COMPUTE)
-        y, yp, _ = packed(operands, layer, _U, COMPUTE)
+        y, yp, _unused = packed(operands, layer, _U, COMPUTE)
         acc = multiply(
             acc, x + square * xq, xp, y + row0 * yp, yp, row, col, rows, cols, depth,
             True, False, COMPUTE, PRECISION, BM, BN, BK,
@@ -250,8 +250,8 @@ def grouped_gemm(
 
     elif STAGE == "pair":
         x, xp, xq = packed(operands, layer, _B, COMPUTE)
-        y, yp, _ = packed(operands, layer, _U, COMPUTE)
-        z, zp, _ = packed(operands, layer, _UV, COMPUTE)
+        y, yp, _unused = packed(operands, layer, _U, COMPUTE)
+        z, zp, _unused = packed(operands, layer, _UV, COMPUTE)
         acc = multiply(
             acc, x + square * xq, xp, y + row0 * yp, yp, row, col, rows, cols, depth,
             True, False, COMPUTE, PRECISION, BM, BN, BK,
@@ -284,7 +284,7 @@ def grouped_gemm(
     elif STAGE == "left" or STAGE == "left_dB":
         if kind != _BLOCK:
             x, xp, xq = packed(operands, layer, _B, COMPUTE)
-            y, yp, _ = packed(operands, layer, _T + which, COMPUTE)
+            y, yp, _unused = packed(operands, layer, _T + which, COMPUTE)
             acc = multiply(
                 acc, x + square * xq, xp, y + row0 * yp, yp, row, col, rows, cols, depth,
                 False, False, COMPUTE, PRECISION, BM, BN, BK,
@@ -299,14 +299,14 @@ def grouped_gemm(
                 store_tile(p, wr, wc, row0 + row, col0 + col, true_rows, true_cols, acc * undo, tl.float32, BM, BN)
             store_packed(operands, layer, _W + which, row0, col0, row, col, rows, cols, acc, COMPUTE, BM, BN)
         elif STAGE == "left_dB":
-            x, xp, _ = packed(operands, layer, _UV, COMPUTE)
-            y, yp, _ = packed(operands, layer, _T, COMPUTE)
+            x, xp, _unused = packed(operands, layer, _UV, COMPUTE)
+            y, yp, _unused = packed(operands, layer, _T, COMPUTE)
             acc = multiply(
                 acc, x + row0 * xp, xp, y + row0 * yp, yp, row, col, rows, cols, depth,
                 False, True, COMPUTE, PRECISION, BM, BN, BK,
             )  # fmt: skip
-            x, xp, _ = packed(operands, layer, _U, COMPUTE)
-            y, yp, _ = packed(operands, layer, _TV, COMPUTE)
+            x, xp, _unused = packed(operands, layer, _U, COMPUTE)
+            y, yp, _unused = packed(operands, layer, _TV, COMPUTE)
             acc = multiply(
                 acc, x + row0 * xp, xp, y + row0 * yp, yp, row, col, rows, cols, depth,
                 False, True, COMPUTE, PRECISION, BM, BN, BK,
@@ -318,14 +318,14 @@ def grouped_gemm(
                 acc = acc * undo_g * undo_q * undo_v * undo_q
             shape = layers + layer * LAYER_FIELDS
             side, group = tl.load(shape + _SIDE_B), tl.load(shape + _GROUP_B)
-            block, dr, dc, dq, _ = stack(operands, layer, _DB, tl.float32)
+            block, dr, dc, dq, _part = stack(operands, layer, _DB, tl.float32)
             reach = tl.minimum(side * group, m - row0)
             store_squares(block, dr, dc, dq, side, square * group, row, col, reach, acc, tl.float32, BM, BN)
 
     else:
         if STAGE == "dA_dG" and kind == _BLOCK:
-            x, xp, _ = packed(operands, layer, _V, COMPUTE)
-            y, yp, _ = packed(operands, layer, _W, COMPUTE)
+            x, xp, _unused = packed(operands, layer, _V, COMPUTE)
+            y, yp, _unused = packed(operands, layer, _W, COMPUTE)
             acc = multiply(
                 acc, x + col0, xp, y + col0, yp, row, col, rows, cols, depth,
                 True, False, COMPUTE, PRECISION, BM, BN, BK,
@@ -335,8 +335,8 @@ def grouped_gemm(
                 _, undo_g = scale_of(amax, layers, layer, _AMAX_G)
                 k_v, undo_v = scale_of(amax, layers, layer, _AMAX_V)
                 acc = acc * undo_g * k_v
-            x, xp, _ = packed(operands, layer, _G, COMPUTE)
-            y, yp, _ = packed(operands, layer, _WV, COMPUTE)
+            x, xp, _unused = packed(operands, layer, _G, COMPUTE)
+            y, yp, _unused = packed(operands, layer, _WV, COMPUTE)
             acc = multiply(
                 acc, x + col0, xp, y + col0, yp, row, col, rows, cols, depth,
                 True, False, COMPUTE, PRECISION, BM, BN, BK,
@@ -346,14 +346,14 @@ def grouped_gemm(
                 acc = acc * undo_v * undo_q * undo_q
             shape = layers + layer * LAYER_FIELDS
             side, group = tl.load(shape + _SIDE_A), tl.load(shape + _GROUP_A)
-            block, dr, dc, dq, _ = stack(operands, layer, _DA, tl.float32)
+            block, dr, dc, dq, _part = stack(operands, layer, _DA, tl.float32)
             reach = tl.minimum(side * group, n - col0)
             store_squares(block, dr, dc, dq, side, square * group, row, col, reach, acc, tl.float32, BM, BN)
         else:
             if STAGE == "dA_dG":
-                x, xp, _ = packed(operands, layer, _WV, COMPUTE)
+                x, xp, _unused = packed(operands, layer, _WV, COMPUTE)
             else:
-                x, xp, _ = packed(operands, layer, _W, COMPUTE)
+                x, xp, _unused = packed(operands, layer, _W, COMPUTE)
             y, yp, yq = packed(operands, layer, _A, COMPUTE)
             acc = multiply(
                 acc, x + col0, xp, y + square * yq, yp, row, col, rows, cols, depth,

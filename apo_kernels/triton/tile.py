@@ -90,12 +90,16 @@ def tile_forward(
     HAS_MOMENTUM: tl.constexpr,
     HAS_DECAY: tl.constexpr,
     LR_IN_TENSOR: tl.constexpr,
+    OF_V: tl.constexpr,
     SIDE: tl.constexpr,
     SLAB: tl.constexpr,
 ):
-    """``P(G)`` of a tile, stored (and with it, if ``KEEP``, ``U``, ``R = S⊙M`` and ``W``) or made an update."""
+    """``P(G)`` of a tile, stored (and with it, if ``KEEP``, ``U``, ``R = S⊙M`` and ``W``) or made an update.
+
+    ``OF_V``: of the cotangent in ``G``'s place, ``dG = P(V)``.
+    """
     layer, _i, _j, first_B, first_A, side_B, side_A, row0, col0, rows, cols = place(tiles, layers)
-    pg, gr, gc = matrix(operands, layer, _G, TYPE_G)
+    pg, gr, gc = matrix(operands, layer, _V if OF_V else _G, TYPE_G)
     ps, sr, sc = matrix(operands, layer, _S, TYPE_S)
     pa, ar, ac, aq, _ = stack(operands, layer, _A, TYPE_A)
     pb, br, bc, bq, _ = stack(operands, layer, _B, TYPE_B)
@@ -146,14 +150,16 @@ def tile_backward(
     TYPE_S: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
-    WANT_G: tl.constexpr,
     WANT_A: tl.constexpr,
     WANT_B: tl.constexpr,
     WANT_S: tl.constexpr,
     SIDE: tl.constexpr,
     SLAB: tl.constexpr,
 ):
-    """The derivatives of a tile: ``dS`` and ``dG`` stored, ``dA`` and ``dB`` as this tile's part of their sums."""
+    """The derivatives of a tile: ``dS`` stored, ``dA`` and ``dB`` stored as this tile's part of their sums.
+
+    ``dG = P(V)`` is a forward's work (:func:`tile_forward`, ``OF_V``): here it would cost registers for a tile more.
+    """
     layer, i, j, first_B, first_A, side_B, side_A, row0, col0, rows, cols = place(tiles, layers)
     shape = layers + layer * LAYER_FIELDS
     pg, gr, gc = matrix(operands, layer, _G, TYPE_G)
@@ -165,7 +171,6 @@ def tile_backward(
     v = operand(load_tile(pv, vr, vc, row0, col0, rows, cols, SIDE, SIDE), COMPUTE)
     b = operand(load_squares(pb, br, bc, bq, side_B, first_B, 0, rows, SIDE, SIDE), COMPUTE)
 
-    dg = tl.zeros((SIDE, SIDE), tl.float32)
     db = tl.zeros((SIDE, SIDE), tl.float32)
     for s in range(0, SIDE, SLAB):
         at = col0 + s
@@ -184,27 +189,19 @@ def tile_backward(
         if WANT_B:
             db += tl.dot(uv, tl.trans(tm), input_precision=PRECISION) * (c_uv * c_tm)
             db += tl.dot(ug, tl.trans(tn), input_precision=PRECISION) * (c_ug * c_tn)
-        if WANT_A or WANT_G:
+        if WANT_A:
+            wm, c_wm = narrowed(tl.dot(b, tm, input_precision=PRECISION) * c_tm, COMPUTE)
+            da = tl.dot(tl.trans(v), wm, input_precision=PRECISION) * c_wm
             wn, c_wn = narrowed(tl.dot(b, tn, input_precision=PRECISION) * c_tn, COMPUTE)
-            if WANT_A:
-                wm, c_wm = narrowed(tl.dot(b, tm, input_precision=PRECISION) * c_tm, COMPUTE)
-                da = tl.dot(tl.trans(v), wm, input_precision=PRECISION) * c_wm
-                da += tl.dot(tl.trans(g), wn, input_precision=PRECISION) * c_wn
-                pd, dr, dc, dq, part = stack(operands, layer, _DA, tl.float32)
-                reach = tl.minimum(tl.load(shape + _GROUP_A), tl.load(shape + _COUNT_A) - first_A) * side_A
-                store_squares(
-                    pd + i * part, dr, dc, dq, side_A, first_A, 0, s, reach, da, tl.float32, SIDE, SLAB
-                )  # fmt: skip
-            if WANT_G:
-                dg += tl.dot(wn, tl.trans(a), input_precision=PRECISION) * c_wn
+            da += tl.dot(tl.trans(g), wn, input_precision=PRECISION) * c_wn
+            pd, dr, dc, dq, part = stack(operands, layer, _DA, tl.float32)
+            reach = tl.minimum(tl.load(shape + _GROUP_A), tl.load(shape + _COUNT_A) - first_A) * side_A
+            store_squares(pd + i * part, dr, dc, dq, side_A, first_A, 0, s, reach, da, tl.float32, SIDE, SLAB)
 
     if WANT_B:
         pd, dr, dc, dq, part = stack(operands, layer, _DB, tl.float32)
         reach = tl.minimum(tl.load(shape + _GROUP_B), tl.load(shape + _COUNT_B) - first_B) * side_B
         store_squares(pd + j * part, dr, dc, dq, side_B, first_B, 0, 0, reach, db, tl.float32, SIDE, SIDE)
-    if WANT_G:
-        po, out_r, out_c = matrix(operands, layer, _OUT, tl.float32)
-        store_tile(po, out_r, out_c, row0, col0, rows, cols, dg, tl.float32, SIDE, SIDE)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ SUM_CHUNK = 1024
 class TilePart:
     """The layers at ``indices`` of a draft, all of their squares at most ``limit`` wide.
 
-    One launch forward, and at most two for the derivatives.
+    One launch forward, and at most three for the derivatives.
     """
 
     def __init__(self, draft: Draft, indices: Sequence[int], limit: int) -> None:
@@ -59,10 +59,27 @@ class TilePart:
         if not self.sides:
             return []
         draft, op = self.draft, self.draft.operation
-        widest = max(squares.group * squares.side for pair in self.sides.values() for squares in pair)
-        chosen = config.tile_config(draft.target, draft.compute, draft.precision, bool(op.wanted), widest)
         tiles = [(at, i, j, 0) for at, (B, A) in self.sides.items() for i in range(B.groups) for j in range(A.groups)]
         tables = draft.table(tiles, np.int32), layers
+        if not op.wanted:
+            return [self._forward(tables, "tile_update" if op.update else "tile_forward", of_V=False)]
+        found: list[Launch] = []
+        if set(op.wanted) & set("ABS"):
+            constants, warps, stages = self._constants(backward=True)
+            constants |= {"TYPE_V": draft.type_of(Role.V), **{f"WANT_{x}": x in op.wanted for x in "ABS"}}
+            found.append(Launch("tile_backward", tile_backward, len(tiles), tables, constants, warps, stages))
+        if self.sums:
+            jobs = draft.table(self.sums)
+            found.append(Launch("sum_parts", sum_parts, len(self.sums), (jobs,), {"CHUNK": SUM_CHUNK}, 4, 1))
+        if "G" in op.wanted:
+            found.append(self._forward(tables, "tile_dG", of_V=True))
+        return found
+
+    def _constants(self, backward: bool) -> tuple[dict[str, Any], int, int]:
+        """What both kernels take, and the warps and stages."""
+        draft = self.draft
+        widest = max(squares.group * squares.side for pair in self.sides.values() for squares in pair)
+        chosen = config.tile_config(draft.target, draft.compute, draft.precision, backward, widest)
         constants: dict[str, Any] = {
             **{f"TYPE_{role.name}": draft.type_of(role) for role in (Role.G, Role.A, Role.B, Role.S)},
             "COMPUTE": TYPES[draft.compute],
@@ -70,21 +87,19 @@ class TilePart:
             "SIDE": chosen.side,
             "SLAB": chosen.slab,
         }
-        if not op.wanted:
-            constants |= {
-                "TYPE_OUT": draft.type_of(Role.OUT),
-                "TYPE_MOMENTUM": draft.type_of(Role.MOMENTUM),
-                "KEEP": op.keep,
-                "UPDATE": op.update,
-                **op.flags,
-            }
-            name = "tile_update" if op.update else "tile_forward"
-            return [
-                Launch(name, tile_forward, len(tiles), tables, constants, chosen.warps, chosen.stages, scalars=True)
-            ]
-        constants |= {"TYPE_V": draft.type_of(Role.V), **{f"WANT_{x}": x in op.wanted for x in "GABS"}}
-        found = [Launch("tile_backward", tile_backward, len(tiles), tables, constants, chosen.warps, chosen.stages)]
-        if self.sums:
-            jobs = draft.table(self.sums)
-            found.append(Launch("sum_parts", sum_parts, len(self.sums), (jobs,), {"CHUNK": SUM_CHUNK}, 4, 1))
-        return found
+        return constants, chosen.warps, chosen.stages
+
+    def _forward(self, tables: tuple[Tensor, Tensor], name: str, *, of_V: bool) -> Launch:
+        draft, op = self.draft, self.draft.operation
+        constants, warps, stages = self._constants(backward=False)
+        if of_V:
+            constants["TYPE_G"] = draft.type_of(Role.V)
+        constants |= {
+            "TYPE_OUT": draft.type_of(Role.OUT),
+            "TYPE_MOMENTUM": draft.type_of(Role.MOMENTUM),
+            "KEEP": op.keep,
+            "UPDATE": op.update,
+            **op.flags,
+            "OF_V": of_V,
+        }
+        return Launch(name, tile_forward, len(tables[0]), tables, constants, warps, stages, scalars=True)

@@ -42,10 +42,8 @@ class Model:
 
     def expected_vjp(self) -> list[dict[str, Tensor]]:
         """All derivatives, by letter, in float64."""
-        found = []
-        for each in zip(*self.operands, self.Vs, strict=True):
-            found.append(dict(zip("GABS", reference.precondition_vjp(*(x.double() for x in each)), strict=True)))
-        return found
+        wide = ([x.double() for x in each] for each in zip(*self.operands, self.Vs, strict=True))
+        return [dict(zip("GABS", reference.precondition_vjp(*each), strict=True)) for each in wide]
 
 
 def block(side: int, b: int | None, dtype: torch.dtype, device: str = "cpu") -> Tensor:
