@@ -69,7 +69,8 @@ class Report:
 
     Attributes:
         registers: of a thread.
-        spills: instructions that move registers to and from local memory (for AMD, registers that were spilled).
+        spills: instructions that move registers to and from local memory; for AMD, vector registers that were spilled
+            to memory (scalar ones go to lanes of vector registers).
         shared: bytes of shared memory.
         matrix: matrix instructions by name.
         instructions: all instructions: a kernel of a few has been miscompiled to a trap.
@@ -117,15 +118,18 @@ def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> I
             yield Case(
                 stage, dtype, precision, str(side), tile_forward, constants, chosen.warps, chosen.stages, multiplies
             )
+        if side > config.tile_limit(target, dtype, backward=True):
+            continue
         chosen = config.tile_config(target, dtype, precision, True, side)
-        constants = {
-            **operands, **common, "TYPE_V": type_, **{f"WANT_{x}": True for x in "ABS"},
-            "SIDE": chosen.side, "SLAB": chosen.slab,
-        }  # fmt: skip
-        yield Case(
-            "tile_backward", dtype, precision, str(side), tile_backward, constants, chosen.warps, chosen.stages,
-            multiplies,
-        )  # fmt: skip
+        for wanted in ("AS", "B") if chosen.split else ("ABS",):
+            constants = {
+                **operands, **common, "TYPE_V": type_, **{f"WANT_{x}": x in wanted for x in "ABS"},
+                "SIDE": chosen.side, "SLAB": chosen.slab,
+            }  # fmt: skip
+            yield Case(
+                "tile_backward", dtype, precision, str(side), tile_backward, constants, chosen.warps, chosen.stages,
+                multiplies,
+            )  # fmt: skip
     for stage, size in product(config.STAGES, ("small", "large")):
         each = config.gemm_config(target, dtype, precision, stage, size)
         constants = {
@@ -185,7 +189,7 @@ def _amd_report(assembly: str, shared: int, target: Target) -> Report:
 
     return Report(
         registers=value("vgpr_count"),
-        spills=value("vgpr_spill_count") + value("sgpr_spill_count"),
+        spills=value("vgpr_spill_count"),
         shared=shared,
         matrix=_tally(re.findall(target.matrix_instruction, assembly)),
         instructions=len(re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|ds)_\w+", assembly, re.MULTILINE)),

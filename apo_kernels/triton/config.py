@@ -41,12 +41,16 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Of the tile kernel: a program has a tile of at most ``side × side``, worked on in slabs of ``slab`` columns."""
+    """Of the tile kernel: a program has a tile of at most ``side × side``, worked on in slabs of ``slab`` columns.
+
+    ``split`` (0 or 1): ``dB`` has a launch of its own, where one for all would spill.
+    """
 
     side: int
     slab: int
     warps: int
     stages: int = 1
+    split: int = 0
 
 
 _override: ContextVar[dict[str, dict[str, int]] | None] = ContextVar("apo_kernels_config", default=None)
@@ -71,9 +75,12 @@ def overrides_key() -> str:
     return "" if current is None else json.dumps(current, sort_keys=True)
 
 
-def tile_limit(target: Target, dtype: torch.dtype) -> int:
-    """The widest square that the tile kernel takes."""
-    return 64
+def tile_limit(target: Target, dtype: torch.dtype, backward: bool) -> int:
+    """The widest square that the tile kernel takes; layers with wider ones are the grouped GEMM's.
+
+    The derivatives of a float32 tile of 64 need more registers than these targets have, in any form tried.
+    """
+    return 32 if backward and dtype == torch.float32 and target.name in ("sm_80", "sm_100") else 64
 
 
 def size_class(widest_narrow_side: int) -> str:
@@ -89,7 +96,7 @@ def tile_config(target: Target, dtype: torch.dtype, precision: str, backward: bo
     """For tiles with squares of at most ``widest``."""
     stage = "tile_backward" if backward else "tile_forward"
     side = next(side for side in (16, 32, 64) if widest <= side)
-    chosen = _tile_default(target, dtype, precision, backward, side)
+    chosen = _tile_default(target, dtype, backward, side)
     return replace(chosen, **_changes(target, f"{stage}/{_name(dtype)}/{precision}/{side}", stage))
 
 
@@ -97,25 +104,33 @@ def gemm_config(target: Target, dtype: torch.dtype, precision: str, stage: str, 
     """For one stage of :data:`STAGES`; ``size`` as of :func:`size_class`."""
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {STAGES}, but got {stage!r}")
-    chosen = _gemm_default(target, dtype, precision, stage, size)
+    chosen = _gemm_default(target, dtype, stage, size)
     return replace(chosen, **_changes(target, f"{stage}/{_name(dtype)}/{precision}/{size}", stage))
 
 
-def _tile_default(target: Target, dtype: torch.dtype, precision: str, backward: bool, side: int) -> TileConfig:
+def _tile_default(target: Target, dtype: torch.dtype, backward: bool, side: int) -> TileConfig:
     if target.backend == "cpu":
         return TileConfig(side, side, 1)
-    if dtype == torch.float32:
-        return TileConfig(side, min(side, 16), 4)
-    return TileConfig(side, side, 4)
+    if dtype != torch.float32:
+        return TileConfig(side, side, 8 if backward and side == 64 else 4)
+    if side == 64 and target.name == "sm_100":
+        return TileConfig(side, side, 8)
+    if side == 64 and target.name == "sm_80":
+        return TileConfig(side, 16, 8)
+    return TileConfig(side, 16, 4, split=int(backward and side == 64 and target.name == "sm_90"))
 
 
-def _gemm_default(target: Target, dtype: torch.dtype, precision: str, stage: str, size: str) -> GemmConfig:
+def _gemm_default(target: Target, dtype: torch.dtype, stage: str, size: str) -> GemmConfig:
     if target.backend == "cpu":
         return GemmConfig(128, 128, 128, 1, 1)
     wide = dtype == torch.float32
     depth = 32 if wide else 64
-    if size == "small" or stage == "pair":
-        return GemmConfig(64, 64, depth, 4, 3)
+    if stage == "pair":  # two accumulators
+        return GemmConfig(64, 64, depth, 8, 3)
+    if size == "small":
+        return GemmConfig(64, 64, depth, 8 if target.name == "sm_100" else 4, 3)
+    if stage == "update" or (wide and (stage == "dA_dG" or target.name == "sm_80")):
+        return GemmConfig(128, 64, depth, 8, 3)
     return GemmConfig(128, 128, depth, 8, 3)
 
 

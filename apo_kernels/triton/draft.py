@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from triton import language as tl
 
@@ -16,7 +17,7 @@ from apo_kernels.triton.addresses import Addresses, Made
 from apo_kernels.triton.layers import Squares, View, layers_of
 from apo_kernels.triton.roles import LayerField, Role
 
-__all__ = ["CODES", "TYPES", "Draft", "Operands", "Operation"]
+__all__ = ["CODES", "TYPES", "Draft", "Operands", "Operation", "to_device"]
 
 Operands = Mapping[Role, Sequence[Tensor]]
 
@@ -48,6 +49,17 @@ class Operation:
             "HAS_DECAY": self.decay,
             "LR_IN_TENSOR": self.lr_in_tensor,
         }
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """``array`` on the device by an asynchronous copy, and the host's memory that it comes from.
+
+    A captured graph copies from that memory again when it is replayed.
+    """
+    host = torch.from_numpy(array)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host, host.to(device, non_blocking=True)
 
 
 class Draft:
@@ -91,7 +103,9 @@ class Draft:
 
     def table(self, rows: Sequence[Sequence[int]], dtype: type[np.integer[Any]] = np.int64) -> Tensor:
         """A table on the device."""
-        return torch.from_numpy(np.array(rows, dtype)).to(self.device)
+        host, table = to_device(np.array(rows, dtype), self.device)
+        self.held.append(host)
+        return table
 
     def workspace(self, sizes: Sequence[int]) -> list[int]:
         """The addresses of uninitialised matrices of so many bytes."""

@@ -5,7 +5,8 @@ change: they go to the device in one small asynchronous copy, and not even that 
 weights and gradients, a captured graph). Nothing synchronises with the host, and nothing is allocated but results.
 
 **CUDA graphs.** Call once outside of the capture with operands of the same form, so that everything is compiled, then
-capture. What a captured plan reads is kept alive by the plan, and a captured plan is never dropped.
+capture. A replay repeats the copies of tables that the capture made, from pinned memory that the plan keeps alive; a
+plan that was captured is never dropped.
 
 **Streams.** A plan's workspace belongs to the stream that it was made on; another stream gets another plan.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 from apo_kernels.targets import Target, target_of
 from apo_kernels.triton import config
 from apo_kernels.triton.addresses import Addresses
-from apo_kernels.triton.draft import Draft, Operands, Operation
+from apo_kernels.triton.draft import Draft, Operands, Operation, to_device
 from apo_kernels.triton.gemm_part import GemmPart
 from apo_kernels.triton.layers import Layer
 from apo_kernels.triton.roles import Role
@@ -64,7 +65,7 @@ class Plan:
     def __init__(self, target: Target, precision: str | None, operation: Operation, operands: Operands) -> None:
         draft = Draft(target, precision, operation, operands)
         self.device = draft.device
-        limit = config.tile_limit(target, draft.compute)
+        limit = config.tile_limit(target, draft.compute, bool(operation.wanted))
         fits = [max(layer.A.side, layer.B.side) <= limit for layer in draft.layers]
         if not all(fits):
             # The grouped GEMM is launched anyway: a layer of full blocks joins it at no further launch, however small.
@@ -106,12 +107,9 @@ class Plan:
         if table is not None:
             self._bindings.move_to_end(pointers)
         else:
-            host = torch.from_numpy(self._addresses.fill(pointers))
-            if self.device.type == "cuda":
-                host = host.pin_memory()
-            table = host.to(self.device, non_blocking=True)
+            host, table = to_device(self._addresses.fill(pointers), self.device)
             if capturing:
-                self._captured.append(host)  # a replay copies from this memory again
+                self._captured.append(host)
             else:
                 self._bindings[pointers] = table
                 while len(self._bindings) > _BINDINGS:

@@ -65,9 +65,13 @@ class TilePart:
             return [self._forward(tables, "tile_update" if op.update else "tile_forward", of_V=False)]
         found: list[Launch] = []
         if set(op.wanted) & set("ABS"):
-            constants, warps, stages = self._constants(backward=True)
-            constants |= {"TYPE_V": draft.type_of(Role.V), **{f"WANT_{x}": x in op.wanted for x in "ABS"}}
-            found.append(Launch("tile_backward", tile_backward, len(tiles), tables, constants, warps, stages))
+            constants, chosen = self._constants(backward=True)
+            for wanted in _shares(op.wanted, bool(chosen.split)):
+                wants = {f"WANT_{x}": x in wanted for x in "ABS"}
+                each = {**constants, "TYPE_V": draft.type_of(Role.V), **wants}
+                found.append(
+                    Launch("tile_backward", tile_backward, len(tiles), tables, each, chosen.warps, chosen.stages)
+                )
         if self.sums:
             jobs = draft.table(self.sums)
             found.append(Launch("sum_parts", sum_parts, len(self.sums), (jobs,), {"CHUNK": SUM_CHUNK}, 4, 1))
@@ -75,8 +79,8 @@ class TilePart:
             found.append(self._forward(tables, "tile_dG", of_V=True))
         return found
 
-    def _constants(self, backward: bool) -> tuple[dict[str, Any], int, int]:
-        """What both kernels take, and the warps and stages."""
+    def _constants(self, backward: bool) -> tuple[dict[str, Any], config.TileConfig]:
+        """What both kernels take, and the configuration."""
         draft = self.draft
         widest = max(squares.group * squares.side for pair in self.sides.values() for squares in pair)
         chosen = config.tile_config(draft.target, draft.compute, draft.precision, backward, widest)
@@ -87,11 +91,11 @@ class TilePart:
             "SIDE": chosen.side,
             "SLAB": chosen.slab,
         }
-        return constants, chosen.warps, chosen.stages
+        return constants, chosen
 
     def _forward(self, tables: tuple[Tensor, Tensor], name: str, *, of_V: bool) -> Launch:
         draft, op = self.draft, self.draft.operation
-        constants, warps, stages = self._constants(backward=False)
+        constants, chosen = self._constants(backward=False)
         if of_V:
             constants["TYPE_G"] = draft.type_of(Role.V)
         constants |= {
@@ -102,4 +106,10 @@ class TilePart:
             **op.flags,
             "OF_V": of_V,
         }
-        return Launch(name, tile_forward, len(tables[0]), tables, constants, warps, stages, scalars=True)
+        return Launch(name, tile_forward, len(tables[0]), tables, constants, chosen.warps, chosen.stages, scalars=True)
+
+
+def _shares(wanted: str, split: bool) -> list[str]:
+    """The derivatives of each launch: all, or ``dB`` apart."""
+    shares = ["".join(x for x in "AS" if x in wanted), "B" if "B" in wanted else ""] if split else [wanted]
+    return [share for share in shares if share]

@@ -55,7 +55,7 @@ def test_strided_operands(how: str, side: int | None) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("slab", [16, 32])
 def test_slabs_of_a_tile(dtype: torch.dtype, slab: int) -> None:
-    with config.override(tile_backward={"slab": slab}):
+    with config.override(tile_backward={"slab": slab, "split": slab // 32}):
         check(model(((33, 65), (64, 50)), dtype, A=64, B=64), dtype)
 
 

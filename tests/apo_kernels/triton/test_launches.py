@@ -11,6 +11,7 @@ import apo_kernels as ak
 from tests.apo_kernels.triton.examples import Model, assert_close, model
 
 pytest.importorskip("triton.language")
+from apo_kernels.triton import config
 from apo_kernels.triton import plan as plans
 from apo_kernels.triton.launch import count_launches
 
@@ -46,6 +47,12 @@ def test_sixty_layers_of_block_diagonal_blocks(blocks: Model) -> None:
     assert launches(lambda: ak.foreach_precondition(*blocks.operands, backend="triton")) == ["tile_forward"]
     vjp = launches(lambda: ak.foreach_precondition_vjp(*blocks.operands, blocks.Vs, wanted="GABS", backend="triton"))
     assert vjp == ["tile_backward", "sum_parts", "tile_dG"]
+
+
+def test_a_split_of_the_derivatives_takes_one_launch_more(blocks: Model) -> None:
+    with config.override(tile_backward={"split": 1}):
+        vjp = launches(lambda: ak.foreach_precondition_vjp(*blocks.operands, blocks.Vs, backend="triton"))
+    assert vjp == ["tile_backward", "tile_backward", "sum_parts"]
 
 
 def test_layers_that_fit_one_tile_take_one_launch() -> None:
