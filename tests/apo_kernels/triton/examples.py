@@ -87,13 +87,19 @@ def model(
     )
 
 
-def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "") -> None:
-    """Within :data:`TOLERANCE` in norm, plus half of the least step of the dtype of ``found`` in each entry."""
+def assert_close(
+    found: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "", terms: Sequence[Tensor] = ()
+) -> None:
+    """Within :data:`TOLERANCE` in norm, plus half of the least step of the dtype of ``found`` in each entry.
+
+    The norm is that of ``expected`` and of the ``terms`` that it is a sum of, which may cancel.
+    """
     assert found.shape == expected.shape, what
     if not expected.numel():
         return
     assert found.isfinite().all(), f"{what}: not finite"
     error = (found.double() - expected).norm().item()
     step = torch.finfo(found.dtype).smallest_normal * torch.finfo(found.dtype).eps / 2
-    allowed = TOLERANCE[dtype] * expected.norm().item() + step * expected.numel() ** 0.5
+    size = sum(x.norm().item() for x in (expected, *terms))
+    allowed = TOLERANCE[dtype] * size + step * expected.numel() ** 0.5
     assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"

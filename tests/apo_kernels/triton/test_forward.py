@@ -123,6 +123,7 @@ def test_the_update(
         )
         for theta, v, *each in zip(thetas, buffers, *layers.operands, strict=True)
     ]  # fmt: skip
+    started = [theta.double() for theta in thetas]
     ak.foreach_precondition_step_(
         thetas,
         *layers.operands,
@@ -132,10 +133,13 @@ def test_the_update(
         weight_decay=decay,
         backend="triton",
     )
-    for theta, v, (theta_expected, v_expected) in zip(thetas, buffers, expected, strict=True):
-        assert_close(theta, theta_expected, dtype, "θ")
+    directions = layers.expected()
+    for theta, v, old, P, (theta_expected, v_expected) in zip(
+        thetas, buffers, started, directions, expected, strict=True
+    ):
+        assert_close(theta, theta_expected, dtype, "θ", (old, 0.1 * P))
         if buffer:
-            assert_close(v, v_expected, dtype, "v")
+            assert_close(v, v_expected, dtype, "v", (P,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

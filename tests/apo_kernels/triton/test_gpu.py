@@ -81,9 +81,9 @@ def test_the_update(side: int | None, dtype: torch.dtype) -> None:
         thetas, *layers.operands, lr=torch.tensor(0.1, device="cuda"), momentum=0.9, momentum_buffers=buffers,
         weight_decay=0.1, backend="triton",
     )  # fmt: skip
-    for theta, v, (theta_expected, v_expected) in zip(thetas, buffers, expected, strict=True):
-        assert_close(theta, theta_expected, dtype, "θ")
-        assert_close(v, v_expected, dtype, "v")
+    for theta, v, P, (theta_expected, v_expected) in zip(thetas, buffers, layers.expected(), expected, strict=True):
+        assert_close(theta, theta_expected, dtype, "θ", (v_expected,))
+        assert_close(v, v_expected, dtype, "v", (P,))
 
 
 def test_offsets_beyond_int32() -> None:
@@ -105,8 +105,9 @@ def _step(layers: Model, thetas: list[torch.Tensor], lr: torch.Tensor) -> None:
     ak.foreach_precondition_step_(thetas, *layers.operands, lr=lr, backend="triton")
 
 
+@pytest.mark.parametrize("same_stream", [True, False])
 @pytest.mark.parametrize("side", [None, 64])
-def test_a_captured_graph_does_what_the_call_does(side: int | None) -> None:
+def test_a_captured_graph_does_what_the_call_does(side: int | None, same_stream: bool) -> None:
     layers = model(WIDE, torch.bfloat16, A=side, B=side, device="cuda")
     thetas, copies = ([torch.zeros_like(G) for G in layers.Gs] for _ in range(2))
     lr = torch.tensor(0.1, device="cuda")
@@ -115,7 +116,7 @@ def test_a_captured_graph_does_what_the_call_does(side: int | None) -> None:
         _step(layers, thetas, lr)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream if same_stream else None):
         _step(layers, thetas, lr)
     for x in thetas:
         x.zero_()

@@ -118,5 +118,6 @@ def test_nothing_of_the_last_step_is_left() -> None:
     first = ak.foreach_precondition(*small.operands, backend="triton")[0]
     (plan,) = plans._plans.values()
     for held in plan._held:
-        held.fill_(255)
+        if held.dtype == torch.uint8:  # the others are tables
+            held.fill_(255)
     assert torch.equal(ak.foreach_precondition(*small.operands, backend="triton")[0], first)
