@@ -112,7 +112,7 @@ def _tile_default(target: Target, dtype: torch.dtype, backward: bool, side: int)
     if target.backend == "cpu":
         return TileConfig(side, side, 1)
     if dtype != torch.float32:
-        return TileConfig(side, side, 8 if backward and side == 64 else 4)
+        return TileConfig(side, side, 8 if backward and side == 64 and target.name != "sm_80" else 4)
     if side == 64 and target.name == "sm_100":
         return TileConfig(side, side, 8)
     if side == 64 and target.name == "sm_80":
