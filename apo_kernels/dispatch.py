@@ -25,6 +25,7 @@ from torch import Tensor
 
 from apo_kernels import aten
 from apo_kernels.aten import Kept
+from apo_kernels.triton.layers import Unserved
 
 __all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "Backend", "Choice", "choose"]
 
@@ -176,6 +177,8 @@ class _Guarded:
             return getattr(self._backend, name)(*arguments)
         except torch.OutOfMemoryError:
             raise
+        except Unserved as error:
+            warnings.warn(f"apo_kernels: aten serves a call, for {error}", RuntimeWarning, stacklevel=3)
         except Exception as error:
             _failure = f"{type(error).__name__}: {error}"
             warnings.warn(
@@ -184,4 +187,4 @@ class _Guarded:
                 RuntimeWarning,
                 stacklevel=3,
             )
-            return getattr(aten, name)(*arguments)
+        return getattr(aten, name)(*arguments)

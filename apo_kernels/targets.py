@@ -50,9 +50,9 @@ class Target:
             return "ieee"  # a product of 16-bit numbers is exact in float32: there is nothing to choose
         if asked is None:
             return "tf32x3" if "tf32x3" in self.precisions else "ieee"
-        if asked == "tf32x3" and asked not in self.precisions:
-            return "bf16x6"
-        return asked
+        if asked in self.precisions:
+            return asked
+        return "bf16x6" if "bf16x6" in self.precisions else "ieee"
 
 
 _NVIDIA = ("ieee", "tf32", "tf32x3", "bf16x6")
@@ -69,8 +69,8 @@ TARGETS: dict[str, Target] = {
 }
 """The targets that are compiled for ahead of time and tested so: A100, H100 and H200, B200, MI300X."""
 
-INTERPRETER = Target("interpreter", "cpu", "cpu", 1, 1 << 40, "", _NVIDIA)
-"""Triton's interpreter (``TRITON_INTERPRET=1``): numpy on the CPU, for tests."""
+INTERPRETER = Target("interpreter", "cpu", "cpu", 1, 1 << 40, "", ("ieee", "tf32", "tf32x3"))
+"""Triton's interpreter (``TRITON_INTERPRET=1``): numpy on the CPU, float32 whatever is asked, for tests."""
 
 
 def target_of(device: torch.device) -> Target:

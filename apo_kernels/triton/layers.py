@@ -16,10 +16,17 @@ from torch import Tensor
 from apo_kernels.blocks import block_count, is_stack, width
 from apo_kernels.triton.roles import ALIGN, Role
 
-__all__ = ["Layer", "Squares", "View", "layers_of", "padded"]
+__all__ = ["Layer", "Squares", "Unserved", "View", "layers_of", "padded"]
+
+_STRIDE_LIMIT = 2**24
+"""Elements: offsets within a tile of 128 by 128 are computed in int32."""
 
 _BLOCKS = (Role.A, Role.B, Role.DA, Role.DB)
 _TURNED = {Role.A: Role.B, Role.B: Role.A, Role.DA: Role.DB, Role.DB: Role.DA}
+
+
+class Unserved(ValueError):
+    """Operands that these kernels don't take, in a form that others may."""
 
 
 def padded(side: int) -> int:
@@ -129,5 +136,8 @@ def _view(x: Tensor, tensor: int, index: tuple[int, ...], stacked: bool) -> View
     element = sum(at * stride for at, stride in zip(index, x.stride(), strict=False))
     offset = element * x.element_size()
     row, col = x.stride()[-2:]
+    for stride, size in zip((row, col), x.shape[-2:], strict=True):
+        if stride >= _STRIDE_LIMIT and size > 1:
+            raise Unserved(f"triton serves matrices with strides below 2**24, but one has {x.stride()}")
     aligned = (x.data_ptr() + offset) % 16 == 0
     return View(tensor, offset, row, col, x.stride()[-3] if stacked else 0, aligned)
