@@ -9,7 +9,7 @@ The defaults are what compiles without a spill, within shared memory and to matr
 * A spill is decided by the worst branch of a kernel, and by its addresses as much as by its accumulators: int64 offsets
   within a tile cost 700 spills where int32 ones cost none.
 * Two accumulators of 64 × 64 (``pair``) want 8 warps; ``update``, which reads two matrices more, 128 × 64.
-* In the tile kernel ``tf32x3`` keeps its split operands in shared memory over the slabs. Loading them in each slab again
+* In the tile kernel ``tf32x3`` keeps its split operands in shared memory over the slabs. Loading them in each slab anew
   moves them to registers: 28 spills became 1,400.
 * On sm_100, ``tf32x3`` with narrow slabs became a single trap, without an error: hence the count of instructions.
 """
