@@ -1,20 +1,31 @@
 """Which path serves a call, and why: asked and answered here alone.
 
-A backend is a module with the four functions of :class:`Backend`. Which one serves is decided by, in this order,
-the ``backend=`` argument of the call, the environment variable ``APO_KERNELS_BACKEND``, and the first backend
-that can serve the tensors.
+A backend offers the four functions of :class:`Backend`. Which one serves is decided by, in this order, the ``backend=``
+argument of the call, the environment variable ``APO_KERNELS_BACKEND``, and the first backend that can serve the
+tensors: ``triton`` on a GPU that it has kernels for, else ``aten``.
+
+**Names.** ``"aten"``, ``"triton"``, and ``"triton:ieee"``, ``"triton:tf32"``, ``"triton:tf32x3"``, which say how
+float32 operands are multiplied; plain ``"triton"`` is faithful to it (:meth:`apo_kernels.targets.Target.precision`).
+
+**Failures.** A backend that was asked for fails loudly. One that was chosen here and fails is warned about once, and
+``aten`` serves from then on; running out of memory is no failure of a backend.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from apo_kernels import aten
 from apo_kernels.aten import Kept
+from apo_kernels.triton.layers import Unserved
 
 __all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "Backend", "Choice", "choose"]
 
@@ -57,37 +68,123 @@ class Backend(Protocol):
     ) -> None: ...
 
 
+BACKENDS = ("aten", "triton", "triton:ieee", "triton:tf32", "triton:tf32x3", "triton:bf16x6")
+
+_failure: str | None = None
+"""Why ``triton`` isn't chosen any more, once it has failed."""
+
+
 class Choice(NamedTuple):
-    """The path that serves a call, and the reason in a sentence."""
+    """The path that serves a call, the reason in a sentence, and whether it was asked for."""
 
     name: str
     reason: str
+    forced: bool = True
 
     @property
     def backend(self) -> Backend:
-        return BACKENDS[self.name]
+        if self.name == "aten":
+            return cast(Backend, aten)
+        backend = _triton(self.name.partition(":")[2] or None)
+        return backend if self.forced else cast(Backend, _Guarded(backend))
 
 
-BACKENDS: dict[str, Backend] = {"aten": cast(Backend, aten)}
-
-
-def choose(backend: str | None = None) -> Choice:
-    """The path for a call.
+def choose(backend: str | None = None, Gs: Tensors = ()) -> Choice:
+    """The path for a call on the gradients ``Gs``.
 
     Raises:
         TypeError: ``backend`` is neither ``None`` nor a string.
-        ValueError: ``backend``, or the environment variable, names no backend.
+        ValueError: ``backend``, or the environment variable, names no backend, or one that can't serve ``Gs``.
     """
     if backend is not None:
-        return Choice(_known("backend", backend), "asked for by the argument backend=")
+        return _forced("backend", backend, "asked for by the argument backend=", Gs)
     if asked := os.environ.get(ENVIRONMENT_VARIABLE):
-        return Choice(_known(ENVIRONMENT_VARIABLE, asked), f"asked for by {ENVIRONMENT_VARIABLE}")
-    return Choice("aten", "it serves every device and dtype through torch's own matrix products")
+        return _forced(ENVIRONMENT_VARIABLE, asked, f"asked for by {ENVIRONMENT_VARIABLE}", Gs)
+    obstacle = _obstacle(Gs) if Gs and Gs[0].device.type == "cuda" else "the tensors are on no GPU"
+    if obstacle is None and _failure is not None:
+        obstacle = f"triton failed before: {_failure}"
+    if obstacle is None:
+        return Choice("triton", f"it serves {Gs[0].device} in few launches, and Triton is there", forced=False)
+    return Choice(
+        "aten", f"it serves every device and dtype through torch's own matrix products; {obstacle}", forced=False
+    )
 
 
-def _known(source: str, name: object) -> str:
+def _forced(source: str, name: object, reason: str, Gs: Tensors) -> Choice:
     if not isinstance(name, str):
         raise TypeError(f"{source} must be None or one of {sorted(BACKENDS)}, but got {name!r}")
     if name not in BACKENDS:
         raise ValueError(f"{source} must be None or one of {sorted(BACKENDS)}, but got {name!r}")
-    return name
+    if name != "aten" and (obstacle := _obstacle(Gs)) is not None:
+        raise ValueError(f"{source} is {name!r}, which can't serve this call: {obstacle}")
+    return Choice(name, reason)
+
+
+def _obstacle(Gs: Tensors) -> str | None:
+    """Why ``triton`` can't serve these tensors; None if it can."""
+    if (missing := _triton_missing()) is not None:
+        return missing
+    for i, G in enumerate(Gs):
+        if G.dtype == torch.float64:
+            return f"triton serves float32, bfloat16 and float16, but Gs[{i}] is float64"
+    return _device_obstacle(Gs[0].device) if Gs else None
+
+
+@cache
+def _triton_missing() -> str | None:
+    try:
+        import_module("triton.language")
+    except ImportError as error:
+        return f"Triton can't be imported ({error})"
+    return None
+
+
+@cache
+def _device_obstacle(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "triton serves GPUs, and the CPU only under TRITON_INTERPRET=1"
+    from apo_kernels.targets import target_of
+
+    try:
+        target_of(device)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@cache
+def _triton(precision: str | None) -> Backend:
+    backend: Backend = import_module("apo_kernels.triton.backend").TritonBackend(precision)
+    return backend
+
+
+class _Guarded:
+    """A backend that was chosen, not asked for: where it fails, ``aten`` takes over, for good.
+
+    Kernels are compiled before the first of them writes, so no weight has been written when one fails to compile.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return partial(self._call, name)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        global _failure
+        try:
+            return getattr(self._backend, name)(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Unserved as error:
+            warnings.warn(f"apo_kernels: aten serves a call, for {error}", RuntimeWarning, stacklevel=3)
+        except Exception as error:
+            _failure = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"apo_kernels: the backend triton failed and aten serves from now on ({_failure}); "
+                f"backend='triton' shows the failure in full",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return getattr(aten, name)(*arguments)

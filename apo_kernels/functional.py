@@ -6,8 +6,8 @@ shape, and blocks ``A`` for the ``n`` side and ``B`` for the ``m`` side, each fu
 float64 mixes with nothing. Any strides are taken. On every path ``S²`` and the intermediate products are
 float32 (float64), and a result is rounded once.
 
-Every function takes ``backend=``: ``None`` for the best that serves the tensors, or a backend's name. See
-:func:`explain`.
+Every function takes ``backend=``: ``None`` for the best that serves the tensors, or a backend's name, which may say how
+float32 operands are multiplied (``"triton:tf32"``; :mod:`apo_kernels.dispatch`). See :func:`explain`.
 
 All functions raise TypeError for what is no dense floating-point tensor, for float64 mixed with narrower
 dtypes, and for lists that are none; ValueError for shapes that don't fit, different devices, and unknown backends.
@@ -73,13 +73,13 @@ def precondition(
     checks.operands(G, A, B, S)
     if keep:
         checks.no_graph("keep=True builds no graph", G=[G], A=[A], B=[B], S=[S])
-        Ys, kept = choose(backend).backend.foreach_precondition_keep([G], [A], [B], [S])
+        Ys, kept = choose(backend, [G]).backend.foreach_precondition_keep([G], [A], [B], [S])
         return Ys[0], kept[0]
     if _watched([G], [A], [B], [S]):
         results: list[Tensor] = ops.foreach_precondition_keep([G], [A], [B], [S], backend)
         return results[0]
     # An operator's dispatch would cost as much as a small layer: call its body.
-    return choose(backend).backend.foreach_precondition([G], [A], [B], [S])[0]
+    return choose(backend, [G]).backend.foreach_precondition([G], [A], [B], [S])[0]
 
 
 @overload
@@ -109,11 +109,11 @@ def foreach_precondition(
     checks.foreach_operands(Gs, As, Bs, Ss)
     if keep:
         checks.no_graph("keep=True builds no graph", Gs=Gs, As=As, Bs=Bs, Ss=Ss)
-        return choose(backend).backend.foreach_precondition_keep(Gs, As, Bs, Ss)
+        return choose(backend, Gs).backend.foreach_precondition_keep(Gs, As, Bs, Ss)
     if _watched(Gs, As, Bs, Ss):
         results: list[Tensor] = ops.foreach_precondition_keep(Gs, As, Bs, Ss, backend)
         return results[: len(Gs)]
-    return choose(backend).backend.foreach_precondition(Gs, As, Bs, Ss)
+    return choose(backend, Gs).backend.foreach_precondition(Gs, As, Bs, Ss)
 
 
 def precondition_vjp(
@@ -183,7 +183,7 @@ def foreach_precondition_vjp(
     if kept is not None:
         checks.kept_list(kept, Gs)
     with torch.no_grad():
-        grads = choose(backend).backend.foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, kept, wanted)
+        grads = choose(backend, Gs).backend.foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, kept, wanted)
     return [tuple(each[letter] for letter in wanted) for each in grads]
 
 
@@ -227,14 +227,14 @@ def foreach_precondition_step_(
         return
     checks.step(thetas, Gs, As, Bs, Ss, momentum_buffers, lr, momentum, weight_decay)
     checks.no_shared_memory(thetas, momentum_buffers, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
-    path = choose(backend).backend
+    path = choose(backend, Gs).backend
     with torch.no_grad():
         path.foreach_precondition_step_(thetas, Gs, As, Bs, Ss, momentum_buffers or [], lr, momentum, weight_decay)
 
 
-def explain(backend: str | None = None) -> str:
-    """Which path would serve a call, and why, in a sentence: ``"aten: it serves …"``."""
-    choice = choose(backend)
+def explain(backend: str | None = None, Gs: Tensors = ()) -> str:
+    """Which path would serve a call on ``Gs``, and why, in a sentence: ``"aten: it serves …"``."""
+    choice = choose(backend, Gs)
     return f"{choice.name}: {choice.reason}"
 
 

@@ -1,0 +1,204 @@
+"""Compiling kernels ahead of time for GPUs that need not be there, and reading what the compiler made of them.
+
+Uses the assembler and the disassemblers that come with Triton. Not in a process with ``TRITON_INTERPRET=1``, where
+kernels aren't compiled.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from apo_kernels.targets import Target
+from apo_kernels.triton import config
+from apo_kernels.triton.draft import TYPES
+from apo_kernels.triton.gemm import grouped_gemm
+from apo_kernels.triton.gemm_part import PACK_TILE
+from apo_kernels.triton.pack import pack
+from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
+from apo_kernels.triton.tile_part import SUM_CHUNK
+
+__all__ = ["Case", "Report", "cases", "compile_case"]
+
+_ARGUMENTS = {
+    "tiles": "*i32",
+    "lr": "fp32",
+    "momentum": "fp32",
+    "decay": "fp32",
+    "amax": "*fp32",
+    "lr_tensor": "*fp32",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel in one configuration that can be chosen by default.
+
+    Attributes:
+        stage: the launch's name.
+        dtype: of all operands.
+        size: the grouped GEMM's size class, or the tile's side.
+        multiplies: whether it must come out as matrix instructions.
+    """
+
+    stage: str
+    dtype: torch.dtype
+    precision: str
+    size: str
+    kernel: Any
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    multiplies: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a :class:`Case`.
+
+    Attributes:
+        registers: of a thread.
+        spills: instructions that move registers to and from local memory; for AMD, vector registers that were spilled
+            to memory (scalar ones go to lanes of vector registers).
+        shared: bytes of shared memory.
+        matrix: matrix instructions by name.
+        instructions: all instructions: a kernel of a few has been miscompiled to a trap.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    matrix: dict[str, int]
+    instructions: int
+
+    def faults(self, case: Case, target: Target) -> list[str]:
+        """Why this must not be a default, in words; empty if it may be."""
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} spills")
+        if self.shared > target.shared:
+            found.append(f"{self.shared} bytes of shared memory, of {target.shared}")
+        if case.multiplies and not self.matrix:
+            found.append("no matrix instruction")
+        if self.instructions < 50:
+            found.append(f"only {self.instructions} instructions")
+        return found
+
+
+def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> Iterator[Case]:
+    """Every configuration that can be chosen by default for operands of one dtype."""
+    precision = target.precision(precision, dtype)
+    type_ = TYPES[dtype]
+    # float32 without splitting is multiplied by the ordinary units of an NVIDIA GPU.
+    multiplies = not (dtype == torch.float32 and precision == "ieee" and target.backend == "cuda")
+    operands = {f"TYPE_{name}": type_ for name in ("G", "A", "B", "S")}
+    common = {"COMPUTE": type_, "PRECISION": precision}
+    updates = {"HAS_BUFFER": True, "HAS_MOMENTUM": True, "HAS_DECAY": True, "LR_IN_TENSOR": True}
+    outputs = {"TYPE_OUT": type_, "TYPE_MOMENTUM": TYPES[torch.float32]}
+    for side in (16, 32, 64):
+        chosen = config.tile_config(target, dtype, precision, False, side)
+        shape = {"SIDE": chosen.side, "SLAB": chosen.slab}
+        for stage, changes in (
+            ("tile_forward", {"UPDATE": False, "KEEP": False}),
+            ("tile_keep", {"UPDATE": False, "KEEP": True}),
+            ("tile_update", {"UPDATE": True, "KEEP": False}),
+        ):
+            constants = {**operands, **outputs, **common, **updates, **changes, **shape, "OF_V": False}
+            yield Case(
+                stage, dtype, precision, str(side), tile_forward, constants, chosen.warps, chosen.stages, multiplies
+            )
+        if side > config.tile_limit(target, dtype, backward=True):
+            continue
+        chosen = config.tile_config(target, dtype, precision, True, side)
+        for wanted in ("AS", "B") if chosen.split else ("ABS",):
+            constants = {
+                **operands, **common, "TYPE_V": type_, **{f"WANT_{x}": x in wanted for x in "ABS"},
+                "SIDE": chosen.side, "SLAB": chosen.slab,
+            }  # fmt: skip
+            yield Case(
+                "tile_backward", dtype, precision, str(side), tile_backward, constants, chosen.warps, chosen.stages,
+                multiplies,
+            )  # fmt: skip
+    for stage, size in product(config.STAGES, ("small", "large")):
+        each = config.gemm_config(target, dtype, precision, stage, size)
+        constants = {
+            **outputs, **common, **updates, "STAGE": stage, "TYPE_S": type_, "SCALED": dtype == torch.float16,
+            "KEEP": False, "WANT_S": True, "BM": each.rows, "BN": each.cols, "BK": each.depth,
+        }  # fmt: skip
+        yield Case(stage, dtype, precision, size, grouped_gemm, constants, each.warps, each.stages, multiplies)
+    copied = {"COMPUTE": type_, "SCAN": dtype == torch.float16, "ROWS": PACK_TILE[0], "COLS": PACK_TILE[1]}
+    yield Case("pack", dtype, precision, "-", pack, copied, 4, 1, multiplies=False)
+    yield Case("sum_parts", torch.float32, precision, "-", sum_parts, {"CHUNK": SUM_CHUNK}, 4, 1, multiplies=False)
+
+
+def compile_case(case: Case, target: Target) -> Report:
+    """Compile one case for ``target``."""
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in case.constants else _ARGUMENTS.get(name, "*i64") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(case.kernel, signature, case.constants, aligned)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget(target.backend, target.arch, target.warp),
+        options={"num_warps": case.warps, "num_stages": case.stages},
+    )
+    shared = int(compiled.metadata.shared)
+    if target.backend == "hip":
+        return _amd_report(compiled.asm["amdgcn"], shared, target)
+    return _nvidia_report(compiled.asm["cubin"], shared, target)
+
+
+def _nvidia_report(cubin: bytes, shared: int, target: Target) -> Report:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", path)
+        sass = _output(tools / "nvdisasm", "-c", path)
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump printed no register count:\n{usage}")
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
+    text = "\n".join(instructions)
+    return Report(
+        registers=int(registers.group(1)),
+        spills=sum(name.split(".")[0] in ("LDL", "STL") for name in instructions),
+        shared=shared,
+        matrix=_tally(re.findall(target.matrix_instruction, text)),
+        instructions=len(instructions),
+    )
+
+
+def _amd_report(assembly: str, shared: int, target: Target) -> Report:
+    def value(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        if found is None:
+            raise RuntimeError(f"the assembly has no .{name}")
+        return int(found.group(1))
+
+    return Report(
+        registers=value("vgpr_count"),
+        spills=value("vgpr_spill_count"),
+        shared=shared,
+        matrix=_tally(re.findall(target.matrix_instruction, assembly)),
+        instructions=len(re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|ds)_\w+", assembly, re.MULTILINE)),
+    )
+
+
+def _tally(names: list[str]) -> dict[str, int]:
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def _output(*command: object) -> str:
+    return subprocess.run([str(each) for each in command], check=True, capture_output=True, text=True).stdout

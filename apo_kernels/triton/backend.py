@@ -1,0 +1,137 @@
+"""What :mod:`apo_kernels.dispatch` calls: results are allocated here, the rest is a plan's.
+
+Layers are planned together as far as their operands have the same dtypes, role by role; a model with one dtype a role
+has one plan. float64 isn't served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apo_kernels.aten import Kept, aligned_empty
+from apo_kernels.blocks import is_stack
+from apo_kernels.triton.draft import Operands
+from apo_kernels.triton.plan import Operation, Step, plan_for
+from apo_kernels.triton.roles import Role
+
+__all__ = ["TritonBackend"]
+
+Tensors = Sequence[Tensor]
+_DERIVATIVES = {"G": Role.OUT, "A": Role.DA, "B": Role.DB, "S": Role.DS}
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """The :class:`apo_kernels.dispatch.Backend` on Triton's kernels.
+
+    Attributes:
+        precision: how float32 operands are multiplied; None for the fastest way that is faithful to float32.
+    """
+
+    precision: str | None = None
+
+    def foreach_precondition(self, Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors) -> list[Tensor]:
+        Ys = [_empty(G, G.dtype) for G in Gs]
+        self._run(Operation(), {**_operands(Gs, As, Bs, Ss), Role.OUT: Ys})
+        return Ys
+
+    def foreach_precondition_keep(
+        self, Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors
+    ) -> tuple[list[Tensor], list[Kept]]:
+        Ys = [_empty(G, G.dtype) for G in Gs]
+        kept = [Kept(*(aligned_empty(G.shape, torch.float32, G.device) for _ in range(3))) for G in Gs]
+        roles = {
+            Role.KEEP_U: [each.U for each in kept],
+            Role.KEEP_R: [each.R for each in kept],
+            Role.KEEP_W: [each.W for each in kept],
+        }
+        self._run(Operation(keep=True), {**_operands(Gs, As, Bs, Ss), Role.OUT: Ys, **roles})
+        return Ys, kept
+
+    def foreach_precondition_vjp(
+        self,
+        Gs: Tensors,
+        As: Tensors,
+        Bs: Tensors,
+        Ss: Tensors,
+        Vs: Tensors,
+        kept: Sequence[Kept] | None,
+        wanted: str,
+    ) -> list[dict[str, Tensor]]:
+        """The products of ``G`` are recomputed beside those of ``V``, in the same launches: ``kept`` isn't read."""
+        like = dict(zip("GABS", (Gs, As, Bs, Ss), strict=True))
+        results = {letter: [_derivative(x, G) for x, G in zip(like[letter], Gs, strict=True)] for letter in wanted}
+        roles = {_DERIVATIVES[letter]: tensors for letter, tensors in results.items()}
+        operation = Operation(wanted="".join(sorted(wanted)))
+        self._run(operation, {**_operands(Gs, As, Bs, Ss), Role.V: Vs, **roles})
+        return [{letter: tensors[i] for letter, tensors in results.items()} for i in range(len(Gs))]
+
+    def foreach_precondition_step_(
+        self,
+        thetas: Tensors,
+        Gs: Tensors,
+        As: Tensors,
+        Bs: Tensors,
+        Ss: Tensors,
+        momentum_buffers: Tensors,
+        lr: float | Tensor,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        if isinstance(lr, Tensor) and lr.device.type == "cpu" and Gs and Gs[0].device.type != "cpu":
+            lr = float(lr)  # it is on the host: nothing waits
+        on_device = lr if isinstance(lr, Tensor) else None
+        step = Step(0.0 if on_device is not None else float(lr), on_device, float(momentum), float(weight_decay))
+        operation = Operation(
+            update=True,
+            buffer=bool(len(momentum_buffers)),
+            momentum=momentum != 0,
+            decay=weight_decay != 0,
+            lr_in_tensor=on_device is not None,
+        )
+        operands = {**_operands(Gs, As, Bs, Ss), Role.OUT: thetas}
+        if operation.buffer:
+            operands[Role.MOMENTUM] = momentum_buffers
+        self._run(operation, operands, step)
+
+    def _run(self, operation: Operation, operands: Operands, step: Step = Step()) -> None:  # noqa: B008
+        for group in _by_dtypes(operands):
+            device = group[Role.G][0].device
+            plan = plan_for(self.precision, operation, group)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    plan.run(group, step)
+            else:
+                plan.run(group, step)
+
+
+def _operands(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors) -> dict[Role, Tensors]:
+    return {Role.G: Gs, Role.A: As, Role.B: Bs, Role.S: Ss}
+
+
+def _empty(G: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(G.shape, dtype=dtype, device=G.device)
+
+
+def _derivative(x: Tensor, G: Tensor) -> Tensor:
+    """Where a derivative goes, contiguous; zero where the kernels leave it: for no rows or columns, and in the rest of
+    a last square that sticks out."""
+    covered = G.numel() > 0 and not (is_stack(x, G) and any(side % x.shape[-1] for side in G.shape[-2:]))
+    make = torch.empty if covered else torch.zeros
+    return make(x.shape, dtype=torch.float32, device=x.device)
+
+
+def _by_dtypes(operands: Operands) -> Iterator[Operands]:
+    """The call, cut such that each role has one dtype, layers without entries left out."""
+    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for i, G in enumerate(operands[Role.G]):
+        if G.dtype == torch.float64:
+            raise TypeError("backend triton serves float32, bfloat16 and float16, but Gs has float64 entries")
+        if G.numel():
+            groups.setdefault(tuple(tensors[i].dtype for tensors in operands.values()), []).append(i)
+    for indices in groups.values():
+        yield {role: [tensors[i] for i in indices] for role, tensors in operands.items()}

@@ -1,0 +1,172 @@
+"""Tile sizes, warps and stages, as pure functions of (target, dtype, precision, stage, sides): testable without a GPU.
+
+Nothing is tuned at import or in a user's first step. A table measured on a GPU by ``python -m benchmarks tune`` is used
+if it is present (``tuned/<gpu>.json`` beside this file); :func:`override` forces any choice.
+
+The defaults are what compiles without a spill, within shared memory and to matrix instructions on the target
+(``python -m benchmarks targets`` shows it for every entry). What the compilers showed, with Triton 3.7.1:
+
+* A spill is decided by the worst branch of a kernel, and by its addresses as much as by its accumulators: int64 offsets
+  within a tile cost 700 spills where int32 ones cost none.
+* Two accumulators of 64 × 64 (``pair``) want 8 warps; ``update``, which reads two matrices more, 128 × 64.
+* In the tile kernel ``tf32x3`` keeps its split operands in shared memory over the slabs. Loading them in each slab anew
+  moves them to registers: 28 spills became 1,400.
+* On sm_100, ``tf32x3`` with narrow slabs became a single trap, without an error: hence the count of instructions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apo_kernels.targets import Target
+
+__all__ = ["STAGES", "GemmConfig", "TileConfig", "gemm_config", "override", "size_class", "tile_config", "tile_limit"]
+
+STAGES = ("right", "scale", "left", "out", "update", "pair", "left_dB", "dA_dG")
+TUNED = Path(__file__).parent / "tuned"
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Of the grouped GEMM: a program computes ``rows × cols``, in steps of ``depth``."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Of the tile kernel: a program has a tile of at most ``side × side``, worked on in slabs of ``slab`` columns.
+
+    ``split`` (0 or 1): ``dB`` has a launch of its own, where one for all would spill.
+    """
+
+    side: int
+    slab: int
+    warps: int
+    stages: int = 1
+    split: int = 0
+
+
+_override: ContextVar[dict[str, dict[str, int]] | None] = ContextVar("apo_kernels_config", default=None)
+
+
+@contextmanager
+def override(**changes: dict[str, int]) -> Iterator[None]:
+    """Force fields of configurations, by stage: ``override(pair={"rows": 64}, tile_forward={"warps": 8})``.
+
+    Stages are those of :data:`STAGES`, ``tile_forward`` and ``tile_backward``.
+    """
+    token = _override.set(changes)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def overrides_key() -> str:
+    """What tells plans made under different overrides apart."""
+    current = _override.get()
+    return "" if current is None else json.dumps(current, sort_keys=True)
+
+
+def tile_limit(target: Target, dtype: torch.dtype, backward: bool) -> int:
+    """The widest square that the tile kernel takes; layers with wider ones are the grouped GEMM's.
+
+    The derivatives of a float32 tile of 64 need more registers than these targets have, in any form tried.
+    """
+    return 32 if backward and dtype == torch.float32 and target.name in ("sm_80", "sm_100") else 64
+
+
+def size_class(widest_narrow_side: int) -> str:
+    """``"small"`` where no layer has both sides above 64, so that wider tiles would be mostly empty; else ``"large"``.
+
+    Args:
+        widest_narrow_side: the largest, over the layers of a launch, of the lesser of a layer's two sides.
+    """
+    return "small" if widest_narrow_side <= 64 else "large"
+
+
+def tile_config(target: Target, dtype: torch.dtype, precision: str, backward: bool, widest: int) -> TileConfig:
+    """For tiles with squares of at most ``widest``."""
+    stage = "tile_backward" if backward else "tile_forward"
+    side = next(side for side in (16, 32, 64) if widest <= side)
+    chosen = _tile_default(target, dtype, backward, side)
+    return replace(chosen, **_changes(target, f"{stage}/{_name(dtype)}/{precision}/{side}", stage))
+
+
+def gemm_config(target: Target, dtype: torch.dtype, precision: str, stage: str, size: str) -> GemmConfig:
+    """For one stage of :data:`STAGES`; ``size`` as of :func:`size_class`."""
+    if stage not in STAGES:
+        raise ValueError(f"stage must be one of {STAGES}, but got {stage!r}")
+    chosen = _gemm_default(target, dtype, stage, size)
+    return replace(chosen, **_changes(target, f"{stage}/{_name(dtype)}/{precision}/{size}", stage))
+
+
+def _tile_default(target: Target, dtype: torch.dtype, backward: bool, side: int) -> TileConfig:
+    if target.backend == "cpu":
+        return TileConfig(side, side, 1)
+    if dtype != torch.float32:
+        return TileConfig(side, side, 8 if backward and side == 64 and target.name != "sm_80" else 4)
+    if side == 64 and target.name == "sm_100":
+        return TileConfig(side, side, 8)
+    if side == 64 and target.name == "sm_80":
+        return TileConfig(side, 16, 8)
+    return TileConfig(side, 16, 4, split=int(backward and side == 64 and target.name == "sm_90"))
+
+
+def _gemm_default(target: Target, dtype: torch.dtype, stage: str, size: str) -> GemmConfig:
+    if target.backend == "cpu":
+        return GemmConfig(128, 128, 128, 1, 1)
+    wide = dtype == torch.float32
+    depth = 32 if wide else 64
+    if stage == "pair":  # two accumulators
+        return GemmConfig(64, 64, depth, 8, 3)
+    if size == "small":
+        return GemmConfig(64, 64, depth, 8 if target.name == "sm_100" else 4, 3)
+    if stage == "update" or (wide and (stage == "dA_dG" or target.name == "sm_80")):
+        return GemmConfig(128, 64, depth, 8, 3)
+    return GemmConfig(128, 128, depth, 8, 3)
+
+
+def _changes(target: Target, key: str, stage: str) -> dict[str, int]:
+    current = _override.get()
+    if current is not None:
+        return current.get(stage, {})
+    return _tuned(target.name).get(key, {})
+
+
+@cache
+def _tuned(name: str) -> dict[str, dict[str, int]]:
+    path = TUNED / f"{name}.json"
+    if not path.exists():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text())
+    configurations: dict[str, dict[str, int]] = content["configurations"]
+    return configurations
+
+
+def write_tuned(target: Target, gpu: str, configurations: dict[str, GemmConfig | TileConfig]) -> Path:
+    """What the tuner found, to be used from the next process on."""
+    TUNED.mkdir(exist_ok=True)
+    path = TUNED / f"{target.name}.json"
+    content = {"gpu": gpu, "configurations": {key: asdict(each) for key, each in sorted(configurations.items())}}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    _tuned.cache_clear()
+    return path
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

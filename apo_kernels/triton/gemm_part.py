@@ -1,0 +1,257 @@
+"""The host's side of the grouped GEMM: packing, workspaces, and the products of each launch, cut into tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apo_kernels.triton import config
+from apo_kernels.triton.draft import CODES, TYPES, Draft
+from apo_kernels.triton.gemm import grouped_gemm
+from apo_kernels.triton.launch import Launch
+from apo_kernels.triton.layers import Layer, Squares, padded
+from apo_kernels.triton.pack import pack
+from apo_kernels.triton.roles import ALIGN, Kind, LayerField, PackField, ProblemField, Role
+
+__all__ = ["PACK_TILE", "GemmPart"]
+
+PACK_TILE = (32, 128)
+"""What one program of :func:`pack` copies."""
+
+Problem = tuple[int, ...]
+_AMAX = {Role.G: LayerField.AMAX_G, Role.V: LayerField.AMAX_V, Role.S: LayerField.AMAX_S}
+
+
+class GemmPart:
+    """The layers at ``indices`` of a draft: four launches forward, at most four for the derivatives, and one that packs
+    what doesn't lie as the loads need it."""
+
+    def __init__(self, draft: Draft, indices: Sequence[int]) -> None:
+        self.draft, self.indices = draft, indices
+        self.sides: dict[int, tuple[Squares, Squares]] = {}
+        for at in indices:
+            layer = draft.layers[at]
+            self.sides[at] = layer.B.grouped_for_gemm(), layer.A.grouped_for_gemm()
+            draft.set_squares(at, *self.sides[at])
+        self._workspaces()
+        self.jobs = self._packing()
+
+    def _workspaces(self) -> None:
+        """``U, T`` for a forward (``W`` takes ``U``'s place); ``U, T, W`` of ``G`` and of ``V`` for derivatives."""
+        draft = self.draft
+        roles = (Role.U, Role.UV, Role.T, Role.TV, Role.W, Role.WV) if draft.operation.wanted else (Role.U, Role.T)
+        pitches = [padded(draft.layers[at].n) for at in self.indices]
+        sizes = [
+            padded(draft.layers[at].m) * pitch * draft.compute.itemsize
+            for at, pitch in zip(self.indices, pitches, strict=True)
+            for _ in roles
+        ]
+        addresses = iter(draft.workspace(sizes))
+        for at, pitch in zip(self.indices, pitches, strict=True):
+            held = draft.made[at].packed
+            for role in roles:
+                held[role] = next(addresses), pitch, 0
+            if not draft.operation.wanted:
+                held[Role.W] = held[Role.U]
+
+    def _packing(self) -> list[list[int]]:
+        """One job a tile of what must be copied, or looked at for its range."""
+        draft = self.draft
+        pending: list[tuple[int, Role, bool]] = []
+        for at in self.indices:
+            for role in (Role.G, Role.V, Role.A, Role.B, Role.S):
+                if role not in draft.types:
+                    continue
+                copied = role is not Role.S and not self._lies_well(at, role)
+                if copied or (draft.scaled and role in _AMAX):
+                    pending.append((at, role, copied))
+        copies = [(at, role) for at, role, copied in pending if copied]
+        sizes = [self._packed_size(at, role) * draft.compute.itemsize for at, role in copies]
+        where = dict(zip(copies, draft.workspace(sizes), strict=True)) if copies else {}
+        jobs: list[list[int]] = []
+        for at, role, copied in pending:
+            address = where[at, role] if copied else 0
+            first = len(jobs)
+            jobs += self._pack_jobs(at, role, address)
+            if draft.scaled and role in _AMAX:
+                draft.shapes[at][_AMAX[role]] = first
+                draft.shapes[at][_AMAX[role] + 1] = len(jobs) - first
+        return jobs
+
+    def _squares(self, at: int, role: Role) -> Squares | None:
+        """The squares of a block; None for a matrix."""
+        B, A = self.sides[at]
+        return {Role.A: A, Role.B: B}.get(role)
+
+    def _lies_well(self, at: int, role: Role) -> bool:
+        """Whether the GEMM can load the operand where it lies."""
+        layer, squares = self.draft.layers[at], self._squares(at, role)
+        view = layer.views[role]
+        if self.draft.types[role] != self.draft.compute or view.col != 1 or view.row % ALIGN or not view.aligned:
+            return False
+        if squares is None:
+            return layer.m % ALIGN == 0 and layer.n % ALIGN == 0
+        sides = [squares.extent(q) for q in range(squares.groups)]
+        return squares.group == 1 and view.square % ALIGN == 0 and all(side % ALIGN == 0 for side in sides)
+
+    def _packed_size(self, at: int, role: Role) -> int:
+        squares = self._squares(at, role)
+        if squares is None:
+            return padded(self.draft.layers[at].m) * padded(self.draft.layers[at].n)
+        return squares.groups * squares.pitch**2
+
+    def _pack_jobs(self, at: int, role: Role, address: int) -> list[list[int]]:
+        layer, squares = self.draft.layers[at], self._squares(at, role)
+        view = layer.views[role]
+        source = self.draft.single(view)
+        job = [0] * len(PackField)
+        job[PackField.SOURCE], job[PackField.CODE] = source, CODES[self.draft.types[role]]
+        job[PackField.ROW], job[PackField.COL], job[PackField.SQUARE] = view.row, view.col, view.square
+        if squares is None:
+            pitch = padded(layer.n)
+            if address:
+                self.draft.made[at].packed[role] = address, pitch, 0
+            job[PackField.DESTINATION], job[PackField.PITCH] = address, pitch
+            job[PackField.SIDE] = max(padded(layer.m), pitch)
+            job[PackField.ROWS], job[PackField.COLS] = layer.m, layer.n
+            return list(_cut(job, padded(layer.m), pitch))
+        pitch = squares.pitch
+        self.draft.made[at].packed[role] = address, pitch, pitch**2
+        jobs: list[list[int]] = []
+        for q in range(squares.groups):
+            job[PackField.DESTINATION] = address + q * pitch**2 * self.draft.compute.itemsize
+            job[PackField.PITCH], job[PackField.SIDE] = pitch, squares.side
+            job[PackField.FIRST] = q * squares.group
+            job[PackField.ROWS] = job[PackField.COLS] = squares.extent(q)
+            jobs += _cut(job, padded(squares.extent(q)), pitch)
+        return jobs
+
+    def launches(self, layers: Tensor) -> list[Launch]:
+        if not self.indices:
+            return []
+        draft, op = self.draft, self.draft.operation
+        amax = torch.empty(max(1, len(self.jobs)), dtype=torch.float32, device=draft.device)
+        found: list[Launch] = []
+        if self.jobs:
+            constants: dict[str, Any] = {
+                "COMPUTE": TYPES[draft.compute],
+                "SCAN": draft.scaled,
+                "ROWS": PACK_TILE[0],
+                "COLS": PACK_TILE[1],
+            }
+            found.append(Launch("pack", pack, len(self.jobs), (draft.table(self.jobs),), constants, 4, 1, tail=(amax,)))
+        if not op.wanted:
+            stages = ["right", "scale", "left", "update" if op.update else "out"]
+        else:
+            stages = ["right", "pair"]
+            if set(op.wanted) - {"S"}:
+                stages.append("left_dB")
+            if set(op.wanted) & set("GA"):
+                stages.append("dA_dG")
+        size = config.size_class(max(min(draft.layers[at].m, draft.layers[at].n) for at in self.indices))
+        for stage in stages:
+            chosen = config.gemm_config(draft.target, draft.compute, draft.precision, stage, size)
+            problems = sorted(self._problems(stage), key=lambda p: -p[ProblemField.DEPTH])  # the longest first
+            tiles = [
+                (number, i, j, 0)
+                for number, problem in enumerate(problems)
+                for i in range(-(-problem[ProblemField.ROWS] * ALIGN // chosen.rows))
+                for j in range(-(-problem[ProblemField.COLS] * ALIGN // chosen.cols))
+            ]
+            constants = {
+                "STAGE": stage,
+                "COMPUTE": TYPES[draft.compute],
+                "TYPE_S": draft.type_of(Role.S),
+                "TYPE_OUT": draft.type_of(Role.OUT),
+                "TYPE_MOMENTUM": draft.type_of(Role.MOMENTUM),
+                "PRECISION": draft.precision,
+                "SCALED": draft.scaled,
+                "KEEP": op.keep,
+                "WANT_S": "S" in op.wanted,
+                **op.flags,
+                "BM": chosen.rows,
+                "BN": chosen.cols,
+                "BK": chosen.depth,
+            }
+            found.append(
+                Launch(
+                    stage,
+                    grouped_gemm,
+                    len(tiles),
+                    (draft.table(tiles, np.int32), draft.table(problems), layers),
+                    constants,
+                    chosen.warps,
+                    chosen.stages,
+                    scalars=True,
+                    tail=(amax,),
+                )
+            )
+        return found
+
+    def _problems(self, stage: str) -> Iterator[Problem]:
+        wanted = self.draft.operation.wanted
+        for at in self.indices:
+            layer, (B, A) = self.draft.layers[at], self.sides[at]
+            if stage == "right":
+                yield from _on_right(at, Kind.FOR_G, layer, A)
+                if wanted:
+                    yield from _on_right(at, Kind.FOR_V, layer, A)
+            elif stage in ("out", "update"):
+                yield from _on_right(at, Kind.FOR_G, layer, A)
+            elif stage in ("scale", "pair", "left"):
+                yield from _on_left(at, Kind.FOR_G, layer, B)
+            elif stage == "left_dB":
+                if "A" in wanted:
+                    yield from _on_left(at, Kind.FOR_G, layer, B)
+                if "A" in wanted or "G" in wanted:
+                    yield from _on_left(at, Kind.FOR_V, layer, B)
+                if "B" in wanted:
+                    for q in range(B.groups):
+                        side = padded(B.extent(q))
+                        yield _problem(at, Kind.BLOCK, side, side, padded(layer.n), B.start(q), 0, q)
+            else:
+                if "A" in wanted:
+                    for q in range(A.groups):
+                        side = padded(A.extent(q))
+                        yield _problem(at, Kind.BLOCK, side, side, padded(layer.m), 0, A.start(q), q)
+                if "G" in wanted:
+                    yield from _on_right(at, Kind.FOR_V, layer, A)
+
+
+def _cut(job: list[int], height: int, width: int) -> Iterator[list[int]]:
+    for row in range(0, height, PACK_TILE[0]):
+        for col in range(0, width, PACK_TILE[1]):
+            job[PackField.ROW0], job[PackField.COL0] = row, col
+            yield list(job)
+
+
+def _problem(layer: int, kind: Kind, rows: int, cols: int, depth: int, row0: int, col0: int, square: int) -> Problem:
+    problem = [0] * len(ProblemField)
+    problem[ProblemField.LAYER], problem[ProblemField.KIND], problem[ProblemField.SQUARE] = layer, kind, square
+    for field, value in (
+        (ProblemField.ROWS, rows),
+        (ProblemField.COLS, cols),
+        (ProblemField.DEPTH, depth),
+        (ProblemField.ROW0, row0),
+        (ProblemField.COL0, col0),
+    ):
+        problem[field] = value // ALIGN
+    return tuple(problem)
+
+
+def _on_right(at: int, kind: Kind, layer: Layer, A: Squares) -> Iterator[Problem]:
+    """The products of an ``m × n`` matrix with each square of ``A``, or of its transpose."""
+    for q in range(A.groups):
+        side = padded(A.extent(q))
+        yield _problem(at, kind, padded(layer.m), side, side, 0, A.start(q), q)
+
+
+def _on_left(at: int, kind: Kind, layer: Layer, B: Squares) -> Iterator[Problem]:
+    """The products of each square of ``B``, or of its transpose, with an ``m × n`` matrix."""
+    for q in range(B.groups):
+        side = padded(B.extent(q))
+        yield _problem(at, kind, side, padded(layer.n), side, B.start(q), 0, q)

@@ -1,0 +1,143 @@
+"""How the layers of a call lie in memory: batches taken apart, blocks read as squares, sides turned where wanted.
+
+Plain arithmetic on shapes and strides; no tensor's data is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import gcd
+from typing import NamedTuple
+
+from torch import Tensor
+
+from apo_kernels.blocks import block_count, is_stack, width
+from apo_kernels.triton.roles import ALIGN, Role
+
+__all__ = ["Layer", "Squares", "Unserved", "View", "layers_of", "padded"]
+
+_STRIDE_LIMIT = 2**24
+"""Elements: offsets within a tile of 128 by 128 are computed in int32."""
+
+_BLOCKS = (Role.A, Role.B, Role.DA, Role.DB)
+_TURNED = {Role.A: Role.B, Role.B: Role.A, Role.DA: Role.DB, Role.DB: Role.DA}
+
+
+class Unserved(ValueError):
+    """Operands that these kernels don't take, in a form that others may."""
+
+
+def padded(side: int) -> int:
+    """``side``, up to the next multiple of :data:`ALIGN`."""
+    return block_count(side, ALIGN) * ALIGN
+
+
+class View(NamedTuple):
+    """A matrix (or a stack of squares) inside one of the call's tensors: strides in elements."""
+
+    tensor: int
+    offset: int
+    row: int
+    col: int
+    square: int
+    aligned: bool  # its first element, to 16 bytes
+
+
+@dataclass(frozen=True)
+class Squares:
+    """A block as squares: ``count`` of side ``side`` along a diagonal of ``length``, taken ``group`` at a time."""
+
+    length: int
+    side: int
+    count: int
+    group: int = 1
+
+    @property
+    def pitch(self) -> int:
+        """The padded side of the widest group."""
+        return padded(min(self.group * self.side, self.length))
+
+    @property
+    def groups(self) -> int:
+        return block_count(self.count, self.group)
+
+    def start(self, q: int) -> int:
+        """Where group ``q`` begins on the diagonal."""
+        return q * self.group * self.side
+
+    def extent(self, q: int) -> int:
+        """The true side of group ``q``."""
+        return min(self.group * self.side, self.length - self.start(q))
+
+    def grouped_for_tile(self, limit: int) -> Squares:
+        """As many squares side by side as a tile of side ``limit`` holds."""
+        return Squares(self.length, self.side, self.count, min(max(1, limit // self.side), self.count))
+
+    def grouped_for_gemm(self) -> Squares:
+        """So many at a time that a group begins at a multiple of :data:`ALIGN` and isn't narrower than a tile."""
+        step = ALIGN // gcd(self.side, ALIGN)
+        wanted = step * block_count(64, self.side * step) if self.side < 64 else step
+        return Squares(self.length, self.side, self.count, min(wanted, self.count))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One matrix: ``m × n``, ``B`` and ``A`` as squares, and where each operand lies.
+
+    A turned layer is the problem ``P(Gᵀ; B, A, Sᵀ) = P(G; A, B, S)ᵀ``: the same chain with ``B``'s side first.
+    """
+
+    m: int
+    n: int
+    B: Squares
+    A: Squares
+    views: Mapping[Role, View]
+
+
+def layers_of(operands: Mapping[Role, Sequence[Tensor]], *, turn: bool) -> list[Layer]:
+    """The matrices of the call, each entry of a batch one; empty ones left out.
+
+    Args:
+        operands: the tensors by role, lists of equal length. A view's ``tensor`` counts through them role by role.
+        turn: turn a layer whose ``B`` is the wider side, as :mod:`apo_kernels.aten` does.
+    """
+    length = len(operands[Role.G])
+    layers: list[Layer] = []
+    for i in range(length):
+        G, A, B = (operands[role][i] for role in (Role.G, Role.A, Role.B))
+        m, n = G.shape[-2:]
+        if G.numel() == 0:
+            continue
+        squares = {Role.A: _squares(A, G, n), Role.B: _squares(B, G, m)}
+        turned = turn and width(B, G, m) > width(A, G, n)
+        for index in product(*(range(size) for size in G.shape[:-2])):
+            views = {}
+            for position, (role, tensors) in enumerate(operands.items()):
+                view = _view(tensors[i], position * length + i, index, role in _BLOCKS and is_stack(tensors[i], G))
+                if turned and role not in _BLOCKS:
+                    view = view._replace(row=view.col, col=view.row)
+                views[_TURNED.get(role, role) if turned else role] = view
+            if turned:
+                layers.append(Layer(n, m, squares[Role.A], squares[Role.B], views))
+            else:
+                layers.append(Layer(m, n, squares[Role.B], squares[Role.A], views))
+    return layers
+
+
+def _squares(block: Tensor, G: Tensor, length: int) -> Squares:
+    if is_stack(block, G):
+        return Squares(length, block.shape[-1], block.shape[-3])
+    return Squares(length, length, 1)
+
+
+def _view(x: Tensor, tensor: int, index: tuple[int, ...], stacked: bool) -> View:
+    element = sum(at * stride for at, stride in zip(index, x.stride(), strict=False))
+    offset = element * x.element_size()
+    row, col = x.stride()[-2:]
+    for stride, size in zip((row, col), x.shape[-2:], strict=True):
+        if stride >= _STRIDE_LIMIT and size > 1:
+            raise Unserved(f"triton serves matrices with strides below 2**24, but one has {x.stride()}")
+    aligned = (x.data_ptr() + offset) % 16 == 0
+    return View(tensor, offset, row, col, x.stride()[-3] if stacked else 0, aligned)

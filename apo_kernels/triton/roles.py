@@ -1,0 +1,108 @@
+"""The tables that kernels read: what each row and column holds. Shared by the host and the device.
+
+``operands`` ``[layers, ROLES, COLUMNS]`` (int64) says where the matrices of a layer lie; it is all that changes
+from step to step. ``layers`` ``[layers, LAYER_FIELDS]`` (int64) holds their shapes. ``problems``
+``[problems, PROBLEM_FIELDS]`` (int64) and ``tiles`` ``[programs, 4]`` (int32) cut the work of one launch.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+__all__ = ["ALIGN", "Column", "Kind", "LayerField", "PackField", "ProblemField", "Role"]
+
+ALIGN = 8
+"""Sides of packed and workspace matrices are multiples of this many elements: 16 bytes of 16-bit numbers."""
+
+
+class Role(IntEnum):
+    """What a matrix is to its layer. ``X + 1`` is to ``V`` what ``X`` is to ``G``, for the first five pairs."""
+
+    G = 0
+    V = 1
+    U = 2  # GA, a workspace of the grouped GEMM
+    UV = 3
+    T = 4  # S²⊙M
+    TV = 5
+    W = 6  # BT
+    WV = 7
+    A = 8
+    B = 9
+    S = 10
+    OUT = 11  # P(G), the weight θ, or dG
+    MOMENTUM = 12
+    KEEP_U = 13
+    KEEP_R = 14
+    KEEP_W = 15
+    DA = 16
+    DB = 17
+    DS = 18
+
+
+class Column(IntEnum):
+    """Where a matrix lies: its address, then strides in elements."""
+
+    ADDRESS = 0
+    ROW = 1
+    COL = 2
+    SQUARE = 3  # from one square of a stack to the next
+    PART = 4  # from one part of a sum to the next
+
+
+class LayerField(IntEnum):
+    """A layer's shape: ``m × n``; ``side_B`` is the side of one square of ``B``, ``group_B`` how many of them lie on
+    the diagonal of one tile (or of one packed square), ``count_B`` how many there are. A full block is one square."""
+
+    M = 0
+    N = 1
+    SIDE_B = 2
+    SIDE_A = 3
+    GROUP_B = 4
+    GROUP_A = 5
+    COUNT_B = 6
+    COUNT_A = 7
+    AMAX_G = 8  # first of the partial maxima of |G|, and how many there are; so for V and S
+    AMAX_G_COUNT = 9
+    AMAX_V = 10
+    AMAX_V_COUNT = 11
+    AMAX_S = 12
+    AMAX_S_COUNT = 13
+
+
+class ProblemField(IntEnum):
+    """One matrix product of a launch of the grouped GEMM. Sides in units of ``ALIGN``."""
+
+    LAYER = 0
+    KIND = 1
+    ROWS = 2
+    COLS = 3
+    DEPTH = 4
+    ROW0 = 5  # where its part of an m × n matrix begins, in units of ALIGN
+    COL0 = 6
+    SQUARE = 7  # which square of A or B
+
+
+class Kind(IntEnum):
+    """Which of the products of its launch a problem is."""
+
+    FOR_G = 0
+    FOR_V = 1
+    BLOCK = 2  # a derivative of A or of B
+
+
+class PackField(IntEnum):
+    """One tile of one operand that is packed: what :func:`apo_kernels.triton.pack.pack` reads of ``jobs`` (int64)."""
+
+    SOURCE = 0  # index of its address
+    CODE = 1  # its dtype: 0, 1 or 2 for float32, float16 and bfloat16
+    DESTINATION = 2  # address, or 0
+    ROW = 3
+    COL = 4
+    SQUARE = 5
+    SIDE = 6
+    FIRST = 7  # square of the stack with which the packed square begins
+    ROW0 = 8  # the tile's corner in the packed square
+    COL0 = 9
+    ROWS = 10  # true sides of the packed square
+    COLS = 11
+    PITCH = 12  # padded side

@@ -1,0 +1,61 @@
+"""What can be chosen by default compiles for every target: no spills, within shared memory, to matrix instructions.
+
+In processes of their own, for nothing compiles under ``TRITON_INTERPRET=1``. Triton keeps what it compiled on disk, so
+a second run takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from apo_kernels.targets import TARGETS
+
+pytest.importorskip("triton.language")
+
+pytestmark = pytest.mark.aot
+
+CHECK = """
+import sys, torch
+from apo_kernels.targets import TARGETS
+from apo_kernels.triton.ahead import cases, compile_case
+target, dtype = TARGETS[sys.argv[1]], getattr(torch, sys.argv[2])
+failed = 0
+for case in cases(target, dtype):
+    faults = compile_case(case, target).faults(case, target)
+    if faults:
+        failed += 1
+        print(case.stage, case.size, "; ".join(faults))
+sys.exit(failed != 0)
+"""
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_default_configuration_is_at_fault(target: str, dtype: str) -> None:
+    result = run(CHECK, target, dtype)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+
+
+def test_the_check_sees_faults() -> None:
+    """The same check, on tiles that are far too large and warps that are far too few."""
+    code = CHECK.replace(
+        "for case in cases(target, dtype):",
+        "from apo_kernels.triton import config\n"
+        "large = {'rows': 128, 'cols': 256, 'warps': 4}\n"
+        "with config.override(pair=large):\n"
+        "    chosen = [case for case in cases(target, dtype) if case.stage == 'pair']\n"
+        "for case in chosen:",
+    )
+    result = run(code, "sm_90", "bfloat16")
+    assert result.returncode == 1, result.stderr[-2000:]
+    assert "spills" in result.stdout
+    assert "shared memory" in run(code.replace("'warps': 4", "'stages': 6"), "sm_90", "bfloat16").stdout

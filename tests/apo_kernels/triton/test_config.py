@@ -1,0 +1,76 @@
+"""Configurations are pure functions of the target, the dtype and the shapes."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from apo_kernels.targets import INTERPRETER, TARGETS, Target
+from apo_kernels.triton import config
+from tests.apo_kernels.triton.examples import DTYPES
+
+EVERY = [*TARGETS.values(), INTERPRETER]
+
+
+@pytest.mark.parametrize("target", EVERY, ids=lambda t: t.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_choice_can_be_launched(target: Target, dtype: torch.dtype) -> None:
+    precision = target.precision(None, dtype)
+    for stage, size in product(config.STAGES, ("small", "large")):
+        chosen = config.gemm_config(target, dtype, precision, stage, size)
+        assert chosen == config.gemm_config(target, dtype, precision, stage, size)
+        for side in (chosen.rows, chosen.cols, chosen.depth):
+            assert side >= 16
+            assert side & (side - 1) == 0, "tl.arange takes powers of two"
+        assert chosen.warps in (1, 2, 4, 8)
+    for backward in (False, True):
+        for widest in range(1, config.tile_limit(target, dtype, backward) + 1):
+            tile = config.tile_config(target, dtype, precision, backward, widest)
+            assert tile.side >= widest
+            assert tile.side % tile.slab == 0
+            assert tile.slab >= 16
+
+
+def test_the_default_is_faithful_to_float32() -> None:
+    assert {t.precision(None, torch.float32) for t in EVERY} == {"tf32x3", "ieee"}
+    assert TARGETS["sm_90"].precision(None, torch.float32) == "tf32x3"
+    assert TARGETS["gfx942"].precision(None, torch.float32) == "ieee"
+    assert TARGETS["gfx942"].precision("tf32x3", torch.float32) == "bf16x6"
+    assert TARGETS["sm_90"].precision("tf32", torch.bfloat16) == "ieee"
+    with pytest.raises(ValueError, match="precision must be"):
+        TARGETS["sm_90"].precision("fast", torch.float32)
+
+
+def test_small_models_get_small_tiles() -> None:
+    assert config.size_class(64) == "small"
+    assert config.size_class(65) == "large"
+    with pytest.raises(ValueError, match="stage must be one of"):
+        config.gemm_config(INTERPRETER, torch.float32, "ieee", "middle", "small")
+
+
+def test_override_reaches_only_inside() -> None:
+    def chosen() -> config.GemmConfig:
+        return config.gemm_config(TARGETS["sm_90"], torch.bfloat16, "ieee", "right", "large")
+
+    before, key = chosen(), config.overrides_key()
+    with config.override(right={"warps": 2}):
+        assert chosen().warps == 2
+        assert chosen().rows == before.rows
+        assert config.overrides_key() != key
+    assert chosen() == before
+
+
+def test_a_tuned_table_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "TUNED", tmp_path)
+    config._tuned.cache_clear()
+    target = TARGETS["sm_90"]
+    wanted = config.GemmConfig(64, 128, 32, 4, 5)
+    config.write_tuned(target, "a GPU", {"right/bfloat16/ieee/large": wanted})
+    try:
+        assert config.gemm_config(target, torch.bfloat16, "ieee", "right", "large") == wanted
+        assert config.gemm_config(target, torch.bfloat16, "ieee", "left", "large") != wanted
+    finally:
+        config._tuned.cache_clear()

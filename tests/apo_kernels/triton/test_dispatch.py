@@ -1,0 +1,107 @@
+"""When Triton's kernels serve, and what happens when they fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import apo_kernels as ak
+from apo_kernels import dispatch
+from apo_kernels.dispatch import ENVIRONMENT_VARIABLE, Choice
+from tests.apo_kernels.triton.conftest import INTERPRETED
+from tests.apo_kernels.triton.examples import assert_close, model
+
+pytest.importorskip("triton.language")
+from apo_kernels.triton.backend import TritonBackend
+from apo_kernels.triton.layers import Unserved, layers_of
+from apo_kernels.triton.roles import Role
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Triton had been chosen for tensors on the CPU, not asked for."""
+    monkeypatch.setattr(dispatch, "choose", lambda *_: Choice("triton", "", forced=False))
+    monkeypatch.setattr("apo_kernels.functional.choose", lambda *_: Choice("triton", "", forced=False))
+    monkeypatch.setattr(dispatch, "_failure", None)
+
+
+def fails(error: Exception) -> object:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_failure_is_warned_about_and_aten_serves(chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = model(((5, 7),), torch.float32)
+    monkeypatch.setattr(TritonBackend, "foreach_precondition", fails(RuntimeError("no such instruction")))
+    with pytest.warns(RuntimeWarning, match="aten serves from now on .*no such instruction"):
+        found = ak.foreach_precondition(*layers.operands)
+    assert_close(found[0], layers.expected()[0], torch.float32)
+    assert dispatch._failure == "RuntimeError: no such instruction"
+
+
+def test_what_isnt_served_is_no_failure(chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = model(((5, 7),), torch.float32)
+    monkeypatch.setattr(TritonBackend, "foreach_precondition", fails(Unserved("its strides")))
+    with pytest.warns(RuntimeWarning, match="aten serves a call, for its strides"):
+        found = ak.foreach_precondition(*layers.operands)
+    assert_close(found[0], layers.expected()[0], torch.float32)
+    assert dispatch._failure is None
+
+
+def test_running_out_of_memory_is_the_callers(chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = model(((5, 7),), torch.float32)
+    monkeypatch.setattr(TritonBackend, "foreach_precondition", fails(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        ak.foreach_precondition(*layers.operands)
+
+
+@pytest.mark.interpret
+def test_a_backend_that_was_asked_for_fails_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = model(((5, 7),), torch.float32)
+    monkeypatch.setattr(TritonBackend, "foreach_precondition", fails(RuntimeError("no such instruction")))
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        ak.foreach_precondition(*layers.operands, backend="triton")
+
+
+def test_strides_that_int32_cannot_hold() -> None:
+    G = torch.empty_strided((2, 3), (2**24, 1), device="meta")
+    small = torch.empty(2, 3, device="meta")
+    operands = {Role.G: [G], Role.A: [small.new_empty(3, 3)], Role.B: [small.new_empty(2, 2)], Role.S: [small]}
+    with pytest.raises(Unserved, match=r"strides below 2\*\*24"):
+        layers_of(operands, turn=False)
+    assert len(layers_of({**operands, Role.G: [small]}, turn=False)) == 1
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter serves the CPU")
+def test_the_cpu_isnt_served_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._device_obstacle.cache_clear()
+    layers = model(((5, 7),), torch.float32)
+    with pytest.raises(ValueError, match=r"backend is 'triton', which can't serve .* TRITON_INTERPRET"):
+        ak.foreach_precondition(*layers.operands, backend="triton")
+
+
+@pytest.mark.interpret
+def test_float64_isnt_served() -> None:
+    layers = model(((5, 7),), torch.float64)
+    with pytest.raises(ValueError, match=r"Gs\[0\] is float64"):
+        ak.foreach_precondition(*layers.operands, backend="triton")
+
+
+def test_the_cpu_is_atens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    layers = model(((5, 7),), torch.float32)
+    assert ak.explain(None, layers.Gs).startswith("aten: ")
+    assert "no GPU" in ak.explain(None, layers.Gs)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3", "bf16x6"])
+def test_a_precision_in_the_name(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = model(((5, 7),), torch.float32)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"triton:{precision}")
+    assert_close(ak.foreach_precondition(*layers.operands)[0], layers.expected()[0], torch.float32)
+    with pytest.raises(ValueError, match="backend must be None or one of"):
+        ak.foreach_precondition(*layers.operands, backend="triton:fast")

@@ -1,0 +1,175 @@
+"""The forward kernels against float64, in Triton's interpreter: every dtype, form of block, layout and epilogue."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import apo_kernels as ak
+from apo_kernels import reference
+from apo_kernels.aten import foreach_precondition_keep
+from tests.apo_kernels.triton.examples import DTYPES, EVEN, ODD, TOLERANCE, assert_close, model
+
+pytest.importorskip("triton.language")
+from apo_kernels.triton import config
+
+pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison")]
+
+FORMS = [(None, None), (64, 64), (16, 16), (1, 1), (30, 8), (None, 64), (1, None), (100, 33)]
+"""Sides of the squares of ``A`` and of ``B``: full, of a tile, several a tile, diagonal, odd, and mixed."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("A", "B"), FORMS)
+def test_odd_shapes_in_one_call(dtype: torch.dtype, A: int | None, B: int | None) -> None:
+    layers = model(ODD, dtype, A=A, B=B)
+    found = ak.foreach_precondition(*layers.operands, backend="triton")
+    for shape, Y, expected in zip(ODD, found, layers.expected(), strict=True):
+        assert Y.dtype == dtype
+        assert_close(Y, expected, dtype, f"{shape}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", [None, 64])
+def test_operands_that_lie_well_are_used_as_they_are(dtype: torch.dtype, side: int | None) -> None:
+    layers = model(EVEN, dtype, A=side, B=side)
+    for Y, expected in zip(ak.foreach_precondition(*layers.operands, backend="triton"), layers.expected(), strict=True):
+        assert_close(Y, expected, dtype)
+
+
+@pytest.mark.parametrize("side", [None, 32])
+def test_mixed_dtypes(side: int | None) -> None:
+    layers = model(ODD, torch.bfloat16, A=side, B=side, block_dtype=torch.float32)
+    more = model(EVEN, torch.float32, A=side, B=side)
+    more.Ss = [S.half() for S in more.Ss]
+    operands = [a + b for a, b in zip(layers.operands, more.operands, strict=True)]
+    found = ak.foreach_precondition(*operands, backend="triton")
+    for Y, expected in zip(found, layers.expected() + more.expected(), strict=True):
+        assert_close(Y, expected, Y.dtype)
+
+
+def strided(x: Tensor, how: str) -> Tensor:
+    """``x`` in other strides, its neighbours in memory NaN."""
+    if how == "transposed":
+        return x.mT.contiguous().mT
+    if how == "sliced":
+        wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
+        wide[..., 1:-2] = x
+        return wide[..., 1:-2]
+    apart = torch.full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan, dtype=x.dtype)
+    apart[..., ::2] = x
+    return apart[..., ::2]
+
+
+@pytest.mark.parametrize("how", ["transposed", "sliced", "spaced"])
+@pytest.mark.parametrize("side", [None, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_operands(how: str, side: int | None, dtype: torch.dtype) -> None:
+    layers = model(((33, 65), (72, 80)), dtype, A=side, B=side)
+    operands = [[strided(x, how) for x in tensors] for tensors in layers.operands]
+    for Y, expected in zip(ak.foreach_precondition(*operands, backend="triton"), layers.expected(), strict=True):
+        assert_close(Y, expected, dtype)
+
+
+def test_batches() -> None:
+    G, S = torch.randn(2, 3, 9, 70), torch.randn(2, 3, 9, 70)
+    A, B = torch.randn(2, 3, 70, 70), torch.randn(2, 3, 3, 4, 4)
+    found = ak.precondition(G, A, B, S, backend="triton")
+    assert_close(found, reference.precondition(*(x.double() for x in (G, A, B, S))), torch.float32)
+
+
+def test_an_expanded_gradient() -> None:
+    G = torch.ones(()).expand(40, 70)
+    A, B, S = torch.randn(70, 70), torch.randn(40, 40), torch.randn(40, 70)
+    found = ak.precondition(G, A, B, S, backend="triton")
+    assert_close(found, reference.precondition(*(x.double() for x in (G, A, B, S))), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("A", "B"), [(None, None), (16, 16), (64, 8), (8, 64)])
+def test_what_is_kept(dtype: torch.dtype, A: int | None, B: int | None) -> None:
+    """As the path on ATen keeps it, ``B``'s side first where it is the wider."""
+    layers = model(((33, 65), (130, 70), (7, 13)), dtype, A=A, B=B)
+    Ys, kept = ak.foreach_precondition(*layers.operands, keep=True, backend="triton")
+    wide = [[x.double() for x in tensors] for tensors in layers.operands]
+    _, expected = foreach_precondition_keep(*wide)
+    for Y, Y_expected in zip(Ys, layers.expected(), strict=True):
+        assert_close(Y, Y_expected, dtype)
+    for each, each_expected in zip(kept, expected, strict=True):
+        for name, x, x_expected in zip("URW", each, each_expected, strict=True):
+            assert x.dtype == torch.float32
+            assert_close(x, x_expected, dtype, name)
+
+
+@pytest.mark.parametrize("side", [None, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("momentum", "buffer", "decay", "tensor_lr"),
+    [(0.0, False, 0.0, False), (0.9, True, 0.1, True), (0.0, True, 0.0, True), (0.5, True, 0.0, False)],
+)
+def test_the_update(
+    side: int | None, dtype: torch.dtype, momentum: float, buffer: bool, decay: float, tensor_lr: bool
+) -> None:
+    layers = model(ODD, dtype, A=side, B=side, scale=1.0)
+    thetas = [torch.randn(m, n).to(dtype) for m, n in ODD]
+    thetas[2] = thetas[2].mT.contiguous().mT
+    # At momentum 0 the buffers' content isn't to be read.
+    buffers = [torch.randn(m, n) if momentum else torch.full((m, n), torch.nan) for m, n in ODD]
+    expected = [
+        reference.precondition_step(
+            theta.double(), *(x.double() for x in each), lr=0.1, momentum=momentum,
+            momentum_buffer=v.double() if momentum else None, weight_decay=decay,
+        )
+        for theta, v, *each in zip(thetas, buffers, *layers.operands, strict=True)
+    ]  # fmt: skip
+    started = [theta.double() for theta in thetas]
+    ak.foreach_precondition_step_(
+        thetas,
+        *layers.operands,
+        lr=torch.tensor(0.1) if tensor_lr else 0.1,
+        momentum=momentum,
+        momentum_buffers=buffers if buffer else None,
+        weight_decay=decay,
+        backend="triton",
+    )
+    directions = layers.expected()
+    for theta, v, old, P, (theta_expected, v_expected) in zip(
+        thetas, buffers, started, directions, expected, strict=True
+    ):
+        assert_close(theta, theta_expected, dtype, "θ", (old, 0.1 * P))
+        if buffer:
+            assert_close(v, v_expected, dtype, "v", (P,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slab", [16, 32, 64])
+def test_slabs_of_a_tile(dtype: torch.dtype, slab: int) -> None:
+    layers = model(((33, 65), (64, 50)), dtype, A=64, B=64)
+    with config.override(tile_forward={"slab": slab}):
+        found = ak.foreach_precondition(*layers.operands, backend="triton")
+    for Y, expected in zip(found, layers.expected(), strict=True):
+        assert_close(Y, expected, dtype)
+
+
+def test_small_tiles_of_the_gemm_give_what_large_ones_do() -> None:
+    """Many tiles a product, several turns of the loop, remainders in all three directions."""
+    layers = model(((70, 110),), torch.float32)
+    small = {"rows": 32, "cols": 16, "depth": 16}
+    with config.override(right=small, scale=small, left=small, out=small):
+        found = ak.foreach_precondition(*layers.operands, backend="triton")
+    assert_close(found[0], layers.expected()[0], torch.float32)
+
+
+@pytest.mark.parametrize("side", [None, 64])
+@pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e-2, 3.0])
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_float16_keeps_its_accuracy_at_any_scale(side: int | None, scale: float, spread: float) -> None:
+    """Gradients down to 1e-7 and S from 1e-3 to 1e2; the result is widened, for it would leave float16's range."""
+    layers = model(((96, 120),), torch.float16, A=side, B=side, scale=scale, spread=spread)
+    _, kept = ak.foreach_precondition(*layers.operands, keep=True, backend="triton")
+    G, A, B, S = ([x.double() for x in tensors] for tensors in layers.operands)
+    _, expected = foreach_precondition_keep(G, A, B, S)
+    for name, x, x_expected in zip("URW", kept[0], expected[0], strict=True):
+        error = (x.double() - x_expected).norm() / x_expected.norm()
+        assert error <= TOLERANCE[torch.float16] / 2, f"{name} {error:.1e}"

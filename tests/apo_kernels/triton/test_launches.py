@@ -1,0 +1,123 @@
+"""How many launches a model takes, and what a plan does again in a second step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import apo_kernels as ak
+from tests.apo_kernels.triton.examples import Model, assert_close, model
+
+pytest.importorskip("triton.language")
+from apo_kernels.triton import config
+from apo_kernels.triton import plan as plans
+from apo_kernels.triton.launch import count_launches
+
+pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison")]
+
+SIXTY = [(3, 9), (10, 20), (1, 1), (16, 8), (2, 30)] * 11 + [(70, 90), (64, 64), (96, 16), (8, 200), (7, 7)]
+
+
+def launches(call: Callable[[], object]) -> list[str]:
+    with count_launches() as names:
+        call()
+    return names
+
+
+@pytest.fixture(scope="module")
+def full() -> Model:
+    return model(SIXTY, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def blocks() -> Model:
+    return model(SIXTY, torch.bfloat16, A=16, B=16)
+
+
+def test_sixty_layers_of_full_blocks(full: Model) -> None:
+    forward = launches(lambda: ak.foreach_precondition(*full.operands, backend="triton"))
+    assert forward == ["pack", "right", "scale", "left", "out"]
+    vjp = launches(lambda: ak.foreach_precondition_vjp(*full.operands, full.Vs, wanted="GABS", backend="triton"))
+    assert vjp == ["pack", "right", "pair", "left_dB", "dA_dG"]
+
+
+def test_sixty_layers_of_block_diagonal_blocks(blocks: Model) -> None:
+    assert launches(lambda: ak.foreach_precondition(*blocks.operands, backend="triton")) == ["tile_forward"]
+    vjp = launches(lambda: ak.foreach_precondition_vjp(*blocks.operands, blocks.Vs, wanted="GABS", backend="triton"))
+    assert vjp == ["tile_backward", "sum_parts", "tile_dG"]
+
+
+def test_a_split_of_the_derivatives_takes_one_launch_more(blocks: Model) -> None:
+    with config.override(tile_backward={"split": 1}):
+        vjp = launches(lambda: ak.foreach_precondition_vjp(*blocks.operands, blocks.Vs, backend="triton"))
+    assert vjp == ["tile_backward", "tile_backward", "sum_parts"]
+
+
+def test_layers_that_fit_one_tile_take_one_launch() -> None:
+    small = model([(3, 9), (64, 64), (10, 33)], torch.float32)
+    assert launches(lambda: ak.foreach_precondition(*small.operands, backend="triton")) == ["tile_forward"]
+    vjp = launches(lambda: ak.foreach_precondition_vjp(*small.operands, small.Vs, backend="triton"))
+    assert vjp == ["tile_backward"]  # one tile a layer: nothing to sum
+
+
+def test_what_lies_well_isnt_packed() -> None:
+    even = model([(64, 128), (8, 72)], torch.bfloat16)
+    assert "pack" not in launches(lambda: ak.foreach_precondition(*even.operands, backend="triton"))
+
+
+def test_derivatives_that_need_less_launch_less() -> None:
+    layers = model([(70, 90)], torch.float32)
+    for wanted, count in (("S", 3), ("B", 4), ("BS", 4), ("A", 5)):
+        call = launches(
+            lambda w=wanted: ak.foreach_precondition_vjp(*layers.operands, layers.Vs, wanted=w, backend="triton")
+        )
+        assert len(call) == count, wanted
+
+
+def test_weights_are_written_last() -> None:
+    """Until everything else has run: a launch that fails before leaves them whole."""
+    both = model([(70, 90), (16, 16)], torch.float32)
+    both.As[1], both.Bs[1] = torch.randn(2, 8, 8), torch.randn(2, 8, 8)
+    thetas = [torch.zeros_like(G) for G in both.Gs]
+    names = launches(lambda: ak.foreach_precondition_step_(thetas, *both.operands, lr=0.1, backend="triton"))
+    assert names == ["pack", "right", "scale", "left", "update", "tile_update"]
+
+
+def test_a_second_step_makes_no_plan_and_allocates_only_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = model([(70, 90), (16, 16)], torch.float32)
+    thetas = [torch.zeros_like(G) for G in layers.Gs]
+
+    def step() -> None:
+        ak.foreach_precondition_step_(thetas, *layers.operands, lr=0.1, backend="triton")
+
+    step()
+    made: list[str] = []
+    for name in ("empty", "zeros", "from_numpy", "tensor"):
+        monkeypatch.setattr(torch, name, lambda *_, name=name, **__: made.append(name))
+    monkeypatch.setattr(plans, "Plan", lambda *_: made.append("Plan"))
+    step()
+    assert made == []
+
+
+def test_a_plan_follows_tensors_that_moved() -> None:
+    layers = model([(70, 90)], torch.float32)
+    ak.foreach_precondition(*layers.operands, backend="triton")
+    known = set(plans._plans)
+    for _ in range(plans._BINDINGS + 2):  # more places than are remembered
+        layers.Gs = [torch.randn_like(G) for G in layers.Gs]
+        found = ak.foreach_precondition(*layers.operands, backend="triton")
+        assert_close(found[0], layers.expected()[0], torch.float32)
+    assert set(plans._plans) == known
+
+
+def test_nothing_of_the_last_step_is_left() -> None:
+    """A workspace is used again: what it held may not be seen."""
+    small = model([(70, 90)], torch.float32)
+    first = ak.foreach_precondition(*small.operands, backend="triton")[0]
+    (plan,) = plans._plans.values()
+    for held in plan._held:
+        if held.dtype == torch.uint8:  # the others are tables
+            held.fill_(255)
+    assert torch.equal(ak.foreach_precondition(*small.operands, backend="triton")[0], first)
