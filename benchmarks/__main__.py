@@ -1,4 +1,4 @@
-"""The front door: ``python -m benchmarks [PART] [options]``. Without a part, all of them."""
+"""The front door: ``python -m benchmarks [PART] [options]``. Without a part, the microbenchmarks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ PARTS = {
     "environment": "machine, versions and commit that figures are taken with",
     "throughput": "milliseconds, GFLOP/s and ratios on the layers of named models",
     "stability": "errors and breakdowns in low precision, against KFAC's inverse",
+    "overhead": "what a training step costs with each front end, over plain momentum SGD",
+    "learning_rates": "learned against fixed learning rates on digits",
+    "figure1": "Figure 1 of the paper, from the exact proximal point",
+    "targets": "registers, spills and shared memory of every kernel, compiled for GPUs that need not be here",
+    "tune": "time configurations of the kernels on the GPU at hand, and keep the best",
 }
+DEFAULT = ("environment", "throughput", "stability")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _check_device(options.device)
-    for name in [options.part] if options.part else PARTS:
+    for name in [options.part] if options.part else DEFAULT:
         console.rule(f"[bold]{name}")
         importlib.import_module(f"benchmarks.{name}").run(options)
     return 0
@@ -39,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parts = parser.add_subparsers(dest="part", metavar="PART")
     for name, text in PARTS.items():
         _add_part_arguments(name, parts.add_parser(name, help=text, description=text, parents=[common]))
+    for name in DEFAULT:
         _add_defaults(name, parser)
     return parser
 
@@ -48,7 +55,7 @@ def _add_part_arguments(name: str, parser: argparse.ArgumentParser) -> None:
 
 
 def _add_defaults(name: str, parser: argparse.ArgumentParser) -> None:
-    """Without a part, every part's own options stand at their defaults."""
+    """Without a part, the own options of those that run stand at their defaults."""
     own = argparse.ArgumentParser(add_help=False)
     _add_part_arguments(name, own)
     parser.set_defaults(**vars(own.parse_args([])))

@@ -33,9 +33,7 @@ POINT = (0.6, 1.5)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=Path, default=Path("results"), help="folder for figure1.png (default: %(default)s)"
-    )
+    """This part has no options of its own."""
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

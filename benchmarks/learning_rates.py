@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,26 +84,25 @@ def train(name: str, lr: float, *, adaptive: bool, seed: int = 0, epochs: int = 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each setting (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=None, help="folder for learning_rates.json (default: none)")
+    parser.add_argument("--seeds", type=int, help="runs of each setting (default: 3, with --quick 1)")
+    parser.add_argument("--epochs", type=int, help=f"(default: {EPOCHS}, with --quick {EPOCHS // 10})")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Train everything, print the table, return every outcome."""
+    seeds = options.seeds or (1 if options.quick else 3)
+    epochs = options.epochs or (EPOCHS // 10 if options.quick else EPOCHS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # networks so small are slower on more
     found: dict[str, Any] = {}
     try:
         with progress() as bar:
-            task = bar.add_task(
-                "learning rates", total=len(OPTIMIZERS) * (len(FIXED) + len(INITIAL) + 1) * options.seeds
-            )
+            task = bar.add_task("learning rates", total=len(OPTIMIZERS) * (len(FIXED) + len(INITIAL) + 1) * seeds)
 
             def runs(name: str, lr: float, adaptive: bool) -> list[Outcome]:
                 outcomes = []
-                for seed in range(options.seeds):
-                    outcomes.append(train(name, lr, adaptive=adaptive, seed=seed, epochs=options.epochs))
+                for seed in range(seeds):
+                    outcomes.append(train(name, lr, adaptive=adaptive, seed=seed, epochs=epochs))
                     bar.advance(task)
                 return outcomes
 
@@ -115,9 +113,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 found[name] = {"fixed": fixed, "learned": learned, "best_fixed": best}
     finally:
         torch.set_num_threads(threads)
-    console.print(_table(found, options))
+    console.print(_table(found, seeds, epochs))
     payload = {
-        "epochs": options.epochs,
+        "epochs": epochs,
+        "seeds": seeds,
         "optimizers": {
             name: {
                 "best_fixed": each["best_fixed"],
@@ -126,8 +125,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for name, each in found.items()
         },
     }
-    if options.out is not None:
-        write(options.out, "learning_rates", "cpu", payload)
+    path = write(options.out, "learning_rates", "cpu", payload)
+    console.print(f"wrote {path}", soft_wrap=True)
     return payload
 
 
@@ -137,9 +136,9 @@ def _mean(outcomes: list[Outcome], what: str) -> float:
     return mean if mean == mean else float("inf")
 
 
-def _table(found: dict[str, Any], options: argparse.Namespace) -> Table:
+def _table(found: dict[str, Any], seeds: int, epochs: int) -> Table:
     table = Table(
-        title=f"digits, {options.epochs} epochs of batch {BATCH}, mean of {options.seeds} seeds",
+        title=f"digits, {epochs} epochs of batch {BATCH}, mean of {seeds} seeds",
         caption="A fixed rate's row: the best loss, and the best accuracy, of the seven. A one-step objective is "
         "short-sighted: that is where a learned loss is above the best fixed one.",
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,12 +27,10 @@ BOUNDS = {"AdaptiveLR on SGDm": 1.35, "APO, blocks of 64": 5.0, "APO, full block
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, default=30.0, help="time for each contestant (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, help="time for each contestant (default: 30, with --quick 3)")
     parser.add_argument("--interval", type=int, default=10, help="steps to a meta-update (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU's (default: %(default)s)")
     parser.add_argument("--width", type=int, default=1000, help="of the hidden layers (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=None, help="folder for overhead.json (default: none is written)")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -45,7 +42,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         with progress() as bar:
             task = bar.add_task("overhead", total=1.0)
             samples = interleave(
-                calls, seconds=options.seconds, advance=lambda share: bar.update(task, completed=share)
+                calls,
+                seconds=options.seconds or (3.0 if options.quick else 30.0),
+                advance=lambda share: bar.update(task, completed=share),
             )
     finally:
         torch.set_num_threads(threads)
@@ -82,8 +81,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "contestants": found,
     }
-    if options.out is not None:
-        write(options.out, "overhead", options.device, payload)
+    path = write(options.out, "overhead", options.device, payload)
+    console.print(f"wrote {path}", soft_wrap=True)
     return payload
 
 

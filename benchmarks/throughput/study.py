@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.progress import Progress, TaskID
 
-from benchmarks import results, roofs
+from benchmarks import account, results, roofs
 from benchmarks.console import console, progress
 from benchmarks.environment import device_name
 from benchmarks.shapes import MODELS, QUICK_MODELS
@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--add", action="store_true", help="keep the rows of an earlier run in --out that this one doesn't measure"
     )
+    parser.add_argument(
+        "--account",
+        action="store_true",
+        help="time nothing: print the FLOPs, bytes and regime of every launch of the kernels on an H100",
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
 
 
@@ -60,6 +65,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, show, and write ``throughput.json`` and the plots into ``options.out``."""
     models = options.models or list(QUICK_MODELS if options.quick else MODELS)
     dtypes = options.dtypes or list(DTYPES)
+    if options.account:
+        return {dtype: account.show(models, DTYPES[dtype]) for dtype in dtypes}
     operations = options.operations or list(OPERATIONS)
     seconds = options.seconds or (0.25 if options.quick else 4.0)
     limit = options.limit or (1.0 if options.quick else 60.0)
