@@ -85,7 +85,7 @@ def precondition(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *, wide: bool = Fal
 
 def precondition_keep(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Kept]:
     """``P(G)`` and what :func:`precondition_vjp` can take over from it."""
-    if _is_small(G, A, B, S, G.dtype) and _A_is_wider(G, A, B):
+    if _is_small(G, A, B, S, G.dtype) and G.shape[0] <= G.shape[1]:
         kept = _small_forward(G, A, B, S)
         return torch.mm(kept.W, A.mT), kept
     p = _Problem(G, A, B, S)
@@ -98,7 +98,7 @@ def precondition_vjp(
     G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor, kept: Kept | None, wanted: str
 ) -> dict[str, Tensor]:
     """The derivatives named in ``wanted`` (letters of "GABS"), by name, in the accumulation dtype."""
-    if _is_small(G, A, B, S, V.dtype) and _A_is_wider(G, A, B):
+    if _is_small(G, A, B, S, V.dtype) and G.shape[0] <= G.shape[1]:
         return _small_vjp(G, A, B, S, V, kept or _small_forward(G, A, B, S, need_W="A" in wanted), wanted)
     p = _Problem(G, A, B, S)
     letters = wanted.translate(_SWAP) if p.transposed else wanted

@@ -121,12 +121,21 @@ def wanted_letters(wanted: str) -> None:
 
 def kept_products(kept: Kept, G: Tensor, *, index: int | None = None) -> None:
     """Refuse what a forward of ``G`` can't have kept."""
-    at = "" if index is None else f"[{index}]"
     if not isinstance(kept, Kept):
+        at = "" if index is None else f"[{index}]"
         raise TypeError(f"kept{at} must be the Kept that a forward with keep=True returned, but got {_kind(kept)}")
     dtype, shape, device = accumulation_dtype(G.dtype), G.shape, G.device
+    U, R, W = kept
+    if (
+        (type(U) is Tensor and type(R) is Tensor and type(W) is Tensor)
+        and (U.dtype is dtype and R.dtype is dtype and W.dtype is dtype)
+        and (U.shape == shape and R.shape == shape and W.shape == shape)
+        and (U.device == device and R.device == device and W.device == device)
+    ):
+        return
     for i, x in enumerate(kept):
         if not isinstance(x, Tensor) or x.shape != shape or x.dtype is not dtype or x.device != device:
+            at = "" if index is None else f"[{index}]"
             name = "G" if index is None else f"Gs{at}"
             raise ValueError(
                 f"kept{at}.{Kept._fields[i]} must be a {dtype} tensor of {name}'s shape {tuple(shape)} on {device}, "
