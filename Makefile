@@ -15,8 +15,10 @@ $(VENV)/.installed: setup.py constraints.txt
 bench: install  ## every benchmark at its quick setting: tables, plots and JSON in results/
 	$(BIN)/python -m benchmarks --quick
 
-test: install lint  ## lint, types and tests
-	$(BIN)/python -m pytest
+test: install lint  ## lint, types and tests; the kernels in Triton's interpreter beside the others
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret tests/apo_kernels/triton > $(VENV)/interpret.log 2>&1 & kernels=$$!; \
+	$(BIN)/python -m pytest -q -m "not interpret"; others=$$?; \
+	wait $$kernels; interpreted=$$?; cat $(VENV)/interpret.log; exit $$((others + interpreted))
 
 lint: install
 	$(BIN)/ruff check .
