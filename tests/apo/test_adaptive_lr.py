@@ -61,7 +61,7 @@ def test_two_optimizers_of_third_parties(name: str) -> None:
     if name == "lion":
         make: Make = lambda p: pytest.importorskip("lion_pytorch").Lion(p, lr=1e-4)  # noqa: E731
     else:
-        make = lambda p: pytest.importorskip("optimi").StableAdamW(p, lr=1e-3)  # noqa: E731
+        make = lambda p: pytest.importorskip("optimi").StableAdamW(p, lr=1e-3, triton=False)  # noqa: E731
     model, x, t, other = mlp(dtype=torch.float32)
     opt = apo.AdaptiveLR(make(model.parameters()), objective(model, other))
     closure = closure_of(opt, model, x, t)
