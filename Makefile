@@ -1,4 +1,4 @@
-.PHONY: install bench test lint format
+.PHONY: install bench test targets lint format
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -17,8 +17,11 @@ bench: install  ## every benchmark at its quick setting: tables, plots and JSON 
 
 test: install lint  ## lint, types and tests; the kernels in Triton's interpreter beside the others
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret tests/apo_kernels/triton > $(VENV)/interpret.log 2>&1 & kernels=$$!; \
-	$(BIN)/python -m pytest -q -m "not interpret"; others=$$?; \
+	$(BIN)/python -m pytest -q -m "not interpret and not aot"; others=$$?; \
 	wait $$kernels; interpreted=$$?; cat $(VENV)/interpret.log; exit $$((others + interpreted))
+
+targets: install  ## compile every default configuration of the kernels for every GPU; minutes, the first time
+	$(BIN)/python -m pytest -q -m aot tests/apo_kernels/triton
 
 lint: install
 	$(BIN)/ruff check .
