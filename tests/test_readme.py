@@ -12,7 +12,7 @@ from benchmarks import readme
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-KERNELS, DIGITS, LEARNING_RATE, PRECONDITIONER = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+DIGITS, LEARNING_RATE, PRECONDITIONER, KERNELS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def printed(capsys: pytest.CaptureFixture[str], *codes: str) -> str:
