@@ -233,5 +233,5 @@ def test_roofs_are_rates_of_this_machine() -> None:
     rates = roofs.matmul_rates("cpu", [torch.float32], seconds=0.05)
     X = torch.randn(256, 256)
     sample = interleave({"mm": lambda: X @ X}, seconds=0.05)["mm"]
-    assert rates[torch.float32] > 0.3 * 2 * 256**3 / sample.median
+    assert rates[torch.float32] > 0.05 * 2 * 256**3 / min(sample.times)
     assert 1e8 < roofs.copy_bandwidth("cpu", seconds=0.01) < 1e13

@@ -20,24 +20,39 @@ def test_rounds_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(len(sample.times) == 4 for sample in samples.values())
 
 
-def test_short_calls_are_repeated_and_divided() -> None:
-    calls = 0
+class Clock:
+    """Time that passes only when somebody sleeps: no load on the machine can change it."""
 
-    def call() -> None:
-        nonlocal calls
-        calls += 1
-        time.sleep(0.0005)
+    def __init__(self) -> None:
+        self.now, self.naps = 0.0, 0
 
-    sample = interleave({"call": call}, seconds=60.0, most=3)["call"]
-    assert calls > 10
-    assert 0.0005 <= sample.median < 0.002
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.naps += 1
 
 
-def test_who_is_slow_gets_fewer_rounds_but_not_too_few() -> None:
-    calls = {"slow": lambda: time.sleep(0.03), "fast": lambda: time.sleep(0.001)}
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(timing, "device_timer", clock)
+    return clock
+
+
+def test_short_calls_are_repeated_and_divided(clock: Clock) -> None:
+    sample = interleave({"call": lambda: clock.sleep(0.0005)}, seconds=60.0, most=3)["call"]
+    assert clock.naps >= 3 * timing.WINDOW / 0.0005
+    assert sample.times == pytest.approx([0.0005] * 3)
+
+
+def test_who_is_slow_gets_fewer_rounds_but_not_too_few(clock: Clock) -> None:
+    calls = {"slow": lambda: clock.sleep(0.03), "fast": lambda: clock.sleep(0.001), "slowest": lambda: clock.sleep(0.3)}
     samples = interleave(calls, seconds=0.05, least=2, most=8)
     assert len(samples["slow"].times) == 2
-    assert len(samples["fast"].times) > 2
+    assert len(samples["fast"].times) == 8
+    assert len(samples["slowest"].times) == 1  # one call of more than four times what it may use
 
 
 def test_sample() -> None:
