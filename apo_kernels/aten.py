@@ -77,8 +77,10 @@ def precondition(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *, wide: bool = Fal
     """``P(G)``, contiguous, of ``G``'s shape, in ``G``'s dtype or, if ``wide``, the accumulation dtype."""
     dtype = accumulation_dtype(G.dtype)
     if _is_small(G, A, B, S, dtype):
-        M = torch.mm(torch.mm(B.mT, G), A)
-        return torch.mm(torch.mm(B, M.mul_(S).mul_(S)), A.mT)
+        U = torch.mm(B.mT, G)
+        M = torch.mm(U, A)
+        W = torch.mm(B, M.mul_(S).mul_(S), out=U)  # each is written over what has been read for the last time
+        return torch.mm(W, A.mT, out=M)
     p = _Problem(G, A, B, S, narrow_first=True)
     return _apply(p, _forward(p).W, dtype if wide else G.dtype)
 
@@ -86,8 +88,7 @@ def precondition(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *, wide: bool = Fal
 def precondition_keep(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Kept]:
     """``P(G)`` and what :func:`precondition_vjp` can take over from it."""
     if _is_small(G, A, B, S, G.dtype) and G.shape[0] <= G.shape[1]:
-        kept = _small_forward(G, A, B, S)
-        return torch.mm(kept.W, A.mT), kept
+        return _small_keep(G, A, B, S)
     p = _Problem(G, A, B, S)
     kept = _forward(p)
     Y = _apply(p, kept.W, G.dtype)
@@ -99,7 +100,7 @@ def precondition_vjp(
 ) -> dict[str, Tensor]:
     """The derivatives named in ``wanted`` (letters of "GABS"), by name, in the accumulation dtype."""
     if _is_small(G, A, B, S, V.dtype) and G.shape[0] <= G.shape[1]:
-        return _small_vjp(G, A, B, S, V, kept or _small_forward(G, A, B, S, need_W="A" in wanted), wanted)
+        return _small_vjp(G, A, B, S, V, kept, wanted)
     p = _Problem(G, A, B, S)
     letters = wanted.translate(_SWAP) if p.transposed else wanted
     held = _forward(p, need_W="A" in letters) if kept is None else Kept(*(p.enter(x) for x in kept))
@@ -186,14 +187,23 @@ def _is_small(G: Tensor, A: Tensor, B: Tensor, S: Tensor, dtype: torch.dtype) ->
     )
 
 
-def _small_forward(G: Tensor, A: Tensor, B: Tensor, S: Tensor, need_W: bool = True) -> Kept:
+def _small_keep(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Kept]:
     U = torch.mm(G, A)
     R = torch.mm(B.mT, U).mul_(S)
-    return Kept(U, R, torch.mm(B, R * S) if need_W else R)
+    T = R * S
+    W = torch.mm(B, T)
+    return torch.mm(W, A.mT, out=T), Kept(U, R, W)
 
 
-def _small_vjp(G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor, kept: Kept, wanted: str) -> dict[str, Tensor]:
-    U, R, W = kept
+def _small_vjp(
+    G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor, kept: Kept | None, wanted: str
+) -> dict[str, Tensor]:
+    if kept is None:
+        U = torch.mm(G, A)
+        R = torch.mm(B.mT, U).mul_(S)
+        W = torch.mm(B, R * S) if "A" in wanted else R
+    else:
+        U, R, W = kept
     UV = torch.mm(V, A)
     N = torch.mm(B.mT, UV)
     d: dict[str, Tensor] = {}

@@ -21,10 +21,12 @@ __all__ = [
     "step",
     "tensor_lists",
     "wanted_letters",
+    "watched",
 ]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_LISTS = (list, tuple)
 
 Tensors = Sequence[Tensor]
 
@@ -44,26 +46,46 @@ def operands(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *V: Tensor, index: int 
 
 
 def _plainly_fit(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, Vs: Tensors | None) -> bool:
-    """Whether every entry is of the common case, full blocks of one dtype: what isn't is looked at closely.
+    """Whether these are lists of equal length whose every entry is of the common case, full blocks of one dtype: what
+    isn't is looked at closely.
 
-    One flat loop over as few attributes as will do, for looking closely takes longer than a small layer.
+    One flat loop over the attributes that are cheapest to read, for looking closely takes longer than a small layer.
     """
-    for G, A, B, S, V in zip(Gs, As, Bs, Ss, Ss if Vs is None else Vs, strict=True):
-        if not (type(G) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN and type(S) in _PLAIN):
+    if not (type(Gs) in _LISTS and type(As) in _LISTS and type(Bs) in _LISTS and type(Ss) in _LISTS):
+        return False
+    length = len(Gs)
+    if not (len(As) == length and len(Bs) == length and len(Ss) == length):
+        return False
+    first = Gs[0].get_device() if length and type(Gs[0]) in _PLAIN else -1
+    for G, A, B, S in zip(Gs, As, Bs, Ss, strict=True):
+        if not (type(G) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN and type(S) in _PLAIN and G.ndim == 2):
             return False
-        dtype, device, shape = G.dtype, G.device, G.shape
+        dtype = G.dtype
+        m, n = G.shape
         if not (
             dtype in DTYPES
             and (A.dtype is dtype and B.dtype is dtype and S.dtype is dtype)
-            and (A.device == device and B.device == device and S.device == device and Gs[0].device == device)
-            and len(shape) == 2
-            and (S.shape == shape and A.shape == (shape[1], shape[1]) and B.shape == (shape[0], shape[0]))
+            and _on_one_device(G, A, B, S, first)
             and (G.layout is A.layout is B.layout is S.layout is torch.strided)
+            and (S.shape == (m, n) and A.shape == (n, n) and B.shape == (m, m))
         ):
             return False
-        if V is not S and not _plainly_matches(V, G):
-            return False
-    return True
+    if Vs is None:
+        return True
+    return type(Vs) in _LISTS and len(Vs) == length and all(map(_plainly_matches, Vs, Gs))
+
+
+def _on_one_device(G: Tensor, A: Tensor, B: Tensor, S: Tensor, index: int) -> bool:
+    """Whether all are on the CPU, or all on the GPU of that index."""
+    if G.is_cpu:
+        return index == -1 and A.is_cpu and B.is_cpu and S.is_cpu
+    return (
+        (G.is_cuda and A.is_cuda and B.is_cuda and S.is_cuda)
+        and G.get_device() == index
+        and A.get_device() == index
+        and B.get_device() == index
+        and S.get_device() == index
+    )
 
 
 def _plainly_matches(x: Tensor, G: Tensor) -> bool:
@@ -71,9 +93,9 @@ def _plainly_matches(x: Tensor, G: Tensor) -> bool:
     return (
         type(x) in _PLAIN
         and x.dtype is G.dtype
-        and x.shape == G.shape
-        and x.device == G.device
         and x.layout is torch.strided
+        and x.is_same_size(G)
+        and ((x.is_cpu and G.is_cpu) or x.device == G.device)
     )
 
 
@@ -85,6 +107,8 @@ def foreach_operands(
     Vs: Tensors | None = None,
 ) -> None:
     """Refuse lists that don't match, then what :func:`operands` refuses of each entry."""
+    if _plainly_fit(Gs, As, Bs, Ss, Vs):
+        return
     entries: Iterable[tuple[Tensor, ...]]
     if Vs is None:
         tensor_lists(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
@@ -92,8 +116,6 @@ def foreach_operands(
     else:
         tensor_lists(Gs=Gs, As=As, Bs=Bs, Ss=Ss, Vs=Vs)
         entries = zip(Gs, As, Bs, Ss, Vs, strict=True)
-    if _plainly_fit(Gs, As, Bs, Ss, Vs):
-        return
     for i, (G, *others) in enumerate(entries):
         operands(G, *others, index=i)
         if G.device != Gs[0].device:
@@ -124,15 +146,10 @@ def kept_products(kept: Kept, G: Tensor, *, index: int | None = None) -> None:
     if not isinstance(kept, Kept):
         at = "" if index is None else f"[{index}]"
         raise TypeError(f"kept{at} must be the Kept that a forward with keep=True returned, but got {_kind(kept)}")
-    dtype, shape, device = accumulation_dtype(G.dtype), G.shape, G.device
     U, R, W = kept
-    if (
-        (type(U) is Tensor and type(R) is Tensor and type(W) is Tensor)
-        and (U.dtype is dtype and R.dtype is dtype and W.dtype is dtype)
-        and (U.shape == shape and R.shape == shape and W.shape == shape)
-        and (U.device == device and R.device == device and W.device == device)
-    ):
+    if _plainly_matches(U, G) and _plainly_matches(R, G) and _plainly_matches(W, G) and G.element_size() >= 4:
         return
+    dtype, shape, device = accumulation_dtype(G.dtype), G.shape, G.device
     for i, x in enumerate(kept):
         if not isinstance(x, Tensor) or x.shape != shape or x.dtype is not dtype or x.device != device:
             at = "" if index is None else f"[{index}]"
@@ -151,9 +168,19 @@ def kept_list(kept: Sequence[Kept], Gs: Tensors) -> None:
         kept_products(kept[i], G, index=i)
 
 
+def watched(*lists: Tensors) -> bool:
+    """Whether autograd must see a call on these tensors."""
+    if torch.is_grad_enabled():
+        for tensors in lists:
+            for x in tensors:
+                if x.requires_grad:
+                    return True
+    return False
+
+
 def no_graph(reason: str, **lists: Tensors) -> None:
     """Refuse tensors that autograd is watching where no graph is built."""
-    if not torch.is_grad_enabled():
+    if not watched(*lists.values()):
         return
     for name, tensors in lists.items():
         for i, x in enumerate(tensors):

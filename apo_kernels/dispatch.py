@@ -1,8 +1,8 @@
 """Which path serves a call, and why: asked and answered here alone.
 
 A backend offers the four functions of :class:`Backend`. Which one serves is decided by, in this order, the ``backend=``
-argument of the call, the environment variable ``APO_KERNELS_BACKEND``, and the first backend that can serve the
-tensors: ``triton`` on a GPU that it has kernels for, else ``aten``.
+argument of the call, the environment variable ``APO_KERNELS_BACKEND`` as it was when the package was imported, and the
+first backend that can serve the tensors: ``triton`` on a GPU that it has kernels for, else ``aten``.
 
 **Names.** ``"aten"``, ``"triton"``, and ``"triton:ieee"``, ``"triton:tf32"``, ``"triton:tf32x3"``, which say how
 float32 operands are multiplied; plain ``"triton"`` is faithful to it (:meth:`apo_kernels.targets.Target.precision`).
@@ -27,7 +27,7 @@ from apo_kernels import aten
 from apo_kernels.aten import Kept
 from apo_kernels.triton.layers import Unserved
 
-__all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "Backend", "Choice", "choose"]
+__all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "Backend", "Choice", "choose", "serving"]
 
 ENVIRONMENT_VARIABLE = "APO_KERNELS_BACKEND"
 
@@ -68,7 +68,12 @@ class Backend(Protocol):
     ) -> None: ...
 
 
+_ATEN = cast(Backend, aten)
+
 BACKENDS = ("aten", "triton", "triton:ieee", "triton:tf32", "triton:tf32x3", "triton:bf16x6")
+
+requested: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
+"""The backend that the environment asks for, which a program may change."""
 
 _failure: str | None = None
 """Why ``triton`` isn't chosen any more, once it has failed."""
@@ -84,9 +89,16 @@ class Choice(NamedTuple):
     @property
     def backend(self) -> Backend:
         if self.name == "aten":
-            return cast(Backend, aten)
+            return _ATEN
         backend = _triton(self.name.partition(":")[2] or None)
         return backend if self.forced else cast(Backend, _Guarded(backend))
+
+
+def serving(backend: str | None, Gs: Tensors) -> Backend:
+    """The backend of :func:`choose`, without its reasons: these would cost as much as a small layer."""
+    if backend is None and requested is None and not (Gs and Gs[0].is_cuda):
+        return _ATEN
+    return choose(backend, Gs).backend
 
 
 def choose(backend: str | None = None, Gs: Tensors = ()) -> Choice:
@@ -98,8 +110,8 @@ def choose(backend: str | None = None, Gs: Tensors = ()) -> Choice:
     """
     if backend is not None:
         return _forced("backend", backend, "asked for by the argument backend=", Gs)
-    if asked := os.environ.get(ENVIRONMENT_VARIABLE):
-        return _forced(ENVIRONMENT_VARIABLE, asked, f"asked for by {ENVIRONMENT_VARIABLE}", Gs)
+    if requested is not None:
+        return _forced(ENVIRONMENT_VARIABLE, requested, f"asked for by {ENVIRONMENT_VARIABLE}", Gs)
     obstacle = _obstacle(Gs) if Gs and Gs[0].device.type == "cuda" else "the tensors are on no GPU"
     if obstacle is None and _failure is not None:
         obstacle = f"triton failed before: {_failure}"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from apo_kernels import checks, ops
 from apo_kernels.aten import Kept
-from apo_kernels.dispatch import choose
+from apo_kernels.dispatch import choose, serving
 
 __all__ = [
     "explain",
@@ -73,13 +73,13 @@ def precondition(
     checks.operands(G, A, B, S)
     if keep:
         checks.no_graph("keep=True builds no graph", G=[G], A=[A], B=[B], S=[S])
-        Ys, kept = choose(backend, [G]).backend.foreach_precondition_keep([G], [A], [B], [S])
+        Ys, kept = serving(backend, [G]).foreach_precondition_keep([G], [A], [B], [S])
         return Ys[0], kept[0]
-    if _watched([G], [A], [B], [S]):
+    if checks.watched([G], [A], [B], [S]):
         results: list[Tensor] = ops.foreach_precondition_keep([G], [A], [B], [S], backend)
         return results[0]
     # An operator's dispatch would cost as much as a small layer: call its body.
-    return choose(backend, [G]).backend.foreach_precondition([G], [A], [B], [S])[0]
+    return serving(backend, [G]).foreach_precondition([G], [A], [B], [S])[0]
 
 
 @overload
@@ -109,11 +109,11 @@ def foreach_precondition(
     checks.foreach_operands(Gs, As, Bs, Ss)
     if keep:
         checks.no_graph("keep=True builds no graph", Gs=Gs, As=As, Bs=Bs, Ss=Ss)
-        return choose(backend, Gs).backend.foreach_precondition_keep(Gs, As, Bs, Ss)
-    if _watched(Gs, As, Bs, Ss):
+        return serving(backend, Gs).foreach_precondition_keep(Gs, As, Bs, Ss)
+    if checks.watched(Gs, As, Bs, Ss):
         results: list[Tensor] = ops.foreach_precondition_keep(Gs, As, Bs, Ss, backend)
         return results[: len(Gs)]
-    return choose(backend, Gs).backend.foreach_precondition(Gs, As, Bs, Ss)
+    return serving(backend, Gs).foreach_precondition(Gs, As, Bs, Ss)
 
 
 def precondition_vjp(
@@ -183,7 +183,7 @@ def foreach_precondition_vjp(
     if kept is not None:
         checks.kept_list(kept, Gs)
     with torch.no_grad():
-        grads = choose(backend, Gs).backend.foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, kept, wanted)
+        grads = serving(backend, Gs).foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, kept, wanted)
     return [tuple(each[letter] for letter in wanted) for each in grads]
 
 
@@ -227,7 +227,7 @@ def foreach_precondition_step_(
         return
     checks.step(thetas, Gs, As, Bs, Ss, momentum_buffers, lr, momentum, weight_decay)
     checks.no_shared_memory(thetas, momentum_buffers, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
-    path = choose(backend, Gs).backend
+    path = serving(backend, Gs)
     with torch.no_grad():
         path.foreach_precondition_step_(thetas, Gs, As, Bs, Ss, momentum_buffers or [], lr, momentum, weight_decay)
 
@@ -242,7 +242,7 @@ def _compiled_precondition(
     G: Tensor, A: Tensor, B: Tensor, S: Tensor, keep: bool, backend: str | None
 ) -> Tensor | tuple[Tensor, Kept]:
     """As operators, which check their operands themselves."""
-    if keep or _watched([G], [A], [B], [S]):
+    if keep or checks.watched([G], [A], [B], [S]):
         Y, *kept = ops.foreach_precondition_keep([G], [A], [B], [S], backend)
         return (Y, Kept(*kept)) if keep else Y
     result: Tensor = ops.precondition(G, A, B, S, backend)
@@ -253,14 +253,9 @@ def _compiled_foreach_precondition(
     Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, keep: bool, backend: str | None
 ) -> list[Tensor] | tuple[list[Tensor], list[Kept]]:
     results: list[Tensor]
-    if keep or _watched(Gs, As, Bs, Ss):
+    if keep or checks.watched(Gs, As, Bs, Ss):
         results = ops.foreach_precondition_keep(Gs, As, Bs, Ss, backend)
         Ys, flat = results[: len(Gs)], results[len(Gs) :]
         return (Ys, [Kept(*flat[i : i + 3]) for i in range(0, len(flat), 3)]) if keep else Ys
     results = ops.foreach_precondition(Gs, As, Bs, Ss, backend)
     return results
-
-
-def _watched(*lists: Tensors) -> bool:
-    """Whether autograd must see the call."""
-    return torch.is_grad_enabled() and any(x.requires_grad for tensors in lists for x in tensors)

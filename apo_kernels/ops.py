@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from apo_kernels import checks, reference
 from apo_kernels.aten import Kept, accumulation_dtype, aligned_empty
-from apo_kernels.dispatch import choose
+from apo_kernels.dispatch import serving
 from apo_kernels.flops import precondition_flops, precondition_vjp_flops
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 def precondition(G: Tensor, A: Tensor, B: Tensor, S: Tensor, backend: str | None = None) -> Tensor:
     """``P(G)``. Its backward recomputes the forward's products: the least memory."""
     checks.operands(G, A, B, S)
-    return choose(backend, [G]).backend.foreach_precondition([G], [A], [B], [S])[0]
+    return serving(backend, [G]).foreach_precondition([G], [A], [B], [S])[0]
 
 
 @torch.library.custom_op("apo_kernels::foreach_precondition", mutates_args=())
@@ -46,7 +46,7 @@ def foreach_precondition(
 ) -> list[Tensor]:
     """``P(G)`` of each. Its backward recomputes the forward's products: the least memory."""
     checks.foreach_operands(Gs, As, Bs, Ss)
-    return choose(backend, Gs).backend.foreach_precondition(Gs, As, Bs, Ss)
+    return serving(backend, Gs).foreach_precondition(Gs, As, Bs, Ss)
 
 
 @torch.library.custom_op("apo_kernels::foreach_precondition_keep", mutates_args=())
@@ -60,7 +60,7 @@ def foreach_precondition_keep(
     """``P(G)`` of each, then ``U, R, W`` of each (:class:`apo_kernels.Kept`), which its backward reuses: the
     least time. Differentiable in the former only."""
     checks.foreach_operands(Gs, As, Bs, Ss)
-    Ys, kept = choose(backend, Gs).backend.foreach_precondition_keep(Gs, As, Bs, Ss)
+    Ys, kept = serving(backend, Gs).foreach_precondition_keep(Gs, As, Bs, Ss)
     return [*Ys, *flatten_kept(kept)]
 
 
@@ -82,7 +82,7 @@ def foreach_precondition_vjp(
     checks.wanted_letters(wanted)
     checks.foreach_operands(Gs, As, Bs, Ss, Vs)
     held = unflatten_kept(kept, Gs)
-    grads = choose(backend, Gs).backend.foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, held, wanted)
+    grads = serving(backend, Gs).foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, held, wanted)
     return [each[letter] for each in grads for letter in wanted]
 
 
@@ -108,7 +108,7 @@ def foreach_precondition_step_(
     buffers = momentum_buffers if len(momentum_buffers) else None
     checks.step(thetas, Gs, As, Bs, Ss, buffers, rate, momentum, weight_decay)
     checks.no_shared_memory(thetas, momentum_buffers, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
-    choose(backend, Gs).backend.foreach_precondition_step_(
+    serving(backend, Gs).foreach_precondition_step_(
         thetas, Gs, As, Bs, Ss, momentum_buffers, rate, momentum, weight_decay
     )
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from apo_helpers import closure_of, mlp, objective, same, weights
 from torch import Tensor, nn
 
 import apo
 from apo.linearity import check_linear
+from tests.apo.helpers import closure_of, mlp, objective, same, weights
 
 Make = Callable[[Any], torch.optim.Optimizer]
 

@@ -11,16 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import test_adaptive_lr
-import test_lookahead
-import test_meta_gradient
 import torch
-from apo_helpers import mlp
 from torch import Tensor, nn
 
 import apo
 import apo_kernels as ak
 from apo import front_end, learning_rate, linearity, lookahead, objective, optimizer, preconditioner
+from tests.apo import test_adaptive_lr, test_lookahead, test_meta_gradient
+from tests.apo.helpers import mlp
 
 Patch = pytest.MonkeyPatch
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import RANKS, train
+
+from tests.apo.distributed_worker import RANKS, train
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from apo_helpers import closure_of, mlp, objective, same, weights
 from torch import Tensor, nn
 
 import apo
 from apo.lookahead import Lookahead, surely, undisturbed
+from tests.apo.helpers import closure_of, mlp, objective, same, weights
 
 Make = Callable[..., Any]
 

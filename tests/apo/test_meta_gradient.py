@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from apo_helpers import Problem, closure_of, convnet, difference, mlp, objective
 from torch import Tensor, nn
 
 import apo
 from apo.meta_optimizer import MetaOptimizer
 from apo_kernels import blocks_to_dense
+from tests.apo.helpers import Problem, closure_of, convnet, difference, mlp, objective
 
 Recorded = dict[str, list[Any]]
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from apo_helpers import closure_of, mlp, objective
 from torch import Tensor, distributions, nn
 
 import apo
 from apo.proximal import hessian
+from tests.apo.helpers import closure_of, mlp, objective
 
 N, C = 6, 4
 

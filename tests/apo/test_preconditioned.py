@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from apo_helpers import closure_of, convnet, mlp, objective, same, weights
 from torch import Tensor, nn
 
 import apo
 from apo.matrix_view import matrix_views
+from tests.apo.helpers import closure_of, convnet, mlp, objective, same, weights
 
 
 def test_without_meta_updates_it_starts_as_momentum_sgd() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from apo_helpers import objective
 from torch import Tensor, nn
 
 import apo
@@ -24,6 +23,7 @@ from apo.proximal import (
     hessian,
     proximal_step,
 )
+from tests.apo.helpers import objective
 
 
 def error(a: Tensor, b: Tensor) -> float:

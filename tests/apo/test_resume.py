@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from resume_worker import train
+
+from tests.apo.resume_worker import train
 
 WORKER = Path(__file__).parent / "resume_worker.py"
 

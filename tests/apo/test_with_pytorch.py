@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from apo_helpers import closure_of, mlp, objective, same, weights
 from torch import Tensor, nn
 
 import apo
+from tests.apo.helpers import closure_of, mlp, objective, same, weights
 
 Make = Callable[..., Any]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -9,28 +10,34 @@ import pytest
 import torch
 
 import apo_kernels as ak
+from apo_kernels import dispatch
 from apo_kernels.dispatch import ENVIRONMENT_VARIABLE
 from tests.apo_kernels.cases import make
 
 
 def test_explain_names_the_path_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "requested", None)
     assert ak.explain().startswith("aten: ")
     assert "argument" in ak.explain("aten")
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "aten")
+    monkeypatch.setattr(dispatch, "requested", "aten")
     assert ENVIRONMENT_VARIABLE in ak.explain()
 
 
 def test_unknown_backend_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fortran")
+    monkeypatch.setattr(dispatch, "requested", "fortran")
     with pytest.raises(ValueError, match=r"^APO_KERNELS_BACKEND must be None or one of .*, but got 'fortran'"):
         ak.precondition(*make(3, 4).operands)
 
 
 def test_the_argument_outranks_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fortran")
+    monkeypatch.setattr(dispatch, "requested", "fortran")
     layer = make(3, 4)
     torch.testing.assert_close(ak.precondition(*layer.operands, backend="aten"), layer.forward())
+
+
+def test_the_environment_is_read_at_import() -> None:
+    code = "import apo_kernels as ak; assert 'asked for by APO_KERNELS_BACKEND' in ak.explain()"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, ENVIRONMENT_VARIABLE: "aten"})
 
 
 def test_imports_and_runs_without_triton() -> None:

@@ -7,7 +7,7 @@ import torch
 
 import apo_kernels as ak
 from apo_kernels import dispatch
-from apo_kernels.dispatch import ENVIRONMENT_VARIABLE, Choice
+from apo_kernels.dispatch import Choice
 from tests.apo_kernels.triton.conftest import INTERPRETED
 from tests.apo_kernels.triton.examples import assert_close, model
 
@@ -20,8 +20,8 @@ from apo_kernels.triton.roles import Role
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if Triton had been chosen for tensors on the CPU, not asked for."""
-    monkeypatch.setattr(dispatch, "choose", lambda *_: Choice("triton", "", forced=False))
-    monkeypatch.setattr("apo_kernels.functional.choose", lambda *_: Choice("triton", "", forced=False))
+    chosen = Choice("triton", "", forced=False)
+    monkeypatch.setattr("apo_kernels.functional.serving", lambda *_: chosen.backend)
     monkeypatch.setattr(dispatch, "_failure", None)
 
 
@@ -91,7 +91,7 @@ def test_float64_isnt_served() -> None:
 
 
 def test_the_cpu_is_atens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "requested", None)
     layers = model(((5, 7),), torch.float32)
     assert ak.explain(None, layers.Gs).startswith("aten: ")
     assert "no GPU" in ak.explain(None, layers.Gs)
@@ -101,7 +101,7 @@ def test_the_cpu_is_atens(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3", "bf16x6"])
 def test_a_precision_in_the_name(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = model(((5, 7),), torch.float32)
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"triton:{precision}")
+    monkeypatch.setattr(dispatch, "requested", f"triton:{precision}")
     assert_close(ak.foreach_precondition(*layers.operands)[0], layers.expected()[0], torch.float32)
     with pytest.raises(ValueError, match="backend must be None or one of"):
         ak.foreach_precondition(*layers.operands, backend="triton:fast")
