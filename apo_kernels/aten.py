@@ -207,11 +207,15 @@ def _small_vjp(
     UV = torch.mm(V, A)
     N = torch.mm(B.mT, UV)
     d: dict[str, Tensor] = {}
+    T = None
+    if "B" in wanted:
+        T = R * S
+        d["B"] = torch.mm(UV, T.mT)
     if "S" in wanted:
-        d["S"] = (N * R).mul_(2)
+        d["S"] = torch.mul(N, R, out=T).mul_(2)
     TN = N.mul_(S).mul_(S)
     if "B" in wanted:
-        d["B"] = _add_product(U, TN.mT, torch.mm(UV, (R * S).mT))
+        d["B"] = _add_product(U, TN.mT, d["B"])
     if "A" in wanted or "G" in wanted:
         WN = torch.mm(B, TN, out=UV)  # UV has been read for the last time
         if "A" in wanted:
