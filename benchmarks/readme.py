@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks import results
@@ -87,6 +88,46 @@ def _stability() -> str:
     return _markdown([*header, "fp16"], rows)
 
 
+def _learning_rates() -> str:
+    content = results.load(RESULTS / "learning_rates.json")
+    rows = []
+    for name, each in content["optimizers"].items():
+        fixed, learned = _by_rate(each["fixed"]), _by_rate(each["learned"])
+        started = [learned[lr] for lr in learned if lr != 1000 * each["best_fixed"]]
+        losses, accuracies = zip(*started, strict=True)
+        rows.append(
+            [
+                name,
+                f"{fixed[each['best_fixed']][0]:.1e} at {each['best_fixed']:g}",
+                f"{min(losses):.1e} to {max(losses):.1e}",
+                f"{max(accuracy for _, accuracy in fixed.values()):.1f}",
+                f"{min(accuracies):.1f} to {max(accuracies):.1f}",
+                "{:.1e}, {:.1f}".format(*learned[1000 * each["best_fixed"]]),
+            ]
+        )
+    header = ["optimizer", "loss, best fixed rate", "loss, learned from 1e-4 … 1e-1", "accuracy, best fixed rate, %"]
+    return _markdown([*header, "accuracy, learned, %", "from 1000 × the best rate"], rows)
+
+
+def _by_rate(outcomes: list[dict[str, Any]]) -> dict[float, tuple[float, float]]:
+    """Mean loss and accuracy over the seeds, by initial rate."""
+    groups: dict[float, list[dict[str, Any]]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome["initial"], []).append(outcome)
+    return {
+        lr: (fmean(float(o["loss"]) for o in group), fmean(o["accuracy"] for o in group)) for lr, group in groups.items()
+    }
+
+
+def _overhead() -> str:
+    content = results.load(RESULTS / "overhead.json")
+    rows = [
+        [name, f"{1e3 * row['step_seconds']:.1f}", f"{row['ratio']:.2f}"]
+        for name, row in content["contestants"].items()
+    ]
+    return _markdown(["optimizer", "ms a step", "÷ SGDm"], rows)
+
+
 def _breakdowns(record: dict[str, Any]) -> str:
     count = f"{record['broken']} of {record['problems']}"
     return f"{count}, none from {record['saved_from']:g}" if record["broken"] else count
@@ -114,6 +155,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "times": _times,
     "shapes": _shapes,
     "stability": _stability,
+    "learning rates": _learning_rates,
+    "overhead": _overhead,
 }
 
 
