@@ -115,7 +115,8 @@ def _by_rate(outcomes: list[dict[str, Any]]) -> dict[float, tuple[float, float]]
     for outcome in outcomes:
         groups.setdefault(outcome["initial"], []).append(outcome)
     return {
-        lr: (fmean(float(o["loss"]) for o in group), fmean(o["accuracy"] for o in group)) for lr, group in groups.items()
+        lr: (fmean(float(o["loss"]) for o in group), fmean(o["accuracy"] for o in group))
+        for lr, group in groups.items()
     }
 
 
