@@ -27,14 +27,12 @@ class Baseline(Optimizer):
     """
 
     COUNTERS: tuple[str, ...] = ("steps", "skipped_steps")
-    _SHAPES_VARY = frozenset[str]()
+    steps: int
+    skipped_steps: int
 
     def _init_counters(self) -> None:
         for name in self.COUNTERS:
             setattr(self, name, 0)
-
-    steps: int
-    skipped_steps: int
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -104,10 +102,14 @@ class Baseline(Optimizer):
         theirs = {key: extra.get(key) for key in own}
         if theirs != own:
             raise ValueError(f"state_dict must come from {own}, but it is from {theirs}")
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "baseline"})
-        # torch has cast what it loaded to the dtypes of the weights: take it from the source
         places = [place for group in state_dict["param_groups"] for place in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
+        for place, p in zip(places, params, strict=len(places) == len(params)):
+            shape = state_dict["state"].get(place, {}).get("momentum_buffer", p).shape
+            if shape != p.shape:
+                raise ValueError(f"state_dict must come from the same model, but has {shape} for {p.shape}")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "baseline"})
+        # torch has cast what it loaded to the dtypes of the weights: take it from the source
         self.state = defaultdict(dict)
         for place, p in zip(places, params, strict=True):
             if place in state_dict["state"]:

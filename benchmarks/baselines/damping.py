@@ -47,7 +47,7 @@ def eigenbasis(F: Tensor) -> tuple[Tensor, Tensor] | None:
     for dtype in (wide(F).dtype, torch.float64):
         try:
             values, Q = torch.linalg.eigh(F.to(dtype))
-        except torch.linalg.LinAlgError:  # float32 sometimes fails to converge where float64 does
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # float32 can fail to converge, float64 rarely
             continue
         if bool(values.isfinite().all()):
             return values.clamp(min=0), Q

@@ -163,9 +163,7 @@ class KroneckerFactored(Baseline):
         capture = None
         with torch.enable_grad():
             if self._due(self.factor_interval):
-                capture = Capture(
-                    self.model, self.layers, self.likelihood, self.outputs, self.fisher, self.generator
-                )
+                capture = Capture(self.model, self.layers, self.likelihood, self.outputs, self.fisher, self.generator)
                 with capture:
                     loss = closure()
                 if capture.terms == 0:
@@ -212,9 +210,7 @@ class KroneckerFactored(Baseline):
         """
         ratio = self.loss_weight / capture.terms
         scale = math.sqrt(ratio if self.fisher == "sampled" else 1 / ratio)
-        return [
-            layer.positions(wide(inputs), wide(grad) * scale) for inputs, grad in capture.calls.get(layer, [])
-        ]
+        return [layer.positions(wide(inputs), wide(grad) * scale) for inputs, grad in capture.calls.get(layer, [])]
 
     def _update_factors(self, capture: Capture) -> None:
         for layer in self.layers:
@@ -242,7 +238,11 @@ class KroneckerFactored(Baseline):
         """Take ``new`` into a running average as its batch of this number."""
         if name in state:
             new = wide(state[name]).lerp(new, 1 - min(1 - 1 / batches, self.decay))
-        state[name] = new.to(self._dtype(new))
+        rounded = new.to(self._dtype(new))
+        if rounded.dtype == torch.float16 and not bool(rounded.isfinite().all()):
+            self.nonfinite_factors += 1  # out of range: what was there stays
+        else:
+            state[name] = rounded
 
     def _dtype(self, work: Tensor) -> torch.dtype:
         return self.factor_dtype or work.dtype

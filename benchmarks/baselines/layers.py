@@ -78,8 +78,8 @@ def second_moment_of_gradients(a: Tensor, Ds: Tensor, Q_A: Tensor, Q_B: Tensor) 
         return squares
     total = a.new_zeros(Ds.shape[-1], a.shape[-1])
     step = max(CHUNK // total.numel(), 1)
-    for some_a, some_Ds in zip(a.split(step), Ds.split(step), strict=True):
-        total += (some_Ds.mT @ some_a).square().sum(0)
+    for first in range(0, len(a), step):
+        total += (Ds[first : first + step].mT @ a[first : first + step]).square().sum(0)
     return total
 
 
@@ -105,9 +105,9 @@ def _reason(view: MatrixView, using: list[tuple[str, nn.Module]], uncalled: set[
     kinds = {type(module) if not isinstance(module, nn.Linear) else nn.Linear for _, module in using}
     for name, module in using:
         if not isinstance(module, KINDS) or name != "weight":
-            return f"a {name} of {type(module).__name__}, which has no factors here"
+            return f"{type(module).__name__}.{name} has no factors here"
         if id(module) in uncalled:
-            return "attention uses this layer's weight without calling it"
+            return "the attention uses its weight without calling the layer"
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             return "a convolution with groups"
         if (module.bias is None) != (view.bias is None):
@@ -121,8 +121,6 @@ def _reason(view: MatrixView, using: list[tuple[str, nn.Module]], uncalled: set[
 
 def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
     """``(N, in · ∏kernel, T)``: what the kernel sees at each place."""
-    padding = module.padding
-    if isinstance(padding, str) or module.padding_mode != "zeros":
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), 0
-    return F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)  # "same" and "circular" are resolved in it
+    return F.unfold(x, module.kernel_size, module.dilation, 0, module.stride)

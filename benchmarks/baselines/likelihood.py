@@ -6,6 +6,7 @@ draws (Martens & Grosse 2015, section 2). Only the gradient by the outputs is ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -69,15 +70,14 @@ class Bernoulli:
         return p - torch.bernoulli(p, generator=generator)
 
 
-_NAMED = {"categorical": Categorical, "gaussian": Gaussian, "bernoulli": Bernoulli}
+_NAMED: dict[str, Callable[[], Likelihood]] = {"categorical": Categorical, "gaussian": Gaussian, "bernoulli": Bernoulli}
 
 
 def likelihood_named(likelihood: str | Likelihood) -> Likelihood:
     """``"categorical"``, ``"gaussian"`` or ``"bernoulli"`` as an object; an object as it is."""
     if isinstance(likelihood, str):
         checks.one_of("likelihood", likelihood, _NAMED)
-        found: Likelihood = _NAMED[likelihood]()
-        return found
+        return _NAMED[likelihood]()
     if not (hasattr(likelihood, "terms") and hasattr(likelihood, "sample")):
         raise TypeError(
             f"likelihood must be one of {', '.join(map(repr, _NAMED))} or have methods terms and sample, "

@@ -108,7 +108,7 @@ class Shampoo(Baseline):
                 self.skipped_steps += 1
                 return loss
             directions = {
-                p: self._direction(p, group["damping"], refresh)
+                p: self._direction(p, wide(p.grad), group["damping"], refresh)
                 for group in self.param_groups
                 for p in group["params"]
                 if p.grad is not None
@@ -119,8 +119,8 @@ class Shampoo(Baseline):
                 self.skipped_steps += 1
         return loss
 
-    def _direction(self, p: Tensor, damping: float, refresh: bool) -> Tensor:
-        gradient = wide(p.grad)
+    def _direction(self, p: Tensor, gradient: Tensor, damping: float, refresh: bool) -> Tensor:
+        """``P(G)`` of one parameter, whose statistics take the gradient in."""
         state = self.state[p]
         G = gradient.reshape(merged(p.shape, self.merge_dims))
         blocks = block_slices(G.shape, self.block_size)
@@ -174,7 +174,8 @@ class Shampoo(Baseline):
                 state["squares"].mul_(0.99).addcmul_(gradient, gradient, value=0.01)
                 squares = state["squares"] / (1 - 0.99 ** state["updates"])
             step = gradient / (squares.sqrt() + 1e-10)
-        return P * (step.norm() / P.norm().clamp(min=torch.finfo(P.dtype).tiny))
+        grafted: Tensor = P * (step.norm() / P.norm().clamp(min=torch.finfo(P.dtype).tiny))
+        return grafted
 
     def _settings(self) -> dict[str, Any]:
         names = ("block_size", "merge_dims", "max_dim", "grafting")
@@ -209,4 +210,5 @@ def accumulate(H: Tensor, G: Tensor, axis: int, decay: float) -> None:
 
 def along(G: Tensor, axis: int, matrix: Tensor) -> Tensor:
     """``G ×ₐₓᵢₛ matrix``: the matrix applied along one dimension."""
-    return torch.tensordot(matrix, G, dims=([1], [axis])).movedim(0, axis)
+    product: Tensor = torch.tensordot(matrix, G, dims=([1], [axis]))
+    return product.movedim(0, axis)
