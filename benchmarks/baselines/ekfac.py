@@ -20,8 +20,8 @@ class EKFAC(KroneckerFactored):
     George et al. 2018. ``F_A = Q_A Λ_A Q_Aᵀ`` and ``F_B`` likewise every ``inverse_interval`` steps; the running
     average ``S = E[(Q_Bᵀ g Q_A)²]`` of the examples' gradients ``g`` takes in every batch that the factors do. It
     starts anew with each basis, from KFAC's own ``λ_B λ_Aᵀ`` in the place of a first batch. Where an eigendecomposition
-    fails the old basis stays, and ``failed_inverses`` counts it. γ is added to the whole block, not to the factors: the same
-    γ damps less than KFAC's, and the best one is larger.
+    fails the old basis stays, and ``failed_inverses`` counts it. γ is added to the whole block, not to the factors: the
+    same γ damps less than KFAC's, and the best one is larger.
 
     Arguments, attributes and errors: :class:`~benchmarks.baselines.kronecker.KroneckerFactored`.
     """
