@@ -34,7 +34,7 @@ class EKFAC(KroneckerFactored):
             return
         dtype = self._dtype(wide(state["F_A"]))
         state["Q_A"], state["Q_B"] = eigen_A[1].to(dtype), eigen_B[1].to(dtype)
-        state["S"] = torch.outer(eigen_B[0], eigen_A[0]).to(dtype)
+        state["S"] = torch.outer(eigen_B[0], eigen_A[0]).clamp(max=torch.finfo(dtype).max).to(dtype)
         state["S_batches"] = 1
 
     def _after_factors(self, capture: Capture) -> None:

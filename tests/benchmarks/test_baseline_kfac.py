@@ -418,6 +418,22 @@ def test_a_batch_that_is_not_finite_is_left_out_and_counted(baseline: type[KFAC]
         assert torch.equal(state[name], opt.state[model[0].weight][name])
 
 
+def test_a_factor_out_of_range_is_left_out_and_counted() -> None:
+    """The outputs are finite, for the weights are zero; the squares of the inputs aren't."""
+    model = nn.Linear(3, 3)
+    nn.init.zeros_(model.weight)
+    opt, t = KFAC(model, "categorical", lr=0.0), torch.randint(3, (5,))
+    x = torch.randn(5, 3)
+    opt.step(closure_of(opt, lambda: F.cross_entropy(model(x), t)))
+    held = opt.state[model.weight]["F_A"].clone()
+    opt.step(closure_of(opt, lambda: F.cross_entropy(model(x * 1e30), t)))
+    assert torch.equal(opt.state[model.weight]["F_A"], held)
+    half = KFAC(model, "categorical", lr=0.0, factor_dtype=torch.float16)
+    half.step(closure_of(half, lambda: F.cross_entropy(model(x * 1e4), t)))
+    assert (opt.nonfinite_factors, half.nonfinite_factors) == (1, 1)
+    assert "F_A" not in half.state[model.weight]
+
+
 # ---- the step
 
 
