@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from baseline_helpers import (
+from torch import Tensor, nn
+
+from benchmarks.baselines import EKFAC
+from benchmarks.baselines import layers as layers_module
+from tests.benchmarks.baseline_helpers import (
     Fixed,
     Listed,
     closure_of,
@@ -15,10 +19,6 @@ from baseline_helpers import (
     softmax_fisher,
     step_of,
 )
-from torch import Tensor, nn
-
-from benchmarks.baselines import EKFAC
-from benchmarks.baselines import layers as layers_module
 
 
 def pieces(opt: EKFAC, layer: nn.Module) -> tuple[Tensor, Tensor]:

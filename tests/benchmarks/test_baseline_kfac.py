@@ -7,7 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from baseline_helpers import (
+from torch import Tensor, nn
+
+from benchmarks.baselines import EKFAC, KFAC, Bernoulli, Categorical, Gaussian
+from benchmarks.baselines.damping import damped_inverse, tikhonov
+from tests.benchmarks.baseline_helpers import (
     Fixed,
     Listed,
     ListedGaussian,
@@ -18,10 +22,6 @@ from baseline_helpers import (
     softmax_fisher,
     step_of,
 )
-from torch import Tensor, nn
-
-from benchmarks.baselines import EKFAC, KFAC, Bernoulli, Categorical, Gaussian
-from benchmarks.baselines.damping import damped_inverse, tikhonov
 
 BOTH = pytest.mark.parametrize("baseline", [KFAC, EKFAC])
 

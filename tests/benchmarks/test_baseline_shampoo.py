@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from baseline_helpers import relative
 from torch import Tensor, nn
 
 from benchmarks.baselines import Shampoo
 from benchmarks.baselines.roots import inverse_root
+from tests.benchmarks.baseline_helpers import relative
 
 SHAPES = [(5,), (4, 6), (3, 4, 5), (3, 2, 3, 2)]
 EACH_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from baseline_helpers import closure_of
 from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
 
 from benchmarks.baselines import EKFAC, KFAC, Shampoo
+from tests.benchmarks.baseline_helpers import closure_of
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
