@@ -1,7 +1,7 @@
-"""What a step costs with each front end, over plain momentum SGD: MLP 784-1000-1000-10, batch 100, one thread.
+"""What a step costs with each front end and with the baselines: MLP 784-1000-1000-10, batch 100, one thread.
 
 Whole steps are timed, closure and all, a period of ``interval`` steps at a time, so that each sample holds exactly
-one meta-step; contestants take turns.
+one meta-step; contestants take turns. The baselines renew their factors and inverses (roots) as often.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 import apo
+from benchmarks.baselines import EKFAC, KFAC, Shampoo
 from benchmarks.console import console, progress
 from benchmarks.results import write
 from benchmarks.timing import interleave
@@ -94,6 +95,7 @@ def _contestants(interval: int) -> dict[str, Callable[[nn.Module, Callable[[], t
         return apo.ProximalObjective(model, inputs, "kl")
 
     settings: dict[str, Any] = {"interval": interval, "warmup": 0}
+    rare: dict[str, Any] = {"factor_interval": interval, "inverse_interval": interval, "warmup": 0}
     return {
         "SGDm": lambda model, inputs: sgdm(model),
         "Adam": lambda model, inputs: torch.optim.Adam(model.parameters(), lr=1e-3),
@@ -103,6 +105,11 @@ def _contestants(interval: int) -> dict[str, Callable[[nn.Module, Callable[[], t
         ),
         "APO, full blocks": lambda model, inputs: apo.APO(
             model, goal(model, inputs), lr=0.01, block_size=None, **settings
+        ),
+        "KFAC": lambda model, inputs: KFAC(model, lr=0.01, damping=0.1, **rare),
+        "EKFAC": lambda model, inputs: EKFAC(model, lr=0.01, damping=0.1, **rare),
+        "Shampoo": lambda model, inputs: Shampoo(
+            model.parameters(), lr=0.01, grafting="sgd", interval=interval, warmup=0
         ),
     }
 
