@@ -98,6 +98,12 @@ def test_flops_are_those_that_are_counted(work: Workload, operation: str) -> Non
             assert counter.get_total_flops() == contestant.flops, name
 
 
+def test_bytes_are_those_of_the_operands(work: Workload) -> None:
+    m_n, blocks = sum(m * n for m, n in LAYERS), sum(m * m + n * n for m, n in LAYERS)
+    assert dict(contestants("apply", work))[FULL].bytes == 4 * (3 * m_n + blocks)
+    assert dict(contestants("step", work))[FULL].bytes == 4 * (6 * m_n + blocks)
+
+
 def test_estimates_scale_with_the_rate() -> None:
     rates = {torch.float32: 1e9, torch.float16: 1e6}
     fast = estimate("apply", CHAIN, LAYERS, torch.float32, rates)
@@ -143,6 +149,7 @@ def test_run_writes_every_number_and_the_pictures(tmp_path: Path, capsys: pytest
     for row in content["rows"]:
         assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
         assert row["rounds"] >= 1
+        assert ("share_of_copy" in row) == (row["contestant"] in (FULL, BLOCKS) and row["operation"] != "refresh")
     assert {(row["m"], row["n"]) for row in content["by_shape"]} == {(4, 6), (3, 70)}
     assert all((tmp_path / f"throughput-{x}.png").stat().st_size > 10_000 for x in ("fp32", "bf16", "fp16", "shapes"))
     assert "Ratios of medians" in capsys.readouterr().out
