@@ -29,7 +29,7 @@ from apo_kernels.triton.pack import pack
 from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
 from apo_kernels.triton.tile_part import SUM_CHUNK, backward_constants, forward_constants
 
-__all__ = ["Case", "Report", "argument_type", "cases", "compile_case"]
+__all__ = ["Case", "Report", "argument_type", "cases", "compile_case", "source_of"]
 
 _ARGUMENTS = {
     "tiles": "*i32",
@@ -149,19 +149,27 @@ def argument_type(name: str) -> str:
     return _ARGUMENTS.get(name, "*i64")
 
 
-def compile_case(case: Case, target: Target) -> Report:
-    """Compile one case for ``target``."""
+def source_of(case: Case, target: Target) -> ASTSource:
+    """What Triton compiles when a plan launches the case: what was compiled ahead is found in Triton's cache."""
     constants = dict(case.constants)
     if "LR_IN_TENSOR" in constants and not constants["LR_IN_TENSOR"]:
         constants["lr_tensor"] = None
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in constants else argument_type(name) for name in names}
     # What Triton sees of the tables when it launches: they begin at multiples of 16, and are small.
-    known = [["tt.divisibility", 16], *([["tt.pointer_range", 32]] if target.backend == "hip" else [])]
-    aligned = {(i,): known for i, name in enumerate(names) if signature[name].startswith("*")}
-    source = ASTSource(case.kernel, signature, constants, aligned)
+    table = [["tt.divisibility", 16], *([["tt.pointer_range", 32]] if target.backend == "hip" else [])]
+    known: dict[Any, Any] = {
+        (i,): table if signature[name].startswith("*") else []
+        for i, name in enumerate(names)
+        if signature[name] != "fp32"
+    }
+    return ASTSource(case.kernel, signature, constants, known)
+
+
+def compile_case(case: Case, target: Target) -> Report:
+    """Compile one case for ``target``."""
     compiled = triton.compile(
-        source,
+        source_of(case, target),
         target=GPUTarget(target.backend, target.arch, target.warp),
         options={"num_warps": case.warps, "num_stages": case.stages},
     )

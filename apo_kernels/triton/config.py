@@ -8,7 +8,7 @@ The defaults are what compiles without a spill, within shared memory and to matr
 
 * A spill is decided by the worst branch of a kernel, and by its addresses as much as by its accumulators: int64 offsets
   within a tile cost 700 spills where int32 ones cost none.
-* A second store of a tile of 128 × 128, of what a forward keeps, spills on sm_100.
+* A second store of a tile of 128 × 128, of what a forward keeps, spills on sm_80 and sm_100.
 * Two accumulators of 64 × 64 (``pair``) want 8 warps; ``update``, which reads two matrices more, 128 × 64.
 * In the tile kernel ``tf32x3`` keeps its split operands in shared memory over the slabs. Loading them in each slab anew
   moves them to registers: 28 spills became 1,400.
@@ -150,7 +150,7 @@ def _gemm_default(target: Target, dtype: torch.dtype, stage: str, size: str, kee
         return GemmConfig(64, 64, depth, 8 if target.name == "sm_100" else 4, 3)
     if (
         stage == "update"
-        or (keep and target.name == "sm_100")
+        or (keep and target.name in ("sm_80", "sm_100"))
         or (wide and (stage == "dA_dG" or target.name == "sm_80"))
     ):
         return GemmConfig(128, 64, depth, 8, 3)

@@ -61,7 +61,7 @@ def test_slabs_of_a_tile(dtype: torch.dtype, slab: int) -> None:
 def test_small_tiles_of_the_gemm_give_what_large_ones_do() -> None:
     small = {"rows": 32, "cols": 16, "depth": 16}
     with config.override(right=small, pair=small, left_dB=small, dA_dG=small):
-        check(model(((70, 110),), torch.float32), torch.float32)
+        check(model(((68, 30),), torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("side", [None, 8])
