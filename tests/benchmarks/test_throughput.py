@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,16 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert raised.value.code == 0
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--quick", "--device", "--out"))
+
+
+def test_the_account(capsys: pytest.CaptureFixture[str]) -> None:
+    """By formula, of any model, in no time; the MLP's right-hand products come to twice its gradients' sides."""
+    assert main(["throughput", "--account", "--models", "mlp", "--dtypes", "bf16"]) == 0
+    out = capsys.readouterr().out
+    assert "nothing here is a measurement" in out
+    flops = sum(2 * (-(-m // 8) * 8) * (-(-n // 8) * 8) ** 2 for m, n in shapes.MODELS["mlp"])
+    assert re.search(rf"forward\W+right\W+{flops / 1e9:.3f}", out)
+    assert re.search(r"step\W+tile_update.*memory|step\W+tile_update.*launch", out)
 
 
 def test_environment(tmp_path: Path) -> None:
