@@ -64,6 +64,8 @@ def _add_defaults(name: str, parser: argparse.ArgumentParser) -> None:
 def _check_device(device: Any) -> None:
     try:
         torch.empty(0, device=device)
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(torch.empty(0, device=device).device)  # what timing waits for
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         sys.exit(f"python -m benchmarks: --device must be one that torch can use here, but {device!r} is not: {reason}")

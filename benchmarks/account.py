@@ -55,13 +55,21 @@ def show(models: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
     """Print :func:`rows`, and return them under ``"account"``."""
     found = rows(models, dtype)
     name = str(dtype).removeprefix("torch.")
-    table = Table(title=f"{name}: by formula, on the roofline of an H100; nothing here is a measurement")
-    for column in ("model", "blocks", "operation", "launch", "GFLOP", "MB", "FLOP/byte", "floor µs", "regime"):
-        table.add_column(column, justify="right" if column[0] in "GMFf" else "left")
-    for row in found:
-        table.add_row(
-            row["model"], row["blocks"], row["operation"], row["launch"], f"{row['flops'] / 1e9:.3f}",
-            f"{row['bytes'] / 1e6:.2f}", f"{row['intensity']:.0f}", f"{row['floor'] * 1e6:.1f}", row["regime"],
-        )  # fmt: skip
-    console.print(table)
+    console.print(f"{name}: by formula, on the roofline of an H100; nothing here is a measurement")
+    for model, form in dict.fromkeys((row["model"], row["blocks"]) for row in found):
+        console.print(
+            _table(f"{model}, {form}", [row for row in found if (row["model"], row["blocks"]) == (model, form)])
+        )
     return {"account": found}
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("operation", "launch", "GFLOP", "MB", "FLOP/byte", "floor µs", "regime"):
+        table.add_column(column, justify="right" if column[0] in "GMFf" else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["operation"], row["launch"], f"{row['flops'] / 1e9:.3f}", f"{row['bytes'] / 1e6:.2f}",
+            f"{row['intensity']:.0f}", f"{row['floor'] * 1e6:.1f}", row["regime"],
+        )  # fmt: skip
+    return table

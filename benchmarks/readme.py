@@ -18,6 +18,7 @@ __all__ = ["RESULTS", "TABLES", "render"]
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc"
+COMPILED_RESULTS = ROOT / "benchmarks" / "results" / "triton-3.7.1"
 TITLES = {"mlp": "MLP 784-1000-1000-10", "lenet": "LeNet", "vgg16": "VGG16", "resnet18": "ResNet-18"}
 TITLES["transformer"] = "Transformer 6+6, 512"
 
@@ -129,6 +130,36 @@ def _overhead() -> str:
     return _markdown(["optimizer", "ms a step", "÷ SGDm"], rows)
 
 
+KERNELS = {
+    "tile: forward": ("tile_forward", "tile_keep", "tile_dG"),
+    "tile: update": ("tile_update",),
+    "tile: derivatives": ("tile_backward",),
+    "GEMM: forward": ("right", "right_keep", "scale", "scale_keep", "left", "left_keep", "out"),
+    "GEMM: update": ("update",),
+    "GEMM: pair": ("pair",),
+    "GEMM: dA, dB, dG": ("left_dB", "dA_dG"),
+    "packing, sums": ("pack", "sum_parts"),
+}
+
+
+def _targets() -> str:
+    rows = results.load(COMPILED_RESULTS / "targets.json")["kernels"]
+    names = list(dict.fromkeys(row["target"] for row in rows))
+    lines = []
+    for title, stages in KERNELS.items():
+        for dtype in ("bfloat16", "float16", "float32"):
+            of_all = [row for row in rows if row["stage"] in stages and row["dtype"] == dtype]
+            lines.append([title, dtype, *(_worst([row for row in of_all if row["target"] == name]) for name in names)])
+    return _markdown(["", "", *names], lines)
+
+
+def _worst(rows: list[dict[str, Any]]) -> str:
+    registers, spills, shared = (max(row[key] for row in rows) for key in ("registers", "spills", "shared"))
+    matrix = {name.strip("._").removeprefix("v_").upper() for row in rows for name in row["matrix"]}
+    figures = f"{registers} / {spills} / {shared / 1024:.3g}"
+    return f"{figures} {'+'.join(sorted(matrix))}" if matrix else figures
+
+
 def _breakdowns(record: dict[str, Any]) -> str:
     count = f"{record['broken']} of {record['problems']}"
     return f"{count}, none from {record['saved_from']:g}" if record["broken"] else count
@@ -158,6 +189,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stability": _stability,
     "learning rates": _learning_rates,
     "overhead": _overhead,
+    "targets": _targets,
 }
 
 

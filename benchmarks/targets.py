@@ -7,16 +7,22 @@ listed.
 
 from __future__ import annotations
 
+import os
+import sys
 from argparse import ArgumentParser, Namespace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from rich.table import Table
 
 from apo_kernels.targets import TARGETS, Target
+from benchmarks import results
 from benchmarks.console import console, progress
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "compile_one", "run"]
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -24,53 +30,69 @@ DTYPES = ("bfloat16", "float16", "float32")
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this one; may be repeated")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this one; may be repeated")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile (default: %(default)s)"
+    )
     parser.add_argument("--precision", choices=("ieee", "tf32", "tf32x3", "bf16x6"), help="of float32 products")
 
 
 def run(options: Namespace) -> dict[str, Any]:
-    """Compile, print one table a target, and return the rows (``"kernels"``) and what is wrong (``"faults"``).
+    """Compile, print one table a target, and write ``targets.json``: the rows (``"kernels"``) and what is wrong
+    (``"faults"``), which ends the process with an error.
 
-    With ``--quick`` in bfloat16 alone: a few minutes on one core.
+    With ``--quick`` in bfloat16 alone: about a minute on two cores.
     """
-    from apo_kernels.triton.ahead import cases, compile_case
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("python -m benchmarks targets: nothing is compiled under TRITON_INTERPRET=1; unset it")
+    import triton
 
-    targets = [TARGETS[name] for name in options.target or TARGETS]
-    dtypes = [getattr(torch, name) for name in options.dtype or (DTYPES[:1] if options.quick else DTYPES)]
+    from apo_kernels.triton.ahead import cases
+
+    names = options.target or list(TARGETS)
+    dtypes = options.dtype or list(DTYPES[:1] if options.quick else DTYPES)
     work = [
-        (target, case) for target in targets for dtype in dtypes for case in cases(target, dtype, options.precision)
+        (target, dtype, options.precision, at)
+        for target in names
+        for dtype in dtypes
+        for at in range(len(list(cases(TARGETS[target], getattr(torch, dtype), options.precision))))
     ]
     rows: list[dict[str, Any]] = []
-    with progress() as bar:
+    # A process of its own, also where there is one: it must know nothing of this one's device.
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool, progress() as bar:
         task = bar.add_task("compiling", total=len(work))
-        for target, case in work:
-            bar.update(task, description=f"compiling {case.stage} for {target.name}")
-            report = compile_case(case, target)
-            rows.append(
-                {
-                    "target": target.name,
-                    "dtype": str(case.dtype).removeprefix("torch."),
-                    "precision": case.precision,
-                    "stage": case.stage,
-                    "size": case.size,
-                    "tile": tile(case.constants),
-                    "warps": case.warps,
-                    "stages": case.stages,
-                    "registers": report.registers,
-                    "spills": report.spills,
-                    "shared": report.shared,
-                    "matrix": report.matrix,
-                    "instructions": report.instructions,
-                    "faults": report.faults(case, target),
-                }
-            )
-            bar.advance(task)
-    for target in targets:
-        console.print(table(target, [row for row in rows if row["target"] == target.name]))
+        for row in pool.map(compile_one, *zip(*work, strict=True)):
+            rows.append(row)
+            bar.update(task, description=f"compiled {row['stage']} for {row['target']}", advance=1)
+    for name in names:
+        console.print(table(TARGETS[name], [row for row in rows if row["target"] == name]))
     faults = [f"{row['target']} {row['dtype']} {row['stage']} {row['size']}: {'; '.join(row['faults'])}"
               for row in rows if row["faults"]]  # fmt: skip
-    for fault in faults:
-        console.print(f"[red]{fault}")
-    return {"kernels": rows, "faults": faults}
+    found = {"triton": triton.__version__, "kernels": rows, "faults": faults}
+    console.print(f"wrote {results.write(options.out, 'targets', 'cpu', found)}", soft_wrap=True)
+    if faults:
+        sys.exit("\n".join(["python -m benchmarks targets: found to be at fault:", *faults]))
+    return found
+
+
+def compile_one(target_name: str, dtype_name: str, precision: str | None, at: int) -> dict[str, Any]:
+    """The row of one of :func:`apo_kernels.triton.ahead.cases`."""
+    from apo_kernels.triton.ahead import cases, compile_case
+
+    target = TARGETS[target_name]
+    case = list(cases(target, getattr(torch, dtype_name), precision))[at]
+    report = compile_case(case, target)
+    return {
+        "target": target.name,
+        "dtype": dtype_name,
+        "precision": case.precision,
+        "stage": case.stage,
+        "size": case.size,
+        "tile": tile(case.constants),
+        "warps": case.warps,
+        "stages": case.stages,
+        **asdict(report),
+        "faults": report.faults(case, target),
+    }
 
 
 def tile(constants: dict[str, Any]) -> str:

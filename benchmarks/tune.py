@@ -123,7 +123,8 @@ def _compiles(target: Any, dtype: torch.dtype, stage: str, size: str, changes: C
     from apo_kernels.triton import config
     from apo_kernels.triton.ahead import cases, compile_case
 
-    stages = ("tile_forward", "tile_keep", "tile_update") if stage == "tile_forward" else (stage,)
+    forwards = ("tile_forward", "tile_keep", "tile_update", "tile_dG")
+    stages = forwards if stage == "tile_forward" else (stage, f"{stage}_keep")
     with config.override(**{stage: changes}):
         chosen = [case for case in cases(target, dtype) if case.stage in stages and case.size == size]
         try:

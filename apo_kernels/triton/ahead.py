@@ -22,14 +22,14 @@ from triton.compiler import ASTSource
 
 from apo_kernels.targets import Target
 from apo_kernels.triton import config
-from apo_kernels.triton.draft import TYPES
+from apo_kernels.triton.draft import TYPES, Operation
 from apo_kernels.triton.gemm import grouped_gemm
-from apo_kernels.triton.gemm_part import PACK_TILE
+from apo_kernels.triton.gemm_part import KEEPING, gemm_constants, pack_constants
 from apo_kernels.triton.pack import pack
 from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
-from apo_kernels.triton.tile_part import SUM_CHUNK
+from apo_kernels.triton.tile_part import SUM_CHUNK, backward_constants, forward_constants
 
-__all__ = ["Case", "Report", "cases", "compile_case"]
+__all__ = ["Case", "Report", "argument_type", "cases", "compile_case", "source_of"]
 
 _ARGUMENTS = {
     "tiles": "*i32",
@@ -39,6 +39,9 @@ _ARGUMENTS = {
     "amax": "*fp32",
     "lr_tensor": "*fp32",
 }
+
+
+TENSOR_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Report:
         spills: instructions that move registers to and from local memory; for AMD, vector registers that were spilled
             to memory (scalar ones go to lanes of vector registers).
         shared: bytes of shared memory.
+        tensor: columns of tensor memory, which sm_100 has.
         matrix: matrix instructions by name.
         instructions: all instructions: a kernel of a few has been miscompiled to a trap.
     """
@@ -79,6 +83,7 @@ class Report:
     registers: int
     spills: int
     shared: int
+    tensor: int
     matrix: dict[str, int]
     instructions: int
 
@@ -89,6 +94,8 @@ class Report:
             found.append(f"{self.spills} spills")
         if self.shared > target.shared:
             found.append(f"{self.shared} bytes of shared memory, of {target.shared}")
+        if self.tensor > TENSOR_COLUMNS:
+            found.append(f"{self.tensor} columns of tensor memory, of {TENSOR_COLUMNS}")
         if case.multiplies and not self.matrix:
             found.append("no matrix instruction")
         if self.instructions < 50:
@@ -97,69 +104,82 @@ class Report:
 
 
 def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> Iterator[Case]:
-    """Every configuration that can be chosen by default for operands of one dtype."""
+    """Every configuration that can be chosen by default for operands of one dtype, as a plan launches it."""
     precision = target.precision(precision, dtype)
-    type_ = TYPES[dtype]
+    compute, wide = TYPES[dtype], TYPES[torch.float32]
     # float32 without splitting is multiplied by the ordinary units of an NVIDIA GPU.
     multiplies = not (dtype == torch.float32 and precision == "ieee" and target.backend == "cuda")
-    operands = {f"TYPE_{name}": type_ for name in ("G", "A", "B", "S")}
-    common = {"COMPUTE": type_, "PRECISION": precision}
-    updates = {"HAS_BUFFER": True, "HAS_MOMENTUM": True, "HAS_DECAY": True, "LR_IN_TENSOR": True}
-    outputs = {"TYPE_OUT": type_, "TYPE_MOMENTUM": TYPES[torch.float32]}
+    common: dict[str, Any] = {"compute": compute, "precision": precision}
+    plain, keep, backward = Operation(), Operation(keep=True), Operation(wanted="ABGS")
+    update = Operation(update=True, buffer=True, momentum=True, decay=True, lr_in_tensor=True)
+
     for side in (16, 32, 64):
-        chosen = config.tile_config(target, dtype, precision, False, side)
-        shape = {"SIDE": chosen.side, "SLAB": chosen.slab}
-        for stage, changes in (
-            ("tile_forward", {"UPDATE": False, "KEEP": False}),
-            ("tile_keep", {"UPDATE": False, "KEEP": True}),
-            ("tile_update", {"UPDATE": True, "KEEP": False}),
+        tile = config.tile_config(target, dtype, precision, False, side)
+        for stage, operation, out in (
+            ("tile_forward", plain, compute),
+            ("tile_keep", keep, compute),
+            ("tile_update", update, compute),
+            ("tile_dG", backward, wide),
         ):
-            constants = {**operands, **outputs, **common, **updates, **changes, **shape, "OF_V": False}
-            yield Case(
-                stage, dtype, precision, str(side), tile_forward, constants, chosen.warps, chosen.stages, multiplies
-            )
+            types = [compute] * 4 + [out, wide]
+            constants = forward_constants(tile, operation, types=types, of_V=stage == "tile_dG", **common)
+            yield Case(stage, dtype, precision, str(side), tile_forward, constants, tile.warps, tile.stages, multiplies)
         if side > config.tile_limit(target, dtype, backward=True):
             continue
-        chosen = config.tile_config(target, dtype, precision, True, side)
-        for wanted in ("AS", "B") if chosen.split else ("ABS",):
-            constants = {
-                **operands, **common, "TYPE_V": type_, **{f"WANT_{x}": x in wanted for x in "ABS"},
-                "SIDE": chosen.side, "SLAB": chosen.slab,
-            }  # fmt: skip
+        tile = config.tile_config(target, dtype, precision, True, side)
+        for constants in backward_constants(tile, "ABS", types=[compute] * 5, **common):
             yield Case(
-                "tile_backward", dtype, precision, str(side), tile_backward, constants, chosen.warps, chosen.stages,
+                "tile_backward", dtype, precision, str(side), tile_backward, constants, tile.warps, tile.stages,
                 multiplies,
             )  # fmt: skip
+
     for stage, size in product(config.STAGES, ("small", "large")):
-        each = config.gemm_config(target, dtype, precision, stage, size)
-        constants = {
-            **outputs, **common, **updates, "STAGE": stage, "TYPE_S": type_, "SCALED": dtype == torch.float16,
-            "KEEP": False, "WANT_S": True, "BM": each.rows, "BN": each.cols, "BK": each.depth,
-        }  # fmt: skip
-        yield Case(stage, dtype, precision, size, grouped_gemm, constants, each.warps, each.stages, multiplies)
-    copied = {"COMPUTE": type_, "SCAN": dtype == torch.float16, "ROWS": PACK_TILE[0], "COLS": PACK_TILE[1]}
-    yield Case("pack", dtype, precision, "-", pack, copied, 4, 1, multiplies=False)
+        of = {"update": update, "pair": backward, "left_dB": backward, "dA_dG": backward}.get(stage, plain)
+        for name, operation in ((stage, of), *([(f"{stage}_keep", keep)] if stage in KEEPING else [])):
+            gemm = config.gemm_config(target, dtype, precision, stage, size, operation.keep)
+            types = [compute, wide if stage == "dA_dG" else compute, wide]
+            constants = gemm_constants(stage, gemm, operation, types=types, **common)
+            yield Case(name, dtype, precision, size, grouped_gemm, constants, gemm.warps, gemm.stages, multiplies)
+    yield Case("pack", dtype, precision, "-", pack, pack_constants(compute), 4, 1, multiplies=False)
     yield Case("sum_parts", torch.float32, precision, "-", sum_parts, {"CHUNK": SUM_CHUNK}, 4, 1, multiplies=False)
+
+
+def argument_type(name: str) -> str:
+    """Triton's type of a kernel's argument that isn't a constant: mostly a table."""
+    return _ARGUMENTS.get(name, "*i64")
+
+
+def source_of(case: Case, target: Target) -> ASTSource:
+    """What Triton compiles when a plan launches the case: what was compiled ahead is found in Triton's cache."""
+    constants = dict(case.constants)
+    if "LR_IN_TENSOR" in constants and not constants["LR_IN_TENSOR"]:
+        constants["lr_tensor"] = None
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in constants else argument_type(name) for name in names}
+    # What Triton sees of the tables when it launches: they begin at multiples of 16, and are small.
+    table = [["tt.divisibility", 16], *([["tt.pointer_range", 32]] if target.backend == "hip" else [])]
+    known: dict[Any, Any] = {
+        (i,): table if signature[name].startswith("*") else []
+        for i, name in enumerate(names)
+        if signature[name] != "fp32"
+    }
+    return ASTSource(case.kernel, signature, constants, known)
 
 
 def compile_case(case: Case, target: Target) -> Report:
     """Compile one case for ``target``."""
-    names = case.kernel.arg_names
-    signature = {name: "constexpr" if name in case.constants else _ARGUMENTS.get(name, "*i64") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    source = ASTSource(case.kernel, signature, case.constants, aligned)
     compiled = triton.compile(
-        source,
+        source_of(case, target),
         target=GPUTarget(target.backend, target.arch, target.warp),
         options={"num_warps": case.warps, "num_stages": case.stages},
     )
     shared = int(compiled.metadata.shared)
     if target.backend == "hip":
         return _amd_report(compiled.asm["amdgcn"], shared, target)
-    return _nvidia_report(compiled.asm["cubin"], shared, target)
+    return _nvidia_report(compiled.asm["cubin"], shared, int(compiled.metadata.tmem_size or 0), target)
 
 
-def _nvidia_report(cubin: bytes, shared: int, target: Target) -> Report:
+def _nvidia_report(cubin: bytes, shared: int, tensor: int, target: Target) -> Report:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -175,6 +195,7 @@ def _nvidia_report(cubin: bytes, shared: int, target: Target) -> Report:
         registers=int(registers.group(1)),
         spills=sum(name.split(".")[0] in ("LDL", "STL") for name in instructions),
         shared=shared,
+        tensor=tensor,
         matrix=_tally(re.findall(target.matrix_instruction, text)),
         instructions=len(instructions),
     )
@@ -191,6 +212,7 @@ def _amd_report(assembly: str, shared: int, target: Target) -> Report:
         registers=value("vgpr_count"),
         spills=value("vgpr_spill_count"),
         shared=shared,
+        tensor=0,
         matrix=_tally(re.findall(target.matrix_instruction, assembly)),
         instructions=len(re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|ds)_\w+", assembly, re.MULTILINE)),
     )

@@ -7,6 +7,7 @@ has one plan. float64 isn't served.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -101,12 +102,8 @@ class TritonBackend:
     def _run(self, operation: Operation, operands: Operands, step: Step = Step()) -> None:  # noqa: B008
         for group in _by_dtypes(operands):
             device = group[Role.G][0].device
-            plan = plan_for(self.precision, operation, group)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    plan.run(group, step)
-            else:
-                plan.run(group, step)
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                plan_for(self.precision, operation, group).run(group, step)
 
 
 def _operands(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors) -> dict[Role, Tensors]:

@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from triton import language as tl
 
 from apo_kernels.triton import config
-from apo_kernels.triton.draft import CODES, TYPES, Draft
+from apo_kernels.triton.draft import CODES, TYPES, Draft, Operation
 from apo_kernels.triton.gemm import grouped_gemm
 from apo_kernels.triton.launch import Launch
 from apo_kernels.triton.layers import Layer, Squares, padded
 from apo_kernels.triton.pack import pack
 from apo_kernels.triton.roles import ALIGN, Kind, LayerField, PackField, ProblemField, Role
 
-__all__ = ["PACK_TILE", "GemmPart"]
+__all__ = ["KEEPING", "GemmPart", "gemm_constants", "pack_constants"]
+
+KEEPING = ("right", "scale", "left")
+"""The stages whose products a forward can keep."""
 
 PACK_TILE = (32, 128)
 """What one program of :func:`pack` copies."""
@@ -137,12 +141,7 @@ class GemmPart:
         amax = torch.empty(max(1, len(self.jobs)), dtype=torch.float32, device=draft.device)
         found: list[Launch] = []
         if self.jobs:
-            constants: dict[str, Any] = {
-                "COMPUTE": TYPES[draft.compute],
-                "SCAN": draft.scaled,
-                "ROWS": PACK_TILE[0],
-                "COLS": PACK_TILE[1],
-            }
+            constants = pack_constants(TYPES[draft.compute])
             found.append(Launch("pack", pack, len(self.jobs), (draft.table(self.jobs),), constants, 4, 1, tail=(amax,)))
         if not op.wanted:
             stages = ["right", "scale", "left", "update" if op.update else "out"]
@@ -154,7 +153,8 @@ class GemmPart:
                 stages.append("dA_dG")
         size = config.size_class(max(min(draft.layers[at].m, draft.layers[at].n) for at in self.indices))
         for stage in stages:
-            chosen = config.gemm_config(draft.target, draft.compute, draft.precision, stage, size)
+            keep = op.keep and stage in KEEPING
+            chosen = config.gemm_config(draft.target, draft.compute, draft.precision, stage, size, keep)
             problems = sorted(self._problems(stage), key=lambda p: -p[ProblemField.DEPTH])  # the longest first
             tiles = [
                 (number, i, j, 0)
@@ -162,21 +162,14 @@ class GemmPart:
                 for i in range(-(-problem[ProblemField.ROWS] * ALIGN // chosen.rows))
                 for j in range(-(-problem[ProblemField.COLS] * ALIGN // chosen.cols))
             ]
-            constants = {
-                "STAGE": stage,
-                "COMPUTE": TYPES[draft.compute],
-                "TYPE_S": draft.type_of(Role.S),
-                "TYPE_OUT": draft.type_of(Role.OUT),
-                "TYPE_MOMENTUM": draft.type_of(Role.MOMENTUM),
-                "PRECISION": draft.precision,
-                "SCALED": draft.scaled,
-                "KEEP": op.keep,
-                "WANT_S": "S" in op.wanted,
-                **op.flags,
-                "BM": chosen.rows,
-                "BN": chosen.cols,
-                "BK": chosen.depth,
-            }
+            constants = gemm_constants(
+                stage,
+                chosen,
+                op,
+                compute=TYPES[draft.compute],
+                precision=draft.precision,
+                types=[draft.type_of(role) for role in (Role.S, Role.OUT, Role.MOMENTUM)],
+            )
             found.append(
                 Launch(
                     stage,
@@ -187,6 +180,7 @@ class GemmPart:
                     chosen.warps,
                     chosen.stages,
                     scalars=True,
+                    updates=stage == "update",
                     tail=(amax,),
                 )
             )
@@ -220,6 +214,38 @@ class GemmPart:
                         yield _problem(at, Kind.BLOCK, side, side, padded(layer.m), 0, A.start(q), q)
                 if "G" in wanted:
                     yield from _on_right(at, Kind.FOR_V, layer, A)
+
+
+def gemm_constants(
+    stage: str, chosen: config.GemmConfig, operation: Operation, *, compute: Any, precision: str, types: Sequence[Any]
+) -> dict[str, Any]:
+    """What a stage is compiled for. What it has no use for is the same in every operation, so they share kernels.
+
+    Args:
+        types: Triton's, of ``S``, of the result (or weight), and of the momentum.
+    """
+    type_S, type_out, type_momentum = types
+    update = stage == "update"
+    return {
+        "STAGE": stage,
+        "COMPUTE": compute,
+        "TYPE_S": type_S if stage in ("scale", "pair") else tl.float32,
+        "TYPE_OUT": type_out if stage in ("out", "update", "dA_dG") else tl.float32,
+        "TYPE_MOMENTUM": type_momentum if update else tl.float32,
+        "PRECISION": precision,
+        "SCALED": compute == tl.float16,
+        "KEEP": operation.keep and stage in KEEPING,
+        "WANT_S": stage == "pair" and "S" in operation.wanted,
+        **{name: flag and update for name, flag in operation.flags.items()},
+        "BM": chosen.rows,
+        "BN": chosen.cols,
+        "BK": chosen.depth,
+    }
+
+
+def pack_constants(compute: Any) -> dict[str, Any]:
+    """What :func:`pack` is compiled for."""
+    return {"COMPUTE": compute, "SCAN": compute == tl.float16, "ROWS": PACK_TILE[0], "COLS": PACK_TILE[1]}
 
 
 def _cut(job: list[int], height: int, width: int) -> Iterator[list[int]]:

@@ -12,6 +12,7 @@ from triton import knobs
 
 __all__ = ["Launch", "count_launches"]
 
+_NO_SCALARS = (0.0, None, 0.0, 0.0)
 _observers: list[list[str]] = []
 
 
@@ -31,6 +32,8 @@ class Launch:
     """A kernel with everything that doesn't change from step to step.
 
     Its arguments: ``tables``, the table of addresses, ``tail``, and, if ``scalars``, lr, its tensor, momentum, decay.
+    A kernel that takes these but doesn't update (``updates``) gets the same ones always: an argument's type is part of
+    what a kernel is compiled for.
     """
 
     name: str
@@ -41,10 +44,12 @@ class Launch:
     warps: int
     stages: int
     scalars: bool = False
+    updates: bool = False
     tail: tuple[torch.Tensor, ...] = field(default=())
 
     def arguments(self, operands: torch.Tensor, scalars: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (*self.tables, operands, *self.tail, *(scalars if self.scalars else ()))
+        given = scalars if self.updates else _NO_SCALARS
+        return (*self.tables, operands, *self.tail, *(given if self.scalars else ()))
 
     def compile(self, operands: torch.Tensor, scalars: tuple[Any, ...]) -> None:
         """Compile and load, so that what can fail fails before anything has been written."""

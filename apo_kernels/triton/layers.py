@@ -19,7 +19,7 @@ from apo_kernels.triton.roles import ALIGN, Role
 __all__ = ["Layer", "Squares", "Unserved", "View", "layers_of", "padded"]
 
 _STRIDE_LIMIT = 2**24
-"""Elements: offsets within a tile of 128 by 128 are computed in int32."""
+"""Of the sum of the strides: offsets within a tile of 128 by 128 are computed in int32."""
 
 _BLOCKS = (Role.A, Role.B, Role.DA, Role.DB)
 _TURNED = {Role.A: Role.B, Role.B: Role.A, Role.DA: Role.DB, Role.DB: Role.DA}
@@ -136,8 +136,9 @@ def _view(x: Tensor, tensor: int, index: tuple[int, ...], stacked: bool) -> View
     element = sum(at * stride for at, stride in zip(index, x.stride(), strict=False))
     offset = element * x.element_size()
     row, col = x.stride()[-2:]
-    for stride, size in zip((row, col), x.shape[-2:], strict=True):
-        if stride >= _STRIDE_LIMIT and size > 1:
-            raise Unserved(f"triton serves matrices with strides below 2**24, but one has {x.stride()}")
+    inner = 3 if stacked else 2
+    reach = sum(stride for stride, size in zip(x.stride()[-inner:], x.shape[-inner:], strict=True) if size > 1)
+    if reach >= _STRIDE_LIMIT:
+        raise Unserved(f"triton serves matrices whose strides sum up to less than 2**24, but one has {x.stride()}")
     aligned = (x.data_ptr() + offset) % 16 == 0
     return View(tensor, offset, row, col, x.stride()[-3] if stacked else 0, aligned)

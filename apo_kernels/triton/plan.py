@@ -6,7 +6,8 @@ weights and gradients, a captured graph). Nothing synchronises with the host, an
 
 **CUDA graphs.** Call once outside of the capture with operands of the same form, so that everything is compiled, then
 capture. A replay repeats the copies of tables that the capture made, from pinned memory that the plan keeps alive; a
-plan that was captured is never dropped.
+plan that was captured is never dropped. Capture on the stream that you called on, and the plan is there; on another,
+each captured call makes one of its own. Only its graph can use that one: its tables are filled by a replay.
 
 **Streams.** A plan's workspace belongs to the stream that it was made on; another stream gets another plan.
 """
@@ -102,7 +103,7 @@ class Plan:
 
     def _bind(self, pointers: tuple[int, ...]) -> Tensor:
         """The table of addresses for tensors that lie at ``pointers``, on the device."""
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = _capturing(self.device)
         table = self._bindings.get(pointers)
         if table is not None:
             self._bindings.move_to_end(pointers)
@@ -120,10 +121,11 @@ class Plan:
 
 
 _plans: OrderedDict[Hashable, Plan] = OrderedDict()
+_of_graphs: list[Plan] = []
 
 
 def plan_for(precision: str | None, operation: Operation, operands: Operands) -> Plan:
-    """The plan for operands of this form, made if it isn't there."""
+    """The plan for operands of this form, made if it isn't there. Their device must be the current one."""
     device = operands[Role.G][0].device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     forms = tuple(
@@ -131,11 +133,15 @@ def plan_for(precision: str | None, operation: Operation, operands: Operands) ->
     )
     key = (device, stream, precision, operation, config.overrides_key(), forms)
     plan = _plans.get(key)
-    if plan is None:
-        plan = _plans[key] = Plan(target_of(device), precision, operation, operands)
-        _drop_oldest()
-    else:
+    if plan is not None:
         _plans.move_to_end(key)
+        return plan
+    plan = Plan(target_of(device), precision, operation, operands)
+    if _capturing(device):
+        _of_graphs.append(plan)
+    else:
+        _plans[key] = plan
+        _drop_oldest()
     return plan
 
 
@@ -149,6 +155,10 @@ def _drop_oldest() -> None:
     for key in list(_plans)[: max(0, len(_plans) - _PLANS)]:
         if not _plans[key].captured:
             del _plans[key]
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _has_one_tile(layer: Layer) -> bool:

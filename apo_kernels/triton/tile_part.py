@@ -9,13 +9,13 @@ import numpy as np
 from torch import Tensor
 
 from apo_kernels.triton import config
-from apo_kernels.triton.draft import TYPES, Draft
+from apo_kernels.triton.draft import TYPES, Draft, Operation
 from apo_kernels.triton.launch import Launch
 from apo_kernels.triton.layers import Squares
 from apo_kernels.triton.roles import Role
 from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
 
-__all__ = ["SUM_CHUNK", "TilePart"]
+__all__ = ["SUM_CHUNK", "TilePart", "backward_constants", "forward_constants"]
 
 SUM_CHUNK = 1024
 """Entries of a derivative that one program of :func:`sum_parts` adds up."""
@@ -65,13 +65,15 @@ class TilePart:
             return [self._forward(tables, "tile_update" if op.update else "tile_forward", of_V=False)]
         found: list[Launch] = []
         if set(op.wanted) & set("ABS"):
-            constants, chosen = self._constants(backward=True)
-            for wanted in _shares(op.wanted, bool(chosen.split)):
-                wants = {f"WANT_{x}": x in wanted for x in "ABS"}
-                each = {**constants, "TYPE_V": draft.type_of(Role.V), **wants}
-                found.append(
-                    Launch("tile_backward", tile_backward, len(tiles), tables, each, chosen.warps, chosen.stages)
-                )
+            chosen, types = self._config(backward=True), self._types()
+            types.insert(1, draft.type_of(Role.V))
+            every = backward_constants(
+                chosen, op.wanted, compute=TYPES[draft.compute], precision=draft.precision, types=types
+            )
+            found += [
+                Launch("tile_backward", tile_backward, len(tiles), tables, constants, chosen.warps, chosen.stages)
+                for constants in every
+            ]
         if self.sums:
             jobs = draft.table(self.sums)
             found.append(Launch("sum_parts", sum_parts, len(self.sums), (jobs,), {"CHUNK": SUM_CHUNK}, 4, 1))
@@ -79,37 +81,73 @@ class TilePart:
             found.append(self._forward(tables, "tile_dG", of_V=True))
         return found
 
-    def _constants(self, backward: bool) -> tuple[dict[str, Any], config.TileConfig]:
-        """What both kernels take, and the configuration."""
+    def _config(self, backward: bool) -> config.TileConfig:
         draft = self.draft
         widest = max(squares.group * squares.side for pair in self.sides.values() for squares in pair)
-        chosen = config.tile_config(draft.target, draft.compute, draft.precision, backward, widest)
-        constants: dict[str, Any] = {
-            **{f"TYPE_{role.name}": draft.type_of(role) for role in (Role.G, Role.A, Role.B, Role.S)},
-            "COMPUTE": TYPES[draft.compute],
-            "PRECISION": draft.precision,
-            "SIDE": chosen.side,
-            "SLAB": chosen.slab,
-        }
-        return constants, chosen
+        return config.tile_config(draft.target, draft.compute, draft.precision, backward, widest)
+
+    def _types(self) -> list[Any]:
+        return [self.draft.type_of(role) for role in (Role.G, Role.A, Role.B, Role.S)]
 
     def _forward(self, tables: tuple[Tensor, Tensor], name: str, *, of_V: bool) -> Launch:
         draft, op = self.draft, self.draft.operation
-        constants, chosen = self._constants(backward=False)
+        chosen, types = self._config(backward=False), self._types()
         if of_V:
-            constants["TYPE_G"] = draft.type_of(Role.V)
-        constants |= {
-            "TYPE_OUT": draft.type_of(Role.OUT),
-            "TYPE_MOMENTUM": draft.type_of(Role.MOMENTUM),
-            "KEEP": op.keep,
-            "UPDATE": op.update,
-            **op.flags,
-            "OF_V": of_V,
-        }
-        return Launch(name, tile_forward, len(tables[0]), tables, constants, chosen.warps, chosen.stages, scalars=True)
+            types[0] = draft.type_of(Role.V)
+        types += [draft.type_of(Role.OUT), draft.type_of(Role.MOMENTUM)]
+        constants = forward_constants(
+            chosen, op, compute=TYPES[draft.compute], precision=draft.precision, types=types, of_V=of_V
+        )
+        return Launch(
+            name, tile_forward, len(tables[0]), tables, constants, chosen.warps, chosen.stages, scalars=True,
+            updates=op.update,
+        )  # fmt: skip
 
 
-def _shares(wanted: str, split: bool) -> list[str]:
-    """The derivatives of each launch: all, or ``dB`` apart."""
-    shares = ["".join(x for x in "AS" if x in wanted), "B" if "B" in wanted else ""] if split else [wanted]
-    return [share for share in shares if share]
+def forward_constants(
+    chosen: config.TileConfig,
+    operation: Operation,
+    *,
+    compute: Any,
+    precision: str,
+    types: Sequence[Any],
+    of_V: bool,
+) -> dict[str, Any]:
+    """What :func:`tile_forward` is compiled for.
+
+    Args:
+        types: Triton's, of ``G`` (or ``V``), ``A``, ``B``, ``S``, the result (or weight), and the momentum.
+    """
+    names = ("TYPE_G", "TYPE_A", "TYPE_B", "TYPE_S", "TYPE_OUT", "TYPE_MOMENTUM")
+    return {
+        **dict(zip(names, types, strict=True)),
+        "COMPUTE": compute,
+        "PRECISION": precision,
+        "KEEP": operation.keep,
+        "UPDATE": operation.update,
+        **operation.flags,
+        "OF_V": of_V,
+        "SIDE": chosen.side,
+        "SLAB": chosen.slab,
+    }
+
+
+def backward_constants(
+    chosen: config.TileConfig, wanted: str, *, compute: Any, precision: str, types: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """What the launches of :func:`tile_backward` are compiled for: one, or with ``dB`` apart two.
+
+    Args:
+        types: Triton's, of ``G``, ``V``, ``A``, ``B`` and ``S``.
+    """
+    names = ("TYPE_G", "TYPE_V", "TYPE_A", "TYPE_B", "TYPE_S")
+    common = {
+        **dict(zip(names, types, strict=True)),
+        "COMPUTE": compute,
+        "PRECISION": precision,
+        "SIDE": chosen.side,
+        "SLAB": chosen.slab,
+    }
+    shares = ["AS", "B"] if chosen.split else ["ABS"]
+    found = [{f"WANT_{x}": x in share and x in wanted for x in "ABS"} for share in shares]
+    return [{**common, **wants} for wants in found if any(wants.values())]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -59,10 +59,14 @@ def chain(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> Tensor:
 
 @dataclass
 class Contestant:
-    """A call to time, and how many FLOPs of matrix products it takes (None: not counted in products)."""
+    """A call to time, and how many FLOPs of matrix products it takes (None: not counted in products).
+
+    ``bytes``: the least that it can read and write, where that is known: each operand read and each result written.
+    """
 
     call: Callable[[], object]
     flops: int | None
+    bytes: int | None = None
 
 
 class Workload:
@@ -110,6 +114,12 @@ class Workload:
     @cached_property
     def buffers(self) -> list[Tensor]:
         return [torch.zeros_like(theta) for theta in self.thetas]
+
+    @cached_property
+    def keeps(self) -> bool:
+        """Whether the derivatives use what the forward computed. Triton's kernels compute it anew: that is faster than
+        to store it in float32."""
+        return not ak.explain(None, self.Gs).startswith("triton")
 
     @cached_property
     def factors(self) -> list[tuple[Tensor, Tensor]]:
@@ -169,14 +179,12 @@ def _appliers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestant]
     full = sum(ak.precondition_flops(m, n) for m, n in work.layers)
     blocks = sum(ak.precondition_flops(m, n, BLOCK_SIZE, BLOCK_SIZE) for m, n in work.layers)
     two_products = full // 2
-    yield FULL, Contestant(lambda: ak.foreach_precondition(work.Gs, work.As, work.Bs, work.Ss), full)
-    yield (
-        BLOCKS,
-        Contestant(lambda: ak.foreach_precondition(work.Gs, work.A_stacks, work.B_stacks, work.Ss), blocks),
-    )
+    for name, As, Bs, flops in ((FULL, work.As, work.Bs, full), (BLOCKS, work.A_stacks, work.B_stacks, blocks)):
+        least = _bytes(work.Gs, work.Ss, work.Gs, As, Bs)
+        yield name, Contestant(partial(ak.foreach_precondition, work.Gs, As, Bs, work.Ss), flops, least)
     yield CHAIN, Contestant(lambda: _apply_chain(work), full)
     if compiled:
-        compiled_chain = torch.compile(_foreach_chain, dynamic=False)
+        compiled_chain = _compiled_chain(work)
         yield COMPILED, Contestant(lambda: compiled_chain(work.Gs, work.As, work.Bs, work.Ss), full)
     yield INVERSE, Contestant(lambda: _apply_inverses(work), two_products)
     yield EIGEN, Contestant(lambda: _apply_eigenbases(work), full)
@@ -186,7 +194,7 @@ def _refreshers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestan
     def flops(block_size: int | None) -> int:
         return sum(
             ak.precondition_flops(m, n, block_size, block_size)
-            + ak.precondition_vjp_flops(m, n, block_size, block_size, kept=True)
+            + ak.precondition_vjp_flops(m, n, block_size, block_size, kept=work.keeps)
             for m, n in work.layers
         )
 
@@ -196,7 +204,7 @@ def _refreshers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestan
     yield BLOCKS, Contestant(lambda: _refresh(work, work.A_stacks, work.B_stacks), flops(BLOCK_SIZE))
     yield CHAIN, Contestant(lambda: _differentiate(_foreach_chain, work), by_autograd)
     if compiled:
-        compiled_chain = torch.compile(_foreach_chain, dynamic=False)
+        compiled_chain = _compiled_chain(work)
         yield COMPILED, Contestant(lambda: _differentiate(compiled_chain, work), by_autograd)
     yield INVERSE, Contestant(lambda: [(damped_inverse(A), damped_inverse(B)) for A, B in work.factors], None)
     yield EIGEN, Contestant(lambda: [eigenbasis(A, B) for A, B in work.factors], None)
@@ -205,11 +213,12 @@ def _refreshers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestan
 def _steppers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestant]]:
     full = sum(ak.precondition_flops(m, n) for m, n in work.layers)
     blocks = sum(ak.precondition_flops(m, n, BLOCK_SIZE, BLOCK_SIZE) for m, n in work.layers)
-    yield FULL, Contestant(lambda: _step(work, work.As, work.Bs), full)
-    yield BLOCKS, Contestant(lambda: _step(work, work.A_stacks, work.B_stacks), blocks)
+    for name, As, Bs, flops in ((FULL, work.As, work.Bs, full), (BLOCKS, work.A_stacks, work.B_stacks, blocks)):
+        least = _bytes(work.Gs, work.Ss, As, Bs) + 2 * _bytes(work.thetas, work.buffers)
+        yield name, Contestant(partial(_step, work, As, Bs), flops, least)
     yield CHAIN, Contestant(lambda: _update(work, _apply_chain(work)), full)
     if compiled:
-        compiled_chain = torch.compile(_foreach_chain, dynamic=False)
+        compiled_chain = _compiled_chain(work)
         yield (
             COMPILED,
             Contestant(lambda: _update(work, compiled_chain(work.Gs, work.As, work.Bs, work.Ss)), full),
@@ -218,8 +227,18 @@ def _steppers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestant]
     yield EIGEN, Contestant(lambda: _update(work, _apply_eigenbases(work)), full)
 
 
+def _bytes(*lists: list[Tensor]) -> int:
+    return sum(x.nbytes for tensors in lists for x in tensors)
+
+
 def _foreach_chain(Gs: list[Tensor], As: list[Tensor], Bs: list[Tensor], Ss: list[Tensor]) -> list[Tensor]:
     return [chain(*operands) for operands in zip(Gs, As, Bs, Ss, strict=True)]
+
+
+def _compiled_chain(work: Workload) -> Callable[..., list[Tensor]]:
+    """On a GPU with what torch.compile has to offer there; on a CPU that changes nothing but the time it takes."""
+    mode = "default" if torch.device(work.device).type == "cpu" else "max-autotune"
+    return torch.compile(_foreach_chain, dynamic=False, mode=mode)
 
 
 def _apply_chain(work: Workload) -> list[Tensor]:
@@ -235,6 +254,9 @@ def _apply_eigenbases(work: Workload) -> list[Tensor]:
 
 
 def _refresh(work: Workload, As: list[Tensor], Bs: list[Tensor]) -> object:
+    if not work.keeps:
+        ak.foreach_precondition(work.Gs, As, Bs, work.Ss)
+        return ak.foreach_precondition_vjp(work.Gs, As, Bs, work.Ss, work.Vs)
     _, kept = ak.foreach_precondition(work.Gs, As, Bs, work.Ss, keep=True)
     return ak.foreach_precondition_vjp(work.Gs, As, Bs, work.Ss, work.Vs, kept=kept)
 

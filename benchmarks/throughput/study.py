@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             console.print(tables.machine(device_name(options.device), options.threads, rates, bandwidth))
             rows: list[Row] = []
             for model in models:
-                found = list(_model(bar, model, operations, dtypes, rates, seconds, limit, options))
+                found = list(_model(bar, model, operations, dtypes, rates, bandwidth, seconds, limit, options))
                 console.print(tables.model_table(model, found))
                 rows += found
             by_shape = _shapes(bar, models, seconds / 8, rates, options)
@@ -131,6 +131,7 @@ def _model(
     operations: list[str],
     dtypes: list[str],
     rates: dict[torch.dtype, float],
+    bandwidth: float,
     seconds: float,
     limit: float,
     options: argparse.Namespace,
@@ -147,6 +148,7 @@ def _model(
                 bar.update(task, description=f"{model}: {operation}, preparing {name} in {dtype}", advance=1)
                 row: Row = {"model": model, "operation": operation, "dtype": dtype, "contestant": name}
                 row["gflop"] = None if contestant.flops is None else contestant.flops / 1e9
+                row["mb"] = None if contestant.bytes is None else contestant.bytes / 1e6
                 rows[f"{name} in {dtype}"] = row
                 expected = estimate(operation, name, MODELS[model], DTYPES[dtype], rates)
                 if expected > limit:
@@ -166,7 +168,7 @@ def _model(
         bar.remove_task(task)
         for key, sample in samples.items():
             row = rows[key]
-            row.update(_figures(row, sample, rates[_product_dtype(row, options.device)]))
+            row.update(_figures(row, sample, rates[_product_dtype(row, options.device)], bandwidth))
         yield from rows.values()
         gc.collect()
 
@@ -184,7 +186,7 @@ def _shapes(
         samples = interleave({name: contestant.call for name, contestant in ready.items()}, seconds=seconds)
         for name, sample in samples.items():
             row: Row = {"m": m, "n": n, "contestant": name, "gflop": (ready[name].flops or 0) / 1e9}
-            rows.append(row | _figures(row, sample, rates[torch.float32]))
+            rows.append(row | _figures(row, sample, rates[torch.float32], None))
         bar.advance(task)
     bar.remove_task(task)
     return rows
@@ -212,7 +214,7 @@ def _product_dtype(row: Row, device: str) -> torch.dtype:
     return torch.float32 if widened else dtype
 
 
-def _figures(row: Row, sample: Sample, roof: float) -> Row:
+def _figures(row: Row, sample: Sample, roof: float, bandwidth: float | None) -> Row:
     low, high = sample.spread
     figures: Row = {
         "median_ms": sample.median * 1e3,
@@ -223,6 +225,8 @@ def _figures(row: Row, sample: Sample, roof: float) -> Row:
     if row["gflop"] is not None:
         figures["gflop_per_s"] = row["gflop"] / sample.median
         figures["share_of_matmul"] = row["gflop"] * 1e9 / sample.median / roof
+    if bandwidth is not None and row.get("mb") is not None:
+        figures["share_of_copy"] = row["mb"] * 1e6 / sample.median / bandwidth
     return figures
 
 

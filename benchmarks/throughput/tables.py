@@ -52,7 +52,7 @@ def model_table(model: str, rows: list[Row]) -> Table:
         table.add_column(heading, no_wrap=True)
     table.caption = "\n".join(dict.fromkeys(f"– {row['note']}" for row in rows if "note" in row)) or None
     table.caption_justify = "left"
-    for heading in ("ms", "±", "GFLOP/s", "of mm", "÷ chain"):
+    for heading in ("ms", "±", "GFLOP/s", "of mm", "of copy", "÷ chain"):
         table.add_column(heading, justify="right", no_wrap=True)
     base = {(r["operation"], r["dtype"]): r.get("median_ms") for r in rows if r["contestant"] == CHAIN}
     previous = None
@@ -69,12 +69,13 @@ def model_table(model: str, rows: list[Row]) -> Table:
 def _cells(row: Row, chain_ms: float | None) -> list[str]:
     if "median_ms" not in row:
         return ["–"]
-    rate, share = row.get("gflop_per_s"), row.get("share_of_matmul")
+    rate, share, moved = row.get("gflop_per_s"), row.get("share_of_matmul"), row.get("share_of_copy")
     return [
         _ms(row["median_ms"]),
         f"{(row['high_ms'] - row['low_ms']) / 2 / row['median_ms']:.0%}",
         f"{rate:.1f}" if rate is not None else "",
         f"{share:.0%}" if share is not None else "",
+        f"{moved:.0%}" if moved is not None else "",
         f"{row['median_ms'] / chain_ms:.2f}" if chain_ms else "",
     ]
 

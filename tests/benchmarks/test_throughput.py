@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,12 @@ def test_flops_are_those_that_are_counted(work: Workload, operation: str) -> Non
             assert counter.get_total_flops() == contestant.flops, name
 
 
+def test_bytes_are_those_of_the_operands(work: Workload) -> None:
+    m_n, blocks = sum(m * n for m, n in LAYERS), sum(m * m + n * n for m, n in LAYERS)
+    assert dict(contestants("apply", work))[FULL].bytes == 4 * (3 * m_n + blocks)
+    assert dict(contestants("step", work))[FULL].bytes == 4 * (6 * m_n + blocks)
+
+
 def test_estimates_scale_with_the_rate() -> None:
     rates = {torch.float32: 1e9, torch.float16: 1e6}
     fast = estimate("apply", CHAIN, LAYERS, torch.float32, rates)
@@ -143,6 +150,7 @@ def test_run_writes_every_number_and_the_pictures(tmp_path: Path, capsys: pytest
     for row in content["rows"]:
         assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
         assert row["rounds"] >= 1
+        assert ("share_of_copy" in row) == (row["contestant"] in (FULL, BLOCKS) and row["operation"] != "refresh")
     assert {(row["m"], row["n"]) for row in content["by_shape"]} == {(4, 6), (3, 70)}
     assert all((tmp_path / f"throughput-{x}.png").stat().st_size > 10_000 for x in ("fp32", "bf16", "fp16", "shapes"))
     assert "Ratios of medians" in capsys.readouterr().out
@@ -199,6 +207,16 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert raised.value.code == 0
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--quick", "--device", "--out"))
+
+
+def test_the_account(capsys: pytest.CaptureFixture[str]) -> None:
+    """By formula, of any model, in no time; the MLP's right-hand products come to twice its gradients' sides."""
+    assert main(["throughput", "--account", "--models", "mlp", "--dtypes", "bf16"]) == 0
+    out = capsys.readouterr().out
+    assert "nothing here is a measurement" in out
+    flops = sum(2 * (-(-m // 8) * 8) * (-(-n // 8) * 8) ** 2 for m, n in shapes.MODELS["mlp"])
+    assert re.search(rf"forward\W+right\W+{flops / 1e9:.3f}", out)
+    assert re.search(r"step\W+tile_update.*memory|step\W+tile_update.*launch", out)
 
 
 def test_environment(tmp_path: Path) -> None:

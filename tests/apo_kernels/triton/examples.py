@@ -21,6 +21,14 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 DTYPES = tuple(TOLERANCE)
 
+FORMS = ((None, None), (64, 64), (16, 16), (1, 1), (30, 8), (None, 64), (1, None), (100, 33))
+"""Sides of the squares of ``A`` and of ``B``: full, of a tile, several a tile, diagonal, odd, and mixed."""
+
+FORMS_BY_DTYPE = [
+    (dtype, *form) for dtype in DTYPES for form in FORMS if dtype != torch.bfloat16 or form in (FORMS[0], FORMS[4])
+]
+"""In the interpreter bfloat16 takes float32's way, but for a rounding."""
+
 
 @dataclass
 class Model:

@@ -1,7 +1,7 @@
 """What can be chosen by default compiles for every target: no spills, within shared memory, to matrix instructions.
 
-In processes of their own, for nothing compiles under ``TRITON_INTERPRET=1``. Triton keeps what it compiled on disk, so
-a second run takes seconds.
+In processes of their own, as many at a time as there are cores. Triton keeps what it compiled on disk, so a second run
+takes seconds.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -33,15 +35,29 @@ sys.exit(failed != 0)
 """
 
 
+Checks = dict[tuple[str, str], "Future[subprocess.CompletedProcess[str]]"]
+
+
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
 
 
+@pytest.fixture(scope="module")
+def checks(request: pytest.FixtureRequest) -> Iterator[Checks]:
+    """What came out for each target and dtype that this run tests."""
+    selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    wanted = [(each["target"], each["dtype"]) for each in selected if {"target", "dtype"} == set(each)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        # AMD's compiler is the slowest: first.
+        order = sorted(wanted, key=lambda each: TARGETS[each[0]].backend != "hip")
+        yield {each: pool.submit(run, CHECK, *each) for each in order}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_no_default_configuration_is_at_fault(target: str, dtype: str) -> None:
-    result = run(CHECK, target, dtype)
+def test_no_default_configuration_is_at_fault(target: str, dtype: str, checks: Checks) -> None:
+    result = checks[target, dtype].result()
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import apo_kernels as ak
-from tests.apo_kernels.triton.examples import DTYPES, EVEN, ODD, TOLERANCE, Model, assert_close, model
-from tests.apo_kernels.triton.test_forward import FORMS, strided
+from tests.apo_kernels.triton.examples import DTYPES, EVEN, FORMS_BY_DTYPE, ODD, TOLERANCE, Model, assert_close, model
+from tests.apo_kernels.triton.test_forward import strided
 
 pytest.importorskip("triton.language")
 from apo_kernels.triton import config
@@ -26,8 +26,7 @@ def check(layers: Model, dtype: torch.dtype, wanted: str = "GABS") -> None:
             assert_close(x, expected[letter], dtype, f"d{letter} of {tuple(G.shape)}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("A", "B"), FORMS)
+@pytest.mark.parametrize(("dtype", "A", "B"), FORMS_BY_DTYPE)
 def test_odd_shapes_in_one_call(dtype: torch.dtype, A: int | None, B: int | None) -> None:
     check(model(ODD, dtype, A=A, B=B), dtype)
 
@@ -62,7 +61,7 @@ def test_slabs_of_a_tile(dtype: torch.dtype, slab: int) -> None:
 def test_small_tiles_of_the_gemm_give_what_large_ones_do() -> None:
     small = {"rows": 32, "cols": 16, "depth": 16}
     with config.override(right=small, pair=small, left_dB=small, dA_dG=small):
-        check(model(((70, 110),), torch.float32), torch.float32)
+        check(model(((68, 30),), torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("side", [None, 8])

@@ -65,13 +65,30 @@ def test_a_backend_that_was_asked_for_fails_loudly(monkeypatch: pytest.MonkeyPat
         ak.foreach_precondition(*layers.operands, backend="triton")
 
 
-def test_strides_that_int32_cannot_hold() -> None:
-    G = torch.empty_strided((2, 3), (2**24, 1), device="meta")
-    small = torch.empty(2, 3, device="meta")
-    operands = {Role.G: [G], Role.A: [small.new_empty(3, 3)], Role.B: [small.new_empty(2, 2)], Role.S: [small]}
-    with pytest.raises(Unserved, match=r"strides below 2\*\*24"):
-        layers_of(operands, turn=False)
-    assert len(layers_of({**operands, Role.G: [small]}, turn=False)) == 1
+@pytest.mark.parametrize(
+    ("role", "shape", "strides", "served"),
+    [
+        (Role.G, (2, 3), (2**24 - 2, 1), True),
+        (Role.G, (2, 3), (2**24 - 1, 1), False),
+        (Role.G, (2, 3), (2**23, 2**23), False),  # each fits, a corner of a tile doesn't
+        (Role.G, (1, 3), (2**40, 1), True),
+        (Role.G, (3, 1), (1, 2**40), True),  # nothing is reached by that stride
+        (Role.A, (3, 1, 1), (2**24, 1, 1), False),
+        (Role.A, (1, 3, 3), (2**40, 3, 1), True),
+    ],
+)
+def test_strides_that_int32_cannot_hold(
+    role: Role, shape: tuple[int, ...], strides: tuple[int, ...], served: bool
+) -> None:
+    m, n = shape if role is Role.G else (2, 3)
+    plain = {Role.G: (m, n), Role.A: (n, n), Role.B: (m, m), Role.S: (m, n)}
+    operands = {each: [torch.empty(*sides, device="meta")] for each, sides in plain.items()}
+    operands[role] = [torch.empty_strided(shape, strides, device="meta")]
+    if served:
+        assert len(layers_of(operands, turn=False)) == 1
+    else:
+        with pytest.raises(Unserved, match=r"less than 2\*\*24"):
+            layers_of(operands, turn=False)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter serves the CPU")

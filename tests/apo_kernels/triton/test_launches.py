@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,11 +14,18 @@ from tests.apo_kernels.triton.examples import Model, assert_close, model
 pytest.importorskip("triton.language")
 from apo_kernels.triton import config
 from apo_kernels.triton import plan as plans
+from apo_kernels.triton.gemm import grouped_gemm
 from apo_kernels.triton.launch import count_launches
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison")]
 
 SIXTY = [(3, 9), (10, 20), (1, 1), (16, 8), (2, 30)] * 11 + [(70, 90), (64, 64), (96, 16), (8, 200), (7, 7)]
+
+
+@pytest.fixture
+def counted_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches are made and counted, but no program runs: the interpreter takes its time for sixty layers."""
+    monkeypatch.setattr(type(grouped_gemm), "__getitem__", lambda *_: lambda *_, **__: None)
 
 
 def launches(call: Callable[[], object]) -> list[str]:
@@ -36,6 +44,7 @@ def blocks() -> Model:
     return model(SIXTY, torch.bfloat16, A=16, B=16)
 
 
+@pytest.mark.usefixtures("counted_only")
 def test_sixty_layers_of_full_blocks(full: Model) -> None:
     forward = launches(lambda: ak.foreach_precondition(*full.operands, backend="triton"))
     assert forward == ["pack", "right", "scale", "left", "out"]
@@ -43,18 +52,21 @@ def test_sixty_layers_of_full_blocks(full: Model) -> None:
     assert vjp == ["pack", "right", "pair", "left_dB", "dA_dG"]
 
 
+@pytest.mark.usefixtures("counted_only")
 def test_sixty_layers_of_block_diagonal_blocks(blocks: Model) -> None:
     assert launches(lambda: ak.foreach_precondition(*blocks.operands, backend="triton")) == ["tile_forward"]
     vjp = launches(lambda: ak.foreach_precondition_vjp(*blocks.operands, blocks.Vs, wanted="GABS", backend="triton"))
     assert vjp == ["tile_backward", "sum_parts", "tile_dG"]
 
 
+@pytest.mark.usefixtures("counted_only")
 def test_a_split_of_the_derivatives_takes_one_launch_more(blocks: Model) -> None:
     with config.override(tile_backward={"split": 1}):
         vjp = launches(lambda: ak.foreach_precondition_vjp(*blocks.operands, blocks.Vs, backend="triton"))
     assert vjp == ["tile_backward", "tile_backward", "sum_parts"]
 
 
+@pytest.mark.usefixtures("counted_only")
 def test_layers_that_fit_one_tile_take_one_launch() -> None:
     small = model([(3, 9), (64, 64), (10, 33)], torch.float32)
     assert launches(lambda: ak.foreach_precondition(*small.operands, backend="triton")) == ["tile_forward"]
@@ -62,11 +74,13 @@ def test_layers_that_fit_one_tile_take_one_launch() -> None:
     assert vjp == ["tile_backward"]  # one tile a layer: nothing to sum
 
 
+@pytest.mark.usefixtures("counted_only")
 def test_what_lies_well_isnt_packed() -> None:
     even = model([(64, 128), (8, 72)], torch.bfloat16)
     assert "pack" not in launches(lambda: ak.foreach_precondition(*even.operands, backend="triton"))
 
 
+@pytest.mark.usefixtures("counted_only")
 def test_derivatives_that_need_less_launch_less() -> None:
     layers = model([(70, 90)], torch.float32)
     for wanted, count in (("S", 3), ("B", 4), ("BS", 4), ("A", 5)):
@@ -102,7 +116,7 @@ def test_a_second_step_makes_no_plan_and_allocates_only_results(monkeypatch: pyt
 
 
 def test_a_plan_follows_tensors_that_moved() -> None:
-    layers = model([(70, 90)], torch.float32)
+    layers = model([(66, 8)], torch.float32)
     ak.foreach_precondition(*layers.operands, backend="triton")
     known = set(plans._plans)
     for _ in range(plans._BINDINGS + 2):  # more places than are remembered
@@ -110,6 +124,29 @@ def test_a_plan_follows_tensors_that_moved() -> None:
         found = ak.foreach_precondition(*layers.operands, backend="triton")
         assert_close(found[0], layers.expected()[0], torch.float32)
     assert set(plans._plans) == known
+
+
+def test_a_plan_made_in_a_capture_serves_no_other_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tables are filled when the graph is replayed, which need not have been."""
+    layers = model([(20, 30)], torch.float32)
+    call = partial(ak.foreach_precondition, *layers.operands, backend="triton")
+    with monkeypatch.context() as capture:
+        capture.setattr(plans, "_capturing", lambda _: True)
+        before = len(plans._of_graphs)
+        call()
+        call()
+        assert not plans._plans
+        assert len(plans._of_graphs) == before + 2
+    call()
+    (plan,) = plans._plans.values()
+    assert plan not in plans._of_graphs
+    capture.setattr(plans, "_capturing", lambda _: True)
+    call()
+    capture.undo()
+    assert len(plans._of_graphs) == before + 2, "one that was there serves a capture too"
+    plans.clear_plans()
+    assert plan in plans._plans.values(), "and is kept for its graph"
+    plans._plans.clear()
 
 
 def test_nothing_of_the_last_step_is_left() -> None:
