@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 from benchmarks.data.examples import Dataset
 
-__all__ = ["MissingData", "Source", "find"]
+__all__ = ["MissingData", "Source", "find", "open_text"]
 
 
 class MissingData(FileNotFoundError):
@@ -66,3 +68,10 @@ def find(folder: Path, places: Sequence[str], name: str, published: str) -> Path
                 return candidate
     looked = ", ".join(str(folder / place) for place in places)
     raise MissingData(f"{name} (or {name}.gz) is missing: looked in {looked}. It is published at {published}")
+
+
+def open_text(path: Path) -> TextIO:
+    """A text file in UTF-8, gzipped or not, with its line ends as they are."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8", newline="")  # type: ignore[return-value]
+    return path.open(encoding="utf-8", newline="")

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from benchmarks.tasks import diabetes, digits, ill_conditioned
+from benchmarks.tasks import colour_images, diabetes, digits, ill_conditioned, mnist, translation, uci
 from benchmarks.tasks.batches import Batches
 from benchmarks.tasks.losses import Loss
 from benchmarks.tasks.task import StepSchedule, Task
@@ -18,7 +18,18 @@ from benchmarks.tasks.task import StepSchedule, Task
 __all__ = ["TASKS", "Batches", "Loss", "StepSchedule", "Task", "named"]
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (ill_conditioned.TASK, diabetes.TASK, digits.CLASSIFIER, digits.AUTOENCODER)
+    task.name: task
+    for task in (
+        ill_conditioned.TASK,
+        diabetes.TASK,
+        digits.CLASSIFIER,
+        digits.AUTOENCODER,
+        *uci.TASKS,
+        mnist.AUTOENCODER,
+        mnist.CLASSIFIER,
+        *colour_images.TASKS,
+        *translation.TASKS,
+    )
 }
 
 

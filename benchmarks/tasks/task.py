@@ -50,7 +50,7 @@ class Task:
         augment: ``(inputs, generator) -> inputs`` of training batches.
         evaluated: on how many training examples the loss is taken at most after an epoch.
         judged_by: what a search picks by: ``"loss"``, the training loss, or ``"metric"``, on held-out examples.
-        score: a slower judgement at the end of a run: ``(model, data, seconds) -> {name: value}``.
+        score: a slower judgement at the end of a run: ``(model, data) -> {name: value}``.
     """
 
     name: str

@@ -1,0 +1,21 @@
+"""How convolutional networks start."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+__all__ = ["he_"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def he_(model: Module) -> Module:
+    """He et al.'s (2015) normal weights for convolutions, biases 0: without batch norm a deep network needs it."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
