@@ -73,5 +73,5 @@ def find(folder: Path, places: Sequence[str], name: str, published: str) -> Path
 def open_text(path: Path) -> TextIO:
     """A text file in UTF-8, gzipped or not, with its line ends as they are."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")  # type: ignore[return-value]
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
     return path.open(encoding="utf-8", newline="")

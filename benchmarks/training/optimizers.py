@@ -21,8 +21,7 @@ from benchmarks.training.schedules import SCHEDULES
 
 __all__ = ["METHODS", "Method", "Range", "Setting", "method", "names"]
 
-Value = float | int | str | bool | None
-Hyper = dict[str, Value]
+Hyper = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,9 @@ class Range:
 
     low: float = 0.0
     high: float = 0.0
-    choices: tuple[Value, ...] = ()
+    choices: tuple[Any, ...] = ()
 
-    def at(self, share: float) -> Value:
+    def at(self, share: float) -> Any:
         """The value at ``share`` of the way, from [0, 1)."""
         if self.choices:
             return self.choices[int(share * len(self.choices))]
@@ -63,13 +62,13 @@ class Method:
 
     label: str
     make: Callable[[Setting, Hyper], Optimizer]
-    defaults: Mapping[str, Value]
+    defaults: Mapping[str, Any]
     ranges: Mapping[str, Range]
     schedule: str = ""
     eps_of_fp16: float | None = None
     """The ε that float16 needs: 1e-8 is 0 there."""
 
-    def hyper(self, given: Mapping[str, Value], precision: str) -> Hyper:
+    def hyper(self, given: Mapping[str, Any], precision: str) -> Hyper:
         """All hyperparameters: the given ones over the defaults.
 
         Raises:
@@ -250,7 +249,7 @@ def _adaptive(base: str) -> Method:
 
 
 def _scheduled(inner: Method, schedule: str) -> Method:
-    own: dict[str, Value] = {"factor": 0.1} if schedule == "step" else {"warmup": 0.1}
+    own: dict[str, Any] = {"factor": 0.1} if schedule == "step" else {"warmup": 0.1}
     drawn = {"factor": Range(choices=(0.1, 0.2, 0.5))} if schedule == "step" else {}
 
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
