@@ -23,6 +23,12 @@ class Group:
     def first(self) -> Result:
         return self.runs[0]
 
+    @property
+    def name(self) -> str:
+        """The optimizer, with its precision where that isn't the task's own."""
+        name, precision = self.first["optimizer"], self.first["precision"]
+        return f"{name} {precision}" if precision in ("bf16", "fp16") else str(name)
+
     def at_step(self, step: float) -> list[float]:
         """Each seed's loss at the last row up to ``step``; infinite for one that diverged before."""
         return [_at(run, "step", step) for run in self.runs]

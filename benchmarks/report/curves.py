@@ -44,10 +44,8 @@ def lines(axes: Axes, groups: Sequence[Group], x: str, y: str) -> None:
         xs, middle, low, high = group.band(x, y)
         keep = [i for i in range(len(xs)) if all(map(math.isfinite, (middle[i], low[i], high[i])))]
         xs, middle, low, high = ([v[i] for i in keep] for v in (xs, middle, low, high))
-        name, precision = group.first["optimizer"], group.first["precision"]
-        label = name if precision in ("fp32", "fp64") else f"{name} {precision}"
-        style = {"color": colour(name), "ls": dashes(name)}
-        axes.plot(xs, middle, label=label, lw=1.4, **style)
+        shade = colour(group.first["optimizer"])
+        axes.plot(xs, middle, label=group.name, lw=1.4, color=shade, ls=dashes(group.first["optimizer"]))
         if len(group.runs) > 1:
-            axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, lw=0)
+            axes.fill_between(xs, low, high, color=shade, alpha=0.15, lw=0)
     axes.grid(alpha=0.25)

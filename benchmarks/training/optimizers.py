@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import apo
+from benchmarks.baselines import EKFAC, KFAC, Shampoo
 from benchmarks.tasks import Batches, Task
 from benchmarks.training.schedules import SCHEDULES
 
@@ -87,21 +88,12 @@ def _torch(kind: type[Optimizer]) -> Callable[[Setting, Hyper], Optimizer]:
     return lambda setting, hyper: kind(setting.model.parameters(), **hyper)
 
 
-def _kfac(name: str) -> Callable[[Setting, Hyper], Optimizer]:
-    def make(setting: Setting, hyper: Hyper) -> Optimizer:
-        from benchmarks import baselines
-
-        made: Optimizer = getattr(baselines, name)(setting.model, likelihood=setting.task.loss.likelihood, **hyper)
-        return made
-
-    return make
+def _kfac(kind: type[KFAC] | type[EKFAC]) -> Callable[[Setting, Hyper], Optimizer]:
+    return lambda setting, hyper: kind(setting.model, likelihood=setting.task.loss.likelihood, **hyper)
 
 
 def _shampoo(setting: Setting, hyper: Hyper) -> Optimizer:
-    from benchmarks import baselines
-
-    made: Optimizer = baselines.Shampoo(setting.model.parameters(), **hyper)
-    return made
+    return Shampoo(setting.model.parameters(), **hyper)
 
 
 _OBJECTIVE = ("fsd_weight", "wsd_weight")
@@ -164,8 +156,8 @@ METHODS: dict[str, Method] = {
         {"lr": Range(1e-5, 1e-1)},
         eps_of_fp16=1e-4,
     ),
-    "kfac": Method("KFAC", _kfac("KFAC"), _KFAC_DEFAULTS, _SECOND_ORDER),
-    "ekfac": Method("EKFAC", _kfac("EKFAC"), _KFAC_DEFAULTS, _SECOND_ORDER),
+    "kfac": Method("KFAC", _kfac(KFAC), _KFAC_DEFAULTS, _SECOND_ORDER),
+    "ekfac": Method("EKFAC", _kfac(EKFAC), _KFAC_DEFAULTS, _SECOND_ORDER),
     "shampoo": Method(
         "Shampoo",
         _shampoo,
@@ -173,12 +165,12 @@ METHODS: dict[str, Method] = {
             "lr": 0.01,
             "momentum": 0.9,
             "weight_decay": 0.0,
-            "damping": 1e-6,
+            "damping": 1e-4,
             "decay": 0.95,
             "interval": 10,
             "block_size": None,
         },
-        {"lr": Range(1e-4, 1.0), "damping": Range(1e-12, 1e-2)},
+        {"lr": Range(3e-4, 0.3), "damping": Range(1e-8, 1e-2)},
     ),
     "apo": Method(
         "APO-Precond",

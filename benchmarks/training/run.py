@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _LinAlgError as LinAlgError  # torch.linalg's, under the name that type checkers know
 
 from benchmarks.data import Dataset
 from benchmarks.tasks import Batches
@@ -27,6 +26,9 @@ Watch = Callable[[int, float, float, float], None]
 
 LOOK = 10
 """Every so many steps a loss is looked at, which on a GPU waits for it, and the clock with it."""
+
+HOPELESS = 1000.0
+"""A loss of so many times the first is taken for diverged, and the run ends."""
 
 SAVE_SECONDS = 60.0
 ROWS_OF_SHORT_RUNS = 5
@@ -155,7 +157,7 @@ class Run:
         try:
             while self.step < until:
                 self._one_step()
-        except LinAlgError as error:  # an inverse or an eigendecomposition that fails
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # an inverse or an eigendecomposition that fails
             self.status, self.reason = "diverged", f"step {self.step}: {str(error).splitlines()[0]}"
         self._wait()
         self.seconds += time.perf_counter() - start
@@ -201,8 +203,9 @@ class Run:
         for column, value in row.items():
             self.curve[column].append(value)
         self._losses = []
-        if self.status == "unfinished" and not math.isfinite(row["loss"]):
-            self.status, self.reason = "diverged", f"loss {row['loss']} after step {self.step}"
+        hopeless = row["loss"] > HOPELESS * self.curve["loss"][0] or not math.isfinite(row["loss"])
+        if self.status == "unfinished" and hopeless:
+            self.status, self.reason = "diverged", f"loss {row['loss']:.3g} after step {self.step}"
 
     def _end(self) -> dict[str, Any]:
         task, plan = self.task, self.plan

@@ -27,7 +27,7 @@ def drawn(optimizer: str, count: int) -> list[dict[str, Any]]:
     the number of trials, and the first of a longer search are those of a shorter one.
     """
     ranges = method(optimizer).ranges
-    engine = SobolEngine(len(ranges), scramble=True, seed=zlib.crc32(optimizer.encode()))
+    engine = SobolEngine(len(ranges), scramble=True, seed=zlib.crc32(optimizer.encode()))  # type: ignore[no-untyped-call]
     points = engine.draw(count).tolist()
     return [{name: r.at(share) for (name, r), share in zip(ranges.items(), point, strict=True)} for point in points]
 
