@@ -62,9 +62,7 @@ def _encoded(folder: Path, corpus: Corpus) -> Dataset:
     )
     for part, sides in ((corpus.train, (german, english)), (corpus.test, (test_german, test_english))):
         if len(sides[0]) != len(sides[1]):
-            raise ValueError(
-                f"{part}.de and {part}.en must be of equal length, but are {len(sides[0])}, {len(sides[1])}"
-            )
+            raise ValueError(f"{part}.de and {part}.en must have as many lines, but have {[*map(len, sides)]}")
     words = Vocabulary([*german, *english], WORDS)
     pairs = [(words.encode(de), words.encode(en)) for de, en in zip(german, english, strict=True)]
     pairs = [(de, en) for de, en in pairs if 0 < len(de) < LONGEST and 0 < len(en) < LONGEST]

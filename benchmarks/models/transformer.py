@@ -88,7 +88,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.pad, self.width = pad, width
-        self.embedding = nn.Embedding(vocabulary, width, padding_idx=pad)
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(vocabulary, width), freeze=False, padding_idx=pad)
         self.encoder = nn.ModuleList(Layer(width, heads, hidden, dropout, decoder=False) for _ in range(layers))
         self.decoder = nn.ModuleList(Layer(width, heads, hidden, dropout, decoder=True) for _ in range(layers))
         self.dropout = nn.Dropout(dropout)
@@ -98,8 +98,8 @@ class Transformer(nn.Module):
             for p in self.parameters():
                 if p.dim() == 2:
                     nn.init.xavier_uniform_(p)
-            self.embedding.weight.normal_(0, width**-0.5)
-            self.embedding.weight[pad].zero_()
+            if not self.embedding.weight.is_meta:
+                self.embedding.weight.normal_(0, width**-0.5)[pad].zero_()
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """``source (N, M)`` and ``target (N, T)``, which starts with the opening word, to logits ``(N, T, V)``."""
@@ -131,5 +131,6 @@ class Transformer(nn.Module):
 
 def _sinusoids(longest: int, width: int) -> Tensor:
     """Section 3.5 of Vaswani et al.: ``(longest, width)``."""
-    angle = torch.arange(longest)[:, None] * torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    places, pairs = torch.arange(longest, device="cpu"), torch.arange(0, width, 2, device="cpu")
+    angle = places[:, None] * torch.exp(pairs * (-math.log(10000.0) / width))
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from benchmarks.console import console
 from benchmarks.report.aggregate import grouped
 
 __all__ = ["COLUMNS", "comparison", "rows"]
 
-COLUMNS = ("optimizer", "seeds", "loss, steps", "of the seeds", "loss, time", "metric", "rate", "s", "ms/step")
+SPREAD = "of the seeds"
+COLUMNS = ("optimizer", "seeds", "loss, steps", SPREAD, "loss, time", "metric", "rate", "s", "ms/step")
 
 
 def rows(runs: Sequence[dict[str, Any]]) -> tuple[list[list[str]], str]:
@@ -25,15 +28,14 @@ def rows(runs: Sequence[dict[str, Any]]) -> tuple[list[list[str]], str]:
     cells = []
     for group in groups:
         first, losses = group.first, group.at_step(step)
-        status = f" ({group.diverged} diverged)" if group.diverged else ""
         steps = max(sum(group.last("step")), 1)
         cells.append(
             [
                 group.name,
-                f"{len(group.runs)}{status}",
-                f"{median(losses):.3g}",
+                f"{len(group.runs) - group.diverged}/{len(group.runs)}",
+                _loss(losses),
                 f"{min(losses):.2g} … {max(losses):.2g}" if len(losses) > 1 else "",
-                f"{median(group.at_time(seconds)):.3g}",
+                _loss(group.at_time(seconds)),
                 f"{median(group.last('metric')):.4g}",
                 f"{median(group.last('rate')):.2g}",
                 f"{median(group.last('seconds')):.3g}",
@@ -45,9 +47,15 @@ def rows(runs: Sequence[dict[str, Any]]) -> tuple[list[list[str]], str]:
     caption = (
         f"{first['data']}. Loss: {first['loss_name']} of {first['judged_on']:,} training examples, median over seeds, "
         f"after {step:,.0f} steps ({step * first['epochs'] / max(first['total_steps'], 1):.3g} epochs) and after "
-        f"{seconds:.3g} s of training. Hyperparameters: {_origins(runs)}."
+        f"{seconds:.3g} s of training. Seeds: those that came through. "
+        f"Hyperparameters: {_origins(runs)}."
     )
     return cells, " ".join([caption, *([f"{'; '.join(scores)}."] if scores else [])])
+
+
+def _loss(losses: Sequence[float]) -> str:
+    middle = median(losses)
+    return f"{middle:.3g}" if isfinite(middle) else "diverged"
 
 
 def _origins(runs: Sequence[dict[str, Any]]) -> str:
@@ -65,10 +73,12 @@ def _origins(runs: Sequence[dict[str, Any]]) -> str:
 def comparison(runs: Sequence[dict[str, Any]]) -> Table:
     """The same for the terminal."""
     cells, caption = rows(runs)
-    table = Table(title=f"{runs[0]['task']}: {runs[0]['title']}", caption=caption, caption_justify="left", box=SIMPLE)
-    shown = [i for i, column in enumerate(COLUMNS) if column != "of the seeds" or any(row[i] for row in cells)]
+    title = f"{runs[0]['task']}: {runs[0]['title']}"
+    table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    spread = console.width >= 100 and any(row[COLUMNS.index(SPREAD)] for row in cells)
+    shown = [i for i, column in enumerate(COLUMNS) if column != SPREAD or spread]
     for i in shown:
-        heading = runs[0]["metric_name"] if COLUMNS[i] == "metric" else COLUMNS[i]
+        heading = runs[0]["metric_name"].partition(",")[0] if COLUMNS[i] == "metric" else COLUMNS[i]
         table.add_column(heading, justify="left" if COLUMNS[i] == "optimizer" else "right", no_wrap=True)
     for row in cells:
         table.add_row(*(row[i] for i in shown))

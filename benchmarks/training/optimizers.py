@@ -129,7 +129,7 @@ _KFAC_DEFAULTS: Hyper = {
     "fisher": "sampled",
     "factor_interval": 1,
     "inverse_interval": 10,
-    "kl_clip": None,
+    "kl_clip": 1e-2,
 }
 
 METHODS: dict[str, Method] = {

@@ -32,6 +32,7 @@ HOPELESS = 1000.0
 
 SAVE_SECONDS = 60.0
 ROWS_OF_SHORT_RUNS = 5
+"""Of an epoch or less; others have a row an epoch."""
 
 
 class Run:
@@ -59,7 +60,9 @@ class Run:
         self.hyper = plan.full_hyper
         self.optimizer = plan.method.make(Setting(self.task, self.model, self.batches), self.hyper)
         self.total = plan.steps or plan.epochs * len(self.batches)
-        self.every = min(len(self.batches), math.ceil(self.total / ROWS_OF_SHORT_RUNS))
+        self.every = len(self.batches)
+        if self.total <= self.every:
+            self.every = math.ceil(self.total / ROWS_OF_SHORT_RUNS)
         self.factor = None
         if plan.method.schedule:
             decay, warmup = self.hyper.get("factor", 1.0), self.hyper.get("warmup", 0.0)
