@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.tasks import TASKS
+from benchmarks.training.optimizers import names
 
 __all__ = ["Found", "collect", "described"]
 
@@ -31,8 +32,15 @@ def collect(folders: Sequence[Path]) -> Found:
         for run in by_file.values():
             kinds.setdefault((run["data"], run["total_steps"]), []).append(run)
         if kinds:
-            found[task] = max(kinds.items(), key=lambda item: (len(item[1]), item[0][1]))[1]
+            chosen = max(kinds.items(), key=lambda item: (len(item[1]), item[0][1]))[1]
+            found[task] = sorted(chosen, key=lambda run: (_place(run["optimizer"]), run["precision"], run["seed"]))
     return found
+
+
+def _place(optimizer: str) -> tuple[int, str]:
+    """First-order methods first, each with its scheduled form after it."""
+    known, base = names(), optimizer.partition("+")[0]
+    return (known.index(base) if base in known else len(known)), optimizer
 
 
 def described(runs: Sequence[dict[str, Any]]) -> str:

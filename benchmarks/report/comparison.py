@@ -38,8 +38,8 @@ def rows(runs: Sequence[dict[str, Any]]) -> tuple[list[list[str]], str]:
                 _loss(group.at_time(seconds)),
                 f"{median(group.last('metric')):.4g}",
                 f"{median(group.last('rate')):.2g}",
-                f"{median(group.last('seconds')):.3g}",
-                f"{1000 * sum(group.last('seconds')) / steps:.3g}",
+                _short(median(group.last("seconds"))),
+                _short(1000 * sum(group.last("seconds")) / steps),
             ]
         )
     first = runs[0]
@@ -51,6 +51,10 @@ def rows(runs: Sequence[dict[str, Any]]) -> tuple[list[list[str]], str]:
         f"Hyperparameters: {_origins(runs)}."
     )
     return cells, " ".join([caption, *([f"{'; '.join(scores)}."] if scores else [])])
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _loss(losses: Sequence[float]) -> str:
@@ -74,7 +78,7 @@ def comparison(runs: Sequence[dict[str, Any]]) -> Table:
     """The same for the terminal."""
     cells, caption = rows(runs)
     title = f"{runs[0]['task']}: {runs[0]['title']}"
-    table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     spread = console.width >= 100 and any(row[COLUMNS.index(SPREAD)] for row in cells)
     shown = [i for i, column in enumerate(COLUMNS) if column != SPREAD or spread]
     for i in shown:

@@ -45,7 +45,7 @@ def found(out: Path, task: str, optimizer: str, precision: str) -> tuple[dict[st
     """
     precisions = [precision] if precision not in ("bf16", "fp16") else [precision, "fp32"]
     for each in precisions:
-        for folder, where in ((out, str(out)), (COMMITTED, "the project")):
+        for folder in (out, COMMITTED):
             path = file_of(folder, task, each)
             if not path.is_file():
                 continue
@@ -53,5 +53,5 @@ def found(out: Path, task: str, optimizer: str, precision: str) -> tuple[dict[st
             trial = best(content, optimizer)
             if trial is not None:
                 count = len(content["trials"][optimizer])
-                return dict(trial["hyper"]), f"search of {count} trials in {each}, {path.name} of {where}"
+                return dict(trial["hyper"]), f"search of {count} trials in {each}, {path.name}"
     return {}, "defaults, not searched"
