@@ -31,7 +31,7 @@ def damped_inverse(F: Tensor, shift: float, dtype: torch.dtype) -> tuple[Tensor 
     """
     work = wide(F)
     eye = torch.eye(len(work), dtype=work.dtype, device=work.device)
-    least = torch.finfo(work.dtype).eps * max(work.diagonal().mean().item(), torch.finfo(work.dtype).tiny)
+    least = torch.finfo(work.dtype).eps * (work.diagonal().mean().item() or 1.0)
     for failed in range(ATTEMPTS):
         L, info = torch.linalg.cholesky_ex(work + shift * eye)
         if info.item() == 0:

@@ -20,8 +20,8 @@ class EKFAC(KroneckerFactored):
     George et al. 2018. ``F_A = Q_A Λ_A Q_Aᵀ`` and ``F_B`` likewise every ``inverse_interval`` steps; the running
     average ``S = E[(Q_Bᵀ g Q_A)²]`` of the examples' gradients ``g`` takes in every batch that the factors do. It
     starts anew with each basis, from KFAC's own ``λ_B λ_Aᵀ`` in the place of a first batch. Where an eigendecomposition
-    fails the old basis stays, and ``failed_inverses`` counts it. γ is added to the whole block, not to the factors: the same
-    γ damps less than KFAC's, and the best one is larger.
+    fails the old basis stays, and ``failed_inverses`` counts it. γ is added to the whole block, not to the factors: the
+    same γ damps less than KFAC's, and the best one is larger.
 
     Arguments, attributes and errors: :class:`~benchmarks.baselines.kronecker.KroneckerFactored`.
     """
@@ -34,7 +34,7 @@ class EKFAC(KroneckerFactored):
             return
         dtype = self._dtype(wide(state["F_A"]))
         state["Q_A"], state["Q_B"] = eigen_A[1].to(dtype), eigen_B[1].to(dtype)
-        state["S"] = torch.outer(eigen_B[0], eigen_A[0]).to(dtype)
+        state["S"] = torch.outer(eigen_B[0], eigen_A[0]).clamp(max=torch.finfo(dtype).max).to(dtype)
         state["S_batches"] = 1
 
     def _after_factors(self, capture: Capture) -> None:

@@ -175,7 +175,7 @@ class KroneckerFactored(Baseline):
                 self._update_factors(capture)
             if self._due(self.inverse_interval):
                 for layer in self.layers:
-                    if "F_A" in self.state[layer.view.weight]:
+                    if {"F_A", "F_B"} <= self.state[layer.view.weight].keys():
                         self._decompose(layer)
             if capture is not None:
                 self._after_factors(capture)

@@ -41,8 +41,8 @@ class Shampoo(Baseline):
         block_size: tensors are cut into blocks of at most this side, each preconditioned by itself (Anil et al.
             2020); None: uncut.
         exponent: of each ``Hᵢ``, in place of ``1/2k``.
-        merge_dims: neighbouring dimensions are read as one while their product is at most this, so that a 3×3
-            kernel isn't two matrices of side 3 (Anil et al. 2020); None: as they are.
+        merge_dims: neighbouring dimensions are read as one, from the last on, while their product is at most this, so
+            that a 3×3 kernel isn't two matrices of side 3 (Anil et al. 2020); None: as they are.
         max_dim: a dimension (of a block) longer than this gets no preconditioner, and doesn't count in k.
         grafting: the length of each parameter's step is that of another method's: ``"sgd"``, ``"adagrad"`` (the
             sum of squares) or ``"rmsprop"`` (their running average at 0.99, started without bias). None: its own.
@@ -183,14 +183,15 @@ class Shampoo(Baseline):
 
 
 def merged(shape: Sequence[int], merge_dims: int | None) -> tuple[int, ...]:
-    """The shape with neighbouring dimensions multiplied while the product is at most ``merge_dims``; never empty."""
+    """The shape with neighbouring dimensions multiplied, from the last on, while the product is at most
+    ``merge_dims``; never empty."""
     sides: list[int] = []
-    for side in shape:
+    for side in reversed(shape):
         if sides and merge_dims is not None and sides[-1] * side <= merge_dims:
             sides[-1] *= side
         else:
             sides.append(side)
-    return tuple(sides) or (1,)
+    return tuple(reversed(sides)) or (1,)
 
 
 def block_slices(shape: Sequence[int], block_size: int | None) -> list[Slices]:

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.baselines.damping import tikhonov
+
 __all__ = ["Case", "Damped", "Eigen", "tikhonov"]
 
 
@@ -101,13 +103,6 @@ class Damped:
         damped_A = self.case.eigen_A.values.clamp(min=0) + self.delta_A
         damped_B = self.case.eigen_B.values.clamp(min=0) + self.delta_B
         return 1 / (damped_B[:, None] * damped_A[None, :])
-
-
-def tikhonov(F_A: Tensor, F_B: Tensor, damping: float) -> tuple[float, float]:
-    """``(δ_A, δ_B) = (π √γ, √γ / π)``: ``π`` balances the mean eigenvalues (and is 1 if a factor is zero)."""
-    mean_A, mean_B = F_A.diagonal().mean().item(), F_B.diagonal().mean().item()
-    pi = math.sqrt(mean_A / mean_B) if mean_A > 0 and mean_B > 0 else 1.0
-    return pi * math.sqrt(damping), math.sqrt(damping) / pi
 
 
 def _condition(values: Tensor) -> float:
