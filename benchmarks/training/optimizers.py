@@ -117,8 +117,8 @@ def _apo(setting: Setting, hyper: Hyper) -> Optimizer:
 _RATES = Range(1e-4, 1.0)
 _SECOND_ORDER: dict[str, Range] = {
     "lr": Range(1e-3, 1.0),
-    "damping": Range(1e-7, 1.0),
-    "kl_clip": Range(choices=(None, 1e-2)),
+    "damping": Range(1e-6, 1.0),
+    "kl_clip": Range(1e-4, 1e-1),  # without a clip nearly all of the other two's ranges diverge
 }
 _KFAC_DEFAULTS: Hyper = {
     "lr": 0.03,

@@ -89,7 +89,12 @@ def search(
                 )
     for optimizer in optimizers:
         ranges = {name: vars(r) for name, r in method(optimizer).ranges.items()}
-        content.setdefault("ranges", {})[optimizer] = ranges
+        ranges = results.plain(ranges)
+        if content.setdefault("ranges", {}).setdefault(optimizer, ranges) != ranges:
+            raise ValueError(
+                f"{path} holds a search of {optimizer} in other ranges, {content['ranges'][optimizer]}: "
+                "remove its entries under ranges and trials, or write elsewhere by --out"
+            )
         done = content["trials"].setdefault(optimizer, [])
         for hyper in drawn(optimizer, trials)[len(done) :]:
             hyper = {**hyper, **(fixed or {}).get(optimizer, {})}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from benchmarks.report.tables import table_2, table_3, table_4
 from benchmarks.results import load
 from benchmarks.tasks import TASKS, named
 from benchmarks.training import search as searching
-from benchmarks.training.optimizers import METHODS, method
+from benchmarks.training.optimizers import METHODS, Range, method
 from benchmarks.training.search import drawn, search
 from benchmarks.training.searched import best, found
 
@@ -67,7 +68,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return plans
 
 
-def test_each_optimizer_gets_as_many_equal_trials(tmp_path: Path, counted: list[Any]) -> None:
+def test_each_optimizer_gets_as_many_equal_trials(
+    tmp_path: Path, counted: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = named("digits").data()
     names = ["sgdm", "kfac", "apo"]
     content = search("digits", names, data, tmp_path, trials=4, epochs=3, seeds=2)
@@ -81,6 +84,11 @@ def test_each_optimizer_gets_as_many_equal_trials(tmp_path: Path, counted: list[
     assert len(counted) == 3 * 2 * 2  # only what was missing
     with pytest.raises(ValueError, match="holds a search whose epochs is 3 and not 5"):
         search("digits", names, data, tmp_path, trials=6, epochs=5, seeds=2)
+    narrower = replace(METHODS["sgdm"], ranges={"lr": Range(0.01, 0.1)})
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "sgdm", narrower)
+        with pytest.raises(ValueError, match="holds a search of sgdm in other ranges"):
+            search("digits", names, data, tmp_path, trials=6, epochs=3, seeds=2)
     stored = load(tmp_path / "search" / "digits.json")
     chosen = best(stored, "sgdm")
     assert chosen is not None

@@ -13,7 +13,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.data import Examples
 from benchmarks.results import load
-from benchmarks.tasks import Batches, StepSchedule, named
+from benchmarks.tasks import TASKS, Batches, StepSchedule, named
 from benchmarks.training import store
 from benchmarks.training.evaluate import evaluate, some
 from benchmarks.training.optimizers import METHODS, method
@@ -49,6 +49,19 @@ def test_a_resumed_run_is_the_same_to_the_bit(optimizer: str, tmp_path: Path) ->
         assert [str(x) for x in resumed["curve"][column]] == [str(x) for x in straight["curve"][column]], column
     assert resumed["status"] == "finished"
     assert not list(tmp_path.rglob("*.pt"))  # a finished run needs no checkpoint
+
+
+def test_dropout_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = named("digits")
+    monkeypatch.setitem(
+        TASKS, "digits", replace(task, build=lambda: torch.nn.Sequential(torch.nn.Dropout(), task.build()))
+    )
+    straight = Run(plan(), DIGITS).go()["curve"]["loss"]
+    Run(plan(), DIGITS, tmp_path).go(limit_steps=7)
+    torch.manual_seed(99)
+    run = Run(plan(), DIGITS, tmp_path)
+    run.resume()
+    assert run.go()["curve"]["loss"] == straight
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
