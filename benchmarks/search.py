@@ -81,7 +81,9 @@ def _table(task: Task, content: dict[str, Any], optimizers: list[str]) -> Table:
     by = "training loss" if content["judged_by"] == "loss" else f"{task.loss.metric}, held out"
     table = Table(title=f"{task.name}: best by {by}", caption=content["data"])
     for column in ("optimizer", "trials", "diverged", "loss", task.loss.metric, "seconds", "hyperparameters"):
-        table.add_column(column, justify="left" if column in ("optimizer", "hyperparameters") else "right")
+        table.add_column(
+            column, justify="left" if column in ("optimizer", "hyperparameters") else "right", overflow="fold"
+        )
     for optimizer in optimizers:
         trials, chosen = content["trials"][optimizer], best(content, optimizer)
         diverged = sum(trial["status"] == "diverged" for trial in trials)
