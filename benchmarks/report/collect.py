@@ -10,7 +10,9 @@ from benchmarks import results
 from benchmarks.tasks import TASKS
 from benchmarks.training.optimizers import names
 
-__all__ = ["Found", "collect", "described"]
+__all__ = ["SIXTEEN_BITS", "Found", "collect", "described"]
+
+SIXTEEN_BITS = ("bf16", "fp16")
 
 Found = dict[str, list[dict[str, Any]]]
 """Results by task."""
@@ -19,8 +21,8 @@ Found = dict[str, list[dict[str, Any]]]
 def collect(folders: Sequence[Path]) -> Found:
     """Every run in ``FOLDER/runs/TASK/*.json``, in the order of the tasks. A later folder's replace an earlier's.
 
-    Only runs of the same data, epochs and steps stand beside each other: of several lengths the one with the most
-    files is taken, the longest of equals.
+    Only runs of the same data, epochs and steps stand beside each other: of several lengths in a precision the one
+    with the most files is taken, the longest of equals.
     """
     found: Found = {}
     for task in TASKS:
@@ -28,12 +30,16 @@ def collect(folders: Sequence[Path]) -> Found:
         for folder in folders:
             for path in sorted((folder / "runs" / task).glob("*.json")):
                 by_file[path.name] = results.load(path)
-        kinds: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        kinds: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
         for run in by_file.values():
-            kinds.setdefault((run["data"], run["total_steps"]), []).append(run)
-        if kinds:
-            chosen = max(kinds.items(), key=lambda item: (len(item[1]), item[0][1]))[1]
-            found[task] = sorted(chosen, key=lambda run: (_place(run["optimizer"]), run["precision"], run["seed"]))
+            kinds.setdefault((run["precision"], run["data"], run["total_steps"]), []).append(run)
+        chosen: list[dict[str, Any]] = []
+        for precision in {key[0] for key in kinds}:
+            own = [(len(runs), key[2], runs) for key, runs in kinds.items() if key[0] == precision]
+            chosen += max(own, key=lambda each: each[:2])[2]
+        if chosen:
+            chosen.sort(key=lambda run: (run["precision"] in SIXTEEN_BITS, _place(run["optimizer"]), run["seed"]))
+            found[task] = chosen
     return found
 
 

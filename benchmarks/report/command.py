@@ -62,11 +62,13 @@ def run(options: argparse.Namespace) -> list[Table]:
 def _compared(runs: Sequence[dict[str, Any]]) -> Table:
     cells, caption = rows(runs)
     header = [runs[0]["metric_name"] if column == "metric" else column for column in COLUMNS]
-    return Table(f"{runs[0]['task']}: {runs[0]['title']}. {caption}", header, cells)
+    return Table(f"{runs[0]['task']}: {runs[0]['title']}", header, cells, caption)
 
 
 def _shown(table: Table) -> rich.table.Table:
-    shown = rich.table.Table(title=escape(table.title), title_justify="left")
+    shown = rich.table.Table(
+        title=escape(table.title), title_justify="left", caption=escape(table.note), caption_justify="left"
+    )
     for name in table.header:
         shown.add_column(escape(name))
     for row in table.rows:
@@ -88,6 +90,6 @@ def _markdown(found: Found, tables: Sequence[Table], pictures: Sequence[str]) ->
         if table.rows:
             lines = [table.header, ["---"] * len(table.header), *table.rows]
             cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-            parts += [f"## {table.title}", "", *cells, ""]
+            parts += [f"## {table.title}", "", *([table.note, ""] if table.note else []), *cells, ""]
     parts += [f"![{name}]({name})" for name in pictures]
     return "\n".join(parts) + "\n"

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 from benchmarks.report import paper
 from benchmarks.report.aggregate import Group, grouped
-from benchmarks.report.collect import Found, described
+from benchmarks.report.collect import SIXTEEN_BITS, Found, described
 from benchmarks.tasks import TASKS, named
 
 __all__ = ["Table", "table_2", "table_3", "table_4"]
 
-SIXTEEN_BITS = ("bf16", "fp16")
 SMALLER = {"multi30k": "iwslt14", "multi30k-narrow": "iwslt14"}
 """Tasks that stand in Table 2 below the one of the paper that they are a smaller form of."""
 
@@ -24,6 +23,7 @@ class Table(NamedTuple):
     title: str
     header: list[str]
     rows: list[list[str]]
+    note: str = ""
 
 
 def table_2(found: Found) -> Table:

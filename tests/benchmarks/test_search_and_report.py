@@ -227,7 +227,13 @@ def test_the_report_is_made_from_result_files_alone(tmp_path: Path) -> None:
 def test_runs_of_different_lengths_do_not_stand_beside_each_other(tmp_path: Path) -> None:
     put(tmp_path, *(result("digits", name, 0, [2.0, 1.0]) for name in ("sgdm", "adam")))
     put(tmp_path, result("digits", "apo", 0, [2.0, 1.0, 0.5]))
-    assert {run["optimizer"] for run in collect([tmp_path])["digits"]} == {"sgdm", "adam"}
+    put(tmp_path, result("digits", "apo", 0, [2.0, 1.0, 0.5], precision="bf16"))
+    found_runs = collect([tmp_path])["digits"]
+    assert [(run["optimizer"], run["precision"]) for run in found_runs] == [
+        ("sgdm", "fp32"),
+        ("adam", "fp32"),
+        ("apo", "bf16"),
+    ]
 
 
 def test_the_papers_figures_are_the_papers() -> None:
