@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import environment
 
-__all__ = ["load", "write"]
+__all__ = ["load", "plain", "write"]
 
 
 def write(out: Path, name: str, device: str, payload: dict[str, Any]) -> Path:
@@ -17,7 +17,7 @@ def write(out: Path, name: str, device: str, payload: dict[str, Any]) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
     content = {"benchmark": name, "environment": environment.describe(device), **payload}
-    path.write_text(json.dumps(_plain(content), separators=(",", ":"), allow_nan=False) + "\n")
+    path.write_text(json.dumps(plain(content), separators=(",", ":"), allow_nan=False) + "\n")
     return path
 
 
@@ -27,12 +27,12 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Six digits of a number; and JSON has no infinities: as strings they survive every reader."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else str(value)
     return value

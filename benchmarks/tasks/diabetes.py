@@ -1,0 +1,22 @@
+"""Regression on scikit-learn's diabetes, the stand-in for UCI regression (Figure 3): the same network."""
+
+from __future__ import annotations
+
+from benchmarks.data.bundled import DIABETES
+from benchmarks.models import mlp
+from benchmarks.tasks.losses import REGRESSION
+from benchmarks.tasks.task import Task
+
+__all__ = ["TASK"]
+
+TASK = Task(
+    name="diabetes",
+    title="regression on diabetes, MLP of two layers of 100, ReLU",
+    model_name="MLP 10-100-100-1",
+    build=lambda: mlp(10, 100, 100, 1),
+    source=DIABETES,
+    loss=REGRESSION,
+    batch_size=64,
+    epochs=100,
+    quick_epochs=10,
+)
