@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
@@ -101,23 +102,19 @@ def _one(plan: Plan, data: Any, options: argparse.Namespace, bar: Any) -> dict[s
 
 
 def _list() -> None:
-    table = Table(title="tasks", title_justify="left")
-    for column in ("task", "what", "data", "model", "parameters", "batch", "epochs", "in the paper"):
-        table.add_column(column, justify="right" if column in ("parameters", "batch", "epochs") else "left")
+    table = Table(title="tasks", title_justify="left", box=SIMPLE, pad_edge=False)
+    table.add_column("task", no_wrap=True)
+    for column in ("data", "model"):
+        table.add_column(column, overflow="fold")
+    for column in ("weights", "epochs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("in the paper")
     for task in TASKS.values():
-        needs = task.source.label + (", by --data" if task.source.files else "")
-        table.add_row(
-            task.name,
-            task.title,
-            needs,
-            task.model_name,
-            f"{task.parameters():,}",
-            str(task.batch_size),
-            str(task.epochs),
-            task.place or "–",
-        )
+        data = task.source.label + (", by --data" if task.source.files else "")
+        weights = _short(task.parameters())
+        table.add_row(task.name, data, task.model_name, weights, str(task.epochs), task.place or "–")
     console.print(table)
-    known = Table(title="optimizers", title_justify="left")
+    known = Table(title="optimizers", title_justify="left", box=SIMPLE, pad_edge=False)
     for column in ("optimizer", "defaults", "searched"):
         known.add_column(column)
     for name in METHODS:
@@ -128,3 +125,9 @@ def _list() -> None:
     console.print(f"also {others} (AdaptiveLR over them), and with a manual schedule:")
     for name, text in SCHEDULES.items():
         console.print(f"  +{name}: {text}")
+
+
+def _short(count: int) -> str:
+    """``11.2M``, ``62.0K``."""
+    scaled, unit = (count / 1e6, "M") if count >= 1e6 else (count / 1e3, "K")
+    return f"{scaled:.3g}{unit}"
