@@ -5,11 +5,11 @@ Nothing here imports Triton or touches a GPU before a function that needs it is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["INTERPRETER", "TARGETS", "Target", "target_of"]
+__all__ = ["CONSUMER", "INTERPRETER", "TARGETS", "Target", "target_of"]
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,15 @@ TARGETS: dict[str, Target] = {
 }
 """The targets that are compiled for ahead of time and tested so: A100, H100 and H200, B200, MI300X."""
 
+CONSUMER = replace(TARGETS["sm_80"], shared=99 * _KB)
+"""sm_80's kernels on the consumer GPUs of its family and later ones (sm_86, sm_89, sm_120): less shared memory."""
+
 INTERPRETER = Target("interpreter", "cpu", "cpu", 1, 1 << 40, "", ("ieee", "tf32", "tf32x3"))
 """Triton's interpreter (``TRITON_INTERPRET=1``): numpy on the CPU, float32 whatever is asked, for tests."""
 
 
 def target_of(device: torch.device) -> Target:
-    """The target that a tensor's device is, or the nearest older one of its family that is listed.
+    """The target that a tensor's device is, or the nearest one that it can run the kernels of.
 
     Raises:
         ValueError: no target serves the device.
@@ -86,10 +89,8 @@ def target_of(device: torch.device) -> Target:
     if torch.version.hip is not None:
         return TARGETS["gfx942"]
     major, minor = torch.cuda.get_device_capability(device)
-    older = [t for t in TARGETS.values() if isinstance(t.arch, int) and t.arch <= 10 * major + minor]
-    if not older:
+    if major < 8:
         raise ValueError(f"kernels need compute capability 8.0 or above, but {device} has {major}.{minor}")
-    found = max(older, key=lambda t: int(t.arch))
-    if major not in (8, 9, 10):  # consumer Blackwell has neither wgmma nor tcgen05, and less shared memory
-        return TARGETS["sm_80"]
-    return found
+    exact = {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major)
+    # Consumer Blackwell (12) has neither wgmma nor tcgen05.
+    return TARGETS[exact] if exact and (major, minor) not in ((8, 6), (8, 9)) else CONSUMER

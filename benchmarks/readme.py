@@ -156,7 +156,7 @@ def _targets() -> str:
 def _worst(rows: list[dict[str, Any]]) -> str:
     registers, spills, shared = (max(row[key] for row in rows) for key in ("registers", "spills", "shared"))
     matrix = {name.strip("._").removeprefix("v_").upper() for row in rows for name in row["matrix"]}
-    figures = f"{registers} / {spills} / {shared / 1024:.3g}"
+    figures = f"{registers} / {spills} / {shared / 1024:.0f}"
     return f"{figures} {'+'.join(sorted(matrix))}" if matrix else figures
 
 

@@ -114,6 +114,8 @@ def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> I
     update = Operation(update=True, buffer=True, momentum=True, decay=True, lr_in_tensor=True)
 
     for side in (16, 32, 64):
+        if side > config.tile_limit(target, dtype, backward=False):
+            continue
         tile = config.tile_config(target, dtype, precision, False, side)
         for stage, operation, out in (
             ("tile_forward", plain, compute),

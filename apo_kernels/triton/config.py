@@ -88,9 +88,12 @@ def overrides_key() -> str:
 def tile_limit(target: Target, dtype: torch.dtype, backward: bool) -> int:
     """The widest square that the tile kernel takes; layers with wider ones are the grouped GEMM's.
 
-    The derivatives of a float32 tile of 64 need more registers than these targets have, in any form tried.
+    The derivatives of a float32 tile of 64 need more registers than these targets have, in any form tried; sm_80's
+    forward of one needs 104 KB of shared memory.
     """
-    return 32 if backward and dtype == torch.float32 and target.name in ("sm_80", "sm_100") else 64
+    if dtype != torch.float32 or target.name not in ("sm_80", "sm_100"):
+        return 64
+    return 32 if backward or target.shared < 104 * 1024 else 64
 
 
 def size_class(widest_narrow_side: int) -> str:

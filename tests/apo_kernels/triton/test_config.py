@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from apo_kernels.targets import INTERPRETER, TARGETS, Target
+from apo_kernels.targets import CONSUMER, INTERPRETER, TARGETS, Target, target_of
 from apo_kernels.triton import config
 from tests.apo_kernels.triton.examples import DTYPES
 
-EVERY = [*TARGETS.values(), INTERPRETER]
+EVERY = [*TARGETS.values(), CONSUMER, INTERPRETER]
 
 
 @pytest.mark.parametrize("target", EVERY, ids=lambda t: t.name)
@@ -42,6 +42,22 @@ def test_the_default_is_faithful_to_float32() -> None:
     assert TARGETS["sm_90"].precision("tf32", torch.bfloat16) == "ieee"
     with pytest.raises(ValueError, match="precision must be"):
         TARGETS["sm_90"].precision("fast", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((8, 0), TARGETS["sm_80"]), ((8, 6), CONSUMER), ((8, 9), CONSUMER), ((9, 0), TARGETS["sm_90"]),
+        ((10, 0), TARGETS["sm_100"]), ((10, 3), TARGETS["sm_100"]), ((12, 0), CONSUMER),
+    ],
+)  # fmt: skip
+def test_targets_of_gpus(capability: tuple[int, int], expected: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert target_of(torch.device("cuda")) == expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(ValueError, match=r"8\.0 or above, but cuda has 7\.5"):
+        target_of(torch.device("cuda"))
 
 
 def test_small_models_get_small_tiles() -> None:

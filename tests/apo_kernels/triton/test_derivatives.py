@@ -87,6 +87,16 @@ def test_float16_keeps_its_accuracy_at_any_scale(
         assert error <= TOLERANCE[torch.float16], f"d{letter} {error:.1e}"
 
 
+@pytest.mark.parametrize("side", [None, 64])
+def test_float16_scales_by_magnitudes_not_by_values(side: int | None) -> None:
+    """Largest where negative, in the operands and in their products."""
+    layers = model(((40, 66),), torch.float16, A=side, B=side)
+    layers.Gs, layers.Ss, layers.Vs = ([-x.abs() * 100 for x in xs] for xs in (layers.Gs, layers.Ss, layers.Vs))
+    layers.As = [x.abs() for x in layers.As]
+    layers.Bs = [x.abs() for x in layers.Bs]
+    check(layers, torch.float16)
+
+
 @pytest.mark.parametrize("side", [None, 8])
 def test_through_autograd(side: int | None) -> None:
     layers = model(((12, 70),), torch.float32, A=side, B=side)
