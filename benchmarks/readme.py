@@ -7,12 +7,17 @@ that no run has given can't stand there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from benchmarks import results
+from benchmarks.report.aggregate import grouped
+from benchmarks.report.collect import collect
 from benchmarks.throughput.contestants import BLOCKS, CHAIN, COMPILED, EIGEN, FULL, INVERSE
+from benchmarks.training.optimizers import METHODS
+from benchmarks.training.searched import COMMITTED
 
 __all__ = ["RESULTS", "TABLES", "render"]
 
@@ -181,6 +186,24 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _tasks() -> str:
+    names = ("sgdm", "adam", "kfac", "shampoo", "apo")
+    rows = []
+    for task, runs in collect([COMMITTED]).items():
+        groups = {group.name: group for group in grouped(runs)}
+        if not groups.keys() >= set(names):
+            continue
+        shown = [groups[name] for name in names]
+        step = min(min(group.last("step")) for group in shown if not group.diverged)
+        losses = [median(group.at_step(step)) for group in shown]
+        times = [1000 * median(group.last("seconds")) / max(group.last("step")) for group in shown]
+        first = runs[0]
+        what = f"{task}, {first['epochs']:.3g} epochs, {len(shown[0].runs)} seed{'s'[: len(shown[0].runs) - 1]}"
+        cells = [f"{x:.2g}" if isfinite(x) else "diverged" for x in losses]
+        rows.append([what, *(f"{loss}, {ms:.3g}" for loss, ms in zip(cells, times, strict=True))])
+    return _markdown(["task", *(f"{METHODS[name].label}: loss, ms a step" for name in names)], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "machine": _machine,
     "ratios": _ratios,
@@ -190,6 +213,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning rates": _learning_rates,
     "overhead": _overhead,
     "targets": _targets,
+    "tasks": _tasks,
 }
 
 
