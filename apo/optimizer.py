@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,17 @@ from apo.learning_rate import LogRates
 from apo.linearity import get_rate
 from apo.lookahead import Lookahead
 from apo.matrix_view import matrix_views
-from apo.meta_optimizer import MetaOptimizer, MetaOptimizerName
+from apo.meta_optimizer import MetaOptimizer
 from apo.objective import Closure, ProximalObjective
 from apo.plan import Plan, plan_of
 from apo.preconditioner import Layer
+from apo.relative_steps import RelativeSteps
 
 __all__ = ["APO"]
+
+META_LR = {"relative": 0.1, "adam": 0.01, "rmsprop": 0.01}
+S_SHARE = 0.3
+"""How large a relative meta-step of log S is beside one of A and B."""
 
 _BLOCK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,7 +47,7 @@ class APO(FrontEnd):
 
     Args:
         model: whose parameters are trained, the module or its DDP.
-        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD is 3 if it was left open; larger is steadier.
+        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD is 1 if it was left open; larger is steadier.
         params: parameters of the model's or param groups of them (keys: ``lr``, ``momentum``, ``weight_decay``,
             ``decoupled_weight_decay``, ``block_size``, ``max_dim``, ``block_dtype``); by default all that require
             grad. A weight and its bias in different groups aren't joined.
@@ -57,8 +62,11 @@ class APO(FrontEnd):
             dtype. Masters stay float32. None: the masters themselves.
         interval: a meta-update every so many steps (K of Algorithm 1). 0: never.
         warmup: and at each of the first so many.
-        meta_lr: rate of the meta-optimizer for S; for A and B it is divided by the block's side.
-        meta_optimizer: ``"adam"`` or ``"rmsprop"``, of A, B and S. Adam was the steadier by measurement.
+        meta_lr: rate of the meta-optimizer. Of relative steps: the share that one changes A and B by, 0.1 by default
+            (S: 0.3 of it, in the logarithm). Of the others: S's, for A and B divided by the block's side, 0.01.
+        meta_optimizer: of A, B and S: ``"relative"`` (:mod:`apo.relative_steps`), ``"adam"`` or ``"rmsprop"``.
+        lookahead: what the trial takes. ``"whole"``: ``θ′ = θ − lr·P(G)/(1 − μ)``, the whole way that momentum
+            will carry this gradient. ``"step"``: ``θ − μv − lr·P(G)``, the next step.
         adapt_lr: learn ``lr`` too.
         lr_meta_lr: about how much ``log lr`` moves in a meta-update.
         shared_lr: one learned factor for all param groups; otherwise each group's rate is learned for itself.
@@ -104,8 +112,9 @@ class APO(FrontEnd):
         block_dtype: torch.dtype | None = None,
         interval: int = 10,
         warmup: int = 50,
-        meta_lr: float = 0.01,
-        meta_optimizer: MetaOptimizerName = "adam",
+        meta_lr: float | None = None,
+        meta_optimizer: Literal["relative", "adam", "rmsprop"] = "relative",
+        lookahead: Literal["whole", "step"] = "whole",
         adapt_lr: bool = True,
         lr_meta_lr: float = 0.03,
         shared_lr: bool = True,
@@ -117,10 +126,14 @@ class APO(FrontEnd):
             raise TypeError(f"objective must be an apo.ProximalObjective, but got {type(objective).__name__}")
         checks.integer("interval", interval, least=0)
         checks.integer("warmup", warmup, least=0)
-        self.meta_lr = checks.number("meta_lr", meta_lr)
         self.adapt_lr = adapt_lr
         self.layers: list[Layer] = []
-        self.meta = MetaOptimizer([], [], meta_optimizer)
+        checks.one_of("meta_optimizer", meta_optimizer, ("relative", "adam", "rmsprop"))
+        checks.one_of("lookahead", lookahead, ("whole", "step"))
+        self.meta_lr = META_LR[meta_optimizer] if meta_lr is None else checks.number("meta_lr", meta_lr)
+        self.lookahead = lookahead
+        self.meta: MetaOptimizer | RelativeSteps
+        self.meta = RelativeSteps() if meta_optimizer == "relative" else MetaOptimizer([], [], meta_optimizer)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -136,7 +149,7 @@ class APO(FrontEnd):
                 raise ValueError("model must have parameters that require grad, but got none")
         self.rates = LogRates(0, meta_lr=lr_meta_lr, meta_optimizer="rmsprop", shared=shared_lr, bounds=bounds)
         super().__init__(params, defaults)
-        self._init_front_end(objective.with_default(fsd_weight=3.0), interval, warmup, grad_scaler)
+        self._init_front_end(objective.with_default(fsd_weight=1.0), interval, warmup, grad_scaler)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model's, with their own settings; their preconditioner starts as the identity."""
@@ -158,12 +171,17 @@ class APO(FrontEnd):
         for layer in layers:
             self.layers.append(layer)
             self.state[layer.view.weight] = layer.state()
-            self.meta.add(layer.tensors(), layer.meta_rates(self.meta_lr))
+            if isinstance(self.meta, RelativeSteps):
+                are_blocks = [name != "S" for name in layer.learned]
+                rates = [self.meta_lr * (1 if block else S_SHARE) for block in are_blocks]
+                self.meta.add(layer.tensors(), rates, are_blocks)
+            else:
+                self.meta.add(layer.tensors(), layer.meta_rates(self.meta_lr))
         self.rates.grow()
 
     def plan(self) -> Plan:
         """Which parameter gets which treatment, and what that costs in memory and FLOPs. ``print`` it."""
-        return plan_of(self.model, self.layers, self.param_groups)
+        return plan_of(self.model, self.layers, self.param_groups, self.meta.name)
 
     def _check_gradients(self) -> None:
         for layer in self.layers:
@@ -211,7 +229,7 @@ class APO(FrontEnd):
         for layer in self.layers:
             # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G); a layer that had no gradient adds nothing
             own = derivatives.get(layer) or tuple(torch.zeros_like(x) for x in layer.tensors())
-            torch._foreach_mul_(own, -get_rate(self._group(layer)))
+            torch._foreach_mul_(own, -get_rate(self._group(layer)) * self._reach(layer))
             found += own
         norms = torch.stack(torch._foreach_norm(found)) if found else torch.zeros(())
         slopes_finite = all(map(math.isfinite, by_group))
@@ -244,23 +262,30 @@ class APO(FrontEnd):
         return layers, gradients
 
     def _velocities(self, layers: Sequence[Layer], directions: Sequence[Tensor]) -> list[Tensor]:
-        """``μ v + lr·P(G)``, without touching v."""
+        """What the trial subtracts from θ, without touching v."""
         velocities = []
         for layer, direction in zip(layers, directions, strict=True):
             group = self._group(layer)
-            step = direction * get_rate(group)
-            velocities.append(step if layer.momentum is None else step.add(layer.momentum, alpha=group["momentum"]))
+            step = direction * (get_rate(group) * self._reach(layer))
+            if self.lookahead == "step" and layer.momentum is not None:
+                step.add_(layer.momentum, alpha=group["momentum"])
+            velocities.append(step)
         return velocities
+
+    def _reach(self, layer: Layer) -> float:
+        """How many times ``lr·P(G)`` the trial takes."""
+        return 1 / (1 - float(self._group(layer)["momentum"])) if self.lookahead == "whole" else 1.0
 
     def _slopes(
         self, layers: Sequence[Layer], directions: Sequence[Tensor], cotangents: Sequence[Tensor]
     ) -> list[float]:
-        """``dQ/d log lr = −lr ⟨V, P(G) + λθ⟩`` of each group, summed in float64; one synchronisation."""
+        """``dQ/d log lr = −lr ⟨V, c P(G) + λθ⟩`` of each group, summed in float64; one synchronisation."""
         device = self.parameters[0].device
         sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in self.param_groups]
         for layer, direction, V in zip(layers, directions, cotangents, strict=True):
             group = self._group(layer)
-            sums[layer.group] -= get_rate(group) * torch.sum(V * direction, dtype=torch.float64)
+            reach = get_rate(group) * self._reach(layer)
+            sums[layer.group] -= reach * torch.sum(V * direction, dtype=torch.float64)
             decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
             if decay:
                 theta = layer.view.gather(*_pair(layer.view.parameters))
@@ -301,7 +326,7 @@ class APO(FrontEnd):
         return {"meta": self.meta.state_dict(), "rates": self.rates.state_dict()}
 
     def _settings(self) -> dict[str, Any]:
-        return {"meta_optimizer": self.meta.name, "shared_lr": self.rates.shared}
+        return {"meta_optimizer": self.meta.name, "lookahead": self.lookahead, "shared_lr": self.rates.shared}
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         saved, own = state_dict["param_groups"], self.param_groups
