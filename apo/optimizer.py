@@ -73,21 +73,22 @@ class APO(FrontEnd):
         bounds: least and greatest rate.
         grad_scaler: as for :class:`~apo.AdaptiveLR`.
 
-    **How the sizes were chosen.** Final loss, median of six runs (three seeds, ``lr`` 0.03 and 0.3), and CPU seconds of
-    12 epochs, by ``block_size``; the rest at its defaults, SGDm for comparison:
+    **How the meta-update was chosen** (``python -m benchmarks studies``; the table is
+    ``benchmarks/results/studies/meta-update.md``). Training loss after equal steps, median of three seeds, one of the
+    autoencoder; the baselines at the best of 12 settings each:
 
-    ====================  ===========  ===========  ===========  ===========  ===========  =====
-    task                  1 (S alone)  16           32           64           None (full)  SGDm
-    ====================  ===========  ===========  ===========  ===========  ===========  =====
-    diabetes, 10-100-100  8.5e-3 0.18  8.0e-3 0.26  6.9e-3 0.26  7.2e-3 0.27  6.1e-3 0.23  0.03
-    digits, 64-256-256    2.9e-3 0.63  3.3e-3 0.82  3.1e-3 0.79  3.4e-3 0.88  3.4e-3 1.25  0.17
-    digits, autoencoder   19.4   0.60  19.3   1.03  19.3   0.98  19.3   0.88  not run      0.17
-    ====================  ===========  ===========  ===========  ===========  ===========  =====
+    ==============================  ===============  ========  ==================
+    meta-update                     ill-conditioned  diabetes  digits autoencoder
+    ==============================  ===============  ========  ==================
+TABLE
+    ==============================  ===============  ========  ==================
 
-    Blocks pay on the regression, larger ones more; on the two others nothing tells the sizes apart (runs differ by a
-    factor of 3, and by 8%). Where layers are narrow the size hardly shows in the time; at a width of 1000 a step costs
-    2.9 of SGDm's at 64 and 15.9 with full blocks (``benchmarks/overhead.py``). So 64. Leaving out the blocks of sides
-    above 65 cost half as much again on the regression (9.0e-3 against 6.1e-3, full blocks) and nothing on digits: the
+    Most of it is the lookahead: with the old momentum in the trial, P is made small enough to leave momentum nothing
+    to accelerate. Relative steps do the rest. A meta-update every step is worth its time only while P has far to go,
+    hence the long ``warmup``. λ_FSD 3 is better where curvatures span many decades, 0.3 to 1 elsewhere.
+
+    **How the sizes were chosen.** At a width of 1000 a step costs 2.9 of SGDm's with blocks of 64 and 15.9 with full
+    ones (``benchmarks/overhead.py``, interval 10), and full blocks were measured to learn little better, so 64. The
     default ``max_dim`` only bounds memory, 1.1 GB for a full block with its meta-optimizer's state and derivative.
 
     A trial fails where Q isn't finite or leaps (:class:`~apo.front_end.FrontEnd`): the step is then left out,
@@ -111,7 +112,7 @@ class APO(FrontEnd):
         max_dim: int | None = 8192,
         block_dtype: torch.dtype | None = None,
         interval: int = 10,
-        warmup: int = 50,
+        warmup: int = 300,
         meta_lr: float | None = None,
         meta_optimizer: Literal["relative", "adam", "rmsprop"] = "relative",
         lookahead: Literal["whole", "step"] = "whole",

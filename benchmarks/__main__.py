@@ -18,6 +18,7 @@ PARTS = {
     "stability": "errors and breakdowns in low precision, against KFAC's inverse",
     "overhead": "what a training step costs with each front end, over plain momentum SGD",
     "learning_rates": "learned against fixed learning rates on digits",
+    "studies": "ways of learning the preconditioner, on four small tasks",
     "figure1": "Figure 1 of the paper, from the exact proximal point",
     "targets": "registers, spills and shared memory of every kernel, compiled for GPUs that need not be here",
     "tune": "time configurations of the kernels on the GPU at hand, and keep the best",
