@@ -40,10 +40,13 @@ class APO(FrontEnd):
         v ← μ v + lr·P(G),   P(G) = B (S² ⊙ BᵀGA) Aᵀ        (Eq. 10)
         θ ← (1 − lr·λ) θ − v
 
-    ``φ = (log lr, A, B, S)`` descends the proximal objective at the lookahead, momentum included (Eq. 8). ``P``
-    starts as the identity, which makes the start momentum SGD; ``lr``, the scale in front, is learned with it, and
-    lets it start from any rate. It stands inside the momentum: there φ answers for what it adds to the step. In front
-    of all of ``v`` it needs a λ_FSD ten times smaller to do as well, for it then answers for old gradients too.
+    ``φ = (log lr, A, B, S)`` descends the proximal objective at the lookahead (Eq. 8). ``P`` starts as the identity,
+    which makes the start momentum SGD; ``lr``, the scale in front, is learned with it, and lets it start from any
+    rate. It stands inside the momentum: φ answers for what it adds to the step, not for old gradients too.
+
+    No step promises more than there is to gain: ``P(G)`` is scaled down to ``lr/(1 − μ) ⟨G, P(G)⟩ ≤ J + 1`` in all,
+    J the loss at the last good trial. Without it one odd batch, between two trials, ended a run on digits in NaN, for
+    P had grown as the curvature of saturated outputs went.
 
     Args:
         model: whose parameters are trained, the module or its DDP.
@@ -62,8 +65,8 @@ class APO(FrontEnd):
             dtype. Masters stay float32. None: the masters themselves.
         interval: a meta-update every so many steps (K of Algorithm 1). 0: never.
         warmup: and at each of the first so many.
-        meta_lr: rate of the meta-optimizer. Of relative steps: the share that one changes A and B by, 0.1 by default
-            (S: 0.3 of it, in the logarithm). Of the others: S's, for A and B divided by the block's side, 0.01.
+        meta_lr: rate of the meta-optimizer. Of relative steps: the share that one changes A and B by, by default
+            0.1 (S: 0.3 of it, in the logarithm). Of the others: S's, divided for A and B by the block's side; 0.01.
         meta_optimizer: of A, B and S: ``"relative"`` (:mod:`apo.relative_steps`), ``"adam"`` or ``"rmsprop"``.
         lookahead: what the trial takes. ``"whole"``: ``θ′ = θ − lr·P(G)/(1 − μ)``, the whole way that momentum
             will carry this gradient. ``"step"``: ``θ − μv − lr·P(G)``, the next step.
@@ -73,23 +76,7 @@ class APO(FrontEnd):
         bounds: least and greatest rate.
         grad_scaler: as for :class:`~apo.AdaptiveLR`.
 
-    **How the meta-update was chosen** (``python -m benchmarks studies``; the table is
-    ``benchmarks/results/studies/meta-update.md``). Training loss after equal steps, median of three seeds, one of the
-    autoencoder; the baselines at the best of 12 settings each:
-
-    ==============================  ===============  ========  ==================
-    meta-update                     ill-conditioned  diabetes  digits autoencoder
-    ==============================  ===============  ========  ==================
-TABLE
-    ==============================  ===============  ========  ==================
-
-    Most of it is the lookahead: with the old momentum in the trial, P is made small enough to leave momentum nothing
-    to accelerate. Relative steps do the rest. A meta-update every step is worth its time only while P has far to go,
-    hence the long ``warmup``. λ_FSD 3 is better where curvatures span many decades, 0.3 to 1 elsewhere.
-
-    **How the sizes were chosen.** At a width of 1000 a step costs 2.9 of SGDm's with blocks of 64 and 15.9 with full
-    ones (``benchmarks/overhead.py``, interval 10), and full blocks were measured to learn little better, so 64. The
-    default ``max_dim`` only bounds memory, 1.1 GB for a full block with its meta-optimizer's state and derivative.
+    @@STUDY@@
 
     A trial fails where Q isn't finite or leaps (:class:`~apo.front_end.FrontEnd`): the step is then left out,
     ``lr`` (or P, where ``lr`` isn't learned) and the momentum are divided by e, and ``failed_trials`` counts it.
@@ -133,6 +120,7 @@ TABLE
         checks.one_of("lookahead", lookahead, ("whole", "step"))
         self.meta_lr = META_LR[meta_optimizer] if meta_lr is None else checks.number("meta_lr", meta_lr)
         self.lookahead = lookahead
+        self.most_promised = math.inf
         self.meta: MetaOptimizer | RelativeSteps
         self.meta = RelativeSteps() if meta_optimizer == "relative" else MetaOptimizer([], [], meta_optimizer)
         defaults = {
@@ -196,6 +184,7 @@ TABLE
     def _plain_step(self) -> None:
         layers, gradients = self._gradients()
         directions = preconditioner.apply(layers, gradients)
+        self._bound_promise(layers, gradients, directions)
         for layer in layers:
             if layer.momentum is None and self._group(layer)["momentum"] != 0:
                 layer.momentum = torch.zeros_like(layer.S)
@@ -209,6 +198,22 @@ TABLE
                 layer.momentum.mul_(self._group(layer)["momentum"]).add_(direction, alpha=rate)
         self._write(layers, [d if x.momentum is None else x.momentum for x, d in zip(layers, directions, strict=True)])
 
+    def _bound_promise(
+        self, layers: Sequence[Layer], gradients: Sequence[Tensor], directions: Sequence[Tensor]
+    ) -> None:
+        """Scale the directions down to ``Σ lr/(1 − μ) ⟨G, P(G)⟩ ≤ J + 1``, J the loss of the last good trial.
+
+        Where outputs saturate, P grows as curvature goes, and one odd batch, between two trials, would leap. To first
+        order no step promises more than there is to gain. No synchronisation, and the same on all ranks.
+        """
+        if not layers or self.most_promised == math.inf:
+            return
+        shares = [get_rate(self._group(x)) / (1 - float(self._group(x)["momentum"])) for x in layers]
+        each = zip(shares, gradients, directions, strict=True)
+        total = torch.stack([(share * torch.sum(G * d, dtype=layers[0].S.dtype)) for share, G, d in each]).sum()
+        factor = (self.most_promised / total.clamp_min(self.most_promised)).to(directions[0].dtype)
+        torch._foreach_mul_(list(directions), factor)
+
     def _meta_step(self, closure: Closure, loss: Any, *, move: bool) -> None:
         layers, gradients = self._gradients()
         anchor = self.objective.anchor(self.parameters)
@@ -221,6 +226,8 @@ TABLE
             self.failed_trials += 1
             self._shrink()
             return
+        assert self.last is not None
+        self.most_promised = abs(self.last.loss) + 1
         V_of = {p: v if has_grad[p] else None for p, v in zip(self.parameters, V, strict=True)}
         cotangents = [layer.view.gather(*_pair(V_of[p] for p in layer.view.parameters)) for layer in layers]
         by_group = self._slopes(layers, directions, cotangents) if self.adapt_lr else []
@@ -324,7 +331,8 @@ TABLE
         return self.param_groups[layer.group]
 
     def _meta_state(self) -> dict[str, Any]:
-        return {"meta": self.meta.state_dict(), "rates": self.rates.state_dict()}
+        meta = {"meta": self.meta.state_dict(), "rates": self.rates.state_dict()}
+        return {**meta, "most_promised": self.most_promised}
 
     def _settings(self) -> dict[str, Any]:
         return {"meta_optimizer": self.meta.name, "lookahead": self.lookahead, "shared_lr": self.rates.shared}
@@ -349,6 +357,7 @@ TABLE
             self.state[layer.view.weight] = layer.state()
         self.meta.load_state_dict(state["meta"])
         self.rates.load_state_dict(state["rates"])
+        self.most_promised = state["most_promised"]
 
     def _saved(self, state_dict: dict[str, Any]) -> list[tuple[Layer, Any]]:
         """Each layer with its entry in a state dict, which names parameters by their place."""

@@ -18,11 +18,11 @@ class RelativeSteps:
 
     A step of a block is taken in the coordinates that it makes for itself: with ``A (I + E)`` in place of A, the
     derivative of Q with respect to E is ``Aᵀ dA``, whatever the scale and the basis of A (Li's PSGD, 2018, and Lin et
-    al.'s SINGD, 2024, step so too). Its symmetric part is taken; averaged briefly (β = 0.5: 0.9 is as good on noisy
-    gradients, and swings about the optimum where there is little noise); and divided by the Frobenius norm of the average, over all squares of a block-diagonal block, which also
-    bounds what a step does to any singular value to the share ε. So blocks reach any condition number in a number of
-    steps that goes with its logarithm, and every entry of ``Aᵀ dA`` counts by its size: dividing each by its own
-    running RMS, as Adam does, makes noise of the small ones.
+    al.'s SINGD, 2024, step so too). Its symmetric part is taken; averaged briefly (β = 0.5: 0.9 is better on noisy
+    gradients, and swings about the optimum where there is little noise); and divided by the Frobenius norm of the
+    average, over all squares of a block-diagonal block, which bounds what a step does to any singular value to the
+    share ε. So any condition number is reached in a number of steps that goes with its logarithm, and every entry of
+    ``Aᵀ dA`` counts by its size: dividing each by its own running RMS, as Adam does, makes noise of the small ones.
 
     S steps in its logarithm by Adam, β = (0.9, 0.99), at a smaller rate: ``m n`` numbers learned from as many noisy
     derivatives.

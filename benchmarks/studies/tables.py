@@ -15,7 +15,7 @@ Cell = tuple[float, float, float, int]
 
 def summary(runs: dict[str, Any]) -> dict[str, dict[str, Cell]]:
     """``[way][task]``: median, least and greatest final loss of the seeds, and how many. A baseline at its best
-    setting: that with most seeds run, which the first seed chose."""
+    setting: the lowest median among those run with most seeds."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for key, held in runs.items():
         task, name, _, *setting = key.split("/")

@@ -151,8 +151,8 @@ def terms_test(patch: Patch) -> None:
 
 
 def unrolled_test(patch: Patch) -> None:
-    for lookahead in ("whole", "step"):
-        test_meta_gradient.test_blocks_equal_autograd_through_an_unrolled_step("mlp", None, lookahead, patch)
+    for taken in ("whole", "step"):
+        test_meta_gradient.test_blocks_equal_autograd_through_an_unrolled_step("mlp", None, taken, patch)
 
 
 def rate_test(patch: Patch) -> None:
