@@ -52,9 +52,11 @@ def _cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
     middle, least, greatest, count = cell
-    return f"{middle:.2g} ({least:.2g} to {greatest:.2g}; {count})"
+    return f"{middle:.3g} ({least:.3g} to {greatest:.3g}; {count})"
 
 
 def _seconds(runs: dict[str, Any], name: str, task: str) -> str:
-    held = [run["seconds"][-1] for key, run in runs.items() if key.split("/")[:2] == [task, name]]
+    """Of the runs that went to their end."""
+    own = [run for key, run in runs.items() if key.split("/")[:2] == [task, name]]
+    held = [run["seconds"][-1] for run in own if math.isfinite(float(run["losses"][-1]))]
     return f"{median(held):.1f}" if held else ""

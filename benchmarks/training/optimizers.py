@@ -196,7 +196,7 @@ METHODS: dict[str, Method] = {
             "fsd_weight": None,
             "wsd_weight": 0.0,
         },
-        {"fsd_weight": Range(0.1, 30.0), "meta_lr": Range(1e-2, 0.3)},
+        {"fsd_weight": Range(0.1, 30.0), "interval": Range(choices=(1, 10))},
     ),
 }
 """The optimizers at a fixed rate, and APO. :func:`method` knows their other forms too."""
