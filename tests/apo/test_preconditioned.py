@@ -267,6 +267,24 @@ def test_failed_trials_are_left_out_counted_and_shrink_the_step() -> None:
         assert losses[-1] < 0.5 * losses[0]
 
 
+def test_no_step_between_trials_promises_more_than_there_is_to_gain() -> None:
+    model, x, t, other = mlp()
+    opt = apo.APO(model, objective(model, other), lr=0.01, warmup=1)
+    opt.step(closure_of(opt, model, x, t))
+    assert opt.last is not None
+    for scale, bounded in ((1.0, False), (1e4, True)):
+        for layer in opt.layers:
+            layer.S.mul_(scale)
+            layer.momentum.zero_()
+        before = weights(model)
+        opt.step(closure_of(opt, model, x, t))
+        steps = [b - p for b, p in zip(before, model.parameters(), strict=True)]
+        # the whole way that momentum will carry it, by the gradient at its start
+        promise = sum(10 * (p.grad * step).sum() for p, step in zip(model.parameters(), steps, strict=True)).item()
+        assert (promise == pytest.approx(opt.last.loss + 1, rel=1e-9)) == bounded
+        assert 0 < promise <= (opt.last.loss + 1) * (1 + 1e-9)
+
+
 def test_a_trial_that_is_finite_with_an_infinite_gradient_moves_no_phi() -> None:
     model, x, t, other = mlp()
     opt = apo.APO(model, objective(model, other), interval=1)
