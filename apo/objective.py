@@ -58,7 +58,7 @@ class ProximalObjective:
         discrepancy: ``"kl"`` of softmax outputs, ``"mse"``, ``"bernoulli"``, ``"gaussian"``
             (:mod:`apo.discrepancy`), or any ``rho(new, old) -> scalar``.
         fsd_weight: λ_FSD, >= 0: the first setting to tune. Large is cautious. None, the default, takes the
-            front end's: 0.3 for :class:`apo.AdaptiveLR`, 3 for :class:`apo.APO`. 0 leaves the term out; the step is
+            front end's: 0.3 for :class:`apo.AdaptiveLR`, 1 for :class:`apo.APO`. 0 leaves the term out; the step is
             then held back by nothing but the batch itself, and diverges on most tasks.
         wsd_weight: λ_WSD, >= 0.
         forward: how to call the model, ``forward(model, batch)``, in place of the above.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,17 @@ from apo.learning_rate import LogRates
 from apo.linearity import get_rate
 from apo.lookahead import Lookahead
 from apo.matrix_view import matrix_views
-from apo.meta_optimizer import MetaOptimizer, MetaOptimizerName
+from apo.meta_optimizer import MetaOptimizer
 from apo.objective import Closure, ProximalObjective
 from apo.plan import Plan, plan_of
 from apo.preconditioner import Layer
+from apo.relative_steps import RelativeSteps
 
 __all__ = ["APO"]
+
+META_LR = {"relative": 0.1, "adam": 0.01, "rmsprop": 0.01}
+S_SHARE = 0.3
+"""How large a relative meta-step of log S is beside one of A and B."""
 
 _BLOCK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,14 +40,17 @@ class APO(FrontEnd):
         v ← μ v + lr·P(G),   P(G) = B (S² ⊙ BᵀGA) Aᵀ        (Eq. 10)
         θ ← (1 − lr·λ) θ − v
 
-    ``φ = (log lr, A, B, S)`` descends the proximal objective at the lookahead, momentum included (Eq. 8). ``P``
-    starts as the identity, which makes the start momentum SGD; ``lr``, the scale in front, is learned with it, and
-    lets it start from any rate. It stands inside the momentum: there φ answers for what it adds to the step. In front
-    of all of ``v`` it needs a λ_FSD ten times smaller to do as well, for it then answers for old gradients too.
+    ``φ = (log lr, A, B, S)`` descends the proximal objective at the lookahead (Eq. 8). ``P`` starts as the identity,
+    which makes the start momentum SGD; ``lr``, the scale in front, is learned with it, and lets it start from any
+    rate. It stands inside the momentum: φ answers for what it adds to the step, not for old gradients too.
+
+    No step promises more than there is to gain: ``P(G)`` is scaled down to ``lr/(1 − μ) ⟨G, P(G)⟩ ≤ J + 1`` in all,
+    J the loss at the last good trial. Without it one odd batch, between two trials, ended a run on digits in NaN, for
+    P had grown as the curvature of saturated outputs went.
 
     Args:
         model: whose parameters are trained, the module or its DDP.
-        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD is 3 if it was left open; larger is steadier.
+        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD is 1 if it was left open; larger is steadier.
         params: parameters of the model's or param groups of them (keys: ``lr``, ``momentum``, ``weight_decay``,
             ``decoupled_weight_decay``, ``block_size``, ``max_dim``, ``block_dtype``); by default all that require
             grad. A weight and its bias in different groups aren't joined.
@@ -57,30 +65,44 @@ class APO(FrontEnd):
             dtype. Masters stay float32. None: the masters themselves.
         interval: a meta-update every so many steps (K of Algorithm 1). 0: never.
         warmup: and at each of the first so many.
-        meta_lr: rate of the meta-optimizer for S; for A and B it is divided by the block's side.
-        meta_optimizer: ``"adam"`` or ``"rmsprop"``, of A, B and S. Adam was the steadier by measurement.
+        meta_lr: rate of the meta-optimizer. Of relative steps: the share that one changes A and B by, by default
+            0.1 (S: 0.3 of it, in the logarithm). Of the others: S's, divided for A and B by the block's side; 0.01.
+        meta_optimizer: of A, B and S: ``"relative"`` (:mod:`apo.relative_steps`), ``"adam"`` or ``"rmsprop"``.
+        lookahead: what the trial takes. ``"whole"``: ``θ′ = θ − lr·P(G)/(1 − μ)``, the whole way that momentum
+            will carry this gradient. ``"step"``: ``θ − μv − lr·P(G)``, the next step.
         adapt_lr: learn ``lr`` too.
         lr_meta_lr: about how much ``log lr`` moves in a meta-update.
         shared_lr: one learned factor for all param groups; otherwise each group's rate is learned for itself.
         bounds: least and greatest rate.
         grad_scaler: as for :class:`~apo.AdaptiveLR`.
 
-    **How the sizes were chosen.** Final loss, median of six runs (three seeds, ``lr`` 0.03 and 0.3), and CPU seconds of
-    12 epochs, by ``block_size``; the rest at its defaults, SGDm for comparison:
+    **How the meta-update was chosen** (``python -m benchmarks studies``; all ways and figures are in
+    ``benchmarks/results/studies/meta-update.md``). Training loss after equal steps, median of three seeds (those
+    with a star: fewer); the others at the best of 12 settings each:
 
-    ====================  ===========  ===========  ===========  ===========  ===========  =====
-    task                  1 (S alone)  16           32           64           None (full)  SGDm
-    ====================  ===========  ===========  ===========  ===========  ===========  =====
-    diabetes, 10-100-100  8.5e-3 0.18  8.0e-3 0.26  6.9e-3 0.26  7.2e-3 0.27  6.1e-3 0.23  0.03
-    digits, 64-256-256    2.9e-3 0.63  3.3e-3 0.82  3.1e-3 0.79  3.4e-3 0.88  3.4e-3 1.25  0.17
-    digits, autoencoder   19.4   0.60  19.3   1.03  19.3   0.98  19.3   0.88  not run      0.17
-    ====================  ===========  ===========  ===========  ===========  ===========  =====
+    ================================  ===============  ========  =======  ===========
+    optimizer                         ill-conditioned  diabetes  digits   autoencoder
+    ================================  ===============  ========  =======  ===========
+    APO, defaults                     1.4e-9           4.8e-6    1.6e-4   16.4*
+    the same, interval 1              1.9e-12          1.8e-6    1.2e-5*  15.6*
+    the same, interval 1, λ_FSD 3     2.9e-13          1.2e-5    not run  not run
+    Adam on A, B, S, momentum in Q    1.1e-9           2.0e-3    1.1e-2*  16.6*
+    P fixed, interval 1               not run          0.12      5.6e-2*  not run
+    KFAC                              2.2e-13          3.5e-6    not run  15.1*
+    Shampoo                           4.2e-9           5.2e-3    not run  not run
+    SGDm                              6.6e-10          2.5e-3    not run  16.7*
+    Adam                              2.1e-9           3.4e-3    not run  15.8*
+    ================================  ===============  ========  =======  ===========
 
-    Blocks pay on the regression, larger ones more; on the two others nothing tells the sizes apart (runs differ by a
-    factor of 3, and by 8%). Where layers are narrow the size hardly shows in the time; at a width of 1000 a step costs
-    2.9 of SGDm's at 64 and 15.9 with full blocks (``benchmarks/overhead.py``). So 64. Leaving out the blocks of sides
-    above 65 cost half as much again on the regression (9.0e-3 against 6.1e-3, full blocks) and nothing on digits: the
-    default ``max_dim`` only bounds memory, 1.1 GB for a full block with its meta-optimizer's state and derivative.
+    Both parts pay: on diabetes relative steps at the next step reach 1.6e-4, Adam at the whole way 2e-4. With the
+    old momentum in the trial P becomes so small that momentum has nothing left to accelerate. Meta-updates at
+    every step pay most while P has far to go, hence the long ``warmup``; afterwards ``interval=1``
+    still pays by steps. One of KFAC's three seeds diverged on the ill-conditioned regression.
+
+    **How the sizes were chosen.** At a width of 1000 a step costs 3.2 of SGDm's with blocks of 64 and 16.6 with full
+    ones (``benchmarks/overhead.py``, interval 10): so 64. Full blocks learn better where they can be afforded
+    (diabetes, interval 1: 2.7e-7). ``max_dim`` bounds memory: 0.8 GB for a full block with its meta-optimizer's state
+    and derivative.
 
     A trial fails where Q isn't finite or leaps (:class:`~apo.front_end.FrontEnd`): the step is then left out,
     ``lr`` (or P, where ``lr`` isn't learned) and the momentum are divided by e, and ``failed_trials`` counts it.
@@ -103,9 +125,10 @@ class APO(FrontEnd):
         max_dim: int | None = 8192,
         block_dtype: torch.dtype | None = None,
         interval: int = 10,
-        warmup: int = 50,
-        meta_lr: float = 0.01,
-        meta_optimizer: MetaOptimizerName = "adam",
+        warmup: int = 300,
+        meta_lr: float | None = None,
+        meta_optimizer: Literal["relative", "adam", "rmsprop"] = "relative",
+        lookahead: Literal["whole", "step"] = "whole",
         adapt_lr: bool = True,
         lr_meta_lr: float = 0.03,
         shared_lr: bool = True,
@@ -117,10 +140,15 @@ class APO(FrontEnd):
             raise TypeError(f"objective must be an apo.ProximalObjective, but got {type(objective).__name__}")
         checks.integer("interval", interval, least=0)
         checks.integer("warmup", warmup, least=0)
-        self.meta_lr = checks.number("meta_lr", meta_lr)
         self.adapt_lr = adapt_lr
         self.layers: list[Layer] = []
-        self.meta = MetaOptimizer([], [], meta_optimizer)
+        checks.one_of("meta_optimizer", meta_optimizer, ("relative", "adam", "rmsprop"))
+        checks.one_of("lookahead", lookahead, ("whole", "step"))
+        self.meta_lr = META_LR[meta_optimizer] if meta_lr is None else checks.number("meta_lr", meta_lr)
+        self.lookahead = lookahead
+        self.most_promised = math.inf
+        self.meta: MetaOptimizer | RelativeSteps
+        self.meta = RelativeSteps() if meta_optimizer == "relative" else MetaOptimizer([], [], meta_optimizer)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -136,7 +164,7 @@ class APO(FrontEnd):
                 raise ValueError("model must have parameters that require grad, but got none")
         self.rates = LogRates(0, meta_lr=lr_meta_lr, meta_optimizer="rmsprop", shared=shared_lr, bounds=bounds)
         super().__init__(params, defaults)
-        self._init_front_end(objective.with_default(fsd_weight=3.0), interval, warmup, grad_scaler)
+        self._init_front_end(objective.with_default(fsd_weight=1.0), interval, warmup, grad_scaler)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model's, with their own settings; their preconditioner starts as the identity."""
@@ -158,12 +186,17 @@ class APO(FrontEnd):
         for layer in layers:
             self.layers.append(layer)
             self.state[layer.view.weight] = layer.state()
-            self.meta.add(layer.tensors(), layer.meta_rates(self.meta_lr))
+            if isinstance(self.meta, RelativeSteps):
+                are_blocks = [name != "S" for name in layer.learned]
+                rates = [self.meta_lr * (1 if block else S_SHARE) for block in are_blocks]
+                self.meta.add(layer.tensors(), rates, are_blocks)
+            else:
+                self.meta.add(layer.tensors(), layer.meta_rates(self.meta_lr))
         self.rates.grow()
 
     def plan(self) -> Plan:
         """Which parameter gets which treatment, and what that costs in memory and FLOPs. ``print`` it."""
-        return plan_of(self.model, self.layers, self.param_groups)
+        return plan_of(self.model, self.layers, self.param_groups, self.meta.name)
 
     def _check_gradients(self) -> None:
         for layer in self.layers:
@@ -177,6 +210,7 @@ class APO(FrontEnd):
     def _plain_step(self) -> None:
         layers, gradients = self._gradients()
         directions = preconditioner.apply(layers, gradients)
+        self._bound_promise(layers, gradients, directions)
         for layer in layers:
             if layer.momentum is None and self._group(layer)["momentum"] != 0:
                 layer.momentum = torch.zeros_like(layer.S)
@@ -190,6 +224,22 @@ class APO(FrontEnd):
                 layer.momentum.mul_(self._group(layer)["momentum"]).add_(direction, alpha=rate)
         self._write(layers, [d if x.momentum is None else x.momentum for x, d in zip(layers, directions, strict=True)])
 
+    def _bound_promise(
+        self, layers: Sequence[Layer], gradients: Sequence[Tensor], directions: Sequence[Tensor]
+    ) -> None:
+        """Scale the directions down to ``Σ lr/(1 − μ) ⟨G, P(G)⟩ ≤ J + 1``, J the loss of the last good trial.
+
+        Where outputs saturate, P grows as curvature goes, and one odd batch, between two trials, would leap. To first
+        order no step promises more than there is to gain. No synchronisation, and the same on all ranks.
+        """
+        if not layers or self.most_promised == math.inf:
+            return
+        shares = [get_rate(self._group(x)) / (1 - float(self._group(x)["momentum"])) for x in layers]
+        each = zip(shares, gradients, directions, strict=True)
+        total = torch.stack([(share * torch.sum(G * d, dtype=layers[0].S.dtype)) for share, G, d in each]).sum()
+        factor = (self.most_promised / total.clamp_min(self.most_promised)).to(directions[0].dtype)
+        torch._foreach_mul_(list(directions), factor)
+
     def _meta_step(self, closure: Closure, loss: Any, *, move: bool) -> None:
         layers, gradients = self._gradients()
         anchor = self.objective.anchor(self.parameters)
@@ -202,6 +252,8 @@ class APO(FrontEnd):
             self.failed_trials += 1
             self._shrink()
             return
+        assert self.last is not None
+        self.most_promised = abs(self.last.loss) + 1
         V_of = {p: v if has_grad[p] else None for p, v in zip(self.parameters, V, strict=True)}
         cotangents = [layer.view.gather(*_pair(V_of[p] for p in layer.view.parameters)) for layer in layers]
         by_group = self._slopes(layers, directions, cotangents) if self.adapt_lr else []
@@ -211,7 +263,7 @@ class APO(FrontEnd):
         for layer in self.layers:
             # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G); a layer that had no gradient adds nothing
             own = derivatives.get(layer) or tuple(torch.zeros_like(x) for x in layer.tensors())
-            torch._foreach_mul_(own, -get_rate(self._group(layer)))
+            torch._foreach_mul_(own, -get_rate(self._group(layer)) * self._reach(layer))
             found += own
         norms = torch.stack(torch._foreach_norm(found)) if found else torch.zeros(())
         slopes_finite = all(map(math.isfinite, by_group))
@@ -244,23 +296,30 @@ class APO(FrontEnd):
         return layers, gradients
 
     def _velocities(self, layers: Sequence[Layer], directions: Sequence[Tensor]) -> list[Tensor]:
-        """``μ v + lr·P(G)``, without touching v."""
+        """What the trial subtracts from θ, without touching v."""
         velocities = []
         for layer, direction in zip(layers, directions, strict=True):
             group = self._group(layer)
-            step = direction * get_rate(group)
-            velocities.append(step if layer.momentum is None else step.add(layer.momentum, alpha=group["momentum"]))
+            step = direction * (get_rate(group) * self._reach(layer))
+            if self.lookahead == "step" and layer.momentum is not None:
+                step.add_(layer.momentum, alpha=group["momentum"])
+            velocities.append(step)
         return velocities
+
+    def _reach(self, layer: Layer) -> float:
+        """How many times ``lr·P(G)`` the trial takes."""
+        return 1 / (1 - float(self._group(layer)["momentum"])) if self.lookahead == "whole" else 1.0
 
     def _slopes(
         self, layers: Sequence[Layer], directions: Sequence[Tensor], cotangents: Sequence[Tensor]
     ) -> list[float]:
-        """``dQ/d log lr = −lr ⟨V, P(G) + λθ⟩`` of each group, summed in float64; one synchronisation."""
+        """``dQ/d log lr = −lr ⟨V, c P(G) + λθ⟩`` of each group, summed in float64; one synchronisation."""
         device = self.parameters[0].device
         sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in self.param_groups]
         for layer, direction, V in zip(layers, directions, cotangents, strict=True):
             group = self._group(layer)
-            sums[layer.group] -= get_rate(group) * torch.sum(V * direction, dtype=torch.float64)
+            reach = get_rate(group) * self._reach(layer)
+            sums[layer.group] -= reach * torch.sum(V * direction, dtype=torch.float64)
             decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
             if decay:
                 theta = layer.view.gather(*_pair(layer.view.parameters))
@@ -298,10 +357,11 @@ class APO(FrontEnd):
         return self.param_groups[layer.group]
 
     def _meta_state(self) -> dict[str, Any]:
-        return {"meta": self.meta.state_dict(), "rates": self.rates.state_dict()}
+        meta = {"meta": self.meta.state_dict(), "rates": self.rates.state_dict()}
+        return {**meta, "most_promised": self.most_promised}
 
     def _settings(self) -> dict[str, Any]:
-        return {"meta_optimizer": self.meta.name, "shared_lr": self.rates.shared}
+        return {"meta_optimizer": self.meta.name, "lookahead": self.lookahead, "shared_lr": self.rates.shared}
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         saved, own = state_dict["param_groups"], self.param_groups
@@ -323,6 +383,7 @@ class APO(FrontEnd):
             self.state[layer.view.weight] = layer.state()
         self.meta.load_state_dict(state["meta"])
         self.rates.load_state_dict(state["rates"])
+        self.most_promised = state["most_promised"]
 
     def _saved(self, state_dict: dict[str, Any]) -> list[tuple[Layer, Any]]:
         """Each layer with its entry in a state dict, which names parameters by their place."""

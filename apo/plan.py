@@ -84,7 +84,7 @@ class Plan:
         return PlanRow("total", (), "", "", weights, self.memory_bytes, self.step_flops, self.meta_flops)
 
 
-def plan_of(model: nn.Module, layers: Sequence[Layer], groups: Sequence[dict[str, Any]]) -> Plan:
+def plan_of(model: nn.Module, layers: Sequence[Layer], groups: Sequence[dict[str, Any]], meta_optimizer: str) -> Plan:
     """The plan of these layers of the model."""
     held = {id(p) for layer in layers for p in layer.view.parameters}
     left_out = tuple(
@@ -92,10 +92,10 @@ def plan_of(model: nn.Module, layers: Sequence[Layer], groups: Sequence[dict[str
         for name, p in model.named_parameters()
         if id(p) not in held
     )
-    return Plan(tuple(_row(layer, groups[layer.group]) for layer in layers), left_out)
+    return Plan(tuple(_row(layer, groups[layer.group], meta_optimizer) for layer in layers), left_out)
 
 
-def _row(layer: Layer, group: dict[str, Any]) -> PlanRow:
+def _row(layer: Layer, group: dict[str, Any], meta_optimizer: str) -> PlanRow:
     view, (A, B) = layer.view, layer.sides
     batch = 1 if not view.batch else view.batch[0]
     sizes = (view.m, view.n, A.block_size, B.block_size)
@@ -103,6 +103,8 @@ def _row(layer: Layer, group: dict[str, Any]) -> PlanRow:
     derivatives = ak.precondition_vjp_flops(*sizes, wanted=layer.learned, kept=True, batch=batch)
     learned = sum(t.nbytes for t in layer.tensors())
     memory = sum(t.nbytes for t in (layer.A, layer.B, layer.S)) + 2 * learned
+    if meta_optimizer == "relative":  # which keeps one average of a block, and two of S
+        memory -= learned - layer.S.nbytes
     if group["momentum"] != 0:
         memory += layer.S.nbytes
     if layer.dtype != layer.S.dtype:

@@ -21,6 +21,7 @@ PARTS = {
     "train": "the paper's tasks with APO and with strong baselines: table, figure and curves",
     "search": "hyperparameters of every optimizer on a task, by as many trials for each",
     "report": "the paper's Figures 3, 4, 5 and Tables 2, 3, 4 with our figures, from result files",
+    "studies": "ways of learning the preconditioner, on four small tasks",
     "figure1": "Figure 1 of the paper, from the exact proximal point",
     "targets": "registers, spills and shared memory of every kernel, compiled for GPUs that need not be here",
     "tune": "time configurations of the kernels on the GPU at hand, and keep the best",

@@ -181,13 +181,13 @@ METHODS: dict[str, Method] = {
             "weight_decay": 0.0,
             "block_size": 64,
             "interval": 10,
-            "warmup": 50,
-            "meta_lr": 0.01,
+            "warmup": 300,
+            "meta_lr": 0.1,
             "lr_meta_lr": 0.03,
             "fsd_weight": None,
             "wsd_weight": 0.0,
         },
-        {"fsd_weight": Range(0.1, 30.0), "meta_lr": Range(1e-3, 1e-1)},
+        {"fsd_weight": Range(0.1, 30.0), "interval": Range(choices=(1, 10))},
     ),
 }
 """The optimizers at a fixed rate, and APO. :func:`method` knows their other forms too."""

@@ -149,7 +149,8 @@ def terms_test(patch: Patch) -> None:
 
 
 def unrolled_test(patch: Patch) -> None:
-    test_meta_gradient.test_blocks_equal_autograd_through_an_unrolled_step("mlp", None, patch)
+    for taken in ("whole", "step"):
+        test_meta_gradient.test_blocks_equal_autograd_through_an_unrolled_step("mlp", None, taken, patch)
 
 
 def rate_test(patch: Patch) -> None:

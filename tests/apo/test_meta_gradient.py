@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import apo
 from apo.meta_optimizer import MetaOptimizer
+from apo.relative_steps import RelativeSteps
 from apo_kernels import blocks_to_dense
 from tests.apo.helpers import Problem, closure_of, convnet, difference, mlp, objective
 
@@ -59,7 +60,7 @@ def recorded(opt: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
     """Meta-gradients as they reach the meta-optimizers, which then don't move φ."""
     found: Recorded = {"blocks": [], "slopes": []}
 
-    def meta_step(self: MetaOptimizer, grads: Any) -> None:
+    def meta_step(self: MetaOptimizer | RelativeSteps, grads: Any) -> None:
         found["blocks"].append(list(grads))
 
     def update(groups: Any, slopes: Any) -> list[float]:
@@ -68,6 +69,7 @@ def recorded(opt: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
 
     with monkeypatch.context() as patch:
         patch.setattr(MetaOptimizer, "step", meta_step)
+        patch.setattr(RelativeSteps, "step", meta_step)
         if hasattr(opt, "rates"):
             patch.setattr(opt.rates, "update", update)
         yield found
@@ -89,7 +91,7 @@ def q_at(opt: Any, closure: Callable[[], Tensor]) -> float:
 def prepared(problem: str, **settings: Any) -> tuple[apo.APO, nn.Module, Problem, Callable[[], Tensor]]:
     """An APO with a momentum and blocks of its own, φ frozen so far."""
     model, x, t, other = made = PROBLEMS[problem]()
-    settings = {"lr": 0.2, "interval": 0, "weight_decay": 0.03, **settings}
+    settings = {"lr": 0.005, "interval": 0, "weight_decay": 0.03, **settings}
     opt = apo.APO(model, objective(model, other), **settings)
     closure = closure_of(opt, model, x, t)
     for _ in range(2):
@@ -144,10 +146,11 @@ def dense_p(layer: Any, G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("block_size", [None, 3])
+@pytest.mark.parametrize("lookahead", ["whole", "step"])
 def test_blocks_equal_autograd_through_an_unrolled_step(
-    problem: str, block_size: int | None, monkeypatch: pytest.MonkeyPatch
+    problem: str, block_size: int | None, lookahead: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opt, model, (_, x, t, other), closure = prepared(problem, block_size=block_size)
+    opt, model, (_, x, t, other), closure = prepared(problem, block_size=block_size, lookahead=lookahead)
     with recorded(opt, monkeypatch) as found:
         opt.meta_step(closure)
 
@@ -163,7 +166,9 @@ def test_blocks_equal_autograd_through_an_unrolled_step(
         phi += [operands[k].requires_grad_() for k in layer.learned]
         view = layer.view
         G = view.gather(grads[view.weight], None if view.bias is None else grads[view.bias])
-        velocity = 0.9 * layer.momentum + log_lr.exp() * dense_p(layer, G, **operands)
+        velocity = log_lr.exp() * dense_p(layer, G, **operands)
+        # all that momentum 0.9 makes of this gradient, or the next step
+        velocity = 10 * velocity if lookahead == "whole" else velocity + 0.9 * layer.momentum
         for p, step in zip(view.parameters, view.scatter(velocity), strict=True):
             trial[name_of[p]] = (1 - log_lr.exp() * 0.03) * p.detach() - step
     new, old = torch.func.functional_call(model, trial, other), model(other).detach()

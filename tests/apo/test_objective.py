@@ -187,7 +187,7 @@ def test_front_ends_fill_in_the_weight_that_was_left_open() -> None:
     model, *_, other = mlp()
     goal = objective(model, other, fsd_weight=None)
     assert apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.5), goal).objective.fsd_weight == 0.3
-    assert apo.APO(model, goal).objective.fsd_weight == 3
+    assert apo.APO(model, goal).objective.fsd_weight == 1
     assert goal.fsd_weight is None
 
 

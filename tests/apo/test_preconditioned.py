@@ -223,7 +223,7 @@ def test_dtypes_of_blocks_apart_from_the_weights(weights_dtype: torch.dtype, blo
         assert not torch.equal(layer.S, torch.ones_like(layer.S))
 
 
-@pytest.mark.parametrize(("meta_optimizer", "share"), [("adam", 0.5), ("rmsprop", 0.8)])
+@pytest.mark.parametrize(("meta_optimizer", "share"), [("relative", 0.5), ("adam", 0.5), ("rmsprop", 0.8)])
 def test_learning_the_preconditioner_beats_leaving_it(meta_optimizer: str, share: float) -> None:
     """On an ill-conditioned regression, at one rate."""
     losses = []
@@ -236,7 +236,16 @@ def test_learning_the_preconditioner_beats_leaving_it(meta_optimizer: str, share
         goal = objective(
             model, lambda x=x: x[torch.randint(200, (32,))], discrepancy="mse", fsd_weight=1.0, wsd_weight=0.0
         )
-        opt = apo.APO(model, goal, lr=0.1, meta_lr=meta_lr, meta_optimizer=meta_optimizer, interval=1, adapt_lr=False)
+        opt = apo.APO(
+            model,
+            goal,
+            lr=0.1,
+            meta_lr=meta_lr,
+            meta_optimizer=meta_optimizer,
+            lookahead="whole" if meta_optimizer == "relative" else "step",
+            interval=1,
+            adapt_lr=False,
+        )
         for _ in range(300):
             batch = torch.randint(200, (32,))
             opt.step(closure_of(opt, model, x[batch], t[batch], lambda y, t: (y - t).square().sum() / (2 * len(y))))
@@ -258,6 +267,24 @@ def test_failed_trials_are_left_out_counted_and_shrink_the_step() -> None:
         assert losses[-1] < 0.5 * losses[0]
 
 
+def test_no_step_between_trials_promises_more_than_there_is_to_gain() -> None:
+    model, x, t, other = mlp()
+    opt = apo.APO(model, objective(model, other), lr=0.01, warmup=1)
+    opt.step(closure_of(opt, model, x, t))
+    assert opt.last is not None
+    for scale, bounded in ((1.0, False), (1e4, True)):
+        for layer in opt.layers:
+            layer.S.mul_(scale)
+            layer.momentum.zero_()
+        before = weights(model)
+        opt.step(closure_of(opt, model, x, t))
+        steps = [b - p for b, p in zip(before, model.parameters(), strict=True)]
+        # the whole way that momentum will carry it, by the gradient at its start
+        promise = sum(10 * (p.grad * step).sum() for p, step in zip(model.parameters(), steps, strict=True)).item()
+        assert (promise == pytest.approx(opt.last.loss + 1, rel=1e-9)) == bounded
+        assert 0 < promise <= (opt.last.loss + 1) * (1 + 1e-9)
+
+
 def test_a_trial_that_is_finite_with_an_infinite_gradient_moves_no_phi() -> None:
     model, x, t, other = mlp()
     opt = apo.APO(model, objective(model, other), interval=1)
@@ -275,9 +302,10 @@ def test_a_trial_that_is_finite_with_an_infinite_gradient_moves_no_phi() -> None
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_plan_names_every_parameter_and_its_cost() -> None:
+@pytest.mark.parametrize("meta_optimizer", ["relative", "adam"])
+def test_plan_names_every_parameter_and_its_cost(meta_optimizer: str) -> None:
     model = nn.Sequential(nn.Linear(100, 80), nn.LayerNorm(80), nn.Linear(80, 10))
-    opt = apo.APO(model, objective(model, torch.zeros(1, 100)), block_size=64)
+    opt = apo.APO(model, objective(model, torch.zeros(1, 100)), lr=0.01, block_size=64, meta_optimizer=meta_optimizer)
     plan = opt.plan()
     assert [row.name for row in plan.rows] == ["0.weight + bias", "1.weight", "1.bias", "2.weight + bias"]
     first = plan.rows[0]
@@ -288,7 +316,11 @@ def test_plan_names_every_parameter_and_its_cost() -> None:
     opt.step(closure_of(opt, model, torch.randn(4, 100), torch.randint(10, (4,))))
     held = [t for layer in opt.layers for t in (layer.A, layer.B, layer.S, layer.momentum)]
     learned = [t for layer in opt.layers for t in layer.tensors()]
-    assert plan.memory_bytes == sum(t.nbytes for t in held) + 2 * sum(t.nbytes for t in learned)
+    # two averages of S, and of a block one by relative steps
+    averages = sum(t.nbytes for t in learned) * (1 if meta_optimizer == "relative" else 2)
+    if meta_optimizer == "relative":
+        averages += sum(layer.S.nbytes for layer in opt.layers)
+    assert plan.memory_bytes == sum(t.nbytes for t in held) + averages
     text = str(plan)
     assert all(row.name in text for row in plan.rows)
     assert repr(plan) == text
