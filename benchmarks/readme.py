@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.report.aggregate import grouped
 from benchmarks.report.collect import collect
+from benchmarks.studies.tables import summary
 from benchmarks.throughput.contestants import BLOCKS, CHAIN, COMPILED, EIGEN, FULL, INVERSE
 from benchmarks.training.optimizers import METHODS
 from benchmarks.training.searched import COMMITTED
@@ -204,6 +205,33 @@ def _tasks() -> str:
     return _markdown(["task", *(f"{METHODS[name].label}: loss, ms a step" for name in names)], rows)
 
 
+STUDIED = {
+    "default": "APO, defaults",
+    "interval 1": "APO, interval 1",
+    "λ 3": "APO, interval 1, λ_FSD 3",
+    "full blocks": "APO, interval 1, full blocks",
+    "P fixed": "the same with P fixed: only the rate is learned",
+    "former default": "Adam on A, B, S; momentum in the trial",
+    "KFAC": "KFAC",
+    "Shampoo": "Shampoo",
+    "Adam": "Adam",
+    "SGDm": "SGDm",
+}
+
+
+def _study() -> str:
+    found = summary(results.load(COMMITTED / "studies" / "meta-update.json")["runs"])
+    tasks = ("ill-conditioned", "diabetes", "digits-autoencoder", "digits")
+    rows = [
+        [
+            label,
+            *(f"{found[name][task][0]:.3g} ({found[name][task][3]})" if task in found[name] else "" for task in tasks),
+        ]
+        for name, label in STUDIED.items()
+    ]
+    return _markdown(["training loss (seeds)", *tasks], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "machine": _machine,
     "ratios": _ratios,
@@ -213,6 +241,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning rates": _learning_rates,
     "overhead": _overhead,
     "targets": _targets,
+    "study": _study,
     "tasks": _tasks,
 }
 

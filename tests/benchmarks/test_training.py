@@ -241,5 +241,5 @@ def test_the_list_names_every_task(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr("benchmarks.train.console.width", 300)
     main(["train", "--list"])
     shown = capsys.readouterr().out
-    for text in ("cifar100-resnet32", "11,173,962", "stand-in for MNIST", "apo-lr:rmsprop", "Tables 2 and 3"):
+    for text in ("cifar100-resnet32", "11.2M", "stand-in for MNIST", "apo-lr:rmsprop", "Tables 2 and 3"):
         assert text in shown
