@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks import results
-from benchmarks.report.aggregate import grouped
+from benchmarks.report.aggregate import Group, grouped
 from benchmarks.report.collect import collect
 from benchmarks.studies.tables import summary
 from benchmarks.throughput.contestants import BLOCKS, CHAIN, COMPILED, EIGEN, FULL, INVERSE
@@ -200,9 +200,15 @@ def _tasks() -> str:
         times = [1000 * median(group.last("seconds")) / max(group.last("step")) for group in shown]
         first = runs[0]
         what = f"{task}, {first['epochs']:.3g} epochs, {len(shown[0].runs)} seed{'s'[: len(shown[0].runs) - 1]}"
-        cells = [f"{x:.2g}" if isfinite(x) else "diverged" for x in losses]
+        cells = [_loss(loss, group) for loss, group in zip(losses, shown, strict=True)]
         rows.append([what, *(f"{loss}, {ms:.3g}" for loss, ms in zip(cells, times, strict=True))])
     return _markdown(["task", *(f"{METHODS[name].label}: loss, ms a step" for name in names)], rows)
+
+
+def _loss(loss: float, group: Group) -> str:
+    if not isfinite(loss):
+        return "diverged"
+    return f"{loss:.3g} ({group.diverged} of {len(group.runs)} diverged)" if group.diverged else f"{loss:.3g}"
 
 
 STUDIED = {
