@@ -116,13 +116,13 @@ def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> I
     for side in (16, 32, 64):
         if side > config.tile_limit(target, dtype, backward=False):
             continue
-        tile = config.tile_config(target, dtype, precision, False, side)
         for stage, operation, out in (
             ("tile_forward", plain, compute),
             ("tile_keep", keep, compute),
             ("tile_update", update, compute),
             ("tile_dG", backward, wide),
         ):
+            tile = config.tile_config(target, dtype, precision, False, side, operation.keep)
             types = [compute] * 4 + [out, wide]
             constants = forward_constants(tile, operation, types=types, of_V=stage == "tile_dG", **common)
             yield Case(stage, dtype, precision, str(side), tile_forward, constants, tile.warps, tile.stages, multiplies)

@@ -3,16 +3,15 @@
 Nothing is tuned at import or in a user's first step. A table measured on a GPU by ``python -m benchmarks tune`` is used
 if it is present (``tuned/<gpu>.json`` beside this file); :func:`override` forces any choice.
 
-The defaults are what compiles without a spill, within shared memory and to matrix instructions on the target
-(``python -m benchmarks targets`` shows it for every entry). What the compilers showed, with Triton 3.7.1:
+The defaults are what compiles without a spill, within shared memory and to matrix instructions on the target, by Triton
+3.6 and 3.7.1 (``python -m benchmarks targets`` shows it for every entry). What the compilers showed:
 
 * A spill is decided by the worst branch of a kernel, and by its addresses as much as by its accumulators: int64 offsets
   within a tile cost 700 spills where int32 ones cost none.
-* A second store of a tile of 128 × 128, of what a forward keeps, spills on sm_80 and sm_100.
 * Two accumulators of 64 × 64 (``pair``) want 8 warps; ``update``, which reads two matrices more, 128 × 64.
+* A second store of a tile of 128 × 128, of what a forward keeps, spills on all NVIDIA targets.
 * In the tile kernel ``tf32x3`` keeps its split operands in shared memory over the slabs. Loading them in each slab anew
   moves them to registers: 28 spills became 1,400.
-* On sm_80, a float16 tile of 64 with its derivatives is one register short; slabs of 32 columns and 8 warps fit.
 * On gfx942, a tile of 64 by 4 warps takes the compiler 40 s, by 8 warps 2 s, in fewer registers.
 * On sm_100, ``tf32x3`` with narrow slabs became a single trap, without an error: hence the count of instructions.
 """
@@ -88,10 +87,10 @@ def overrides_key() -> str:
 def tile_limit(target: Target, dtype: torch.dtype, backward: bool) -> int:
     """The widest square that the tile kernel takes; layers with wider ones are the grouped GEMM's.
 
-    The derivatives of a float32 tile of 64 need more registers than these targets have, in any form tried; sm_80's
+    The derivatives of a float32 tile of 64 need more registers than NVIDIA's targets have, in any form tried; sm_80's
     forward of one needs 104 KB of shared memory.
     """
-    if dtype != torch.float32 or target.name not in ("sm_80", "sm_100"):
+    if dtype != torch.float32 or target.backend != "cuda":
         return 64
     return 32 if backward or target.shared < 104 * 1024 else 64
 
@@ -105,12 +104,15 @@ def size_class(widest_narrow_side: int) -> str:
     return "small" if widest_narrow_side <= 64 else "large"
 
 
-def tile_config(target: Target, dtype: torch.dtype, precision: str, backward: bool, widest: int) -> TileConfig:
-    """For tiles with squares of at most ``widest``."""
+def tile_config(
+    target: Target, dtype: torch.dtype, precision: str, backward: bool, widest: int, keep: bool = False
+) -> TileConfig:
+    """For tiles with squares of at most ``widest``; ``keep``: intermediates are stored too."""
     stage = "tile_backward" if backward else "tile_forward"
     side = next(side for side in (16, 32, 64) if widest <= side)
-    chosen = _tile_default(target, dtype, backward, side)
-    return replace(chosen, **_changes(target, f"{stage}/{_name(dtype)}/{precision}/{side}", stage))
+    chosen = _tile_default(target, dtype, backward, side, keep)
+    name = "tile_keep" if keep else stage
+    return replace(chosen, **_changes(target, f"{name}/{_name(dtype)}/{precision}/{side}", stage))
 
 
 def gemm_config(
@@ -125,21 +127,21 @@ def gemm_config(
     return replace(chosen, **_changes(target, f"{name}/{_name(dtype)}/{precision}/{size}", stage))
 
 
-def _tile_default(target: Target, dtype: torch.dtype, backward: bool, side: int) -> TileConfig:
+def _tile_default(target: Target, dtype: torch.dtype, backward: bool, side: int, keep: bool) -> TileConfig:
+    name, wide = target.name, dtype == torch.float32
     if target.backend == "cpu":
         return TileConfig(side, side, 1)
-    if side == 64 and target.name == "gfx942" and not backward:
-        return TileConfig(side, side if dtype != torch.float32 else 16, 8)
-    if dtype != torch.float32:
-        wide = backward and side == 64
-        if wide and target.name == "sm_80":
-            return TileConfig(side, 32, 8) if dtype == torch.float16 else TileConfig(side, side, 4)
-        return TileConfig(side, side, 8 if wide else 4)
-    if side == 64 and target.name == "sm_100":
-        return TileConfig(side, side, 8)
-    if (target.name, side) == ("sm_80", 64) or (backward and (target.name, side) == ("sm_100", 32)):
-        return TileConfig(side, 16, 8)
-    return TileConfig(side, 16, 4, split=int(backward and side == 64 and target.name == "sm_90"))
+    if side < 64:
+        narrow = 16 if wide else side
+        return TileConfig(side, narrow, 8 if (name, side, wide, backward) == ("sm_100", 32, True, True) else 4)
+    if wide:
+        slab = 64 if name in ("sm_90", "sm_100") else 16
+        return TileConfig(side, slab, 4 if backward else 8)
+    if not backward:
+        return TileConfig(side, side, 8 if name == "gfx942" or (name == "sm_80" and keep) else 4)
+    if dtype == torch.float16 and name in ("sm_80", "sm_90"):  # its powers of two take registers
+        return TileConfig(side, 32, 8) if name == "sm_80" else TileConfig(side, 16, 4)
+    return TileConfig(side, side, 4 if name == "sm_80" else 8)
 
 
 def _gemm_default(target: Target, dtype: torch.dtype, stage: str, size: str, keep: bool) -> GemmConfig:
@@ -149,15 +151,14 @@ def _gemm_default(target: Target, dtype: torch.dtype, stage: str, size: str, kee
     depth = 32 if wide else 64
     if stage == "pair":  # two accumulators
         return GemmConfig(64, 64, depth, 8, 3)
-    if size == "small":
-        return GemmConfig(64, 64, depth, 8 if target.name == "sm_100" else 4, 3)
-    if (
+    if size == "small" or (keep and target.backend == "cuda"):
+        return GemmConfig(64, 64, depth, 8 if target.name == "sm_100" and stage != "left_dB" else 4, 3)
+    halved = (
         stage == "update"
-        or (keep and target.name in ("sm_80", "sm_100"))
         or (wide and (stage == "dA_dG" or target.name == "sm_80"))
-    ):
-        return GemmConfig(128, 64, depth, 8, 3)
-    return GemmConfig(128, 128, depth, 8, 3)
+        or (wide and (stage, target.name) == ("scale", "sm_100"))
+    )
+    return GemmConfig(128, 64 if halved else 128, depth, 8, 3)
 
 
 def _changes(target: Target, key: str, stage: str) -> dict[str, int]:

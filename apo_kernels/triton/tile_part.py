@@ -84,7 +84,8 @@ class TilePart:
     def _config(self, backward: bool) -> config.TileConfig:
         draft = self.draft
         widest = max(squares.group * squares.side for pair in self.sides.values() for squares in pair)
-        return config.tile_config(draft.target, draft.compute, draft.precision, backward, widest)
+        keep = draft.operation.keep
+        return config.tile_config(draft.target, draft.compute, draft.precision, backward, widest, keep)
 
     def _types(self) -> list[Any]:
         return [self.draft.type_of(role) for role in (Role.G, Role.A, Role.B, Role.S)]
