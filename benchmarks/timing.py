@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -57,8 +58,8 @@ def interleave(
 
     Each is warmed up, then takes part until it has used ``seconds`` (but ``least`` rounds at the least, ``most``
     at the most; one round is enough of a call of more than four times ``seconds``). A round calls it as often as
-    it takes to fill ``WINDOW``, and counts the mean. The order turns by one each round: none always follows the
-    same neighbour.
+    it takes to fill ``WINDOW``, and counts the mean. The order is drawn anew for each round (from a fixed seed): a call
+    finds the caches as its neighbour left them, and none may always have the same one.
 
     Args:
         calls: what to time, by name.
@@ -75,14 +76,13 @@ def interleave(
         return min(1.0, rounds / enough, max(used / seconds, rounds / most))
 
     repeats = {name: _repeats(call, warm) for name, call in calls.items()}
-    active, turn = list(calls), 0
+    active, order = list(calls), random.Random(0)
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         while active:
-            turn += 1
-            for name in active[turn % len(active) :] + active[: turn % len(active)]:
+            for name in order.sample(active, len(active)):
                 samples[name].times.append(_time(calls[name], repeats[name]))
                 advance(sum(map(share, calls)) / len(calls))
             active = [name for name in active if share(name) < 1]

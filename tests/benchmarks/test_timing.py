@@ -13,11 +13,12 @@ from benchmarks.timing import Sample, interleave
 def test_rounds_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "WINDOW", 0.0)
     order: list[str] = []
-    samples = interleave({name: lambda name=name: order.append(name) for name in "abc"}, seconds=60.0, most=4)
+    samples = interleave({name: lambda name=name: order.append(name) for name in "abc"}, seconds=60.0, most=20)
     rounds = ["".join(order[i : i + 3]) for i in range(6, len(order), 3)]  # after two calls each to warm up
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
-    assert len(set(rounds)) > 1  # the order turns
-    assert all(len(sample.times) == 4 for sample in samples.values())
+    assert all(len(sample.times) == 20 for sample in samples.values())
+    for name in "abc":  # turning the order alone would leave everybody behind the same neighbour
+        assert {each[each.index(name) - 1] for each in rounds if each[0] != name} == set("abc") - {name}
 
 
 class Clock:
