@@ -46,6 +46,13 @@ class Launched:
     arguments: dict[str, Any]
 
 
+def identity(source: Any) -> str:
+    """What a kernel is compiled from: the types of its arguments, its constants, and what is known of its pointers."""
+    known = {path: attributes for path, attributes in source.attrs.items() if attributes}
+    constants = sorted((path, str(value)) for path, value in source.constants.items())
+    return f"{source.fn.__name__} {source.signature} {constants} {known}"
+
+
 @dataclass
 class Recorder:
     """What Triton asks a driver for, answered for a GPU that isn't there."""
@@ -85,7 +92,7 @@ class Recorder:
                 metadata.num_warps,
                 metadata.shared,
                 getattr(metadata, "global_scratch_size", 0),
-                source.hash(),
+                identity(source),
                 dict(zip(source.fn.arg_names, rest[6:], strict=True)),
             )
         )
@@ -128,7 +135,7 @@ def test_what_is_launched_is_what_is_compiled_ahead(
     if size == "64" and config.tile_limit(gpu.target, dtype, backward=True) < 64:
         size = "large"  # the derivatives' half is the grouped GEMM's
     everything(model(shapes, dtype, A=side, B=side), torch.tensor(0.1))
-    known = {(ahead.source_of(case, gpu.target).hash(), case.warps) for case in ahead.cases(gpu.target, dtype)}
+    known = {(identity(ahead.source_of(case, gpu.target)), case.warps) for case in ahead.cases(gpu.target, dtype)}
     assert gpu.launched
     for launch in gpu.launched:
         assert (launch.source, launch.warps) in known, launch
