@@ -147,7 +147,8 @@ def test_what_is_launched_is_what_is_compiled_ahead(
 def test_pointers_are_of_the_tables(gpu: Recorder) -> None:
     """Every pointer argument is a tensor that lives as long as its plan; the scalars come last, as they were given."""
     layers, lr = model([(130, 200)], torch.bfloat16), torch.tensor(0.1)
-    TritonBackend().foreach_precondition_step_([layers.Gs[0].clone()], *layers.operands, [], lr, 0.9, 0.1)
+    thetas, buffers = [layers.Gs[0].clone()], [layers.Gs[0].float()]
+    TritonBackend().foreach_precondition_step_(thetas, *layers.operands, buffers, lr, 0.9, 0.1)
     *_, update = gpu.launched
     given = update.arguments
     assert given["lr_tensor"] is lr
@@ -175,6 +176,7 @@ def test_everything_is_compiled_before_anything_is_launched(gpu: Recorder, monke
     assert not gpu.launched
 
 
+@pytest.mark.parametrize("gpu", ["sm_90"], indirect=True)
 def test_the_second_call_compiles_nothing(gpu: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor with another rate, other weights or a rate of 0 or 1: Triton compiles some integers anew, but no floats."""
     layers = model([(130, 200)], torch.bfloat16)
