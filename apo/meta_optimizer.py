@@ -74,7 +74,3 @@ class MetaOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state)
-
-    def memory(self) -> int:
-        """Bytes of its state once it has stepped, at most: two tensors of φ's size."""
-        return sum(2 * t.nbytes for t in self.tensors)

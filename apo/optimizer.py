@@ -234,7 +234,7 @@ class APO(FrontEnd):
         """
         if not layers or self.most_promised == math.inf:
             return
-        shares = [get_rate(self._group(x)) / (1 - float(self._group(x)["momentum"])) for x in layers]
+        shares = [get_rate(self._group(x)) * self._carried(x) for x in layers]
         each = zip(shares, gradients, directions, strict=True)
         total = torch.stack([(share * torch.sum(G * d, dtype=layers[0].S.dtype)) for share, G, d in each]).sum()
         factor = (self.most_promised / total.clamp_min(self.most_promised)).to(directions[0].dtype)
@@ -306,9 +306,13 @@ class APO(FrontEnd):
             velocities.append(step)
         return velocities
 
+    def _carried(self, layer: Layer) -> float:
+        """How many times its own length momentum will carry a step."""
+        return 1 / (1 - float(self._group(layer)["momentum"]))
+
     def _reach(self, layer: Layer) -> float:
         """How many times ``lr·P(G)`` the trial takes."""
-        return 1 / (1 - float(self._group(layer)["momentum"])) if self.lookahead == "whole" else 1.0
+        return self._carried(layer) if self.lookahead == "whole" else 1.0
 
     def _slopes(
         self, layers: Sequence[Layer], directions: Sequence[Tensor], cotangents: Sequence[Tensor]

@@ -153,11 +153,13 @@ def precondition_vjp(
         TypeError, ValueError: see the module's docstring; also where ``wanted`` or ``kept`` isn't as above.
     """
     held = None if kept is None else [kept]
-    if not torch.compiler.is_compiling():
-        checks.operands(G, A, B, S, V)
-        if kept is not None:
-            checks.kept_products(kept, G)
-    return foreach_precondition_vjp([G], [A], [B], [S], [V], kept=held, wanted=wanted, backend=backend)[0]
+    if torch.compiler.is_compiling():
+        return foreach_precondition_vjp([G], [A], [B], [S], [V], kept=held, wanted=wanted, backend=backend)[0]
+    checks.operands(G, A, B, S, V)
+    if kept is not None:
+        checks.kept_products(kept, G)
+    checks.wanted_letters(wanted)
+    return _checked_vjp([G], [A], [B], [S], [V], held, wanted, backend)[0]
 
 
 def foreach_precondition_vjp(
@@ -182,9 +184,7 @@ def foreach_precondition_vjp(
     checks.foreach_operands(Gs, As, Bs, Ss, Vs)
     if kept is not None:
         checks.kept_list(kept, Gs)
-    with torch.no_grad():
-        grads = serving(backend, Gs).foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, kept, wanted)
-    return [tuple(each[letter] for letter in wanted) for each in grads]
+    return _checked_vjp(Gs, As, Bs, Ss, Vs, kept, wanted, backend)
 
 
 def foreach_precondition_step_(
@@ -236,6 +236,21 @@ def explain(backend: str | None = None, Gs: Tensors = ()) -> str:
     """Which path would serve a call on ``Gs``, and why, in a sentence: ``"aten: it serves …"``."""
     choice = choose(backend, Gs)
     return f"{choice.name}: {choice.reason}"
+
+
+def _checked_vjp(
+    Gs: Tensors,
+    As: Tensors,
+    Bs: Tensors,
+    Ss: Tensors,
+    Vs: Tensors,
+    kept: Sequence[Kept] | None,
+    wanted: str,
+    backend: str | None,
+) -> list[tuple[Tensor, ...]]:
+    with torch.no_grad():
+        grads = serving(backend, Gs).foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, kept, wanted)
+    return [tuple(each[letter] for letter in wanted) for each in grads]
 
 
 def _compiled_precondition(

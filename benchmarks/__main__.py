@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ DEFAULT = ("environment", "throughput", "stability")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = _parser([name for name in PARTS if name in given]).parse_args(given)
     _check_device(options.device)
     for name in [options.part] if options.part else DEFAULT:
         console.rule(f"[bold]{name}")
@@ -38,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(named: Sequence[str]) -> argparse.ArgumentParser:
+    """For a call that names these parts: the others aren't imported, which takes seconds."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--quick", action="store_true", help="small models, few rounds: under three minutes in all")
     common.add_argument("--device", default="cpu", help="cpu, cuda, … (default: %(default)s)")
@@ -48,8 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parts = parser.add_subparsers(dest="part", metavar="PART")
     for name, text in PARTS.items():
-        _add_part_arguments(name, parts.add_parser(name, help=text, description=text, parents=[common]))
-    for name in DEFAULT:
+        part = parts.add_parser(name, help=text, description=text, parents=[common])
+        if name in named:
+            _add_part_arguments(name, part)
+    for name in () if named else DEFAULT:
         _add_defaults(name, parser)
     return parser
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks import results
+from benchmarks import markdown, results
 from benchmarks.report.aggregate import Group, grouped
 from benchmarks.report.collect import collect
 from benchmarks.studies.tables import summary
@@ -23,8 +23,8 @@ from benchmarks.training.searched import COMMITTED
 __all__ = ["RESULTS", "TABLES", "render"]
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc"
-COMPILED_RESULTS = ROOT / "benchmarks" / "results" / "triton-3.7.1"
+RESULTS = COMMITTED / "amd-epyc"
+COMPILED_RESULTS = COMMITTED / "triton-3.7.1"
 TITLES = {"mlp": "MLP 784-1000-1000-10", "lenet": "LeNet", "vgg16": "VGG16", "resnet18": "ResNet-18"}
 TITLES["transformer"] = "Transformer 6+6, 512"
 
@@ -56,7 +56,7 @@ def _ratios() -> str:
     header = ["", "forward ÷ chain", "forward + VJP ÷ autograd", "bf16 ÷ fp32", "fp16 ÷ fp32", "full ÷ blocks of 64"]
     keys = ["forward", "with VJP", "in bf16", "in fp16", "full/blocks"]
     rows = [[TITLES[row["model"]], *(_ratio(row[key]) for key in keys)] for row in content["ratios"]]
-    return _markdown(header, rows)
+    return markdown.table(header, rows, numbers=True)
 
 
 def _times() -> str:
@@ -70,7 +70,7 @@ def _times() -> str:
         for operation in ("apply", "refresh", "step"):
             found = [cells[model, operation, name] for name in names]
             rows.append([TITLES[model], operation, *(_milliseconds(row) for row in found)])
-    return _markdown(["ms, fp32", "", *names], rows)
+    return markdown.table(["ms, fp32", "", *names], rows, numbers=True)
 
 
 def _shapes() -> str:
@@ -80,7 +80,9 @@ def _shapes() -> str:
     for m, n in ((1000, 785), (1000, 1001), (256, 2305), (512, 2049), (512, 4609)):
         full, blocks, chain = (cells[m, n, name] for name in (FULL, BLOCKS, CHAIN))
         rows.append([f"{m}×{n}", *(f"{x:,.1f}" for x in (chain, full, blocks)), f"{full / blocks:.1f}×"])
-    return _markdown(["layer", "chain, ms", "full, ms", "blocks of 64, ms", "blocks faster than full by"], rows)
+    return markdown.table(
+        ["layer", "chain, ms", "full, ms", "blocks of 64, ms", "blocks faster than full by"], rows, numbers=True
+    )
 
 
 def _stability() -> str:
@@ -92,7 +94,7 @@ def _stability() -> str:
             found = [records[dtype, method] for dtype in ("fp32", "bf16", "fp16")]
             rows.append([label, *map(_breakdowns, found), *(f"{each['worst_arithmetic']:.0e}" for each in found)])
     header = ["recorded layers", "breakdowns in fp32", "in bf16", "in fp16", "worst arithmetic error in fp32", "bf16"]
-    return _markdown([*header, "fp16"], rows)
+    return markdown.table([*header, "fp16"], rows, numbers=True)
 
 
 def _learning_rates() -> str:
@@ -113,7 +115,7 @@ def _learning_rates() -> str:
             ]
         )
     header = ["optimizer", "loss, best fixed rate", "loss, learned from 1e-4 … 1e-1", "accuracy, best fixed rate, %"]
-    return _markdown([*header, "accuracy, learned, %", "from 1000 × the best rate"], rows)
+    return markdown.table([*header, "accuracy, learned, %", "from 1000 × the best rate"], rows, numbers=True)
 
 
 def _by_rate(outcomes: list[dict[str, Any]]) -> dict[float, tuple[float, float]]:
@@ -133,7 +135,7 @@ def _overhead() -> str:
         [name, f"{1e3 * row['step_seconds']:.1f}", f"{row['ratio']:.2f}"]
         for name, row in content["contestants"].items()
     ]
-    return _markdown(["optimizer", "ms a step", "÷ SGDm"], rows)
+    return markdown.table(["optimizer", "ms a step", "÷ SGDm"], rows, numbers=True)
 
 
 KERNELS = {
@@ -156,7 +158,7 @@ def _targets() -> str:
         for dtype in ("bfloat16", "float16", "float32"):
             of_all = [row for row in rows if row["stage"] in stages and row["dtype"] == dtype]
             lines.append([title, dtype, *(_worst([row for row in of_all if row["target"] == name]) for name in names)])
-    return _markdown(["", "", *names], lines)
+    return markdown.table(["", "", *names], lines, numbers=True)
 
 
 def _worst(rows: list[dict[str, Any]]) -> str:
@@ -182,11 +184,6 @@ def _milliseconds(row: dict[str, Any]) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _tasks() -> str:
     names = ("sgdm", "adam", "kfac", "shampoo", "apo")
     rows = []
@@ -202,7 +199,7 @@ def _tasks() -> str:
         what = f"{task}, {first['epochs']:.3g} epochs, {len(shown[0].runs)} seed{'s'[: len(shown[0].runs) - 1]}"
         cells = [_loss(loss, group) for loss, group in zip(losses, shown, strict=True)]
         rows.append([what, *(f"{loss}, {ms:.3g}" for loss, ms in zip(cells, times, strict=True))])
-    return _markdown(["task", *(f"{METHODS[name].label}: loss, ms a step" for name in names)], rows)
+    return markdown.table(["task", *(f"{METHODS[name].label}: loss, ms a step" for name in names)], rows, numbers=True)
 
 
 def _loss(loss: float, group: Group) -> str:
@@ -235,7 +232,7 @@ def _study() -> str:
         ]
         for name, label in STUDIED.items()
     ]
-    return _markdown(["training loss (seeds)", *tasks], rows)
+    return markdown.table(["training loss (seeds)", *tasks], rows, numbers=True)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.models.initial import he_
+from benchmarks.models.stages import stages
 
 __all__ = ["ResNet", "resnet18", "resnet32", "resnet34"]
 
@@ -52,14 +54,8 @@ class ResNet(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(widths[0])
-        blocks: list[nn.Module] = []
-        n = widths[0]
-        for stage, (depth, m) in enumerate(zip(depths, widths, strict=True)):
-            for place in range(depth):
-                blocks.append(Block(n, m, 2 if stage and not place else 1, projection=projection))
-                n = m
-        self.blocks = nn.Sequential(*blocks)
-        self.last = nn.Linear(n, classes)
+        self.blocks = stages(widths[0], depths, widths, partial(Block, projection=projection))
+        self.last = nn.Linear(widths[-1], classes)
         he_(self)
 
     def forward(self, x: Tensor) -> Tensor:

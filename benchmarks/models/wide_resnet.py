@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.models.initial import he_
+from benchmarks.models.stages import stages
 
 __all__ = ["WideResNet", "wide_resnet_28_10"]
 
@@ -37,16 +38,10 @@ class WideResNet(nn.Module):
         if (depth - 4) % 6:
             raise ValueError(f"depth must be 6k + 4, but got {depth}")
         self.first = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        blocks: list[nn.Module] = []
-        n = 16
-        for stage, channels in enumerate((16, 32, 64)):
-            m = max(int(factor * channels), 1)
-            for place in range((depth - 4) // 6):
-                blocks.append(Block(n, m, 2 if stage and not place else 1))
-                n = m
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.BatchNorm2d(n)
-        self.last = nn.Linear(n, classes)
+        widths = [max(int(factor * channels), 1) for channels in (16, 32, 64)]
+        self.blocks = stages(16, [(depth - 4) // 6] * 3, widths, Block)
+        self.norm = nn.BatchNorm2d(widths[-1])
+        self.last = nn.Linear(widths[-1], classes)
         he_(self)
 
     def forward(self, x: Tensor) -> Tensor:

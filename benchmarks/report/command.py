@@ -11,6 +11,7 @@ from typing import Any
 import rich.table
 from rich.markup import escape
 
+from benchmarks import markdown
 from benchmarks.console import console
 from benchmarks.report.collect import Found, collect, described
 from benchmarks.report.comparison import COLUMNS, rows
@@ -88,8 +89,7 @@ def _markdown(found: Found, tables: Sequence[Table], pictures: Sequence[str]) ->
     parts += ["What was run:", "", *(f"- `{task}`: {described(runs)}" for task, runs in found.items()), ""]
     for table in tables:
         if table.rows:
-            lines = [table.header, ["---"] * len(table.header), *table.rows]
-            cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-            parts += [f"## {table.title}", "", *([table.note, ""] if table.note else []), *cells, ""]
+            note = [table.note, ""] if table.note else []
+            parts += [f"## {table.title}", "", *note, markdown.table(table.header, table.rows), ""]
     parts += [f"![{name}]({name})" for name in pictures]
     return "\n".join(parts) + "\n"

@@ -93,14 +93,7 @@ def _grid(
         for method in ROWS:
             found = [select(group, dtype=dtype, method=method) for group in groups]
             if any(found):
-                cells = [cell(rows) if rows else "" for rows in found]
-                table.add_row(
-                    dtype if method == LIMIT else "",
-                    SHORT[method],
-                    *cells,
-                    style=_style(method),
-                    end_section=method == ROWS[-1],
-                )
+                _add_row(table, dtype, method, [cell(rows) if rows else "" for rows in found])
     return table
 
 
@@ -149,14 +142,19 @@ def _range_table(rows: Sequence[Row]) -> Table:
             result = sum((row.result for row in found), Counts())
             inside = sum((counts for row in found for counts in row.intermediates.values()), Counts())
             lost = (result.overflow, result.zero, result.subnormal, inside.overflow, inside.zero)
-            table.add_row(
-                dtype if method == LIMIT else "",
-                SHORT[method],
-                *(f"{count:,}" if count else "·" for count in lost),
-                style=_style(method),
-                end_section=method == ROWS[-1],
-            )
+            _add_row(table, dtype, method, [f"{count:,}" if count else "·" for count in lost])
     return table
+
+
+def _add_row(table: Table, dtype: str, method: str, cells: Sequence[str]) -> None:
+    """A method's row; the dtype stands before the first of its methods."""
+    table.add_row(
+        dtype if method == LIMIT else "",
+        SHORT[method],
+        *cells,
+        style=_style(method),
+        end_section=method == ROWS[-1],
+    )
 
 
 def _table(title: str, caption: str) -> Table:

@@ -6,6 +6,7 @@ import math
 from statistics import median
 from typing import Any
 
+from benchmarks.markdown import table
 from benchmarks.studies.variants import BASELINES, VARIANTS
 
 __all__ = ["markdown", "summary"]
@@ -35,17 +36,15 @@ def summary(runs: dict[str, Any]) -> dict[str, dict[str, Cell]]:
 def markdown(runs: dict[str, Any]) -> str:
     """Final training loss after equal steps, median (least to greatest; seeds), and seconds a run."""
     rows, tasks = summary(runs), list(dict.fromkeys(key.split("/")[0] for key in runs))
-    lines = [
-        "| way | what | " + " | ".join(tasks) + " | " + " | ".join(f"s, {task}" for task in tasks) + " |",
-        "|---" * (2 + 2 * len(tasks)) + "|",
-    ]
+    header = ["way", "what", *tasks, *(f"s, {task}" for task in tasks)]
+    lines = []
     for name in [*BASELINES, *VARIANTS]:
         if name not in rows:
             continue
         what = VARIANTS[name].what if name in VARIANTS else f"best of {len(BASELINES[name].grid)} settings"
         cells = [_cell(rows[name].get(task)) for task in tasks] + [_seconds(runs, name, task) for task in tasks]
-        lines.append(f"| {name} | {what} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, what, *cells])
+    return table(header, lines) + "\n"
 
 
 def _cell(cell: Cell | None) -> str:

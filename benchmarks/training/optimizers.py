@@ -114,6 +114,11 @@ def _apo(setting: Setting, hyper: Hyper) -> Optimizer:
     return apo.APO(setting.model, objective, **settings)
 
 
+def _normalised(label: str, kind: type[Optimizer], **own: float) -> Method:
+    """A method that divides by the root of a running second moment."""
+    return Method(label, _torch(kind), {"lr": 1e-3, **own}, {"lr": Range(1e-5, 1e-1)}, eps_of_fp16=1e-4)
+
+
 _RATES = Range(1e-4, 1.0)
 _SECOND_ORDER: dict[str, Range] = {
     "lr": Range(1e-3, 1.0),
@@ -135,27 +140,9 @@ _KFAC_DEFAULTS: Hyper = {
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD", _torch(torch.optim.SGD), {"lr": 0.1, "weight_decay": 0.0}, {"lr": Range(1e-3, 10.0)}),
     "sgdm": Method("SGDm", _torch(torch.optim.SGD), {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}, {"lr": _RATES}),
-    "rmsprop": Method(
-        "RMSprop",
-        _torch(torch.optim.RMSprop),
-        {"lr": 1e-3, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0},
-        {"lr": Range(1e-5, 1e-1)},
-        eps_of_fp16=1e-4,
-    ),
-    "adam": Method(
-        "Adam",
-        _torch(torch.optim.Adam),
-        {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0},
-        {"lr": Range(1e-5, 1e-1)},
-        eps_of_fp16=1e-4,
-    ),
-    "adamw": Method(
-        "AdamW",
-        _torch(torch.optim.AdamW),
-        {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01},
-        {"lr": Range(1e-5, 1e-1)},
-        eps_of_fp16=1e-4,
-    ),
+    "rmsprop": _normalised("RMSprop", torch.optim.RMSprop, alpha=0.99, eps=1e-8, weight_decay=0.0),
+    "adam": _normalised("Adam", torch.optim.Adam, eps=1e-8, weight_decay=0.0),
+    "adamw": _normalised("AdamW", torch.optim.AdamW, eps=1e-8, weight_decay=0.01),
     "kfac": Method("KFAC", _kfac(KFAC), _KFAC_DEFAULTS, _SECOND_ORDER),
     "ekfac": Method("EKFAC", _kfac(EKFAC), _KFAC_DEFAULTS, _SECOND_ORDER),
     "shampoo": Method(
