@@ -236,8 +236,10 @@ class APO(FrontEnd):
             return
         shares = [get_rate(self._group(x)) * self._carried(x) for x in layers]
         each = zip(shares, gradients, directions, strict=True)
-        total = torch.stack([(share * torch.sum(G * d, dtype=layers[0].S.dtype)) for share, G, d in each]).sum()
+        total = torch.stack([share * _inner(G, d, layers[0].S.dtype) for share, G, d in each]).sum()
         factor = (self.most_promised / total.clamp_min(self.most_promised)).to(directions[0].dtype)
+        if factor.device.type == "cpu" and factor.item() == 1:  # to look at it costs nothing there
+            return
         torch._foreach_mul_(list(directions), factor)
 
     def _meta_step(self, closure: Closure, loss: Any, *, move: bool) -> None:
@@ -257,11 +259,13 @@ class APO(FrontEnd):
         V_of = {p: v if has_grad[p] else None for p, v in zip(self.parameters, V, strict=True)}
         cotangents = [layer.view.gather(*_pair(V_of[p] for p in layer.view.parameters)) for layer in layers]
         by_group = self._slopes(layers, directions, cotangents) if self.adapt_lr else []
-        derivatives = preconditioner.block_gradients(layers, gradients, cotangents, kept)
+        relative = isinstance(self.meta, RelativeSteps)
+        derivatives = preconditioner.block_gradients(layers, gradients, cotangents, kept, relative=relative)
         del kept, V
         found: list[Tensor] = []
         for layer in self.layers:
-            # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G); a layer that had no gradient adds nothing
+            # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G), relative to the blocks where the steps are; a layer that had
+            # no gradient adds nothing
             own = derivatives.get(layer) or tuple(torch.zeros_like(x) for x in layer.tensors())
             torch._foreach_mul_(own, -get_rate(self._group(layer)) * self._reach(layer))
             found += own
@@ -404,6 +408,13 @@ def _check_group(group: dict[str, Any]) -> None:
         if group[name] is not None:
             checks.integer(name, group[name], least=1)
     checks.one_of("block_dtype", group["block_dtype"], (None, *_BLOCK_DTYPES))
+
+
+def _inner(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """``⟨x, y⟩`` of two matrices, summed in ``dtype``."""
+    if x.device.type == "cpu" and x.dtype == dtype and x.is_contiguous() and y.is_contiguous():
+        return torch.dot(x.flatten(), y.flatten())  # a pass and no copy
+    return torch.sum(x * y, dtype=dtype)
 
 
 def _pair(tensors: Iterable[Tensor | None]) -> tuple[Any, Tensor | None]:

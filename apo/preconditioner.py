@@ -131,9 +131,15 @@ def apply_and_keep(layers: Sequence[Layer], gradients: Sequence[Tensor]) -> tupl
 
 
 def block_gradients(
-    layers: Sequence[Layer], gradients: Sequence[Tensor], V: Sequence[Tensor], kept: Sequence[ak.Kept]
+    layers: Sequence[Layer],
+    gradients: Sequence[Tensor],
+    V: Sequence[Tensor],
+    kept: Sequence[ak.Kept],
+    *,
+    relative: bool,
 ) -> dict[Layer, tuple[Tensor, ...]]:
-    """The derivatives of ``Σ ⟨V, P(G)⟩``, a tuple a layer in the order of ``layer.learned``."""
+    """The derivatives of ``Σ ⟨V, P(G)⟩``, a tuple a layer in the order of ``layer.learned``; with ``relative``,
+    ``AᵀdA`` and ``BᵀdB`` in the blocks' place."""
     found: dict[Layer, tuple[Tensor, ...]] = {}
     for wanted in dict.fromkeys(layer.learned for layer in layers):
         at = [i for i, layer in enumerate(layers) if layer.learned == wanted]
@@ -144,6 +150,7 @@ def block_gradients(
             [V[i] for i in at],
             kept=[kept[i] for i in at],
             wanted=wanted,
+            relative=relative,
         )
         found.update(zip(those, derivatives, strict=True))
     return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apo.meta_optimizer import EPS
+from apo_kernels.aten import aligned_product
 
 __all__ = ["RelativeSteps"]
 
@@ -17,12 +18,12 @@ class RelativeSteps:
     """``A ← A (I − ε R)``, ``B`` likewise, and ``S ← S exp(−s)``, with R and s the directions of descent.
 
     A step of a block is taken in the coordinates that it makes for itself: with ``A (I + E)`` in place of A, the
-    derivative of Q with respect to E is ``Aᵀ dA``, whatever the scale and the basis of A (Li's PSGD, 2018, and Lin et
+    derivative of Q with respect to E is ``AᵀdA``, whatever the scale and the basis of A (Li's PSGD, 2018, and Lin et
     al.'s SINGD, 2024, step so too). Its symmetric part is taken; averaged briefly (β = 0.5: 0.9 is better on noisy
     gradients, and swings about the optimum where there is little noise); and divided by the Frobenius norm of the
     average, over all squares of a block-diagonal block, which bounds what a step does to any singular value to the
     share ε. So any condition number is reached in a number of steps that goes with its logarithm, and every entry of
-    ``Aᵀ dA`` counts by its size: dividing each by its own running RMS, as Adam does, makes noise of the small ones.
+    ``AᵀdA`` counts by its size: dividing each by its own running RMS, as Adam does, makes noise of the small ones.
 
     S steps in its logarithm by Adam, β = (0.9, 0.99), at a smaller rate: ``m n`` numbers learned from as many noisy
     derivatives.
@@ -61,7 +62,7 @@ class RelativeSteps:
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor]) -> None:
-        """One step from the meta-gradients, one a tensor."""
+        """One step from the meta-gradients, one a tensor: ``AᵀdA`` of a block A, ``dS`` of a scaling S."""
         for i, (tensor, grad) in enumerate(zip(self.tensors, grads, strict=True)):
             self.steps[i] += 1
             if self.blocks[i]:
@@ -69,15 +70,13 @@ class RelativeSteps:
             else:
                 self._step_scaling(i, tensor, grad)
 
-    def _step_block(self, i: int, X: Tensor, grad: Tensor) -> None:
-        R = X.mT @ grad
-        R = R + R.mT
+    def _step_block(self, i: int, X: Tensor, R: Tensor) -> None:
         average = self.averages[i]
         if average is None:
             average = self.averages[i] = torch.zeros_like(X)
-        average.lerp_(R, 1 - self.BLOCK_BETA)
+        average.lerp_(R + R.mT, 1 - self.BLOCK_BETA)
         length = torch.linalg.vector_norm(average).clamp_min(EPS[X.dtype])
-        X.sub_(X @ (average * (self.rates[i] / length)))
+        X.sub_(aligned_product(X, average).mul_(self.rates[i] / length))
 
     def _step_scaling(self, i: int, S: Tensor, grad: Tensor) -> None:
         slope = S * grad

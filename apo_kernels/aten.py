@@ -30,6 +30,7 @@ __all__ = [
     "Kept",
     "accumulation_dtype",
     "aligned_empty",
+    "aligned_product",
     "foreach_precondition",
     "foreach_precondition_keep",
     "foreach_precondition_step_",
@@ -51,12 +52,12 @@ class Kept(NamedTuple):
     """What the derivatives can reuse of a forward: three matrices of ``G``'s shape, in float32 (float64 for
     float64 operands).
 
-    ``R = S ⊙ BᵀGA``; ``U`` and ``W`` are ``GA`` and ``B(S⊙R)``, or, where ``B`` is the wider side, ``BᵀG`` and
-    ``(S⊙R)Aᵀ``. Only :func:`apo_kernels.precondition_vjp` on the same operands may be given them.
+    ``M = BᵀGA``; ``U`` and ``W`` are ``GA`` and ``B(S²⊙M)``, or, where ``B`` is the wider side, ``BᵀG`` and
+    ``(S²⊙M)Aᵀ``. Only :func:`apo_kernels.precondition_vjp` on the same operands may be given them.
     """
 
     U: Tensor
-    R: Tensor
+    M: Tensor
     W: Tensor
 
 
@@ -73,6 +74,11 @@ def aligned_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     return torch.empty((*batch, m, block_count(n, ALIGNMENT) * ALIGNMENT), dtype=dtype, device=device)[..., :n]
 
 
+def aligned_product(X: Tensor, Y: Tensor) -> Tensor:
+    """``X·Y`` in an :func:`aligned_empty`."""
+    return _product(X, Y, aligned_empty((*X.shape[:-1], Y.shape[-1]), X.dtype, X.device))
+
+
 def precondition(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *, wide: bool = False) -> Tensor:
     """``P(G)``, contiguous, of ``G``'s shape, in ``G``'s dtype or, if ``wide``, the accumulation dtype."""
     dtype = accumulation_dtype(G.dtype)
@@ -82,7 +88,10 @@ def precondition(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *, wide: bool = Fal
         W = torch.mm(B, M.mul_(S).mul_(S), out=U)  # each is written over what has been read for the last time
         return torch.mm(W, A.mT, out=M)
     p = _Problem(G, A, B, S, narrow_first=True)
-    return _apply(p, _forward(p).W, dtype if wide else G.dtype)
+    U = _right(p.G, p.A, p.buffer())
+    M = _left(p.B.mT, U, p.buffer())
+    W = _left(p.B, M.mul_(p.S).mul_(p.S), U)  # as above
+    return _apply(p, W, dtype if wide else G.dtype, out=M)
 
 
 def precondition_keep(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Kept]:
@@ -91,16 +100,20 @@ def precondition_keep(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> tuple[Tenso
         return _small_keep(G, A, B, S)
     p = _Problem(G, A, B, S)
     kept = _forward(p)
-    Y = _apply(p, kept.W, G.dtype)
+    Y = _apply(p, kept.W, G.dtype, p.buffer())
     return Y, Kept(*(p.leave(x) for x in kept))
 
 
 def precondition_vjp(
-    G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor, kept: Kept | None, wanted: str
+    G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor, kept: Kept | None, wanted: str, relative: bool = False
 ) -> dict[str, Tensor]:
-    """The derivatives named in ``wanted`` (letters of "GABS"), by name, in the accumulation dtype."""
+    """The derivatives named in ``wanted`` (letters of "GABS"), by name, in the accumulation dtype.
+
+    The ``relative`` ones cost the same: they are made of products with ``A`` and ``B`` in place of others without, and
+    those exist, ``AᵀdA = (VA)ᵀ W + (GA)ᵀ B(S²⊙N)`` and ``BᵀdB = N (S²⊙M)ᵀ + M (S²⊙N)ᵀ``.
+    """
     if _is_small(G, A, B, S, V.dtype) and G.shape[0] <= G.shape[1]:
-        return _small_vjp(G, A, B, S, V, kept, wanted)
+        return _small_vjp(G, A, B, S, V, kept, wanted, relative)
     p = _Problem(G, A, B, S)
     letters = wanted.translate(_SWAP) if p.transposed else wanted
     held = _forward(p, need_W="A" in letters) if kept is None else Kept(*(p.enter(x) for x in kept))
@@ -109,19 +122,21 @@ def precondition_vjp(
     UV = _right(V, p.A, p.buffer())
     N = _left(p.B.mT, UV, p.buffer())
     d: dict[str, Tensor] = {}
+    SN = N * p.S
     if "S" in letters:
-        d["S"] = p.leave((N * held.R).mul_(2)).contiguous()
-    if letters != "S":
-        TN = (N * p.S).mul_(p.S)
+        d["S"] = p.leave((SN * held.M).mul_(2)).contiguous()
+    TN = SN.mul_(p.S)
     if "B" in letters:
-        TM = held.R * p.S
-        d["B"] = p.leave_block(_sum_of_products(UV, TM.mT, held.U, TN.mT, like=p.B))
+        TM = (held.M * p.S).mul_(p.S)
+        left_V, left_G = (N, held.M) if relative else (UV, held.U)
+        d["B"] = p.leave_block(_sum_of_products(left_V, TM.mT, left_G, TN.mT, like=p.B))
     if "A" in letters or "G" in letters:
-        WN = _left(p.B, TN, UV)  # UV has been read for the last time
+        WN = _left(p.B, TN, N if relative else UV)  # which has been read for the last time
         if "A" in letters:
-            d["A"] = p.leave_block(_sum_of_products(V.mT, held.W, p.G.mT, WN, like=p.A))
+            left_V, left_G = (UV, held.U) if relative else (V, p.G)
+            d["A"] = p.leave_block(_sum_of_products(left_V.mT, held.W, left_G.mT, WN, like=p.A))
         if "G" in letters:
-            d["G"] = _apply(p, WN, p.dtype)
+            d["G"] = _apply(p, WN, p.dtype, p.buffer())
     return {name.translate(_SWAP): x for name, x in d.items()} if p.transposed else d
 
 
@@ -135,11 +150,18 @@ def foreach_precondition_keep(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors
 
 
 def foreach_precondition_vjp(
-    Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, Vs: Tensors, kept: Sequence[Kept] | None, wanted: str
+    Gs: Tensors,
+    As: Tensors,
+    Bs: Tensors,
+    Ss: Tensors,
+    Vs: Tensors,
+    kept: Sequence[Kept] | None,
+    wanted: str,
+    relative: bool = False,
 ) -> list[dict[str, Tensor]]:
     held = kept if kept is not None else [None] * len(Gs)
     each = zip(Gs, As, Bs, Ss, Vs, held, strict=True)
-    return [precondition_vjp(G, A, B, S, V, kept_one, wanted) for G, A, B, S, V, kept_one in each]
+    return [precondition_vjp(*operands, wanted, relative) for operands in each]
 
 
 def foreach_precondition_step_(
@@ -189,37 +211,39 @@ def _is_small(G: Tensor, A: Tensor, B: Tensor, S: Tensor, dtype: torch.dtype) ->
 
 def _small_keep(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Kept]:
     U = torch.mm(G, A)
-    R = torch.mm(B.mT, U).mul_(S)
-    T = R * S
+    M = torch.mm(B.mT, U)
+    T = (M * S).mul_(S)
     W = torch.mm(B, T)
-    return torch.mm(W, A.mT, out=T), Kept(U, R, W)
+    return torch.mm(W, A.mT, out=T), Kept(U, M, W)
 
 
 def _small_vjp(
-    G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor, kept: Kept | None, wanted: str
+    G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor, kept: Kept | None, wanted: str, relative: bool
 ) -> dict[str, Tensor]:
     if kept is None:
         U = torch.mm(G, A)
-        R = torch.mm(B.mT, U).mul_(S)
-        W = torch.mm(B, R * S) if "A" in wanted else R
+        M = torch.mm(B.mT, U)
+        W = torch.mm(B, (M * S).mul_(S)) if "A" in wanted else M
     else:
-        U, R, W = kept
+        U, M, W = kept
     UV = torch.mm(V, A)
     N = torch.mm(B.mT, UV)
     d: dict[str, Tensor] = {}
     T = None
     if "B" in wanted:
-        T = R * S
-        d["B"] = torch.mm(UV, T.mT)
+        T = (M * S).mul_(S)
+        d["B"] = torch.mm(N if relative else UV, T.mT)
+    SN = N.mul_(S)
     if "S" in wanted:
-        d["S"] = torch.mul(N, R, out=T).mul_(2)
-    TN = N.mul_(S).mul_(S)
+        d["S"] = torch.mul(SN, M, out=T).mul_(2)
+    TN = SN.mul_(S)
     if "B" in wanted:
-        d["B"] = _add_product(U, TN.mT, d["B"])
+        d["B"] = _add_product(M if relative else U, TN.mT, d["B"])
     if "A" in wanted or "G" in wanted:
-        WN = torch.mm(B, TN, out=UV)  # UV has been read for the last time
+        WN = torch.mm(B, TN, out=None if relative else UV)  # UV has been read for the last time
         if "A" in wanted:
-            d["A"] = _add_product(G.mT, WN, torch.mm(V.mT, W))
+            left_V, left_G = (UV, U) if relative else (V, G)
+            d["A"] = _add_product(left_G.mT, WN, torch.mm(left_V.mT, W))
         if "G" in wanted:
             d["G"] = torch.mm(WN, A.mT)
     return d
@@ -277,14 +301,13 @@ _SWAP = str.maketrans("AB", "BA")
 def _forward(p: _Problem, need_W: bool = True) -> Kept:
     U = _right(p.G, p.A, p.buffer())
     M = _left(p.B.mT, U, p.buffer())
-    R = M.mul_(p.S)
-    W = _left(p.B, R * p.S, p.buffer()) if need_W else R
-    return Kept(U, R, W)
+    W = _left(p.B, (M * p.S).mul_(p.S), p.buffer()) if need_W else M
+    return Kept(U, M, W)
 
 
-def _apply(p: _Problem, W: Tensor, dtype: torch.dtype) -> Tensor:
-    """``W Aᵀ``, the last product, as the caller gets it: contiguous, rounded to ``dtype``."""
-    return p.leave(_right(W, p.A.mT, p.buffer())).to(dtype).contiguous()
+def _apply(p: _Problem, W: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """``W Aᵀ``, the last product, through ``out``, as the caller gets it: contiguous, rounded to ``dtype``."""
+    return p.leave(_right(W, p.A.mT, out)).to(dtype).contiguous()
 
 
 def _right(X: Tensor, A: Tensor, out: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["block_count", "blocks_from_dense", "blocks_to_dense", "identity_block", "is_stack"]
+__all__ = ["block_count", "blocks_from_dense", "blocks_to_dense", "identity_block", "is_stack", "relative_derivative"]
 
 
 def block_count(size: int, block_size: int) -> int:
@@ -95,6 +95,17 @@ def blocks_from_dense(dense: Tensor, block_size: int) -> Tensor:
     padded = torch.nn.functional.pad(dense, (0, pad, 0, pad))
     tiles = padded.reshape(*dense.shape[:-2], count, block_size, count, block_size)
     return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).contiguous()
+
+
+def relative_derivative(block: Tensor, derivative: Tensor, size: int) -> Tensor:
+    """``XᵀdX`` of a block ``X`` of a side of this length and its derivative ``dX``, in ``dX``'s dtype.
+
+    It is the derivative with respect to ``E`` of ``X (I + E)`` at ``E = 0``.
+    """
+    found = block.mT.to(derivative.dtype) @ derivative
+    if size % max(block.shape[-1], 1):  # the last square of a stack sticks out, and what does has no effect
+        found[..., -1, size % block.shape[-1] :, :] = 0
+    return found
 
 
 def check_size(name: str, value: object, *, least: int) -> None:

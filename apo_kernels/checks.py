@@ -146,8 +146,8 @@ def kept_products(kept: Kept, G: Tensor, *, index: int | None = None) -> None:
     if not isinstance(kept, Kept):
         at = "" if index is None else f"[{index}]"
         raise TypeError(f"kept{at} must be the Kept that a forward with keep=True returned, but got {_kind(kept)}")
-    U, R, W = kept
-    if _plainly_matches(U, G) and _plainly_matches(R, G) and _plainly_matches(W, G) and G.element_size() >= 4:
+    U, M, W = kept
+    if _plainly_matches(U, G) and _plainly_matches(M, G) and _plainly_matches(W, G) and G.element_size() >= 4:
         return
     dtype, shape, device = accumulation_dtype(G.dtype), G.shape, G.device
     for i, x in enumerate(kept):

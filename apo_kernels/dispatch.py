@@ -52,6 +52,7 @@ class Backend(Protocol):
         Vs: Tensors,
         kept: Sequence[Kept] | None,
         wanted: str,
+        relative: bool = False,
     ) -> list[dict[str, Tensor]]: ...
 
     def foreach_precondition_step_(

@@ -125,6 +125,7 @@ def precondition_vjp(
     *,
     kept: Kept | None = None,
     wanted: str = "ABS",
+    relative: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """The derivatives of ``⟨V, P(G)⟩``, by hand: no graph is built. With ``M = BᵀGA`` and ``N = BᵀVA``::
@@ -143,6 +144,9 @@ def precondition_vjp(
         kept: what ``precondition(..., keep=True)`` returned for the same ``G, A, B, S``; saves its products
             (half of the FLOPs of a square layer).
         wanted: which derivatives, in which order; letters of ``"GABS"``. What isn't wanted isn't computed.
+        relative: in place of ``dA`` and ``dB``, ``AᵀdA`` and ``BᵀdB``: the derivatives with respect to E of
+            ``A (I + E)`` and ``B (I + E)``, for steps that are relative to a block. ``aten`` computes them at the same
+            cost, other backends with one product more.
         backend: see the module's docstring.
 
     Returns:
@@ -154,12 +158,14 @@ def precondition_vjp(
     """
     held = None if kept is None else [kept]
     if torch.compiler.is_compiling():
-        return foreach_precondition_vjp([G], [A], [B], [S], [V], kept=held, wanted=wanted, backend=backend)[0]
+        return foreach_precondition_vjp(
+            [G], [A], [B], [S], [V], kept=held, wanted=wanted, relative=relative, backend=backend
+        )[0]
     checks.operands(G, A, B, S, V)
     if kept is not None:
         checks.kept_products(kept, G)
     checks.wanted_letters(wanted)
-    return _checked_vjp([G], [A], [B], [S], [V], held, wanted, backend)[0]
+    return _checked_vjp([G], [A], [B], [S], [V], held, wanted, relative, backend)[0]
 
 
 def foreach_precondition_vjp(
@@ -171,20 +177,21 @@ def foreach_precondition_vjp(
     *,
     kept: Sequence[Kept] | None = None,
     wanted: str = "ABS",
+    relative: bool = False,
     backend: str | None = None,
 ) -> list[tuple[Tensor, ...]]:
     """:func:`precondition_vjp` of a whole model: lists of equal length, one entry a layer; a list of tuples."""
     checks.wanted_letters(wanted)
     if torch.compiler.is_compiling():
         flat: list[Tensor] = ops.foreach_precondition_vjp(
-            Gs, As, Bs, Ss, Vs, ops.flatten_kept(kept or []), wanted, backend
+            Gs, As, Bs, Ss, Vs, ops.flatten_kept(kept or []), wanted, backend, relative
         )
         step = len(wanted)
         return [tuple(flat[i : i + step]) for i in range(0, len(flat), step)]
     checks.foreach_operands(Gs, As, Bs, Ss, Vs)
     if kept is not None:
         checks.kept_list(kept, Gs)
-    return _checked_vjp(Gs, As, Bs, Ss, Vs, kept, wanted, backend)
+    return _checked_vjp(Gs, As, Bs, Ss, Vs, kept, wanted, relative, backend)
 
 
 def foreach_precondition_step_(
@@ -246,10 +253,11 @@ def _checked_vjp(
     Vs: Tensors,
     kept: Sequence[Kept] | None,
     wanted: str,
+    relative: bool,
     backend: str | None,
 ) -> list[tuple[Tensor, ...]]:
     with torch.no_grad():
-        grads = serving(backend, Gs).foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, kept, wanted)
+        grads = serving(backend, Gs).foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, kept, wanted, relative)
     return [tuple(each[letter] for letter in wanted) for each in grads]
 
 

@@ -57,7 +57,7 @@ def foreach_precondition_keep(
     Ss: Sequence[Tensor],
     backend: str | None = None,
 ) -> list[Tensor]:
-    """``P(G)`` of each, then ``U, R, W`` of each (:class:`apo_kernels.Kept`), which its backward reuses: the
+    """``P(G)`` of each, then ``U, M, W`` of each (:class:`apo_kernels.Kept`), which its backward reuses: the
     least time. Differentiable in the former only."""
     checks.foreach_operands(Gs, As, Bs, Ss)
     Ys, kept = serving(backend, Gs).foreach_precondition_keep(Gs, As, Bs, Ss)
@@ -74,15 +74,16 @@ def foreach_precondition_vjp(
     kept: Sequence[Tensor],
     wanted: str,
     backend: str | None = None,
+    relative: bool = False,
 ) -> list[Tensor]:
     """The derivatives named by ``wanted`` of each, one operand after the other: ``len(wanted)`` tensors each.
 
-    ``kept`` is empty, or ``U, R, W`` of each as :func:`foreach_precondition_keep` returns them.
+    ``kept`` is empty, or ``U, M, W`` of each as :func:`foreach_precondition_keep` returns them.
     """
     checks.wanted_letters(wanted)
     checks.foreach_operands(Gs, As, Bs, Ss, Vs)
     held = unflatten_kept(kept, Gs)
-    grads = serving(backend, Gs).foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, held, wanted)
+    grads = serving(backend, Gs).foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, held, wanted, relative)
     return [each[letter] for each in grads for letter in wanted]
 
 
@@ -151,7 +152,7 @@ def _(Gs, As, Bs, Ss, backend=None):  # type: ignore[no-untyped-def]
 
 
 @foreach_precondition_vjp.register_fake
-def _(Gs, As, Bs, Ss, Vs, kept, wanted, backend=None):  # type: ignore[no-untyped-def]
+def _(Gs, As, Bs, Ss, Vs, kept, wanted, backend=None, relative=False):  # type: ignore[no-untyped-def]
     checks.wanted_letters(wanted)
     checks.foreach_operands(Gs, As, Bs, Ss, Vs)
     unflatten_kept(kept, Gs)

@@ -11,13 +11,15 @@ The operator is Eq. 10 of Bae et al., "Amortized Proximal Optimization" (NeurIPS
     dB   = (V A)(S² ⊙ M)ᵀ + (G A)(S² ⊙ N)ᵀ
     dA   = Vᵀ B (S² ⊙ M) + Gᵀ B (S² ⊙ N)
     dG   = P(V)                                  (P is symmetric)
+
+and, relative to a block, ``AᵀdA`` and ``BᵀdB``.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from apo_kernels.blocks import blocks_from_dense, blocks_to_dense, is_stack
+from apo_kernels.blocks import blocks_from_dense, blocks_to_dense, is_stack, relative_derivative
 
 __all__ = ["precondition", "precondition_step", "precondition_vjp"]
 
@@ -28,8 +30,13 @@ def precondition(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> Tensor:
     return B @ (S.square() * (B.mT @ G @ A)) @ A.mT
 
 
-def precondition_vjp(G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(dG, dA, dB, dS)``, each of its operand's shape: the derivatives of ``⟨V, P(G)⟩``."""
+def precondition_vjp(
+    G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor, *, relative: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(dG, dA, dB, dS)``, each of its operand's shape: the derivatives of ``⟨V, P(G)⟩``.
+
+    With ``relative``, ``(dG, AᵀdA, BᵀdB, dS)``.
+    """
     A_dense, B_dense = _dense(A, G, G.shape[-1]), _dense(B, G, G.shape[-2])
     S2 = S.square()
     M, N = B_dense.mT @ G @ A_dense, B_dense.mT @ V @ A_dense
@@ -37,7 +44,10 @@ def precondition_vjp(G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor) -> t
     dB = (V @ A_dense) @ (S2 * M).mT + (G @ A_dense) @ (S2 * N).mT
     dA = V.mT @ B_dense @ (S2 * M) + G.mT @ B_dense @ (S2 * N)
     dG = B_dense @ (S2 * N) @ A_dense.mT
-    return dG, _like(dA, A, G), _like(dB, B, G), dS
+    dA, dB = _like(dA, A, G), _like(dB, B, G)
+    if relative:
+        dA, dB = relative_derivative(A, dA, G.shape[-1]), relative_derivative(B, dB, G.shape[-2])
+    return dG, dA, dB, dS
 
 
 def precondition_step(

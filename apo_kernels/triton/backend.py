@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from apo_kernels.aten import Kept, aligned_empty
-from apo_kernels.blocks import is_stack
+from apo_kernels.blocks import is_stack, relative_derivative
 from apo_kernels.triton.draft import Operands
 from apo_kernels.triton.plan import Operation, Step, plan_for
 from apo_kernels.triton.roles import Role
@@ -47,7 +47,7 @@ class TritonBackend:
         kept = [Kept(*(aligned_empty(G.shape, torch.float32, G.device) for _ in range(3))) for G in Gs]
         roles = {
             Role.KEEP_U: [each.U for each in kept],
-            Role.KEEP_R: [each.R for each in kept],
+            Role.KEEP_M: [each.M for each in kept],
             Role.KEEP_W: [each.W for each in kept],
         }
         self._run(Operation(keep=True), {**_operands(Gs, As, Bs, Ss), Role.OUT: Ys, **roles})
@@ -62,13 +62,19 @@ class TritonBackend:
         Vs: Tensors,
         kept: Sequence[Kept] | None,
         wanted: str,
+        relative: bool = False,
     ) -> list[dict[str, Tensor]]:
-        """The products of ``G`` are recomputed beside those of ``V``, in the same launches: ``kept`` isn't read."""
+        """The products of ``G`` are recomputed beside those of ``V``, in the same launches: ``kept`` isn't read.
+        ``relative`` ones are multiplied by their blocks afterwards."""
         like = dict(zip("GABS", (Gs, As, Bs, Ss), strict=True))
         results = {letter: [_derivative(x, G) for x, G in zip(like[letter], Gs, strict=True)] for letter in wanted}
         roles = {_DERIVATIVES[letter]: tensors for letter, tensors in results.items()}
         operation = Operation(wanted="".join(sorted(wanted)))
         self._run(operation, {**_operands(Gs, As, Bs, Ss), Role.V: Vs, **roles})
+        for letter, dim in (("A", -1), ("B", -2)):
+            if relative and letter in wanted:
+                each = zip(like[letter], results[letter], Gs, strict=True)
+                results[letter] = [relative_derivative(X, dX, G.shape[dim]) for X, dX, G in each]
         return [{letter: tensors[i] for letter, tensors in results.items()} for i in range(len(Gs))]
 
     def foreach_precondition_step_(

@@ -61,7 +61,7 @@ _G, _V, _A, _B, _S = (tl.constexpr(int(role)) for role in (Role.G, Role.V, Role.
 _U, _UV, _T, _TV = (tl.constexpr(int(role)) for role in (Role.U, Role.UV, Role.T, Role.TV))
 _W, _WV = tl.constexpr(int(Role.W)), tl.constexpr(int(Role.WV))
 _OUT, _MOMENTUM = tl.constexpr(int(Role.OUT)), tl.constexpr(int(Role.MOMENTUM))
-_KEEP_U, _KEEP_R, _KEEP_W = (tl.constexpr(int(role)) for role in (Role.KEEP_U, Role.KEEP_R, Role.KEEP_W))
+_KEEP_U, _KEEP_M, _KEEP_W = (tl.constexpr(int(role)) for role in (Role.KEEP_U, Role.KEEP_M, Role.KEEP_W))
 _DA, _DB, _DS = (tl.constexpr(int(role)) for role in (Role.DA, Role.DB, Role.DS))
 
 
@@ -236,13 +236,13 @@ def grouped_gemm(
         )  # fmt: skip
         p, sr, sc = matrix(operands, layer, _S, TYPE_S)
         s = load_tile(p, sr, sc, row0 + row, col0 + col, true_rows, true_cols, BM, BN).to(tl.float32)
-        acc *= s
         if KEEP:
             undo = 1.0
             if SCALED:
                 _, undo = scale_of(amax, layers, layer, _AMAX_G)
-            p, rr, rc = matrix(operands, layer, _KEEP_R, tl.float32)
-            store_tile(p, rr, rc, row0 + row, col0 + col, true_rows, true_cols, acc * undo, tl.float32, BM, BN)
+            p, mr, mc = matrix(operands, layer, _KEEP_M, tl.float32)
+            store_tile(p, mr, mc, row0 + row, col0 + col, true_rows, true_cols, acc * undo, tl.float32, BM, BN)
+        acc *= s
         if SCALED:
             q, _ = scale_of(amax, layers, layer, _AMAX_S)
             s = s * q * q

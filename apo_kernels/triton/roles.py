@@ -32,7 +32,7 @@ class Role(IntEnum):
     OUT = 11  # P(G), the weight θ, or dG
     MOMENTUM = 12
     KEEP_U = 13
-    KEEP_R = 14
+    KEEP_M = 14
     KEEP_W = 15
     DA = 16
     DB = 17

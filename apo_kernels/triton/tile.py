@@ -49,7 +49,7 @@ _GROUP_B, _GROUP_A = tl.constexpr(int(LayerField.GROUP_B)), tl.constexpr(int(Lay
 _COUNT_B, _COUNT_A = tl.constexpr(int(LayerField.COUNT_B)), tl.constexpr(int(LayerField.COUNT_A))
 _G, _V, _A, _B, _S = (tl.constexpr(int(role)) for role in (Role.G, Role.V, Role.A, Role.B, Role.S))
 _OUT, _MOMENTUM = tl.constexpr(int(Role.OUT)), tl.constexpr(int(Role.MOMENTUM))
-_KEEP_U, _KEEP_R, _KEEP_W = (tl.constexpr(int(role)) for role in (Role.KEEP_U, Role.KEEP_R, Role.KEEP_W))
+_KEEP_U, _KEEP_M, _KEEP_W = (tl.constexpr(int(role)) for role in (Role.KEEP_U, Role.KEEP_M, Role.KEEP_W))
 _DA, _DB, _DS = (tl.constexpr(int(role)) for role in (Role.DA, Role.DB, Role.DS))
 
 
@@ -94,7 +94,7 @@ def tile_forward(
     SIDE: tl.constexpr,
     SLAB: tl.constexpr,
 ):
-    """``P(G)`` of a tile, stored (and with it, if ``KEEP``, ``U``, ``R = S⊙M`` and ``W``) or made an update.
+    """``P(G)`` of a tile, stored (and with it, if ``KEEP``, ``U``, ``M`` and ``W``) or made an update.
 
     ``OF_V``: of the cotangent in ``G``'s place, ``dG = P(V)``.
     """
@@ -114,14 +114,14 @@ def tile_forward(
         scaling = load_tile(ps, sr, sc, row0, at, rows, here, SIDE, SLAB).to(tl.float32)
         u = tl.dot(g, a, input_precision=PRECISION)
         u_, c = narrowed(u, COMPUTE)
-        r = tl.dot(tl.trans(b), u_, input_precision=PRECISION) * c * scaling
-        t_, c = narrowed(r * scaling, COMPUTE)
+        m = tl.dot(tl.trans(b), u_, input_precision=PRECISION) * c
+        t_, c = narrowed(m * scaling * scaling, COMPUTE)
         w = tl.dot(b, t_, input_precision=PRECISION) * c
         if KEEP:
             pu, ur, uc = matrix(operands, layer, _KEEP_U, tl.float32)
             store_tile(pu, ur, uc, row0, at, rows, here, u, tl.float32, SIDE, SLAB)
-            pr, rr, rc = matrix(operands, layer, _KEEP_R, tl.float32)
-            store_tile(pr, rr, rc, row0, at, rows, here, r, tl.float32, SIDE, SLAB)
+            pm, mr, mc = matrix(operands, layer, _KEEP_M, tl.float32)
+            store_tile(pm, mr, mc, row0, at, rows, here, m, tl.float32, SIDE, SLAB)
             pw, wr, wc = matrix(operands, layer, _KEEP_W, tl.float32)
             store_tile(pw, wr, wc, row0, at, rows, here, w, tl.float32, SIDE, SLAB)
         w_, c = narrowed(w, COMPUTE)

@@ -120,7 +120,7 @@ VJP: list[tuple[type[Exception], str, dict[str, Callable[[], Any]]]] = [
     (T, "wanted must be a string", {"wanted": lambda: 3}),
     (T, "kept must be the Kept", {"kept": lambda: (r(M, N),) * 3}),
     (V, "kept.U must be a torch.float32 tensor of G's shape (4, 6)", {"kept": lambda: kept_of(r(M, N - 1))}),
-    (V, "kept.R must be", {"kept": lambda: kept_of(r(M, N))._replace(R=None)}),
+    (V, "kept.M must be", {"kept": lambda: kept_of(r(M, N))._replace(M=None)}),
     (V, "kept.W must be", {"kept": lambda: kept_of(r(M, N))._replace(W=r(M, N).half())}),
     (V, "backend must be None or one of ['aten'", {"backend": lambda: "cuda"}),
     (T, "backend must be None or one of ['aten'", {"backend": lambda: 1}),
