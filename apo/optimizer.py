@@ -321,17 +321,19 @@ class APO(FrontEnd):
     def _slopes(
         self, layers: Sequence[Layer], directions: Sequence[Tensor], cotangents: Sequence[Tensor]
     ) -> list[float]:
-        """``dQ/d log lr = −lr ⟨V, c P(G) + λθ⟩`` of each group, summed in float64; one synchronisation."""
+        """``dQ/d log lr = −lr ⟨V, c P(G) + λθ⟩`` of each group, the rows' sums in float64 (every entry in float64
+        takes ten times as long); one synchronisation."""
         device = self.parameters[0].device
         sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in self.param_groups]
         for layer, direction, V in zip(layers, directions, cotangents, strict=True):
             group = self._group(layer)
             reach = get_rate(group) * self._reach(layer)
-            sums[layer.group] -= reach * torch.sum(V * direction, dtype=torch.float64)
+            sums[layer.group] -= reach * torch.sum(V * direction, -1, dtype=layer.S.dtype).sum(dtype=torch.float64)
             decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
             if decay:
                 theta = layer.view.gather(*_pair(layer.view.parameters))
-                sums[layer.group] -= get_rate(group) * decay * torch.sum(V * theta, dtype=torch.float64)
+                decayed = torch.sum(V * theta, -1, dtype=layer.S.dtype).sum(dtype=torch.float64)
+                sums[layer.group] -= get_rate(group) * decay * decayed
         values: list[float] = torch.stack(sums).tolist()
         return values
 
