@@ -100,10 +100,13 @@ def _row(layer: Layer, group: dict[str, Any], meta_optimizer: str) -> PlanRow:
     batch = 1 if not view.batch else view.batch[0]
     sizes = (view.m, view.n, A.block_size, B.block_size)
     step = ak.precondition_flops(*sizes, batch=batch)
-    derivatives = ak.precondition_vjp_flops(*sizes, wanted=layer.learned, kept=True, batch=batch)
+    relative = meta_optimizer == "relative"
+    derivatives = ak.precondition_vjp_flops(*sizes, wanted=layer.learned, kept=True, relative=relative, batch=batch)
+    if relative:  # a step of which is a product
+        derivatives += sum(2 * X.shape[-1] * X.numel() for X in layer.tensors()[:-1])
     learned = sum(t.nbytes for t in layer.tensors())
     memory = sum(t.nbytes for t in (layer.A, layer.B, layer.S)) + 2 * learned
-    if meta_optimizer == "relative":  # which keeps one average of a block, and two of S
+    if relative:  # which keeps one average of a block, and two of S
         memory -= learned - layer.S.nbytes
     if group["momentum"] != 0:
         memory += layer.S.nbytes

@@ -109,14 +109,15 @@ def precondition_vjp(
 ) -> dict[str, Tensor]:
     """The derivatives named in ``wanted`` (letters of "GABS"), by name, in the accumulation dtype.
 
-    The ``relative`` ones cost the same: they are made of products with ``A`` and ``B`` in place of others without, and
-    those exist, ``AᵀdA = (VA)ᵀ W + (GA)ᵀ B(S²⊙N)`` and ``BᵀdB = N (S²⊙M)ᵀ + M (S²⊙N)ᵀ``.
+    The ``relative`` ones take nothing but M and N, ``AᵀdA = Nᵀ(S²⊙M) + Mᵀ(S²⊙N)`` and ``BᵀdB = N(S²⊙M)ᵀ + M(S²⊙N)ᵀ``,
+    and so a product less than ``dA`` and ``dB``.
     """
     if _is_small(G, A, B, S, V.dtype) and G.shape[0] <= G.shape[1]:
         return _small_vjp(G, A, B, S, V, kept, wanted, relative)
     p = _Problem(G, A, B, S)
     letters = wanted.translate(_SWAP) if p.transposed else wanted
-    held = _forward(p, need_W="A" in letters) if kept is None else Kept(*(p.enter(x) for x in kept))
+    need_W = "A" in letters and not relative
+    held = _forward(p, need_W=need_W) if kept is None else Kept(*(p.enter(x) for x in kept))
     V = p.enter(V)
 
     UV = _right(V, p.A, p.buffer())
@@ -126,17 +127,19 @@ def precondition_vjp(
     if "S" in letters:
         d["S"] = p.leave((SN * held.M).mul_(2)).contiguous()
     TN = SN.mul_(p.S)
-    if "B" in letters:
+    if "B" in letters or ("A" in letters and relative):
         TM = (held.M * p.S).mul_(p.S)
+    if "B" in letters:
         left_V, left_G = (N, held.M) if relative else (UV, held.U)
         d["B"] = p.leave_block(_sum_of_products(left_V, TM.mT, left_G, TN.mT, like=p.B))
-    if "A" in letters or "G" in letters:
-        WN = _left(p.B, TN, N if relative else UV)  # which has been read for the last time
-        if "A" in letters:
-            left_V, left_G = (UV, held.U) if relative else (V, p.G)
-            d["A"] = p.leave_block(_sum_of_products(left_V.mT, held.W, left_G.mT, WN, like=p.A))
-        if "G" in letters:
-            d["G"] = _apply(p, WN, p.dtype, p.buffer())
+    if "A" in letters and relative:
+        d["A"] = p.leave_block(_sum_of_products(N.mT, TM, held.M.mT, TN, like=p.A))
+    if need_W or "G" in letters:
+        WN = _left(p.B, TN, UV)  # UV has been read for the last time
+    if need_W:
+        d["A"] = p.leave_block(_sum_of_products(V.mT, held.W, p.G.mT, WN, like=p.A))
+    if "G" in letters:
+        d["G"] = _apply(p, WN, p.dtype, p.buffer())
     return {name.translate(_SWAP): x for name, x in d.items()} if p.transposed else d
 
 
@@ -161,7 +164,7 @@ def foreach_precondition_vjp(
 ) -> list[dict[str, Tensor]]:
     held = kept if kept is not None else [None] * len(Gs)
     each = zip(Gs, As, Bs, Ss, Vs, held, strict=True)
-    return [precondition_vjp(*operands, wanted, relative) for operands in each]
+    return [precondition_vjp(G, A, B, S, V, kept_one, wanted, relative) for G, A, B, S, V, kept_one in each]
 
 
 def foreach_precondition_step_(
@@ -220,32 +223,37 @@ def _small_keep(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> tuple[Tensor, Kep
 def _small_vjp(
     G: Tensor, A: Tensor, B: Tensor, S: Tensor, V: Tensor, kept: Kept | None, wanted: str, relative: bool
 ) -> dict[str, Tensor]:
+    need_W = "A" in wanted and not relative
     if kept is None:
         U = torch.mm(G, A)
         M = torch.mm(B.mT, U)
-        W = torch.mm(B, (M * S).mul_(S)) if "A" in wanted else M
+        W = torch.mm(B, (M * S).mul_(S)) if need_W else M
     else:
         U, M, W = kept
     UV = torch.mm(V, A)
     N = torch.mm(B.mT, UV)
     d: dict[str, Tensor] = {}
     T = None
-    if "B" in wanted:
+    if "B" in wanted or ("A" in wanted and relative):
         T = (M * S).mul_(S)
-        d["B"] = torch.mm(N if relative else UV, T.mT)
+        if "B" in wanted:
+            d["B"] = torch.mm(N if relative else UV, T.mT)
+        if "A" in wanted and relative:
+            d["A"] = torch.mm(N.mT, T)
     SN = N.mul_(S)
     if "S" in wanted:
         d["S"] = torch.mul(SN, M, out=T).mul_(2)
     TN = SN.mul_(S)
     if "B" in wanted:
         d["B"] = _add_product(M if relative else U, TN.mT, d["B"])
-    if "A" in wanted or "G" in wanted:
-        WN = torch.mm(B, TN, out=None if relative else UV)  # UV has been read for the last time
-        if "A" in wanted:
-            left_V, left_G = (UV, U) if relative else (V, G)
-            d["A"] = _add_product(left_G.mT, WN, torch.mm(left_V.mT, W))
-        if "G" in wanted:
-            d["G"] = torch.mm(WN, A.mT)
+    if "A" in wanted and relative:
+        d["A"] = _add_product(M.mT, TN, d["A"])
+    if need_W or "G" in wanted:
+        WN = torch.mm(B, TN, out=UV)  # UV has been read for the last time
+    if need_W:
+        d["A"] = _add_product(G.mT, WN, torch.mm(V.mT, W))
+    if "G" in wanted:
+        d["G"] = torch.mm(WN, A.mT)
     return d
 
 

@@ -100,10 +100,11 @@ def blocks_from_dense(dense: Tensor, block_size: int) -> Tensor:
 def relative_derivative(block: Tensor, derivative: Tensor, size: int) -> Tensor:
     """``XᵀdX`` of a block ``X`` of a side of this length and its derivative ``dX``, in ``dX``'s dtype.
 
-    It is the derivative with respect to ``E`` of ``X (I + E)`` at ``E = 0``.
+    It is the derivative with respect to ``E`` at ``X (I + E)``. Of a last square that sticks out, only what has an
+    effect is multiplied.
     """
     found = block.mT.to(derivative.dtype) @ derivative
-    if size % max(block.shape[-1], 1):  # the last square of a stack sticks out, and what does has no effect
+    if size % max(block.shape[-1], 1):
         found[..., -1, size % block.shape[-1] :, :] = 0
     return found
 

@@ -28,21 +28,24 @@ def precondition_vjp_flops(
     *,
     wanted: str = "ABS",
     kept: bool = False,
+    relative: bool = False,
     batch: int = 1,
 ) -> int:
     """FLOPs of the derivatives named in ``wanted``, with what the forward ``kept`` or without.
 
-    For all three of ``"ABS"`` and full blocks, ``n >= m``: ``6mn² + 8m²n`` if kept, ``8mn² + 12m²n`` if not.
+    For all three of ``"ABS"`` and full blocks, ``n >= m``: ``6mn² + 8m²n`` if kept, ``8mn² + 12m²n`` if not. For
+    ``relative`` ones, as ``aten`` computes them: ``6mn(m + n)`` and ``8mn(m + n)``.
     """
     wide, narrow = _sides(m, n, block_size_A, block_size_B)
     if _turned(m, n, block_size_A, block_size_B):
         wanted = wanted.translate(str.maketrans("AB", "BA"))
     total = wide + narrow  # V's products up to N
+    need_W = "A" in wanted and not relative
     if not kept:
-        total += wide + narrow + (narrow if "A" in wanted else 0)
+        total += wide + narrow + narrow * need_W
     if "B" in wanted:
         total += 2 * narrow
-    if "A" in wanted or "G" in wanted:
+    if need_W or "G" in wanted:
         total += narrow
     total += 2 * wide * ("A" in wanted) + wide * ("G" in wanted)
     return batch * total

@@ -144,9 +144,10 @@ def precondition_vjp(
         kept: what ``precondition(..., keep=True)`` returned for the same ``G, A, B, S``; saves its products
             (half of the FLOPs of a square layer).
         wanted: which derivatives, in which order; letters of ``"GABS"``. What isn't wanted isn't computed.
-        relative: in place of ``dA`` and ``dB``, ``AᵀdA`` and ``BᵀdB``: the derivatives with respect to E of
-            ``A (I + E)`` and ``B (I + E)``, for steps that are relative to a block. ``aten`` computes them at the same
-            cost, other backends with one product more.
+        relative: ``AᵀdA`` and ``BᵀdB`` in place of ``dA`` and ``dB``: the derivatives with respect to E at
+            ``A (I + E)`` and ``B (I + E)``, for steps that are relative to a block. They are
+            ``Nᵀ(S² ⊙ M) + Mᵀ(S² ⊙ N)`` and ``N (S² ⊙ M)ᵀ + M (S² ⊙ N)ᵀ``, so that ``aten`` needs a product less;
+            ``triton`` takes one more for each block.
         backend: see the module's docstring.
 
     Returns:

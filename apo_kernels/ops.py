@@ -76,7 +76,8 @@ def foreach_precondition_vjp(
     backend: str | None = None,
     relative: bool = False,
 ) -> list[Tensor]:
-    """The derivatives named by ``wanted`` of each, one operand after the other: ``len(wanted)`` tensors each.
+    """The derivatives named by ``wanted`` of each, one operand after the other: ``len(wanted)`` tensors each;
+    ``AᵀdA`` and ``BᵀdB`` for ``dA`` and ``dB`` if ``relative``.
 
     ``kept`` is empty, or ``U, M, W`` of each as :func:`foreach_precondition_keep` returns them.
     """
@@ -301,11 +302,13 @@ def _(
     Vs: list[Shape],
     kept: list[Shape],
     wanted: str,
+    backend: str | None = None,
+    relative: bool = False,
     *_: Any,
     **__: Any,
 ) -> int:
     total = 0
     for G, A, B in zip(Gs, As, Bs, strict=True):
         m, n, b_A, b_B, batch = _layout(G, A, B)
-        total += precondition_vjp_flops(m, n, b_A, b_B, wanted=wanted, kept=bool(kept), batch=batch)
+        total += precondition_vjp_flops(m, n, b_A, b_B, wanted=wanted, kept=bool(kept), relative=relative, batch=batch)
     return total

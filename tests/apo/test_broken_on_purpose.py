@@ -44,11 +44,16 @@ def derivatives_changed(change: Callable[..., tuple[Tensor, ...]]) -> Callable[[
     def apply(patch: Patch) -> None:
         true = ak.foreach_precondition_vjp
 
-        def vjp(Gs: Any, As: Any, Bs: Any, Ss: Any, Vs: Any, *, kept: Any, wanted: str) -> list[tuple[Tensor, ...]]:
-            found = true(Gs, As, Bs, Ss, Vs, kept=kept, wanted=wanted)
+        def vjp(
+            Gs: Any, As: Any, Bs: Any, Ss: Any, Vs: Any, *, kept: Any, wanted: str, relative: bool
+        ) -> list[tuple[Tensor, ...]]:
             if wanted != "ABS":
-                return found
-            return [change(*operands) for operands in zip(Gs, As, Bs, Ss, Vs, found, strict=True)]
+                return true(Gs, As, Bs, Ss, Vs, kept=kept, wanted=wanted, relative=relative)
+            found = true(Gs, As, Bs, Ss, Vs, kept=kept, wanted=wanted)
+            changed = [change(*operands) for operands in zip(Gs, As, Bs, Ss, Vs, found, strict=True)]
+            if not relative:
+                return changed
+            return [(A.mT @ dA, B.mT @ dB, dS) for A, B, (dA, dB, dS) in zip(As, Bs, changed, strict=True)]
 
         patch.setattr(preconditioner.ak, "foreach_precondition_vjp", vjp)
 
@@ -141,7 +146,7 @@ def one_mask_each(patch: Patch) -> None:
 
 
 def blocks_test(patch: Patch) -> None:
-    test_meta_gradient.test_blocks_equal_finite_differences("mlp", None, True, patch)
+    test_meta_gradient.test_blocks_equal_finite_differences("mlp", None, True, "relative", patch)
 
 
 def terms_test(patch: Patch) -> None:
@@ -149,8 +154,8 @@ def terms_test(patch: Patch) -> None:
 
 
 def unrolled_test(patch: Patch) -> None:
-    for taken in ("whole", "step"):
-        test_meta_gradient.test_blocks_equal_autograd_through_an_unrolled_step("mlp", None, taken, patch)
+    for settings in (("whole", "relative"), ("step", "adam")):
+        test_meta_gradient.test_blocks_equal_autograd_through_an_unrolled_step("mlp", None, *settings, patch)
 
 
 def rate_test(patch: Patch) -> None:

@@ -12,10 +12,11 @@ from apo.relative_steps import RelativeSteps
 
 
 def stepped(tensor: Tensor, grads: list[Tensor], *, block: bool, rate: float = 0.1) -> Tensor:
+    """Where steps along these derivatives lead; a block's are made relative to where it is."""
     tensor = tensor.clone()
     steps = RelativeSteps([tensor], [rate], [block])
     for grad in grads:
-        steps.step([grad])
+        steps.step([tensor.mT @ grad if block else grad])
     return tensor
 
 

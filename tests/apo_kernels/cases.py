@@ -37,9 +37,10 @@ class Layer:
         """The truth: float64 from the definition."""
         return reference.precondition(*self.exact.operands)
 
-    def derivatives(self) -> dict[str, Tensor]:
+    def derivatives(self, *, relative: bool = False) -> dict[str, Tensor]:
         exact = self.exact
-        return dict(zip("GABS", reference.precondition_vjp(*exact.operands, exact.V), strict=True))
+        found = reference.precondition_vjp(*exact.operands, exact.V, relative=relative)
+        return dict(zip("GABS", found, strict=True))
 
 
 def make(

@@ -91,6 +91,7 @@ def test_opcheck(b_A: int | None, b_B: int | None, dtype: torch.dtype) -> None:
     thetas, buffers = [V.clone() for V in Vs], [V.clone() for V in Vs]
     torch.library.opcheck(ops.foreach_precondition_vjp.default, (*operands, Vs, [], "ABS"))
     torch.library.opcheck(ops.foreach_precondition_vjp.default, (*operands, Vs, kept, "GS"))
+    torch.library.opcheck(ops.foreach_precondition_vjp.default, (*operands, Vs, kept, "AB", None, True))
     step = ops.foreach_precondition_step_.default
     torch.library.opcheck(step, (thetas, *operands, buffers, 0.1, None, 0.9, 0.1))
     torch.library.opcheck(step, (thetas, *operands, [], 0.0, torch.tensor(0.1), 0.0, 0.0))
@@ -165,9 +166,10 @@ def test_flops_are_those_of_the_formula(m: int, n: int, b_A: int | None, b_B: in
     kept = ak.precondition(*layer.operands, keep=True)[1]
     for held in (None, kept):
         for wanted in ("ABS", "GABS", "S", "A", "B", "G"):
-            found = count(lambda: ak.precondition_vjp(*layer.operands, layer.V, kept=held, wanted=wanted))  # noqa: B023
-            formula = ak.precondition_vjp_flops(m, n, b_A, b_B, kept=held is not None, wanted=wanted)
-            assert found == formula
+            for relative in (False, True):
+                how = {"wanted": wanted, "relative": relative}
+                found = count(lambda: ak.precondition_vjp(*layer.operands, layer.V, kept=held, **how))  # noqa: B023
+                assert found == ak.precondition_vjp_flops(m, n, b_A, b_B, kept=held is not None, **how)
 
 
 def test_flops_of_full_blocks_are_the_designs() -> None:
@@ -175,6 +177,8 @@ def test_flops_of_full_blocks_are_the_designs() -> None:
     assert ak.precondition_flops(m, n) == 4 * m * n * (m + n)
     assert ak.precondition_vjp_flops(m, n, kept=True) == 6 * m * n**2 + 8 * m**2 * n
     assert ak.precondition_vjp_flops(m, n) == 8 * m * n**2 + 12 * m**2 * n
+    assert ak.precondition_vjp_flops(m, n, kept=True, relative=True) == 6 * m * n * (m + n)
+    assert ak.precondition_vjp_flops(m, n, relative=True) == 8 * m * n * (m + n)
     # The wider side is the one with the fewer products, whichever it is.
     assert ak.precondition_vjp_flops(n, m, kept=True) == ak.precondition_vjp_flops(m, n, kept=True)
     # Whole blocks of b cost 8b FLOP a weight in place of 4(m + n).

@@ -61,6 +61,7 @@ def test_forward(m: int, n: int, b_A: int | None, b_B: int | None, dtype: torch.
     layout=layouts,
     wanted=st.sampled_from(["ABS", "GABS", "S", "A", "B", "G", "SA", "BG", "SBAG"]),
     keep=st.booleans(),
+    relative=st.booleans(),
 )
 def test_derivatives(
     m: int,
@@ -71,11 +72,12 @@ def test_derivatives(
     layout: tuple[str, ...],
     wanted: str,
     keep: bool,
+    relative: bool,
 ) -> None:
     layer = laid_out(make(m, n, b_A, b_B, dtype=dtype), layout)
     before = [x.clone() for x in (*layer.operands, layer.V)]
     kept = ak.precondition(*layer.operands, keep=True)[1] if keep else None
-    found = ak.precondition_vjp(*layer.operands, layer.V, kept=kept, wanted=wanted)
+    found = ak.precondition_vjp(*layer.operands, layer.V, kept=kept, wanted=wanted, relative=relative)
     wide = aten.accumulation_dtype(dtype)
     for name, derivative in zip(wanted, found, strict=True):
         operand = getattr(layer, name)
@@ -83,7 +85,7 @@ def test_derivatives(
         assert derivative.shape == operand.shape
         assert derivative.is_contiguous()
         # Never rounded to 16 bits: only the float32 sums differ from float64's.
-        assert relative_error(derivative, layer.derivatives()[name]) < TOLERANCE[wide]
+        assert relative_error(derivative, layer.derivatives(relative=relative)[name]) < TOLERANCE[wide]
     assert all(torch.equal(x, y) for x, y in zip(before, (*layer.operands, layer.V), strict=True))
 
 
@@ -94,14 +96,14 @@ def test_batches_are_matrices_one_by_one(
     m: int, n: int, batch: tuple[int, ...], b_A: int | None, b_B: int | None
 ) -> None:
     layer = make(m, n, b_A, b_B, batch=batch)
-    found = [*ak.precondition_vjp(*layer.operands, layer.V, wanted="GABS"), ak.precondition(*layer.operands)]
     Y, kept = ak.precondition(*layer.operands, keep=True)
-    found_kept = [*ak.precondition_vjp(*layer.operands, layer.V, wanted="GABS", kept=kept), Y]
-    truth = [*layer.derivatives().values(), layer.forward()]
-    for f, k, t in zip(found, found_kept, truth, strict=True):
-        assert f.shape == k.shape == t.shape
-        assert relative_error(f, t) < 1e-12
-        assert relative_error(k, t) < 1e-12
+    for relative in (False, True):
+        truth = [*layer.derivatives(relative=relative).values(), layer.forward()]
+        for held, y in ((None, ak.precondition(*layer.operands)), (kept, Y)):
+            of = ak.precondition_vjp(*layer.operands, layer.V, wanted="GABS", kept=held, relative=relative)
+            for f, t in zip((*of, y), truth, strict=True):
+                assert f.shape == t.shape
+                assert relative_error(f, t) < 1e-12
 
 
 @pytest.mark.parametrize(("m", "n"), [(0, 3), (3, 0), (0, 0)])
@@ -123,10 +125,11 @@ def test_large_odd_layers(m: int, n: int, b_A: int | None, b_B: int | None) -> N
     Y, kept = ak.precondition(*layer.operands, keep=True)
     assert relative_error(Y, layer.forward()) < 1e-5
     for held in (kept, None):
-        found = ak.precondition_vjp(*layer.operands, layer.V, kept=held, wanted="GABS")
-        for derivative, truth in zip(found, layer.derivatives().values(), strict=True):
-            assert relative_error(derivative, truth) < 1e-5
-            assert derivative.is_contiguous()
+        for relative in (False, True):
+            found = ak.precondition_vjp(*layer.operands, layer.V, kept=held, wanted="GABS", relative=relative)
+            for derivative, truth in zip(found, layer.derivatives(relative=relative).values(), strict=True):
+                assert relative_error(derivative, truth) < 1e-5
+                assert derivative.is_contiguous()
 
 
 def test_expanded_operands() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 import apo_kernels as ak
 from apo_kernels import reference
@@ -29,6 +30,23 @@ def test_derivatives_are_autograds(b_A: int | None, b_B: int | None) -> None:
     expected = torch.autograd.grad(reference.precondition(*leaves), leaves, layer.V)
     found = reference.precondition_vjp(*layer.operands, layer.V)
     assert all(relative_error(f, e) < 1e-13 for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("b_A", "b_B"), [(None, None), (3, None), (2, 4), (1, 1), (9, 9)])
+def test_relative_derivatives_are_autograds_at_blocks_times_one_and_a_bit(b_A: int | None, b_B: int | None) -> None:
+    layer = make(4, 7, b_A, b_B)
+    E_A, E_B = torch.zeros_like(layer.A).requires_grad_(), torch.zeros_like(layer.B).requires_grad_()
+    A, B = (layer.A if b_A is None else whole(layer.A, 7)), (layer.B if b_B is None else whole(layer.B, 4))
+    Y = reference.precondition(layer.G, A + A @ E_A, B + B @ E_B, layer.S)
+    expected = torch.autograd.grad(Y, (E_A, E_B), layer.V)
+    _, found_A, found_B, _ = reference.precondition_vjp(*layer.operands, layer.V, relative=True)
+    assert relative_error(found_A, expected[0]) < 1e-13
+    assert relative_error(found_B, expected[1]) < 1e-13
+
+
+def whole(stack: Tensor, side: int) -> Tensor:
+    """With zeros where the last square sticks out."""
+    return ak.blocks_from_dense(ak.blocks_to_dense(stack, side), stack.shape[-1])
 
 
 def test_step_is_sgd_where_the_preconditioner_is_the_identity() -> None:

@@ -48,10 +48,10 @@ class Model:
         """``P(G)`` in float64 of the operands as they are."""
         return [reference.precondition(*(x.double() for x in each)) for each in zip(*self.operands, strict=True)]
 
-    def expected_vjp(self) -> list[dict[str, Tensor]]:
+    def expected_vjp(self, *, relative: bool = False) -> list[dict[str, Tensor]]:
         """All derivatives, by letter, in float64."""
         wide = ([x.double() for x in each] for each in zip(*self.operands, self.Vs, strict=True))
-        return [dict(zip("GABS", reference.precondition_vjp(*each), strict=True)) for each in wide]
+        return [dict(zip("GABS", reference.precondition_vjp(*each, relative=relative), strict=True)) for each in wide]
 
 
 def block(side: int, b: int | None, dtype: torch.dtype, device: str = "cpu") -> Tensor:

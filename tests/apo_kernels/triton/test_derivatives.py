@@ -17,9 +17,9 @@ from apo_kernels.triton import config
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison")]
 
 
-def check(layers: Model, dtype: torch.dtype, wanted: str = "GABS") -> None:
-    found = ak.foreach_precondition_vjp(*layers.operands, layers.Vs, wanted=wanted, backend="triton")
-    for G, each, expected in zip(layers.Gs, found, layers.expected_vjp(), strict=True):
+def check(layers: Model, dtype: torch.dtype, wanted: str = "GABS", *, relative: bool = False) -> None:
+    found = ak.foreach_precondition_vjp(*layers.operands, layers.Vs, wanted=wanted, relative=relative, backend="triton")
+    for G, each, expected in zip(layers.Gs, found, layers.expected_vjp(relative=relative), strict=True):
         for letter, x in zip(wanted, each, strict=True):
             assert x.dtype == torch.float32
             assert x.is_contiguous()
@@ -41,6 +41,13 @@ def test_operands_that_lie_well_are_used_as_they_are(dtype: torch.dtype, side: i
 @pytest.mark.parametrize("side", [None, 16])
 def test_what_isnt_wanted_changes_nothing(wanted: str, side: int | None) -> None:
     check(model(((33, 70), (7, 13)), torch.float32, A=side, B=side), torch.float32, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("A", "B"), [(None, None), (16, None), (1, 30)])
+@pytest.mark.parametrize("wanted", ["GABS", "BS"])
+def test_relative_to_the_blocks(dtype: torch.dtype, A: int | None, B: int | None, wanted: str) -> None:
+    check(model(((33, 70), (7, 13), (0, 5)), dtype, A=A, B=B), dtype, wanted, relative=True)
 
 
 @pytest.mark.parametrize("how", ["transposed", "sliced", "spaced"])
