@@ -11,9 +11,9 @@ EPYC, float32, 1000 × 1001: 28 ms against 21 ms), and a bias column makes most 
 
 **Which association.** The forward costs the same in either order, but the derivatives don't: with
 ``U = G A`` first they take 3 products on ``A``'s side and 4 on ``B``'s, with ``BᵀG`` first the reverse. The
-wider side gets the 3. A forward that nothing is kept of takes the narrower side first: that is as cheap and, on
-the gradients of a softmax layer, several times more accurate. The second order is the first one on the
-transposed problem, ``P(Gᵀ; B, A, Sᵀ) = P(G; A, B, S)ᵀ``, so only one is written.
+wider side gets the 3. (Relative derivatives take 3 on either.) A forward that nothing is kept of takes the
+narrower side first: that is as cheap and, on the gradients of a softmax layer, several times more accurate. The
+second order is the first one on the transposed problem, ``P(Gᵀ; B, A, Sᵀ) = P(G; A, B, S)ᵀ``, so only one is written.
 """
 
 from __future__ import annotations
