@@ -74,7 +74,7 @@ class RelativeSteps:
         average = self.averages[i]
         if average is None:
             average = self.averages[i] = torch.zeros_like(X)
-        average.lerp_(R + R.mT, 1 - self.BLOCK_BETA)
+        average.lerp_(R, 1 - self.BLOCK_BETA).add_(R.mT, alpha=1 - self.BLOCK_BETA)
         length = torch.linalg.vector_norm(average).clamp_min(EPS[X.dtype])
         X.sub_(aligned_product(X, average).mul_(self.rates[i] / length))
 
