@@ -99,7 +99,7 @@ class APO(FrontEnd):
     every step pay most while P has far to go, hence the long ``warmup``; afterwards ``interval=1``
     still pays by steps. One of KFAC's three seeds diverged on the ill-conditioned regression.
 
-    **How the sizes were chosen.** At a width of 1000 a step costs 3.2 of SGDm's with blocks of 64 and 17.8 with full
+    **How the sizes were chosen.** At a width of 1000 a step costs 2.9 of SGDm's with blocks of 64 and 16.2 with full
     ones (``benchmarks/overhead.py``, interval 10): so 64. Full blocks learn better where they can be afforded
     (diabetes, interval 1: 2.7e-7). ``max_dim`` bounds memory: 0.8 GB for a full block with its meta-optimizer's state
     and derivative.
