@@ -174,7 +174,11 @@ METHODS: dict[str, Method] = {
             "fsd_weight": None,
             "wsd_weight": 0.0,
         },
-        {"fsd_weight": Range(0.1, 30.0), "interval": Range(choices=(1, 10))},
+        {
+            "fsd_weight": Range(0.1, 30.0),
+            "interval": Range(choices=(1, 10)),
+            "momentum": Range(choices=(0.0, 0.9)),  # P adapts sooner without
+        },
     ),
 }
 """The optimizers at a fixed rate, and APO. :func:`method` knows their other forms too."""
