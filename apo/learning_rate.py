@@ -40,6 +40,7 @@ class LogRates:
         *,
         meta_lr: float,
         meta_optimizer: MetaOptimizerName,
+        meta_decay: float,
         shared: bool,
         bounds: tuple[float, float],
     ) -> None:
@@ -50,7 +51,7 @@ class LogRates:
         self.bounds = float(bounds[0]), float(bounds[1])
         if not 0 < self.bounds[0] < self.bounds[1]:
             raise ValueError(f"bounds must be rates 0 < least < greatest, but got {bounds!r}")
-        self.meta = MetaOptimizer([], [], meta_optimizer)
+        self.meta = MetaOptimizer([], [], meta_optimizer, decay=meta_decay)
         self.grow(1 if shared else count)
 
     def grow(self, count: int = 1) -> None:
@@ -146,6 +147,8 @@ class AdaptiveLR(FrontEnd):
         warmup: int = 50,
         meta_lr: float = 0.1,
         meta_optimizer: MetaOptimizerName = "rmsprop",
+        meta_decay: float | None = None,
+        reach: float = 1.0,
         shared: bool = False,
         bounds: tuple[float, float] = (1e-10, 1e4),
         grad_scaler: GradScaler | None = None,
@@ -163,10 +166,15 @@ class AdaptiveLR(FrontEnd):
         checks.parameters(p for g in optimizer.param_groups for p in g["params"])
         checks.integer("interval", interval, least=0)
         checks.integer("warmup", warmup, least=0)
+        self.reach = checks.number("reach", reach, above=True)
+        if self.reach > 1:
+            raise ValueError(f"reach must be a number in (0, 1], but got {reach!r}")
+        fresh = objective.loss is not None
         rates = LogRates(
             len(optimizer.param_groups),
             meta_lr=meta_lr,
             meta_optimizer=meta_optimizer,
+            meta_decay=checks.fraction("meta_decay", (0.9 if fresh else 0.99) if meta_decay is None else meta_decay),
             shared=shared,
             bounds=bounds,
         )
@@ -174,7 +182,7 @@ class AdaptiveLR(FrontEnd):
         self.optimizer = optimizer
         self.rates = rates
         self.linear = False
-        self._init_front_end(objective.with_default(fsd_weight=0.3), interval, warmup, grad_scaler)
+        self._init_front_end(objective.with_default(fsd_weight=0.1 if fresh else 0.3), interval, warmup, grad_scaler)
         self._link()
 
     def _link(self) -> None:
@@ -203,13 +211,18 @@ class AdaptiveLR(FrontEnd):
         anchor = self.objective.anchor(parameters)
         with Lookahead(parameters) as lookahead, OptimizerState(self.optimizer) as state:
             self.optimizer.step()
+            if self.reach != 1:
+                torch._foreach_lerp_(parameters, lookahead.start, 1 - self.reach)
             V, passed = self._evaluate(closure, loss, lookahead.start, anchor)
             steps = torch._foreach_sub(parameters, lookahead.start)
             by_group = slopes(groups, V, steps)
             finite = all(map(math.isfinite, by_group))
+            if passed and self.reach < 1:
+                # The whole step hasn't been tried. The slope half-way times the step is what it changes.
+                passed = sum(by_group) / self.reach <= 1 + abs(self.last.objective)
             if passed and move:
                 factors = self.rates.update(groups, by_group) if finite else [1.0] * len(groups)
-                torch._foreach_mul_(steps, [f for f, g in zip(factors, groups, strict=True) for _ in g["params"]])
+                torch._foreach_mul_(steps, [f / self.reach for f, g in zip(factors, groups, strict=True) for _ in g["params"]])
                 torch._foreach_add_(steps, lookahead.start)
                 torch._foreach_copy_(parameters, steps)
                 lookahead.commit()
