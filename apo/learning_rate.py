@@ -40,7 +40,7 @@ class LogRates:
         *,
         meta_lr: float,
         meta_optimizer: MetaOptimizerName,
-        meta_decay: float,
+        meta_decay: float = 0.99,
         shared: bool,
         bounds: tuple[float, float],
     ) -> None:
@@ -109,29 +109,50 @@ class AdaptiveLR(FrontEnd):
     """Learns the learning rate of ``optimizer`` while it trains (section 4.2 of the paper, Algorithm 1).
 
     ``φ = log lr``; ``dQ/d log lr = ⟨∇_θ′ Q, θ′ − θ⟩``, so that a meta-step costs one more run of the closure, two
-    evaluations of B′ and a backward, and the real step is the trial's, scaled: ``θ + (lr_new / lr_old)(θ′ − θ)``.
-    While one runs it holds a copy of the weights and of the optimizer's state, so that an exception or a failed
-    trial can undo it.
+    evaluations of B′ and a backward (no run of the closure where the objective has a ``loss`` of its own), and the
+    real step is the trial's, scaled: ``θ + (lr_new / lr_old)(θ′ − θ)``. While one runs it holds a copy of the weights
+    and of the optimizer's state, so that an exception or a failed trial can undo it.
 
     The one-step objective is short-sighted: on deterministic problems it settles below the best fixed rate of plain
-    SGD and RMSprop, and where gradient noise dominates it doesn't decay the rate as a schedule would.
+    SGD and RMSprop. And where gradient noise dominates, the loss on B itself doesn't let it decay the rate as a
+    schedule would, for a step always fits the noise of its own batch. What decays it is the objective's ``loss``, on
+    B′. Training loss after 1800 steps, batch 100, of an MLP 784-256-256-10 on MNIST (one seed), SGD with momentum:
+
+    ===================================================  ==========================================
+    best of four fixed rates; best of four schedules     0.042; 0.027
+    loss on B, λ_FSD 0.3; 1; 3; 10                       0.67; 0.11; 0.074; 0.13: the rate rises
+    loss on B, λ_FSD 1; 3, ``meta_decay`` 0.9            0.32; 0.061
+    loss on B′, λ_FSD 0, ``meta_decay`` 0.99             0.045: after the warmup the rate hardly moves
+    loss on B′, λ_FSD 0; 0.1; 0.3; 1                     0.028; 0.030; 0.034; 0.040: the rate falls
+    ===================================================  ==========================================
+
     A scheduler may be put on top: it is the optimizer that ``torch.optim.lr_scheduler`` is given. Schedulers that
     multiply the rate keep what was learned; those that set it from their own base replace it.
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose step is proportional to ``lr``: SGD, RMSprop, Adam, AdamW,
             Adagrad, NAdam, ..., with momentum, Nesterov and weight decay. Checked at the first meta-step.
-        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD is 0.3 if it was left open.
+        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD, if it was left open, is 0.3, or 0.1 where it has a
+            ``loss`` of its own.
         interval: a meta-update every so many steps (K of Algorithm 1). 0: never.
         warmup: and at each of the first so many, which is what lets it start from any rate.
         meta_lr: about how much ``log lr`` moves in a meta-update.
         meta_optimizer: ``"rmsprop"`` or ``"adam"``, of ``log lr``.
+        meta_decay: of the meta-optimizer's mean of squares. The first slopes are the largest by orders of magnitude:
+            a long memory of them holds the rate where it was. None: 0.99, or 0.9 where the objective has a ``loss``
+            of its own, whose slope may be followed (table above).
+        reach: Q is evaluated where a rate of ``reach · lr`` leads, so that the rate settles at 1/reach times the
+            short-sighted one. At 0.5 that is where a step would cease to lower Q. For optimizers *without* momentum
+            with a ``loss`` on B′: RMSprop on the task above, best of four fixed rates 0.046; learned with reach 1:
+            0.24; 0.75: 0.17; 0.5: 0.048, and with λ_WSD 0.01 besides 0.034. With momentum 1 is right: 0.65 to 1 were
+            alike there, and 0.56 and less diverged or nearly so.
         shared: one learned factor for all param groups; otherwise each group's rate is learned for itself.
         bounds: least and greatest rate.
         grad_scaler: the GradScaler whose ``scale`` the closure calls. Then ``step`` unscales, and leaves out steps
             whose gradients overflowed; ``scaler.update()`` is called afterwards as ever, ``scaler.step`` never.
 
-    A trial fails where Q isn't finite or leaps (:class:`~apo.front_end.FrontEnd`): the step is then left out,
+    A trial fails where Q isn't finite or leaps (:class:`~apo.front_end.FrontEnd`), or, with a reach below 1, where its
+    slope says that the whole step would make it leap: the step is then left out,
     every rate is divided by e, and ``failed_trials`` counts it.
 
     Raises:
@@ -168,7 +189,7 @@ class AdaptiveLR(FrontEnd):
         checks.integer("warmup", warmup, least=0)
         self.reach = checks.number("reach", reach, above=True)
         if self.reach > 1:
-            raise ValueError(f"reach must be a number in (0, 1], but got {reach!r}")
+            raise ValueError(f"reach must be at most 1, but got {reach!r}")
         fresh = objective.loss is not None
         rates = LogRates(
             len(optimizer.param_groups),
@@ -218,11 +239,14 @@ class AdaptiveLR(FrontEnd):
             by_group = slopes(groups, V, steps)
             finite = all(map(math.isfinite, by_group))
             if passed and self.reach < 1:
-                # The whole step hasn't been tried. The slope half-way times the step is what it changes.
+                # Q hasn't been evaluated at the whole step; half-way, slope times step is what it would add.
+                assert self.last is not None
                 passed = sum(by_group) / self.reach <= 1 + abs(self.last.objective)
             if passed and move:
                 factors = self.rates.update(groups, by_group) if finite else [1.0] * len(groups)
-                torch._foreach_mul_(steps, [f / self.reach for f, g in zip(factors, groups, strict=True) for _ in g["params"]])
+                torch._foreach_mul_(
+                    steps, [f / self.reach for f, g in zip(factors, groups, strict=True) for _ in g["params"]]
+                )
                 torch._foreach_add_(steps, lookahead.start)
                 torch._foreach_copy_(parameters, steps)
                 lookahead.commit()

@@ -47,7 +47,7 @@ class Evaluation:
 class ProximalObjective:
     """``Q = J_B(θ′) + λ_FSD · D_F(θ′, θ; B′) + λ_WSD/2 · ‖θ′ − θ‖²`` (Eq. 8).
 
-    The loss comes from the closure that is given to ``step``; this holds the other two terms.
+    The loss comes from the closure that is given to ``step``, or from ``loss``; this holds the other two terms.
 
     Args:
         model: called on B′. Under DDP: the DDP module, so that ranks agree on the gradient.
@@ -58,8 +58,9 @@ class ProximalObjective:
         discrepancy: ``"kl"`` of softmax outputs, ``"mse"``, ``"bernoulli"``, ``"gaussian"``
             (:mod:`apo.discrepancy`), or any ``rho(new, old) -> scalar``.
         fsd_weight: λ_FSD, >= 0: the first setting to tune. Large is cautious. None, the default, takes the
-            front end's: 0.3 for :class:`apo.AdaptiveLR`, 1 for :class:`apo.APO`. 0 leaves the term out; the step is
-            then held back by nothing but the batch itself, and diverges on most tasks.
+            front end's: 0.3 for :class:`apo.AdaptiveLR` (0.1 with a ``loss``), 1 for :class:`apo.APO`. 0 leaves the
+            term out; without a ``loss`` the step is then held back by nothing but the batch itself, and diverges on
+            most tasks.
         wsd_weight: λ_WSD, >= 0.
         loss: the training loss, ``loss(returned, targets)``. Where it is given, batches of ``inputs`` are pairs
             ``(inputs, targets)``, and the first term of Q is the loss on B′ in place of the closure's on B: θ′ has
@@ -197,7 +198,7 @@ class ProximalObjective:
                     fsd = self._discrepancy(returned, anchor)
                 if self.loss is not None:
                     loss = self._fresh_loss(returned, anchor)
-                    (scale * (loss + self._weight * fsd)).backward()
+                    (scale * (loss + self._weight * fsd)).backward()  # type: ignore[no-untyped-call]
                 else:
                     (self._weight * scale * fsd).backward()  # type: ignore[union-attr]
             V = [_dense(p.grad, p) for p in parameters]
