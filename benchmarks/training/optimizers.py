@@ -222,7 +222,7 @@ def _adaptive(base: str) -> Method:
     return Method(
         f"{inner.label}-APO",
         make,
-        {**inner.defaults, **_META, "reach": 0.5 if base in _WITHOUT_MOMENTUM else 1.0},
+        {**inner.defaults, **_META, "reach": 0.4 if base in _WITHOUT_MOMENTUM else 1.0},
         {"fsd_weight": Range(3e-3, 1.0), "wsd_weight": Range(1e-4, 0.1)},
         eps_of_fp16=inner.eps_of_fp16,
     )
