@@ -240,7 +240,7 @@ class AdaptiveLR(FrontEnd):
             by_group = slopes(groups, V, steps)
             finite = all(map(math.isfinite, by_group))
             if passed and self.reach < 1:
-                # Q hasn't been evaluated at the whole step. Where it leaps, b r² for a step of r, its slope there is 2 b r.
+                # Q at the whole step wasn't evaluated. A leap is as b s²; at s = reach its slope is 2 b s.
                 assert self.last is not None
                 passed = sum(by_group) / (2 * self.reach**2) <= 1 + abs(self.last.objective)
             if passed and move:
