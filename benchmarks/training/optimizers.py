@@ -211,7 +211,7 @@ def method(name: str) -> Method:
 
 def _adaptive(base: str) -> Method:
     """AdaptiveLR over a first-order method, with the loss on B′. Its initial rate hardly matters and isn't searched."""
-    inner = METHODS[base]
+    inner, momentum = METHODS[base], base not in _WITHOUT_MOMENTUM
 
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
         own, terms = _split(hyper)
@@ -222,8 +222,9 @@ def _adaptive(base: str) -> Method:
     return Method(
         f"{inner.label}-APO",
         make,
-        {**inner.defaults, **_META, "reach": 0.4 if base in _WITHOUT_MOMENTUM else 1.0},
-        {"fsd_weight": Range(3e-3, 1.0), "wsd_weight": Range(1e-4, 0.1)},
+        {**inner.defaults, **_META, "reach": 1.0 if momentum else 0.4},
+        # At a short reach λ_WSD is what decays the rate: below 1e-3 it was measured to do too little.
+        {"fsd_weight": Range(3e-3, 1.0), "wsd_weight": Range(1e-4 if momentum else 1e-3, 0.1)},
         eps_of_fp16=inner.eps_of_fp16,
     )
 
