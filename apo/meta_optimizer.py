@@ -25,13 +25,17 @@ class MetaOptimizer:
     Args:
         tensors: φ, float32 or float64, written in place by :meth:`step`.
         rates: one meta-rate a tensor.
-        name: ``"adam"`` (β = (0.9, 0.99)) or ``"rmsprop"`` (decay 0.99, without bias correction: the
-            first steps are up to ten times the rate, which is what brings φ home from a start far off).
+        name: ``"adam"`` (β = (0.9, decay)) or ``"rmsprop"`` (without bias correction: the first steps are up to
+            ``1/√(1 − decay)`` times the rate, which is what brings φ home from a start far off).
+        decay: of the running mean of squares.
     """
 
-    def __init__(self, tensors: Iterable[Tensor], rates: Iterable[float], name: MetaOptimizerName) -> None:
+    def __init__(
+        self, tensors: Iterable[Tensor], rates: Iterable[float], name: MetaOptimizerName, *, decay: float = 0.99
+    ) -> None:
         checks.one_of("meta_optimizer", name, ("adam", "rmsprop"))
         self.name = name
+        self.decay = decay
         self._optimizer: torch.optim.Optimizer | None = None
         self.tensors: list[Tensor] = []
         self.add(tensors, rates)
@@ -47,9 +51,9 @@ class MetaOptimizer:
             if self._optimizer is not None:
                 self._optimizer.add_param_group(group)
             elif self.name == "adam":
-                self._optimizer = torch.optim.Adam([group], betas=(0.9, 0.99))
+                self._optimizer = torch.optim.Adam([group], betas=(0.9, self.decay))
             else:
-                self._optimizer = torch.optim.RMSprop([group], alpha=0.99)
+                self._optimizer = torch.optim.RMSprop([group], alpha=self.decay)
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor]) -> None:

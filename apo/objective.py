@@ -23,7 +23,7 @@ Closure = Callable[[], Any]
 
 
 class Anchor(NamedTuple):
-    """The batch B′ of the function-space term and the model's outputs on it at θ."""
+    """The batch B′ and the model's outputs on it at θ; None where λ_FSD is 0."""
 
     batch: Any
     outputs: Any
@@ -47,7 +47,7 @@ class Evaluation:
 class ProximalObjective:
     """``Q = J_B(θ′) + λ_FSD · D_F(θ′, θ; B′) + λ_WSD/2 · ‖θ′ − θ‖²`` (Eq. 8).
 
-    The loss comes from the closure that is given to ``step``; this holds the other two terms.
+    The loss comes from the closure that is given to ``step``, or from ``loss``; this holds the other two terms.
 
     Args:
         model: called on B′. Under DDP: the DDP module, so that ranks agree on the gradient.
@@ -58,9 +58,14 @@ class ProximalObjective:
         discrepancy: ``"kl"`` of softmax outputs, ``"mse"``, ``"bernoulli"``, ``"gaussian"``
             (:mod:`apo.discrepancy`), or any ``rho(new, old) -> scalar``.
         fsd_weight: λ_FSD, >= 0: the first setting to tune. Large is cautious. None, the default, takes the
-            front end's: 0.3 for :class:`apo.AdaptiveLR`, 1 for :class:`apo.APO`. 0 leaves the term out; the step is
-            then held back by nothing but the batch itself, and diverges on most tasks.
+            front end's: 0.3 for :class:`apo.AdaptiveLR` (0.1 with a ``loss``), 1 for :class:`apo.APO`. 0 leaves the
+            term out; without a ``loss`` the step is then held back by nothing but the batch itself, and diverges on
+            most tasks.
         wsd_weight: λ_WSD, >= 0.
+        loss: the training loss, ``loss(returned, targets)``. Where it is given, batches of ``inputs`` are pairs
+            ``(inputs, targets)``, and the first term of Q is the loss on B′ in place of the closure's on B: θ′ has
+            been fitted to B, whose loss therefore praises long steps the more, the noisier the gradient. The trial
+            then costs no further run of the closure.
         forward: how to call the model, ``forward(model, batch)``, in place of the above.
         outputs: what the discrepancy compares, taken from what the model returned. By default: a tensor itself; a
             Hugging Face output's ``logits``; the first of a tuple or a mapping (all of a pair for ``"gaussian"``).
@@ -82,6 +87,7 @@ class ProximalObjective:
         *,
         fsd_weight: float | None = None,
         wsd_weight: float = 0.0,
+        loss: Callable[[Any, Any], Tensor] | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         outputs: Callable[[Any], Any] | None = None,
         mode: Literal["eval", "train"] = "eval",
@@ -93,11 +99,11 @@ class ProximalObjective:
         self.wsd_weight = checks.number("wsd_weight", wsd_weight)
         checks.one_of("mode", mode, ("eval", "train"))
         self.mode = mode
-        for name, value in (("forward", forward), ("outputs", outputs), ("context", context)):
+        for name, value in (("forward", forward), ("outputs", outputs), ("context", context), ("loss", loss)):
             if value is not None and not callable(value):
                 raise TypeError(f"{name} must be callable or None, but got {value!r} ({type(value).__name__})")
-        if inputs is None and self.fsd_weight != 0:
-            raise ValueError("inputs must be given unless fsd_weight is 0, but got None")
+        if inputs is None and (self.fsd_weight != 0 or loss is not None):
+            raise ValueError("inputs must be given unless fsd_weight is 0 and no loss is given, but got None")
         if isinstance(inputs, (Tensor, str, Mapping)) or not (
             inputs is None or callable(inputs) or isinstance(inputs, Iterable)
         ):
@@ -105,6 +111,7 @@ class ProximalObjective:
                 f"inputs must be an iterable of batches or a callable that returns one, but got {type(inputs).__name__}"
             )
         self.inputs = inputs
+        self.loss = loss
         self._iterator: Iterator[Any] | None = None
         self._forward = forward or _call
         self._outputs = outputs or (_whole if takes_pairs(self.discrepancy) else _main_output)
@@ -118,7 +125,7 @@ class ProximalObjective:
     def draw(self) -> Any:
         """The next batch B′."""
         if self.inputs is None:
-            raise ValueError("inputs must be given unless fsd_weight is 0, but got None")
+            raise ValueError("inputs must be given unless fsd_weight is 0 and no loss is given, but got None")
         if callable(self.inputs):
             return self.inputs()
         if self._iterator is None:
@@ -139,18 +146,24 @@ class ProximalObjective:
             raise ValueError("inputs must hold at least one batch, but got an empty iterable") from None
 
     def anchor(self, parameters: Sequence[Tensor]) -> Anchor | None:
-        """Draw B′ and evaluate it at the present weights; None where λ_FSD is 0.
+        """Draw B′ and evaluate it at the present weights; None where Q has no use for it.
 
         Drawing may advance the random state (it would else meet the batches that training is to draw next);
         evaluating doesn't.
         """
-        if self.fsd_weight == 0:
+        if self.fsd_weight == 0 and self.loss is None:
             return None
         batch = self.draw()
+        if self.loss is not None and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise TypeError(
+                f"inputs must be pairs (inputs, targets) where a loss is given, but got {type(batch).__name__}"
+                + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+            )
         with undisturbed(self.model, parameters, train=self.mode == "train"), torch.no_grad():
             rng = random_state(parameters)
             held = {p.untyped_storage().data_ptr() for p in parameters}
-            return Anchor(batch, _apart(self._evaluate(batch), held), rng)
+            outputs = _apart(self._outputs_of(self._returned(batch)), held) if self.fsd_weight else None
+            return Anchor(batch, outputs, rng)
 
     def gradient(
         self,
@@ -164,7 +177,7 @@ class ProximalObjective:
         """``V = ∇_θ′ Q`` at the present weights θ′, by ordinary backward passes, and the terms of Q.
 
         Args:
-            closure: see :data:`Closure`. Run in mode ``mode``.
+            closure: see :data:`Closure`. Run in mode ``mode``, unless Q has a ``loss`` of its own.
             parameters: the weights, at θ′.
             start: θ, one tensor a parameter.
             anchor: what :meth:`anchor` returned at θ.
@@ -175,13 +188,19 @@ class ProximalObjective:
         """
         train = self.mode == "train"
         with undisturbed(self.model, parameters, train=train), torch.enable_grad():
-            loss = closure()
+            loss = closure() if self.loss is None else 0.0
             fsd: Tensor | float = 0.0
             if anchor is not None:
                 if train:
                     restore_random_state(anchor.rng)
-                fsd = self._discrepancy(anchor)
-                (self._weight * scale * fsd).backward()  # type: ignore[no-untyped-call]
+                returned = self._returned(anchor.batch)
+                if self._weight:
+                    fsd = self._discrepancy(returned, anchor)
+                if self.loss is not None:
+                    loss = self._fresh_loss(returned, anchor)
+                    (scale * (loss + self._weight * fsd)).backward()  # type: ignore[no-untyped-call]
+                else:
+                    (self._weight * scale * fsd).backward()  # type: ignore[union-attr]
             V = [_dense(p.grad, p) for p in parameters]
         with torch.no_grad():
             steps = [p - s for p, s in zip(parameters, start, strict=True)]
@@ -203,15 +222,27 @@ class ProximalObjective:
             raise RuntimeError("fsd_weight is None: no front end has filled in its default")
         return self.fsd_weight
 
-    def _discrepancy(self, anchor: Anchor) -> Tensor:
-        fsd = self.discrepancy(self._evaluate(anchor.batch), anchor.outputs)
+    def _discrepancy(self, returned: Any, anchor: Anchor) -> Tensor:
+        fsd = self.discrepancy(self._outputs_of(returned), anchor.outputs)
         if not isinstance(fsd, Tensor) or fsd.numel() != 1:
             raise TypeError(f"discrepancy must return a tensor of one element, but got {_described(fsd)}")
         return fsd.squeeze()
 
-    def _evaluate(self, batch: Any) -> Any:
+    def _fresh_loss(self, returned: Any, anchor: Anchor) -> Tensor:
+        assert self.loss is not None
         with self._context():
-            return self._outputs(self._forward(self.model, batch))
+            loss = self.loss(returned, anchor.batch[1])
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(f"loss must return a tensor of one element, but got {_described(loss)}")
+        return loss.squeeze()
+
+    def _returned(self, batch: Any) -> Any:
+        with self._context():
+            return self._forward(self.model, batch if self.loss is None else batch[0])
+
+    def _outputs_of(self, returned: Any) -> Any:
+        with self._context():
+            return self._outputs(returned)
 
     def with_default(self, *, fsd_weight: float) -> ProximalObjective:
         """Itself, or, where λ_FSD was left to the front end, a copy with this one."""

@@ -57,9 +57,13 @@ class Batches:
 
     def other(self) -> Inputs:
         """The inputs of the next B′."""
+        return self.other_labelled()[0]
+
+    def other_labelled(self) -> tuple[Inputs, Tensor]:
+        """The next B′ with its targets."""
         chosen = torch.randint(len(self.examples), (self.size,), generator=self._others)
-        inputs, _ = self.examples.batch(chosen.to(self.examples.targets.device))
-        return inputs if self.augment is None else self.augment(inputs, self._others)
+        inputs, targets = self.examples.batch(chosen.to(self.examples.targets.device))
+        return (inputs if self.augment is None else self.augment(inputs, self._others)), targets
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where B′ stands; B needs no state."""

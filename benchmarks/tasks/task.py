@@ -86,9 +86,19 @@ class Task:
         """``J_B(θ)``."""
         return self.loss.function(self.forward(model, inputs), self.targets(targets))
 
-    def objective(self, model: nn.Module, inputs: Callable[[], Inputs], **settings: Any) -> apo.ProximalObjective:
+    def objective(self, model: nn.Module, inputs: Callable[[], Any], **settings: Any) -> apo.ProximalObjective:
         """Eq. 8 with the task's discrepancy; ``inputs`` returns B′, ``settings`` are those of the objective."""
         return apo.ProximalObjective(model, inputs, self.loss.discrepancy, forward=self.forward, **settings)
+
+    def objective_on_others(
+        self, model: nn.Module, pairs: Callable[[], tuple[Inputs, Tensor]], **settings: Any
+    ) -> apo.ProximalObjective:
+        """The same with the loss on B′ too; ``pairs`` returns it with its targets."""
+
+        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+            return self.loss.function(outputs, self.targets(targets))
+
+        return self.objective(model, pairs, loss=loss, **settings)
 
     def parameters(self) -> int:
         """How many weights the network has; no memory is taken for them."""

@@ -184,6 +184,7 @@ METHODS: dict[str, Method] = {
 """The optimizers at a fixed rate, and APO. :func:`method` knows their other forms too."""
 
 _FIRST_ORDER = ("sgd", "sgdm", "rmsprop", "adam", "adamw")
+_WITHOUT_MOMENTUM = ("sgd", "rmsprop")
 _META: Hyper = {"interval": 10, "warmup": 50, "meta_lr": 0.1, "fsd_weight": None, "wsd_weight": 0.0}
 
 
@@ -213,20 +214,21 @@ def method(name: str) -> Method:
 
 
 def _adaptive(base: str) -> Method:
-    """AdaptiveLR over a first-order method. Its initial rate hardly matters and isn't searched."""
-    inner = METHODS[base]
+    """AdaptiveLR over a first-order method, with the loss on B′. Its initial rate hardly matters and isn't searched."""
+    inner, momentum = METHODS[base], base not in _WITHOUT_MOMENTUM
 
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
         own, terms = _split(hyper)
-        meta: dict[str, Any] = {key: own.pop(key) for key in ("interval", "warmup", "meta_lr")}
-        objective = setting.task.objective(setting.model, setting.batches.other, **terms)
+        meta: dict[str, Any] = {key: own.pop(key) for key in ("interval", "warmup", "meta_lr", "reach")}
+        objective = setting.task.objective_on_others(setting.model, setting.batches.other_labelled, **terms)
         return apo.AdaptiveLR(inner.make(setting, own), objective, **meta)
 
     return Method(
         f"{inner.label}-APO",
         make,
-        {**inner.defaults, **_META},
-        {"fsd_weight": Range(0.03, 30.0), "wsd_weight": Range(choices=(0.0, 0.03))},
+        {**inner.defaults, **_META, "reach": 1.0 if momentum else 0.4},
+        # At a short reach λ_WSD is what decays the rate: below 1e-3 it was measured to do too little.
+        {"fsd_weight": Range(3e-3, 1.0), "wsd_weight": Range(1e-4 if momentum else 1e-3, 0.1)},
         eps_of_fp16=inner.eps_of_fp16,
     )
 

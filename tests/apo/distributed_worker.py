@@ -23,18 +23,23 @@ def train(rank: int | None, dtype: torch.dtype) -> dict[str, Any]:
     data = [torch.randn(12, 16, 5, generator=generator).to(dtype) for _ in range(2)]
     t = torch.randint(3, (12, 16), generator=generator)
     results: dict[str, Any] = {}
-    for name in ("AdaptiveLR", "APO", "failing"):
+    for name in ("AdaptiveLR", "its own loss", "APO", "failing"):
         torch.manual_seed(1)
         inner = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
         model = inner if rank is None else DistributedDataParallel(inner)
         half = slice(None) if rank is None else slice(8 * rank, 8 * rank + 8)
-        goal = apo.ProximalObjective(model, [x[half] for x in data[1]], wsd_weight=0.01)
+        fresh = name == "its own loss"
+        others: list[Any] = [
+            (x[half], target[half]) if fresh else x[half] for x, target in zip(data[1], t, strict=True)
+        ]
+        goal = apo.ProximalObjective(model, others, wsd_weight=0.01, loss=F.cross_entropy if fresh else None)
         lr = 1e3 if name == "failing" else 0.05
         optimizer: Any
         if name == "APO":
             optimizer = apo.APO(model, goal, lr=lr, interval=2, warmup=4, block_size=4)
         else:
-            optimizer = apo.AdaptiveLR(torch.optim.SGD(inner.parameters(), lr, 0.9), goal, interval=2, warmup=4)
+            base = torch.optim.SGD(inner.parameters(), lr, 0.9)
+            optimizer = apo.AdaptiveLR(base, goal, interval=2, warmup=4, reach=0.5 if fresh else 1.0)
         for x, target in zip(data[0], t, strict=True):
 
             def closure(

@@ -26,16 +26,22 @@ def train(path: Path, kill_at: int | None = None) -> list[Tensor]:
     torch.manual_seed(0)
     x, t = torch.randn(64, 5), torch.randint(3, (64,))
     models = [
-        nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)) for _ in range(2)
+        nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)) for _ in range(3)
     ]
 
     def inputs() -> Tensor:
         return x[torch.randint(64, (16,))]
 
-    goals = [apo.ProximalObjective(model, inputs) for model in models]
+    def pairs_of() -> tuple[Tensor, Tensor]:
+        batch = torch.randint(64, (16,))
+        return x[batch], t[batch]
+
+    goals = [apo.ProximalObjective(model, inputs) for model in models[:2]]
+    goals.append(apo.ProximalObjective(models[2], pairs_of, loss=F.cross_entropy))
     optimizers: list[Any] = [
         apo.AdaptiveLR(torch.optim.Adam(models[0].parameters(), lr=1e-2), goals[0], interval=3, warmup=4),
         apo.APO(models[1], goals[1], lr=0.05, interval=3, warmup=4, block_size=4),
+        apo.AdaptiveLR(torch.optim.RMSprop(models[2].parameters()), goals[2], interval=3, warmup=4, reach=0.5),
     ]
     first = 0
     if path.exists():

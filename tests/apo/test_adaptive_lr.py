@@ -252,6 +252,9 @@ def test_steps_without_closure_where_none_is_needed() -> None:
         ({"warmup": -1}, ValueError, "warmup must be an integer >= 0, but got -1"),
         ({"meta_lr": float("nan")}, ValueError, "meta_lr must be a finite number >= 0, but got nan"),
         ({"meta_optimizer": "sgd"}, ValueError, "meta_optimizer must be one of 'adam', 'rmsprop', but got 'sgd'"),
+        ({"meta_decay": 1}, ValueError, r"meta_decay must be a number in \[0, 1\), but got 1"),
+        ({"reach": 0}, ValueError, "reach must be a finite number > 0, but got 0"),
+        ({"reach": 1.5}, ValueError, "reach must be at most 1, but got 1.5"),
         ({"bounds": (1, 0.1)}, ValueError, "bounds must be rates 0 < least < greatest"),
         ({"bounds": 3}, TypeError, "bounds must be a pair"),
         ({"objective": None}, TypeError, "objective must be an apo.ProximalObjective, but got NoneType"),
@@ -279,3 +282,17 @@ def test_closures_that_are_none_are_refused() -> None:
         opt.step(3)
     with pytest.raises(TypeError, match=r"closure must return the loss, .*but got NoneType"):
         opt.step(lambda: None)
+
+
+def test_a_shorter_reach_doesnt_let_the_whole_step_leap() -> None:
+    """Half-way w goes from 0.1 to -1.3, which passes; the whole way it would go to -2.7."""
+    model = nn.Linear(1, 1, bias=False).double()
+    goal = apo.ProximalObjective(model, discrepancy="mse", fsd_weight=0)
+    for lr, failed in ((28.0, 1), (14.0, 0)):
+        with torch.no_grad():
+            model.weight.fill_(0.1)
+        opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=lr), goal, meta_lr=0, reach=0.5)
+        opt.step(closure_of(opt, model, torch.ones(1, 1).double(), None, lambda y, _: y.square().sum() / 2))
+        assert opt.failed_trials == failed
+        assert model.weight.item() == pytest.approx(0.1 if failed else -1.3)
+        assert opt.param_groups[0]["lr"] == pytest.approx(lr / math.e if failed else lr)

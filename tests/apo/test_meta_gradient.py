@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -295,3 +296,53 @@ def test_full_preconditioner_equals_finite_differences_and_autograd(monkeypatch:
     value = F.cross_entropy(f(theta - step, x), t) + 0.7 * kl + 0.1 * step.square().sum()
     (expected,) = torch.autograd.grad(value, P)
     assert (grad - expected).norm() <= 1e-9 * expected.norm()
+
+
+@pytest.mark.parametrize("reach", [1.0, 0.5])
+@pytest.mark.parametrize("base", ["momentum", "RMSprop"])
+def test_log_rate_of_a_loss_on_other_examples(base: str, reach: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``dQ/d log lr`` at the rate ``reach · lr``, where the loss of Q is that of B′."""
+    model, x, t, other = mlp()
+    targets = torch.randint(3, (12,))
+    goal = objective(model, [(other, targets)], loss=F.cross_entropy)
+    groups = [{"params": [*model[0].parameters()]}, {"params": [*model[2].parameters()]}]
+    opt = apo.AdaptiveLR(BASES[base](groups), goal, interval=0, reach=reach)
+    closure = closure_of(opt, model, x, t)
+    opt.step(closure)
+    opt.step(closure)
+
+    plain = copy.deepcopy(opt.optimizer.state_dict())
+    with recorded(opt, monkeypatch) as found:
+        opt.meta_step(closure)
+    start, old = [p.detach().clone() for p in model.parameters()], model(other).detach()
+    closure()
+    rates = [g["lr"] for g in opt.param_groups]
+    for i, slope in enumerate(found["slopes"][0]):
+
+        def q(h: float, i: int = i) -> float:
+            opt.optimizer.load_state_dict(copy.deepcopy(plain))
+            for j, g in enumerate(opt.optimizer.param_groups):
+                g["lr"] = reach * rates[j] * math.exp(h if i == j else 0)
+            opt.optimizer.step()
+            with torch.no_grad():
+                y = model(other)
+                wsd = sum((p - s).square().sum() for p, s in zip(model.parameters(), start, strict=True)) / 2
+                value = F.cross_entropy(y, targets) + 0.7 * apo.KL()(y, old) + 0.2 * wsd
+                for p, s in zip(model.parameters(), start, strict=True):
+                    p.copy_(s)
+            return value.item()
+
+        assert slope == pytest.approx(difference(q), rel=1e-6)
+
+
+@pytest.mark.parametrize("reach", [0.3, 0.5])
+def test_a_shorter_reach_changes_where_q_is_evaluated_and_not_the_step(reach: float) -> None:
+    taken = []
+    for r in (1.0, reach):
+        model, x, t, other = mlp()
+        opt = apo.AdaptiveLR(BASES["momentum"](model.parameters()), objective(model, other), meta_lr=0, reach=r)
+        closure = closure_of(opt, model, x, t)
+        for _ in range(3):
+            opt.step(closure)
+        taken.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(taken[1], taken[0], rtol=0, atol=1e-14)

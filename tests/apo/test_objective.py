@@ -187,15 +187,58 @@ def test_front_ends_fill_in_the_weight_that_was_left_open() -> None:
     model, *_, other = mlp()
     goal = objective(model, other, fsd_weight=None)
     assert apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.5), goal).objective.fsd_weight == 0.3
+    pairs = [(other, torch.zeros(12, dtype=torch.long))]
+    fresh = apo.ProximalObjective(model, pairs, loss=F.cross_entropy)
+    assert apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.5), fresh).objective.fsd_weight == 0.1
     assert apo.APO(model, goal).objective.fsd_weight == 1
     assert goal.fsd_weight is None
+
+
+def test_a_loss_of_its_own_is_taken_on_the_other_batch_without_the_closure() -> None:
+    model, x, t, other = mlp()
+    targets = torch.randint(3, (12,))
+    for fsd_weight in (0, 0.7):
+        goal = objective(model, [(other, targets)], loss=F.cross_entropy, fsd_weight=fsd_weight)
+        opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.5), goal, meta_lr=0)
+        closure, calls = closure_of(opt, model, x, t), []
+        old = model(other).detach()
+        opt.step(lambda closure=closure, calls=calls: (calls.append(0), closure())[1])
+        assert len(calls) == 1
+        # A meta-rate of 0: the step taken is the trial.
+        new = model(other).detach()
+        assert opt.last.loss == pytest.approx(F.cross_entropy(new, targets).item(), rel=1e-12)
+        assert opt.last.fsd == pytest.approx(apo.KL()(new, old).item() if fsd_weight else 0, rel=1e-9)
+        assert opt.last.objective == pytest.approx(
+            opt.last.loss + fsd_weight * opt.last.fsd + 0.2 * opt.last.wsd, rel=1e-12
+        )
+
+
+@pytest.mark.parametrize(
+    ("batch", "what"), [(torch.zeros(12, 5), "Tensor"), ((1, 2, 3), "tuple of 3"), ({"x": 1}, "dict")]
+)
+def test_a_loss_needs_pairs(batch: Any, what: str) -> None:
+    model, x, t, _ = mlp()
+    goal = objective(model, [batch], loss=F.cross_entropy)
+    opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.5), goal)
+    with pytest.raises(TypeError, match=rf"inputs must be pairs \(inputs, targets\).* but got {what}$"):
+        opt.step(closure_of(opt, model, x, t))
+
+
+def test_a_loss_returns_one_number() -> None:
+    model, x, t, other = mlp()
+    goal = objective(model, [(other, torch.zeros(12, 3))], loss=lambda y, t: y - t)
+    opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.5), goal)
+    with pytest.raises(TypeError, match=r"loss must return a tensor of one element, but got shape \(12, 3\)"):
+        opt.step(closure_of(opt, model, x, t))
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
         ({"model": 1}, TypeError, "model must be a torch.nn.Module, but got int"),
-        ({"inputs": None}, ValueError, "inputs must be given unless fsd_weight is 0, but got None"),
+        ({"inputs": None}, ValueError, "inputs must be given unless fsd_weight is 0 and no loss is given"),
+        ({"inputs": None, "fsd_weight": 0, "loss": F.cross_entropy}, ValueError, "inputs must be given unless"),
+        ({"loss": 0}, TypeError, "loss must be callable or None, but got 0"),
         ({"inputs": torch.zeros(3)}, TypeError, "inputs must be an iterable of batches or a callable.*got Tensor"),
         ({"inputs": 3}, TypeError, "inputs must be an iterable of batches or a callable.*got int"),
         ({"discrepancy": "l1"}, ValueError, "discrepancy must be one of 'kl', .*but got 'l1'"),
