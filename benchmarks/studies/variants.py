@@ -11,7 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 import apo
+from apo.relative_steps import RelativeSteps
 from benchmarks.baselines import KFAC, Shampoo
+from benchmarks.studies.initial import blocks_from_moments
 from benchmarks.tasks import Batches, Task
 
 __all__ = ["BASELINES", "VARIANTS", "Baseline", "Variant"]
@@ -27,6 +29,8 @@ class Variant:
         fsd_weight, wsd_weight: λ_FSD and λ_WSD.
         decay: every meta-rate is multiplied by this after each step.
         other: which batch B′ is: ``"fresh"``, ``"same"`` as B, or ``"large"``, four fresh ones.
+        learned: which of ``"ABS"`` are learned; the others stay the identity.
+        moments: start A and B from the second moments of ten gradients.
     """
 
     what: str
@@ -35,6 +39,8 @@ class Variant:
     wsd_weight: float = 0.0
     decay: float = 1.0
     other: str = "fresh"
+    learned: str = "ABS"
+    moments: bool = False
 
     def make(self, task: Task, model: nn.Module, batches: Batches, inputs: Callable[[], Any]) -> Optimizer:
         """The optimizer; ``inputs`` returns those of the batch that is being trained on."""
@@ -46,7 +52,15 @@ class Variant:
             ),
         }
         goal = task.objective(model, draw[self.other], fsd_weight=self.fsd_weight, wsd_weight=self.wsd_weight)
-        return apo.APO(model, goal, **self.settings)
+        optimizer = apo.APO(model, goal, **self.settings)
+        if self.learned != "ABS":
+            assert isinstance(optimizer.meta, RelativeSteps)
+            names = [name for layer in optimizer.layers for name in layer.learned]
+            held = zip(names, optimizer.meta.rates, strict=True)
+            optimizer.meta.rates = [rate if name in self.learned else 0.0 for name, rate in held]
+        if self.moments:
+            blocks_from_moments(optimizer, task, model, batches)
+        return optimizer
 
     def after_step(self, optimizer: Optimizer) -> None:
         if self.decay != 1.0:
@@ -73,6 +87,11 @@ VARIANTS: dict[str, Variant] = {
     "meta-rate 0.3": Variant("relative steps of 0.3", {"interval": 1, "meta_lr": 0.3}),
     "full blocks": Variant("blocks not cut", {"interval": 1, "block_size": None}),
     "S alone": Variant("no blocks", {"interval": 1, "block_size": 1}),
+    "A alone": Variant("one-sided blocks, and S", {"interval": 1}, learned="AS"),
+    "B alone": Variant("one-sided blocks, and S", {"interval": 1}, learned="BS"),
+    "moments": Variant("A and B start from ten gradients' second moments", {"interval": 1}, moments=True),
+    "momentum 0": Variant("no momentum", {"interval": 1, "momentum": 0.0}),
+    "momentum 0, WSD": Variant("no momentum, λ_WSD 0.003", {"interval": 1, "momentum": 0.0}, 1.0, 0.003),
     "B' = B": Variant("FSD on the batch itself", {"interval": 1}, other="same"),
     "B' of 4 batches": Variant("FSD on four fresh batches", {"interval": 1}, other="large"),
     "P fixed": Variant("only lr learned", {"interval": 1, "meta_lr": 0.0}),

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+import apo
+from apo import preconditioner
 from benchmarks import studies
 from benchmarks.__main__ import main
+from benchmarks.studies.initial import DAMPING, blocks_from_moments
 from benchmarks.studies.running import one_run
 from benchmarks.studies.tables import markdown, summary
-from benchmarks.studies.variants import BASELINES, VARIANTS
+from benchmarks.studies.variants import BASELINES, VARIANTS, Variant
+from benchmarks.tasks import Batches, Task, named
 
 
 def held(*losses: float) -> dict[str, list[float]]:
@@ -53,3 +60,57 @@ def test_runs_are_kept_and_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(studies, "one_run", lambda *a, **k: pytest.fail("was run again"))
     assert main(arguments) == 0
     assert "P fixed" in (tmp_path / "meta-update.md").read_text()
+
+
+def test_only_what_is_learned_moves() -> None:
+    task = named("diabetes")
+    model, batches = task.model(0), Batches(task.data().train, task.batch_size, 0)
+    variant = Variant("", {"interval": 1}, learned="AS")
+    optimizer = variant.make(task, model, batches, batches.other)
+    assert isinstance(optimizer, apo.APO)
+    before = {layer: [x.clone() for x in (layer.A, layer.B, layer.S)] for layer in optimizer.layers}
+    for place in range(3):
+        optimizer.step(closure_of(optimizer, task, model, batches, place))
+    moved = {
+        name: any(not torch.equal(own[i], getattr(layer, name)) for layer, own in before.items())
+        for i, name in enumerate("ABS")
+    }
+    assert moved == {"A": True, "B": False, "S": True}
+
+
+def test_moments_make_shampoo_of_the_first_step() -> None:
+    """With blocks that aren't cut, P(G) ∝ (L + δI)^(−1/4) G (R + δI)^(−1/4), and as long as the gradients."""
+    task = named("ill-conditioned")  # in float64
+    model, batches = task.model(0), Batches(task.data().train, task.batch_size, 0)
+    optimizer = apo.APO(model, task.objective(model, batches.other), block_size=None)
+    gradients = [gradients_of(optimizer, task, model, batches, place) for place in range(10)]
+    blocks_from_moments(optimizer, task, model, batches)
+    found = [preconditioner.apply(optimizer.layers, own) for own in gradients]
+    length, other = (sum(float(x.square().sum()) for own in each for x in own) for each in (gradients, found))
+    assert length == pytest.approx(other, rel=1e-9)
+    for i in range(len(optimizer.layers)):
+        Gs = torch.stack([own[i] for own in gradients])
+        expected = root((Gs @ Gs.mT).mean(0)) @ Gs[0] @ root((Gs.mT @ Gs).mean(0))
+        assert torch.nn.functional.cosine_similarity(expected.flatten(), found[0][i].flatten(), 0) > 1 - 1e-9
+
+
+def root(H: Tensor) -> Tensor:
+    values, Q = torch.linalg.eigh(H + DAMPING * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype))
+    return (Q * values.pow(-0.25)) @ Q.T
+
+
+def gradients_of(optimizer: apo.APO, task: Task, model: nn.Module, batches: Batches, place: int) -> list[Tensor]:
+    closure_of(optimizer, task, model, batches, place)()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]  # no layer of it has a bias
+
+
+def closure_of(optimizer: apo.APO, task: Task, model: nn.Module, batches: Batches, place: int) -> Callable[[], Tensor]:
+    inputs, targets = batches.batch(place)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = task.loss_of(model, inputs, targets)
+        loss.backward()
+        return loss
+
+    return closure
