@@ -91,7 +91,7 @@ VARIANTS: dict[str, Variant] = {
     "B alone": Variant("one-sided blocks, and S", {"interval": 1}, learned="BS"),
     "moments": Variant("A and B start from ten gradients' second moments", {"interval": 1}, moments=True),
     "momentum 0": Variant("no momentum", {"interval": 1, "momentum": 0.0}),
-    "momentum 0, WSD": Variant("no momentum, λ_WSD 0.003", {"interval": 1, "momentum": 0.0}, 1.0, 0.003),
+    "momentum 0 + WSD": Variant("no momentum, λ_WSD 0.003", {"interval": 1, "momentum": 0.0}, 1.0, 0.003),
     "B' = B": Variant("FSD on the batch itself", {"interval": 1}, other="same"),
     "B' of 4 batches": Variant("FSD on four fresh batches", {"interval": 1}, other="large"),
     "P fixed": Variant("only lr learned", {"interval": 1, "meta_lr": 0.0}),

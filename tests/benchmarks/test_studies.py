@@ -45,6 +45,10 @@ def test_grids_are_equal() -> None:
     assert len({len(baseline.grid) for baseline in BASELINES.values()}) == 1
 
 
+def test_names_can_be_given_by_comma() -> None:
+    assert not [name for name in (*VARIANTS, *BASELINES) if "," in name]
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_way_learns(name: str) -> None:
     found = one_run("diabetes", name, None, seed=0, quick=True)
