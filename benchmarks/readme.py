@@ -208,6 +208,20 @@ def _loss(loss: float, group: Group) -> str:
     return f"{loss:.3g} ({group.diverged} of {len(group.runs)} diverged)" if group.diverged else f"{loss:.3g}"
 
 
+def _rates() -> str:
+    """The learning rate fixed, decayed by hand and learned, on the MNIST MLP (Figure 4, right)."""
+    groups = {group.name: group for group in grouped(collect([COMMITTED])["mnist"])}
+    rows = []
+    for base, learned in (("sgdm", "apo-lr"), ("rmsprop", "apo-lr:rmsprop")):
+        found = [groups[name] for name in (base, f"{base}+step", learned)]
+        losses = [sorted(run["curve"]["loss"][-1] for run in group.runs) for group in found]
+        accuracies = [fmean(run["curve"]["metric"][-1] for run in group.runs) for group in found]
+        cells = [f"{fmean(each):.4f} ({each[0]:.4f} to {each[-1]:.4f})" for each in losses]
+        rows.append([METHODS[base].label, *cells, " / ".join(f"{each:.2f}" for each in accuracies)])
+    header = ["", "best fixed rate", "best step schedule", "AdaptiveLR", "test accuracy of the three, %"]
+    return markdown.table(header, rows, numbers=True)
+
+
 STUDIED = {
     "default": "APO, defaults",
     "interval 1": "APO, interval 1",
@@ -246,6 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "targets": _targets,
     "study": _study,
     "tasks": _tasks,
+    "rates": _rates,
 }
 
 
