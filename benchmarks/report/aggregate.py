@@ -37,6 +37,10 @@ class Group:
         """Likewise after so many seconds of training."""
         return [_at(run, "seconds", seconds) for run in self.runs]
 
+    def judged_within(self, seconds: float) -> bool:
+        """Whether every seed has a row by then besides the one before the first step."""
+        return all(any(0 < float(x) <= seconds * (1 + 1e-9) for x in run["curve"]["seconds"]) for run in self.runs)
+
     def last(self, column: str) -> list[float]:
         """Each seed's last value."""
         return [float(run["curve"][column][-1]) for run in self.runs]

@@ -35,7 +35,7 @@ def rows(runs: Sequence[dict[str, Any]]) -> tuple[list[list[str]], str]:
                 f"{len(group.runs) - group.diverged}/{len(group.runs)}",
                 _loss(losses),
                 f"{min(losses):.2g} … {max(losses):.2g}" if len(losses) > 1 else "",
-                _loss(group.at_time(seconds)),
+                _loss(group.at_time(seconds)) if group.judged_within(seconds) else "–",
                 f"{median(group.last('metric')):.4g}",
                 f"{median(group.last('rate')):.2g}",
                 _short(median(group.last("seconds"))),
@@ -47,7 +47,7 @@ def rows(runs: Sequence[dict[str, Any]]) -> tuple[list[list[str]], str]:
     caption = (
         f"{first['data']}. Loss: {first['loss_name']} of {first['judged_on']:,} training examples, median over seeds, "
         f"after {step:,.0f} steps ({step * first['epochs'] / max(first['total_steps'], 1):.3g} epochs) and after "
-        f"{seconds:.3g} s of training. Seeds: those that came through. "
+        f"{seconds:.3g} s of training (–: not judged before then). Seeds: those that came through. "
         f"Hyperparameters: {_origins(runs)}."
     )
     return cells, " ".join([caption, *([f"{'; '.join(scores)}."] if scores else [])])

@@ -31,8 +31,8 @@ HOPELESS = 1000.0
 """A loss of so many times the first is taken for diverged, and the run ends."""
 
 SAVE_SECONDS = 60.0
-ROWS_OF_SHORT_RUNS = 5
-"""Of an epoch or less; others have a row an epoch."""
+FEWEST_ROWS = 8
+"""Of a run; those of more epochs have a row an epoch."""
 
 
 class Run:
@@ -60,9 +60,7 @@ class Run:
         self.hyper = plan.full_hyper
         self.optimizer = plan.method.make(Setting(self.task, self.model, self.batches), self.hyper)
         self.total = plan.steps or plan.epochs * len(self.batches)
-        self.every = len(self.batches)
-        if self.total <= self.every:
-            self.every = math.ceil(self.total / ROWS_OF_SHORT_RUNS)
+        self.every = min(len(self.batches), math.ceil(self.total / FEWEST_ROWS))
         self.factor = None
         if plan.method.schedule:
             decay, warmup = self.hyper.get("factor", 1.0), self.hyper.get("warmup", 0.0)

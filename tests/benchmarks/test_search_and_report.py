@@ -168,6 +168,8 @@ def test_losses_at_equal_steps_and_at_equal_times() -> None:
     assert by_name["kfac"]["loss, time"] == "0.5"  # after SGDm's 3 s: one row of KFAC's
     assert by_name["sgdm"]["loss, time"] == "0.8"
     assert "after 30 steps (3 epochs) and after 3 s" in caption
+    cells, _ = rows([*quick, result("digits", "shampoo", 0, [2.0, 0.1], second=3.5)])
+    assert [row[COLUMNS.index("loss, time")] for row in cells] == ["0.8", "–"]  # what it began with is no result
     assert grouped(slow)[0].at_step(20) == pytest.approx([0.1, 1.1, 2.1])
     lost = result("digits", "adam", 0, [2.0, float("inf")], status="diverged")
     cells, _ = rows([*quick, lost])
