@@ -98,8 +98,8 @@ class APO(FrontEnd):
     Both parts pay: on diabetes relative steps at the next step reach 1.6e-4, Adam at the whole way 2e-4. With the
     old momentum in the trial P becomes so small that momentum has nothing left to accelerate. Meta-updates at
     every step pay most while P has far to go, hence the long ``warmup``; afterwards ``interval=1``
-    still pays by steps. One of KFAC's three seeds diverged on the ill-conditioned regression. On the autoencoder a finer
-    search finds 15.2 for Shampoo and 14.6 for KFAC, which the defaults don't reach.
+    still pays by steps. One of KFAC's three seeds diverged on the ill-conditioned regression. On the autoencoder a
+    finer search finds 15.2 for Shampoo and 14.6 for KFAC, which the defaults don't reach.
 
     **How the sizes were chosen.** At a width of 1000 a step costs 2.9 of SGDm's with blocks of 64 and 16.2 with full
     ones (``benchmarks/overhead.py``, interval 10): so 64. Full blocks learn better where they can be afforded
