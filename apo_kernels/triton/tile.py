@@ -113,12 +113,11 @@ def tile_forward(
         a = operand(load_squares(pa, ar, ac, aq, side_A, first_A, s, cols, SIDE, SLAB), COMPUTE)
         scaling = load_tile(ps, sr, sc, row0, at, rows, here, SIDE, SLAB).to(tl.float32)
         u = tl.dot(g, a, input_precision=PRECISION)
-        if KEEP:  # each is stored as soon as it is there, or registers spill
-            pu, ur, uc = matrix(operands, layer, _KEEP_U, tl.float32)
-            store_tile(pu, ur, uc, row0, at, rows, here, u, tl.float32, SIDE, SLAB)
         u_, c = narrowed(u, COMPUTE)
         m = tl.dot(tl.trans(b), u_, input_precision=PRECISION) * c
-        if KEEP:
+        if KEEP:  # here neither Triton spills registers on sm_90; a line earlier or later one does
+            pu, ur, uc = matrix(operands, layer, _KEEP_U, tl.float32)
+            store_tile(pu, ur, uc, row0, at, rows, here, u, tl.float32, SIDE, SLAB)
             pm, mr, mc = matrix(operands, layer, _KEEP_M, tl.float32)
             store_tile(pm, mr, mc, row0, at, rows, here, m, tl.float32, SIDE, SLAB)
         t_, c = narrowed(m * scaling * scaling, COMPUTE)
