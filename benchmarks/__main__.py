@@ -32,16 +32,18 @@ DEFAULT = ("environment", "throughput", "stability")
 
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
-    options = _parser([name for name in PARTS if name in given]).parse_args(given)
+    options = _parser(given).parse_args(given)
     _check_device(options.device)
+    if options.part is None:
+        _add_defaults(options)
     for name in [options.part] if options.part else DEFAULT:
         console.rule(f"[bold]{name}")
         importlib.import_module(f"benchmarks.{name}").run(options)
     return 0
 
 
-def _parser(named: Sequence[str]) -> argparse.ArgumentParser:
-    """For a call that names these parts: the others aren't imported, which takes seconds."""
+def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    """For these arguments: a part that isn't among them isn't imported, which takes seconds."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--quick", action="store_true", help="small models, few rounds: under three minutes in all")
     common.add_argument("--device", default="cpu", help="cpu, cuda, … (default: %(default)s)")
@@ -52,10 +54,8 @@ def _parser(named: Sequence[str]) -> argparse.ArgumentParser:
     parts = parser.add_subparsers(dest="part", metavar="PART")
     for name, text in PARTS.items():
         part = parts.add_parser(name, help=text, description=text, parents=[common])
-        if name in named:
+        if name in given:
             _add_part_arguments(name, part)
-    for name in () if named else DEFAULT:
-        _add_defaults(name, parser)
     return parser
 
 
@@ -63,11 +63,12 @@ def _add_part_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     importlib.import_module(f"benchmarks.{name}").add_arguments(parser)
 
 
-def _add_defaults(name: str, parser: argparse.ArgumentParser) -> None:
+def _add_defaults(options: argparse.Namespace) -> None:
     """Without a part, the own options of those that run stand at their defaults."""
-    own = argparse.ArgumentParser(add_help=False)
-    _add_part_arguments(name, own)
-    parser.set_defaults(**vars(own.parse_args([])))
+    for name in DEFAULT:
+        own = argparse.ArgumentParser(add_help=False)
+        _add_part_arguments(name, own)
+        own.parse_args([], options)
 
 
 def _check_device(device: Any) -> None:

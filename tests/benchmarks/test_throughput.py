@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import results, roofs, shapes
-from benchmarks.__main__ import main
+from benchmarks.__main__ import DEFAULT, main
 from benchmarks.throughput import contestants as module
 from benchmarks.throughput import tables
 from benchmarks.throughput.contestants import (
@@ -253,3 +253,13 @@ def test_roofs_are_rates_of_this_machine() -> None:
     sample = interleave({"mm": lambda: X @ X}, seconds=0.05)["mm"]
     assert rates[torch.float32] > 0.05 * 2 * 256**3 / min(sample.times)
     assert 1e8 < roofs.copy_bandwidth("cpu", seconds=0.01) < 1e13
+
+
+def test_a_folder_may_have_a_parts_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a part, those that run have their options at their defaults, whatever else is said."""
+    ran: list[Any] = []
+    for name in DEFAULT:
+        monkeypatch.setattr(f"benchmarks.{name}.run", ran.append)
+    assert main(["--quick", "--out", "targets"]) == 0
+    assert len(ran) == len(DEFAULT)
+    assert all((each.threads, each.seed, each.quick, str(each.out)) == (1, 0, True, "targets") for each in ran)
