@@ -233,7 +233,7 @@ class AdaptiveLR(FrontEnd):
         anchor = self.objective.anchor(parameters)
         with Lookahead(parameters) as lookahead, OptimizerState(self.optimizer) as state:
             self.optimizer.step()
-            if self.reach != 1:
+            if self.reach < 1:
                 torch._foreach_lerp_(parameters, lookahead.start, 1 - self.reach)
             V, passed = self._evaluate(closure, loss, lookahead.start, anchor)
             steps = torch._foreach_sub(parameters, lookahead.start)

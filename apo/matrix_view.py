@@ -104,15 +104,18 @@ class MatrixView:
         rows = side(self.m, block_size, max_dim) if self.mixes_rows else Side(self.m, 1)
         return side(self.n, block_size, max_dim), rows
 
-    def gather(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The matrix ``(*batch, m, n)`` of tensors of the weight's and the bias's shapes. A view where it can be.
-        A bias that is None, though the view has one, counts as zeros."""
+    def gather(self, parts: Iterable[Tensor | None]) -> Tensor:
+        """The matrix ``(*batch, m, n)`` of tensors in the shapes of :attr:`parameters`. A view where it can be.
+        A bias's part that is None counts as zeros."""
+        weight, *biases = parts
+        assert weight is not None
         if self.transposed:
             weight = weight.transpose(0, 1)
         columns = self.n - (self.bias is not None)
         matrix = weight.reshape(*self.batch, self.m, columns)
         if self.bias is None:
             return matrix
+        (bias,) = biases
         column = matrix.new_zeros(*self.batch, self.m, 1) if bias is None else bias.reshape(*self.batch, self.m, 1)
         return torch.cat([matrix, column.to(matrix.dtype)], -1)
 

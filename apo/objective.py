@@ -223,18 +223,13 @@ class ProximalObjective:
         return self.fsd_weight
 
     def _discrepancy(self, returned: Any, anchor: Anchor) -> Tensor:
-        fsd = self.discrepancy(self._outputs_of(returned), anchor.outputs)
-        if not isinstance(fsd, Tensor) or fsd.numel() != 1:
-            raise TypeError(f"discrepancy must return a tensor of one element, but got {_described(fsd)}")
-        return fsd.squeeze()
+        return _one_number("discrepancy", self.discrepancy(self._outputs_of(returned), anchor.outputs))
 
     def _fresh_loss(self, returned: Any, anchor: Anchor) -> Tensor:
         assert self.loss is not None
         with self._context():
             loss = self.loss(returned, anchor.batch[1])
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise TypeError(f"loss must return a tensor of one element, but got {_described(loss)}")
-        return loss.squeeze()
+        return _one_number("loss", loss)
 
     def _returned(self, batch: Any) -> Any:
         with self._context():
@@ -316,6 +311,12 @@ def _scalar(value: Any, like: Tensor) -> Tensor:
     if isinstance(value, (int, float)):
         return torch.as_tensor(value).to(like)
     raise TypeError(f"closure must return the loss, a tensor of one element or a number, but got {_described(value)}")
+
+
+def _one_number(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise TypeError(f"{name} must return a tensor of one element, but got {_described(value)}")
+    return value.squeeze()
 
 
 def _described(value: object) -> str:

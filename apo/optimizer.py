@@ -259,7 +259,7 @@ class APO(FrontEnd):
         assert self.last is not None
         self.most_promised = abs(self.last.loss) + 1
         V_of = {p: v if has_grad[p] else None for p, v in zip(self.parameters, V, strict=True)}
-        cotangents = [layer.view.gather(*_pair(V_of[p] for p in layer.view.parameters)) for layer in layers]
+        cotangents = [layer.view.gather(V_of[p] for p in layer.view.parameters) for layer in layers]
         by_group = self._slopes(layers, directions, cotangents) if self.adapt_lr else []
         relative = isinstance(self.meta, RelativeSteps)
         derivatives = preconditioner.block_gradients(layers, gradients, cotangents, kept, relative=relative)
@@ -298,7 +298,7 @@ class APO(FrontEnd):
                 ]
             if own[0] is not None:
                 layers.append(layer)
-                gradients.append(layer.view.gather(*_pair(own)))
+                gradients.append(layer.view.gather(own))
         return layers, gradients
 
     def _velocities(self, layers: Sequence[Layer], directions: Sequence[Tensor]) -> list[Tensor]:
@@ -333,7 +333,7 @@ class APO(FrontEnd):
             sums[layer.group] -= reach * torch.sum(V * direction, -1, dtype=layer.S.dtype).sum(dtype=torch.float64)
             decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
             if decay:
-                theta = layer.view.gather(*_pair(layer.view.parameters))
+                theta = layer.view.gather(layer.view.parameters)
                 decayed = torch.sum(V * theta, -1, dtype=layer.S.dtype).sum(dtype=torch.float64)
                 sums[layer.group] -= get_rate(group) * decay * decayed
         values: list[float] = torch.stack(sums).tolist()
@@ -419,9 +419,3 @@ def _inner(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     if x.device.type == "cpu" and x.dtype == dtype and x.is_contiguous() and y.is_contiguous():
         return torch.dot(x.flatten(), y.flatten())  # a pass and no copy
     return torch.sum(x * y, dtype=dtype)
-
-
-def _pair(tensors: Iterable[Tensor | None]) -> tuple[Any, Tensor | None]:
-    """Of a weight and its bias, or of a weight alone."""
-    weight, *bias = tensors
-    return weight, bias[0] if bias else None

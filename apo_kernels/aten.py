@@ -126,6 +126,8 @@ def precondition_vjp(
     SN = N * p.S
     if "S" in letters:
         d["S"] = p.leave((SN * held.M).mul_(2)).contiguous()
+        if letters == "S":
+            return d
     TN = SN.mul_(p.S)
     if "B" in letters or ("A" in letters and relative):
         TM = (held.M * p.S).mul_(p.S)

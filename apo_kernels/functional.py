@@ -166,7 +166,7 @@ def precondition_vjp(
     if kept is not None:
         checks.kept_products(kept, G)
     checks.wanted_letters(wanted)
-    return _checked_vjp([G], [A], [B], [S], [V], held, wanted, relative, backend)[0]
+    return _checked_vjp(([G], [A], [B], [S], [V]), held, wanted, relative, backend)[0]
 
 
 def foreach_precondition_vjp(
@@ -192,7 +192,7 @@ def foreach_precondition_vjp(
     checks.foreach_operands(Gs, As, Bs, Ss, Vs)
     if kept is not None:
         checks.kept_list(kept, Gs)
-    return _checked_vjp(Gs, As, Bs, Ss, Vs, kept, wanted, relative, backend)
+    return _checked_vjp((Gs, As, Bs, Ss, Vs), kept, wanted, relative, backend)
 
 
 def foreach_precondition_step_(
@@ -247,18 +247,14 @@ def explain(backend: str | None = None, Gs: Tensors = ()) -> str:
 
 
 def _checked_vjp(
-    Gs: Tensors,
-    As: Tensors,
-    Bs: Tensors,
-    Ss: Tensors,
-    Vs: Tensors,
+    operands: tuple[Tensors, Tensors, Tensors, Tensors, Tensors],
     kept: Sequence[Kept] | None,
     wanted: str,
     relative: bool,
     backend: str | None,
 ) -> list[tuple[Tensor, ...]]:
     with torch.no_grad():
-        grads = serving(backend, Gs).foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, kept, wanted, relative)
+        grads = serving(backend, operands[0]).foreach_precondition_vjp(*operands, kept, wanted, relative)
     return [tuple(each[letter] for letter in wanted) for each in grads]
 
 

@@ -258,8 +258,7 @@ class KroneckerFactored(Baseline):
             view = layer.view
             if view.weight.grad is None:
                 continue
-            bias_grad = None if view.bias is None else view.bias.grad
-            G = wide(view.gather(view.weight.grad, bias_grad))
+            G = wide(view.gather(p.grad for p in view.parameters))
             P = self._precondition(layer, G)
             if P is None:
                 continue

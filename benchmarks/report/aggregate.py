@@ -39,7 +39,7 @@ class Group:
 
     def judged_within(self, seconds: float) -> bool:
         """Whether every seed has a row by then besides the one before the first step."""
-        return all(any(0 < float(x) <= seconds * (1 + 1e-9) for x in run["curve"]["seconds"]) for run in self.runs)
+        return all(len(_reached(run, "seconds", seconds)) > 1 for run in self.runs)
 
     def last(self, column: str) -> list[float]:
         """Each seed's last value."""
@@ -66,8 +66,11 @@ def grouped(runs: Sequence[Result]) -> list[Group]:
 
 
 def _at(run: Result, axis: str, limit: float) -> float:
-    curve = run["curve"]
-    reached = [i for i, x in enumerate(curve[axis]) if float(x) <= limit * (1 + 1e-9)]
-    if not reached:
-        return math.nan
-    return float(curve["loss"][reached[-1]])
+    reached = _reached(run, axis, limit)
+    return reached[-1] if reached else math.nan
+
+
+def _reached(run: Result, axis: str, limit: float) -> list[float]:
+    """The losses up to there; the first is that before the first step."""
+    pairs = zip(run["curve"][axis], run["curve"]["loss"], strict=True)
+    return [float(loss) for x, loss in pairs if float(x) <= limit * (1 + 1e-9)]

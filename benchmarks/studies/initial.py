@@ -39,21 +39,14 @@ def _gradients(optimizer: apo.APO, task: Task, model: nn.Module, batches: Batche
     inputs, targets = batches.batch(place)
     optimizer.zero_grad()
     task.loss_of(model, inputs, targets).backward()  # type: ignore[no-untyped-call]
-    found = []
-    for layer in optimizer.layers:
-        weight, *bias = [p.grad for p in layer.view.parameters]
-        assert weight is not None
-        found.append(layer.view.gather(weight, bias[0] if bias else None))
+    found = [layer.view.gather(p.grad for p in layer.view.parameters) for layer in optimizer.layers]
     optimizer.zero_grad()
     return found
 
 
 def _root(moments: Tensor, block: Tensor) -> Tensor:
     """``H^(−1/8)`` of the squares of ``block`` alone; the identity where there is nothing to learn from."""
-    if block.ndim == 2 and block.shape == moments.shape:
-        squares = moments[None]
-    else:
-        squares = ak.blocks_from_dense(moments, block.shape[-1])
+    squares = ak.blocks_from_dense(moments, block.shape[-1])
     damping = DAMPING * float(moments.diagonal().mean())
     roots = [inverse_root(H, damping, 1 / 8) for H in squares] if damping > 0 else [None] * len(squares)
     one = torch.eye(block.shape[-1], dtype=block.dtype, device=block.device)

@@ -84,7 +84,11 @@ class Task:
 
     def loss_of(self, model: nn.Module, inputs: Inputs, targets: Tensor) -> Tensor:
         """``J_B(θ)``."""
-        return self.loss.function(self.forward(model, inputs), self.targets(targets))
+        return self.loss_from(self.forward(model, inputs), targets)
+
+    def loss_from(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The same of outputs that are there."""
+        return self.loss.function(outputs, self.targets(targets))
 
     def objective(self, model: nn.Module, inputs: Callable[[], Any], **settings: Any) -> apo.ProximalObjective:
         """Eq. 8 with the task's discrepancy; ``inputs`` returns B′, ``settings`` are those of the objective."""
@@ -94,11 +98,7 @@ class Task:
         self, model: nn.Module, pairs: Callable[[], tuple[Inputs, Tensor]], **settings: Any
     ) -> apo.ProximalObjective:
         """The same with the loss on B′ too; ``pairs`` returns it with its targets."""
-
-        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-            return self.loss.function(outputs, self.targets(targets))
-
-        return self.objective(model, pairs, loss=loss, **settings)
+        return self.objective(model, pairs, loss=self.loss_from, **settings)
 
     def parameters(self) -> int:
         """How many weights the network has; no memory is taken for them."""

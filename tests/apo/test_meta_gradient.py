@@ -179,7 +179,7 @@ def test_blocks_equal_autograd_through_an_unrolled_step(
         operands = {k: getattr(layer, k).clone() for k in "ABS"}
         phi += [operands[k].requires_grad_() for k in layer.learned]
         view = layer.view
-        G = view.gather(grads[view.weight], None if view.bias is None else grads[view.bias])
+        G = view.gather(grads[p] for p in view.parameters)
         velocity = log_lr.exp() * dense_p(layer, G, **operands)
         # all that momentum 0.9 makes of this gradient, or the next step
         velocity = 10 * velocity if lookahead == "whole" else velocity + 0.9 * layer.momentum

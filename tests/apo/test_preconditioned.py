@@ -96,7 +96,7 @@ def test_matrix_views(name: str) -> None:
     assert {v.name: v.shape for v in views} == expected
     for view in views:
         parts = [torch.randn_like(p) for p in view.parameters]
-        matrix = view.gather(parts[0], parts[1] if len(parts) > 1 else None)
+        matrix = view.gather(parts)
         assert matrix.shape == view.shape
         back = view.scatter(matrix)
         assert all(torch.equal(a, b) for a, b in zip(parts, back, strict=True))
