@@ -66,7 +66,7 @@ class FullPreconditioner(FrontEnd):
         dtype = torch.promote_types(weights[0].dtype, torch.float32)
         self.P = torch.eye(size, dtype=dtype, device=weights[0].device)
         self.meta = MetaOptimizer([self.P], [meta_lr], meta_optimizer)
-        self._init_front_end(objective.with_default(fsd_weight=1.0), interval, warmup, None)
+        self._init_front_end(objective.with_defaults(fsd_weight=1.0), interval, warmup, None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: P is of all the weights together."""

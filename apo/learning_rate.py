@@ -77,6 +77,15 @@ class LogRates:
         for group in groups:
             self._change(group, -1.0)
 
+    def scale(self, groups: Sequence[Group], changes: Sequence[float], places: Sequence[int]) -> list[float]:
+        """Change every log rate by the mean of the changes that stand for its group (for any group, where one
+        factor is shared), not as a step of learning. Returns each group's new rate over its old one."""
+        found = []
+        for place, group in enumerate(groups):
+            own = [c for c, at in zip(changes, places, strict=True) if self.shared or at == place]
+            found.append(self._change(group, sum(own) / len(own)) if own else 1.0)
+        return found
+
     def _change(self, group: Group, change: float) -> float:
         old = get_rate(group)
         if old == 0:
@@ -204,7 +213,7 @@ class AdaptiveLR(FrontEnd):
         self.optimizer = optimizer
         self.rates = rates
         self.linear = False
-        self._init_front_end(objective.with_default(fsd_weight=0.1 if fresh else 0.3), interval, warmup, grad_scaler)
+        self._init_front_end(objective.with_defaults(fsd_weight=0.1 if fresh else 0.3), interval, warmup, grad_scaler)
         self._link()
 
     def _link(self) -> None:

@@ -56,8 +56,8 @@ class MetaOptimizer:
                 self._optimizer = torch.optim.RMSprop([group], alpha=self.decay)
 
     @torch.no_grad()
-    def step(self, grads: Sequence[Tensor]) -> None:
-        """One step from the meta-gradients, one a tensor."""
+    def step(self, grads: Sequence[Tensor | None]) -> None:
+        """One step from the meta-gradients, one a tensor; None leaves it as it is."""
         if self._optimizer is None:
             return
         for tensor, grad in zip(self.tensors, grads, strict=True):

@@ -61,7 +61,7 @@ class ProximalObjective:
             front end's: 0.3 for :class:`apo.AdaptiveLR` (0.1 with a ``loss``), 1 for :class:`apo.APO`. 0 leaves the
             term out; without a ``loss`` the step is then held back by nothing but the batch itself, and diverges on
             most tasks.
-        wsd_weight: λ_WSD, >= 0.
+        wsd_weight: λ_WSD, >= 0. None, the default, takes the front end's: 0.001 for :class:`apo.APO`, otherwise 0.
         loss: the training loss, ``loss(returned, targets)``. Where it is given, batches of ``inputs`` are pairs
             ``(inputs, targets)``, and the first term of Q is the loss on B′ in place of the closure's on B: θ′ has
             been fitted to B, whose loss therefore praises long steps the more, the noisier the gradient. The trial
@@ -86,7 +86,7 @@ class ProximalObjective:
         discrepancy: str | Discrepancy = "kl",
         *,
         fsd_weight: float | None = None,
-        wsd_weight: float = 0.0,
+        wsd_weight: float | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         outputs: Callable[[Any], Any] | None = None,
@@ -96,7 +96,7 @@ class ProximalObjective:
         self.model = checks.module("model", model)
         self.discrepancy = discrepancy_named(discrepancy)
         self.fsd_weight = None if fsd_weight is None else checks.number("fsd_weight", fsd_weight)
-        self.wsd_weight = checks.number("wsd_weight", wsd_weight)
+        self.wsd_weight = None if wsd_weight is None else checks.number("wsd_weight", wsd_weight)
         checks.one_of("mode", mode, ("eval", "train"))
         self.mode = mode
         for name, value in (("forward", forward), ("outputs", outputs), ("context", context), ("loss", loss)):
@@ -213,7 +213,7 @@ class ProximalObjective:
             if self.replicated:  # all ranks must judge the trial alike
                 terms = average_over_ranks(terms, self.model)
             loss_value, fsd_value, square = terms.tolist()  # the one synchronisation of a meta-step
-        objective = loss_value + self._weight * fsd_value + self.wsd_weight * square / 2
+        objective = loss_value + self._weight * fsd_value + (self.wsd_weight or 0.0) * square / 2
         return V, Evaluation(objective, loss_value, fsd_value, square / 2, square**0.5)
 
     @property
@@ -239,12 +239,13 @@ class ProximalObjective:
         with self._context():
             return self._outputs(returned)
 
-    def with_default(self, *, fsd_weight: float) -> ProximalObjective:
-        """Itself, or, where λ_FSD was left to the front end, a copy with this one."""
-        if self.fsd_weight is not None:
+    def with_defaults(self, *, fsd_weight: float, wsd_weight: float = 0.0) -> ProximalObjective:
+        """Itself, or, where a λ was left to the front end, a copy with these in their place."""
+        if self.fsd_weight is not None and self.wsd_weight is not None:
             return self
         filled = copy.copy(self)
-        filled.fsd_weight = fsd_weight
+        filled.fsd_weight = fsd_weight if self.fsd_weight is None else self.fsd_weight
+        filled.wsd_weight = wsd_weight if self.wsd_weight is None else self.wsd_weight
         return filled
 
     def __getstate__(self) -> dict[str, Any]:

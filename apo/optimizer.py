@@ -22,12 +22,13 @@ from apo.objective import Closure, ProximalObjective
 from apo.plan import Plan, plan_of
 from apo.preconditioner import Layer
 from apo.relative_steps import RelativeSteps
+from apo_kernels import Kept
 
 __all__ = ["APO"]
 
-META_LR = {"relative": 0.1, "adam": 0.01, "rmsprop": 0.01}
-S_SHARE = 0.3
-"""How large a relative meta-step of log S is beside one of A and B."""
+META_LR = {"relative": 0.05, "adam": 0.01, "rmsprop": 0.01}
+MOVED_EVERY = 10
+"""Meta-updates between two moves of P's scale to the rates."""
 
 _BLOCK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -120,13 +121,13 @@ class APO(FrontEnd):
         params: Iterable[Any] | None = None,
         *,
         lr: float = 0.1,
-        momentum: float = 0.9,
+        momentum: float = 0.75,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         block_size: int | None = 64,
         max_dim: int | None = 8192,
         block_dtype: torch.dtype | None = None,
-        interval: int = 10,
+        interval: int = 1,
         warmup: int = 300,
         meta_lr: float | None = None,
         meta_optimizer: Literal["relative", "adam", "rmsprop"] = "relative",
@@ -166,7 +167,7 @@ class APO(FrontEnd):
                 raise ValueError("model must have parameters that require grad, but got none")
         self.rates = LogRates(0, meta_lr=lr_meta_lr, meta_optimizer="rmsprop", shared=shared_lr, bounds=bounds)
         super().__init__(params, defaults)
-        self._init_front_end(objective.with_default(fsd_weight=1.0), interval, warmup, grad_scaler)
+        self._init_front_end(objective.with_defaults(fsd_weight=1.0, wsd_weight=1e-3), interval, warmup, grad_scaler)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model's, with their own settings; their preconditioner starts as the identity."""
@@ -190,8 +191,7 @@ class APO(FrontEnd):
             self.state[layer.view.weight] = layer.state()
             if isinstance(self.meta, RelativeSteps):
                 are_blocks = [name != "S" for name in layer.learned]
-                rates = [self.meta_lr * (1 if block else S_SHARE) for block in are_blocks]
-                self.meta.add(layer.tensors(), rates, are_blocks)
+                self.meta.add(layer.tensors(), [self.meta_lr] * len(are_blocks), are_blocks)
             else:
                 self.meta.add(layer.tensors(), layer.meta_rates(self.meta_lr))
         self.rates.grow()
@@ -261,28 +261,67 @@ class APO(FrontEnd):
         V_of = {p: v if has_grad[p] else None for p, v in zip(self.parameters, V, strict=True)}
         cotangents = [layer.view.gather(V_of[p] for p in layer.view.parameters) for layer in layers]
         by_group = self._slopes(layers, directions, cotangents) if self.adapt_lr else []
-        relative = isinstance(self.meta, RelativeSteps)
-        derivatives = preconditioner.block_gradients(layers, gradients, cotangents, kept, relative=relative)
-        del kept, V
-        found: list[Tensor] = []
-        for layer in self.layers:
-            # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G), relative to the blocks where the steps are; a layer that had
-            # no gradient adds nothing
-            own = derivatives.get(layer) or tuple(torch.zeros_like(x) for x in layer.tensors())
-            torch._foreach_mul_(own, -get_rate(self._group(layer)) * self._reach(layer))
-            found += own
-        norms = torch.stack(torch._foreach_norm(found)) if found else torch.zeros(())
-        slopes_finite = all(map(math.isfinite, by_group))
-        if bool(norms.isfinite().all()) and slopes_finite:
-            self.meta.step(found)
+        if self._learn(layers, gradients, cotangents, kept, by_group):
             for layer in self.layers:
                 layer.refresh()
-            if self.adapt_lr:
-                self.rates.update(self.param_groups, by_group)
         else:
             self.failed_trials += 1
         if move:
             self._plain_step()
+
+    def _learn(
+        self,
+        layers: Sequence[Layer],
+        gradients: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        kept: Sequence[Kept],
+        by_group: Sequence[float],
+    ) -> bool:
+        """Step φ down its derivatives, unless they aren't all finite."""
+        relative = isinstance(self.meta, RelativeSteps)
+        derivatives = preconditioner.block_gradients(layers, gradients, cotangents, kept, relative=relative)
+        sizes = preconditioner.sizes(layers, kept) if relative else {}
+        for layer in layers:
+            # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G), relative to the blocks where the steps are
+            length = get_rate(self._group(layer)) * self._reach(layer)
+            torch._foreach_mul_(derivatives[layer], -length)
+            if relative:
+                torch._foreach_mul_(sizes[layer], length)
+        judged = [x for own in derivatives.values() for x in own]
+        judged += [first for first, *_ in sizes.values()]  # the others are sums of the same, or its terms
+        if judged and not bool(torch.stack(torch._foreach_norm(judged)).isfinite().all()):
+            return False
+        if not all(map(math.isfinite, by_group)):
+            return False
+        if isinstance(self.meta, RelativeSteps):
+            self.meta.step(self._in_order(derivatives), self._in_order(sizes))
+            if self.adapt_lr and max(self.meta.steps) % MOVED_EVERY == 0:
+                self._move_scale_to_rates()
+        else:
+            self.meta.step(self._in_order(derivatives))
+        if self.adapt_lr:
+            self.rates.update(self.param_groups, by_group)
+        return True
+
+    def _in_order(self, found: dict[Layer, tuple[Tensor, ...]]) -> list[Tensor | None]:
+        """What was found, one for each of the tensors that are learned; None where a layer had no gradient."""
+        return [x for layer in self.layers for x in found.get(layer, (None,) * len(layer.learned))]
+
+    def _move_scale_to_rates(self) -> None:
+        """Give A and B the identity's RMS, S one of 1 in the mean over the layers, and the rates what P loses.
+
+        Only ``lr·P`` means anything, so that P would else grow while ``lr`` falls, to the bounds of the rate and of
+        16-bit blocks.
+        """
+        rms = preconditioner.root_mean_squares(self.layers)
+        if not all(0 < x < math.inf for own in rms for x in own):
+            return
+        growths = [2 * sum(map(math.log, own)) for own in rms]  # P goes with the squares
+        moved = self.rates.scale(self.param_groups, growths, [layer.group for layer in self.layers])
+        factors = []
+        for layer, (*of_blocks, _) in zip(self.layers, rms, strict=True):
+            factors += [*(1 / x for x in of_blocks), math.prod(of_blocks) / math.sqrt(moved[layer.group])]
+        torch._foreach_mul_([x for layer in self.layers for x in layer.tensors()], factors)
 
     def _gradients(self) -> tuple[list[Layer], list[Tensor]]:
         """The layers whose weight has a gradient, and the gradients' matrices, with L2 decay."""

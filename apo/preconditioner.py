@@ -5,17 +5,19 @@ All products go through :mod:`apo_kernels`' foreach operations, a whole model a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import apo_kernels as ak
 from apo.matrix_view import MatrixView, Side
 
-__all__ = ["Layer", "apply", "apply_and_keep", "block_gradients"]
+__all__ = ["Layer", "apply", "apply_and_keep", "block_gradients", "root_mean_squares", "sizes"]
 
 
 @dataclass(eq=False)
@@ -154,3 +156,36 @@ def block_gradients(
         )
         found.update(zip(those, derivatives, strict=True))
     return found
+
+
+def sizes(layers: Sequence[Layer], kept: Sequence[ak.Kept]) -> dict[Layer, tuple[Tensor, ...]]:
+    """What :func:`block_gradients` gives, relative, for ``V = G``, a tuple a layer in the order of ``layer.learned``:
+    the diagonals for blocks, in the shape of ``A[..., 0]``, and ``S dS`` for S."""
+    found: dict[Layer, tuple[Tensor, ...]] = {}
+    for layer, own in zip(layers, kept, strict=True):
+        of_S = (layer.S * own.M).square_().mul_(2)
+        named = {"A": (-2, layer.A), "B": (-1, layer.B)}
+        of_blocks = (_by_square(of_S.sum(dim), block) for name, (dim, block) in named.items() if name in layer.learned)
+        found[layer] = (*of_blocks, of_S)
+    return found
+
+
+def root_mean_squares(layers: Sequence[Layer]) -> list[tuple[float, ...]]:
+    """Of each layer's learned blocks, over the identity's, and of its S; one synchronisation."""
+    if not layers:
+        return []
+    norms = iter(torch.stack(torch._foreach_norm([x for layer in layers for x in layer.tensors()])).tolist())
+    found = []
+    for layer in layers:
+        *blocks, S = layer.tensors()
+        ones = [*(block.numel() // block.shape[-1] for block in blocks), S.numel()]
+        found.append(tuple(next(norms) / math.sqrt(count) for count in ones))
+    return found
+
+
+def _by_square(side: Tensor, block: Tensor) -> Tensor:
+    """A number for each of a side's entries, in the shape of ``block[..., 0]``, with zeros for what sticks out."""
+    if block.ndim == side.ndim + 1:
+        return side
+    count, width = block.shape[-3:-1]
+    return F.pad(side, (0, count * width - side.shape[-1])).reshape(*side.shape[:-1], count, width)

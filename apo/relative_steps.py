@@ -15,29 +15,37 @@ __all__ = ["RelativeSteps"]
 
 
 class RelativeSteps:
-    """``A ← A (I − ε R)``, ``B`` likewise, and ``S ← S exp(−s)``, with R and s the directions of descent.
+    """``A ← A (I − ε R)``, ``B`` likewise, and ``S ← S exp(−ε r)``, with R and r the directions of descent.
 
     A step of a block is taken in the coordinates that it makes for itself: with ``A (I + E)`` in place of A, the
     derivative of Q with respect to E is ``AᵀdA``, whatever the scale and the basis of A (Li's PSGD, 2018, and Lin et
-    al.'s SINGD, 2024, step so too). Its symmetric part is taken; averaged briefly (β = 0.5: 0.9 is better on noisy
-    gradients, and swings about the optimum where there is little noise); and divided by the Frobenius norm of the
-    average, over all squares of a block-diagonal block, which bounds what a step does to any singular value to the
-    share ε. So any condition number is reached in a number of steps that goes with its logarithm, and every entry of
-    ``AᵀdA`` counts by its size: dividing each by its own running RMS, as Adam does, makes noise of the small ones.
+    al.'s SINGD, 2024, step so too). It is measured by its *size*: what it would be, but for the sign, had the trial
+    left the gradient as it was. On the diagonal of ``AᵀdA`` that is twice the energy of a column of ``S ⊙ BᵀGA``,
+    times the trial's rate; of ``S dS``, twice the square of the entry. The ratio is then −1 where the step could go
+    on for ever, 0 where it ends as it should, +1 where it goes twice as far, be gradients large there or small::
 
-    S steps in its logarithm by Adam, β = (0.9, 0.99), at a smaller rate: ``m n`` numbers learned from as many noisy
-    derivatives.
+        R_ij = mean(sym(AᵀdA)_ij) / √(mean(size_i) mean(size_j)),    r = mean(S dS) / mean(size)
+
+    The running mean of a block's derivative is short (β = 0.5), those of sizes are longer, and so is that of S's
+    derivative: ``m n`` numbers learned from as many noisy ones. ``R`` is kept to a Frobenius norm of 2 in each
+    square, r to 1. So no step changes a singular value by more than the share ``2 ε``, and any condition number is
+    reached in a number of steps that goes with its logarithm.
 
     Args:
         tensors: φ, written in place by :meth:`step`.
-        rates: ε, or Adam's rate in ``log S``, one a tensor.
+        rates: ε, one a tensor.
         blocks: whether it is a block, one a tensor; S otherwise.
     """
 
     name = "relative"
-    BLOCK_BETA = 0.5
-    BETAS = (0.9, 0.99)
-    """Of S's Adam."""
+    BLOCK_BETAS = (0.5, 0.9)
+    """Of the running means of the derivative and of its size."""
+    S_BETAS = (0.9, 0.99)
+    LONGEST = 2.0
+    """Greatest Frobenius norm of a square of R."""
+    BLOCK_FLOOR = 1e-6
+    """Least size, over the mean size of the square."""
+    S_FLOOR = 1e-3
 
     def __init__(
         self, tensors: Iterable[Tensor] = (), rates: Iterable[float] = (), blocks: Iterable[bool] = ()
@@ -47,7 +55,7 @@ class RelativeSteps:
         self.blocks: list[bool] = []
         self.steps: list[int] = []
         self.averages: list[Tensor | None] = []
-        self.squares: list[Tensor | None] = []
+        self.sizes: list[Tensor | None] = []
         self.add(tensors, rates, blocks)
 
     def add(self, tensors: Iterable[Tensor], rates: Iterable[float], blocks: Iterable[bool]) -> None:
@@ -58,38 +66,48 @@ class RelativeSteps:
             self.blocks.append(block)
             self.steps.append(0)
             self.averages.append(None)
-            self.squares.append(None)
+            self.sizes.append(None)
 
     @torch.no_grad()
-    def step(self, grads: Sequence[Tensor]) -> None:
-        """One step from the meta-gradients, one a tensor: ``AᵀdA`` of a block A, ``dS`` of a scaling S."""
-        for i, (tensor, grad) in enumerate(zip(self.tensors, grads, strict=True)):
-            self.steps[i] += 1
-            if self.blocks[i]:
-                self._step_block(i, tensor, grad)
-            else:
-                self._step_scaling(i, tensor, grad)
+    def step(self, grads: Sequence[Tensor | None], sizes: Sequence[Tensor | None]) -> None:
+        """One step from the meta-gradients, one a tensor; None leaves it as it is.
 
-    def _step_block(self, i: int, X: Tensor, R: Tensor) -> None:
-        average = self.averages[i]
-        if average is None:
-            average = self.averages[i] = torch.zeros_like(X)
-        average.lerp_(R, 1 - self.BLOCK_BETA).add_(R.mT, alpha=1 - self.BLOCK_BETA)
-        length = torch.linalg.vector_norm(average).clamp_min(EPS[X.dtype])
-        X.sub_(aligned_product(X, average).mul_(self.rates[i] / length))
+        Args:
+            grads: ``AᵀdA`` of a block A, ``dS`` of a scaling S.
+            sizes: of a block's diagonal, in the shape of ``A[..., 0]``; of ``S dS``, in that of S. All >= 0.
+        """
+        for i, (tensor, grad, size) in enumerate(zip(self.tensors, grads, sizes, strict=True)):
+            if grad is not None and size is not None:
+                self.steps[i] += 1
+                if self.blocks[i]:
+                    self._step_block(i, tensor, grad, size)
+                else:
+                    self._step_scaling(i, tensor, grad, size)
 
-    def _step_scaling(self, i: int, S: Tensor, grad: Tensor) -> None:
-        slope = S * grad
-        average, square = self.averages[i], self.squares[i]
-        if average is None or square is None:
-            average = self.averages[i] = torch.zeros_like(S)
-            square = self.squares[i] = torch.zeros_like(S)
-        beta1, beta2 = self.BETAS
-        average.lerp_(slope, 1 - beta1)
-        square.mul_(beta2).addcmul_(slope, slope, value=1 - beta2)
-        unbias1, unbias2 = 1 - beta1 ** self.steps[i], 1 - beta2 ** self.steps[i]
-        change = average / (square / unbias2).sqrt_().add_(EPS[S.dtype])
-        S.mul_(change.mul_(-self.rates[i] / unbias1).exp_())
+    def _step_block(self, i: int, X: Tensor, R: Tensor, size: Tensor) -> None:
+        average, mean, unbias = self._means(i, R, size, self.BLOCK_BETAS)
+        least = self.BLOCK_FLOOR * mean.mean(-1, keepdim=True) + EPS[X.dtype]
+        scale = (mean + least).rsqrt_()
+        change = torch.add(average, average.mT).mul_((scale * (unbias / 2)).unsqueeze(-1)).mul_(scale.unsqueeze(-2))
+        length = torch.linalg.vector_norm(change, dim=(-2, -1), keepdim=True)
+        change.mul_(self.rates[i] * self.LONGEST / length.clamp_min_(self.LONGEST))
+        X.sub_(aligned_product(X, change))
+
+    def _step_scaling(self, i: int, S: Tensor, grad: Tensor, size: Tensor) -> None:
+        average, mean, unbias = self._means(i, S * grad, size, self.S_BETAS)
+        ratio = average / (mean + (self.S_FLOOR * mean.mean() + EPS[S.dtype]))
+        S.mul_(ratio.clamp_(-1 / unbias, 1 / unbias).mul_(-self.rates[i] * unbias).exp_())
+
+    def _means(self, i: int, slope: Tensor, size: Tensor, betas: tuple[float, float]) -> tuple[Tensor, Tensor, float]:
+        """The running means of the derivative and of its size, and what takes the bias from their ratio."""
+        average, mean = self.averages[i], self.sizes[i]
+        if average is None or mean is None:
+            average = self.averages[i] = torch.zeros_like(slope)
+            mean = self.sizes[i] = torch.zeros_like(size)
+        average.lerp_(slope, 1 - betas[0])
+        mean.lerp_(size, 1 - betas[1])
+        of_average, of_mean = (1 - beta ** self.steps[i] for beta in betas)
+        return average, mean, of_mean / of_average
 
     def scale_rates(self, factor: float) -> None:
         """Multiply every meta-rate, for schedules of them."""
@@ -100,7 +118,7 @@ class RelativeSteps:
             "steps": list(self.steps),
             "rates": list(self.rates),
             "averages": list(self.averages),
-            "squares": list(self.squares),
+            "sizes": list(self.sizes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -112,4 +130,4 @@ class RelativeSteps:
 
         self.steps = list(state["steps"])
         self.rates = list(state["rates"])
-        self.averages, self.squares = taken(state["averages"]), taken(state["squares"])
+        self.averages, self.sizes = taken(state["averages"]), taken(state["sizes"])

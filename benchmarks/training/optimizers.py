@@ -100,7 +100,7 @@ _OBJECTIVE = ("fsd_weight", "wsd_weight")
 
 
 def _split(hyper: Hyper) -> tuple[Hyper, Any]:
-    """Those of the optimizer, and those of the objective. A λ_FSD of None leaves it to the front end."""
+    """Those of the optimizer, and those of the objective. A λ of None is left to the front end."""
     return (
         {key: value for key, value in hyper.items() if key not in _OBJECTIVE},
         {key: hyper[key] for key in _OBJECTIVE},
@@ -164,21 +164,17 @@ METHODS: dict[str, Method] = {
         _apo,
         {
             "lr": 0.1,
-            "momentum": 0.9,
+            "momentum": 0.75,
             "weight_decay": 0.0,
             "block_size": 64,
-            "interval": 10,
+            "interval": 1,
             "warmup": 300,
-            "meta_lr": 0.1,
+            "meta_lr": 0.05,
             "lr_meta_lr": 0.03,
             "fsd_weight": None,
-            "wsd_weight": 0.0,
+            "wsd_weight": None,
         },
-        {
-            "fsd_weight": Range(0.1, 30.0),
-            "interval": Range(choices=(1, 10)),
-            "momentum": Range(choices=(0.0, 0.9)),  # P adapts sooner without
-        },
+        {"fsd_weight": Range(0.1, 30.0), "wsd_weight": Range(choices=(0.0, 1e-3))},
     ),
 }
 """The optimizers at a fixed rate, and APO. :func:`method` knows their other forms too."""
