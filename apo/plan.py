@@ -105,9 +105,11 @@ def _row(layer: Layer, group: dict[str, Any], meta_optimizer: str) -> PlanRow:
     if relative:  # a step of which is a product
         derivatives += sum(2 * X.shape[-1] * X.numel() for X in layer.tensors()[:-1])
     learned = sum(t.nbytes for t in layer.tensors())
-    memory = sum(t.nbytes for t in (layer.A, layer.B, layer.S)) + 2 * learned
-    if relative:  # which keeps one average of a block, and two of S
-        memory -= learned - layer.S.nbytes
+    memory = sum(t.nbytes for t in (layer.A, layer.B, layer.S)) + learned
+    if relative:  # which holds a size for each row of a block and each entry of S
+        memory += layer.S.nbytes + sum(X.nbytes // X.shape[-1] for X in layer.tensors()[:-1])
+    else:
+        memory += learned
     if group["momentum"] != 0:
         memory += layer.S.nbytes
     if layer.dtype != layer.S.dtype:

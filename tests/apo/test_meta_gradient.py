@@ -61,7 +61,7 @@ def recorded(opt: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
     """Meta-gradients as they reach the meta-optimizers, which then don't move φ."""
     found: Recorded = {"blocks": [], "slopes": []}
 
-    def meta_step(self: MetaOptimizer | RelativeSteps, grads: Any) -> None:
+    def meta_step(self: MetaOptimizer | RelativeSteps, grads: Any, sizes: Any = None) -> None:
         found["blocks"].append(list(grads))
 
     def update(groups: Any, slopes: Any) -> list[float]:
@@ -71,6 +71,7 @@ def recorded(opt: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
     with monkeypatch.context() as patch:
         patch.setattr(MetaOptimizer, "step", meta_step)
         patch.setattr(RelativeSteps, "step", meta_step)
+        patch.setattr(apo.APO, "_move_scale_to_rates", lambda self: None)
         if hasattr(opt, "rates"):
             patch.setattr(opt.rates, "update", update)
         yield found
@@ -92,7 +93,7 @@ def q_at(opt: Any, closure: Callable[[], Tensor]) -> float:
 def prepared(problem: str, **settings: Any) -> tuple[apo.APO, nn.Module, Problem, Callable[[], Tensor]]:
     """An APO with a momentum and blocks of its own, φ frozen so far."""
     model, x, t, other = made = PROBLEMS[problem]()
-    settings = {"lr": 0.005, "interval": 0, "weight_decay": 0.03, **settings}
+    settings = {"lr": 0.005, "momentum": 0.9, "interval": 0, "weight_decay": 0.03, **settings}
     opt = apo.APO(model, objective(model, other), **settings)
     closure = closure_of(opt, model, x, t)
     for _ in range(2):

@@ -23,6 +23,7 @@ def test_without_meta_updates_it_starts_as_momentum_sgd() -> None:
             model,
             objective(model, other),
             lr=0.1,
+            momentum=0.9,
             weight_decay=0.01,
             decoupled_weight_decay=decoupled,
             interval=0,
@@ -269,7 +270,7 @@ def test_failed_trials_are_left_out_counted_and_shrink_the_step() -> None:
 
 def test_no_step_between_trials_promises_more_than_there_is_to_gain() -> None:
     model, x, t, other = mlp()
-    opt = apo.APO(model, objective(model, other), lr=0.01, warmup=1)
+    opt = apo.APO(model, objective(model, other), lr=0.01, momentum=0.9, interval=10, warmup=1)
     opt.step(closure_of(opt, model, x, t))
     assert opt.last is not None
     for scale, bounded in ((1.0, False), (1e4, True)):
@@ -316,11 +317,11 @@ def test_plan_names_every_parameter_and_its_cost(meta_optimizer: str) -> None:
     opt.step(closure_of(opt, model, torch.randn(4, 100), torch.randint(10, (4,))))
     held = [t for layer in opt.layers for t in (layer.A, layer.B, layer.S, layer.momentum)]
     learned = [t for layer in opt.layers for t in layer.tensors()]
-    # two averages of S, and of a block one by relative steps
-    averages = sum(t.nbytes for t in learned) * (1 if meta_optimizer == "relative" else 2)
     if meta_optimizer == "relative":
-        averages += sum(layer.S.nbytes for layer in opt.layers)
-    assert plan.memory_bytes == sum(t.nbytes for t in held) + averages
+        averages = [x for x in (*opt.meta.averages, *opt.meta.sizes) if x is not None]
+    else:
+        averages = 2 * learned
+    assert plan.memory_bytes == sum(t.nbytes for t in (*held, *averages))
     text = str(plan)
     assert all(row.name in text for row in plan.rows)
     assert repr(plan) == text
