@@ -14,6 +14,7 @@ import apo
 from apo.relative_steps import RelativeSteps
 from benchmarks.baselines import KFAC, Shampoo
 from benchmarks.studies.initial import blocks_from_moments
+from benchmarks.studies.lengths import ByLength
 from benchmarks.tasks import Batches, Task
 
 __all__ = ["BASELINES", "VARIANTS", "Baseline", "Variant"]
@@ -26,21 +27,23 @@ class Variant:
     Attributes:
         what: in words, for the table.
         settings: of :class:`apo.APO`, over its defaults.
-        fsd_weight, wsd_weight: λ_FSD and λ_WSD.
+        fsd_weight, wsd_weight: λ_FSD and λ_WSD; None: APO's.
         decay: every meta-rate is multiplied by this after each step.
         other: which batch B′ is: ``"fresh"``, ``"same"`` as B, or ``"large"``, four fresh ones.
         learned: which of ``"ABS"`` are learned; the others stay the identity.
         moments: start A and B from the second moments of ten gradients.
+        by_length: relative steps by their length alone.
     """
 
     what: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     fsd_weight: float | None = None
-    wsd_weight: float = 0.0
+    wsd_weight: float | None = None
     decay: float = 1.0
     other: str = "fresh"
     learned: str = "ABS"
     moments: bool = False
+    by_length: bool = False
 
     def make(self, task: Task, model: nn.Module, batches: Batches, inputs: Callable[[], Any]) -> Optimizer:
         """The optimizer; ``inputs`` returns those of the batch that is being trained on."""
@@ -53,6 +56,10 @@ class Variant:
         }
         goal = task.objective(model, draw[self.other], fsd_weight=self.fsd_weight, wsd_weight=self.wsd_weight)
         optimizer = apo.APO(model, goal, **self.settings)
+        if self.by_length:
+            held_by = optimizer.meta
+            assert isinstance(held_by, RelativeSteps)
+            optimizer.meta = ByLength(held_by.tensors, held_by.rates, held_by.blocks)
         if self.learned != "ABS":
             assert isinstance(optimizer.meta, RelativeSteps)
             names = [name for layer in optimizer.layers for name in layer.learned]
@@ -68,33 +75,35 @@ class Variant:
             optimizer.meta.scale_rates(self.decay)
 
 
-ADAM = {"meta_optimizer": "adam", "lookahead": "step"}
+FORMER = {"momentum": 0.9, "meta_lr": 0.1}
 
 VARIANTS: dict[str, Variant] = {
-    "default": Variant("apo.APO's defaults: each of the first 300 steps, then every 10"),
-    "interval 1": Variant("meta-update every step", {"interval": 1}),
-    "warm-up 50": Variant("few meta-updates early", {"interval": 10, "warmup": 50}),
-    "warm-up 200": Variant("meta-update at each of the first 200", {"interval": 10, "warmup": 200}),
-    "step": Variant("lookahead with the old momentum in it", {"lookahead": "step", "interval": 1}, 10.0),
-    "λ 0.3": Variant("λ_FSD 0.3", {"interval": 1}, 0.3),
-    "λ 3": Variant("λ_FSD 3", {"interval": 1}, 3.0),
-    "WSD": Variant("λ_WSD 0.01", {"interval": 1}, 1.0, 0.01),
-    "former default": Variant("Adam, rate / side, λ_FSD 3", {**ADAM, "interval": 10, "warmup": 50}, 3.0),
-    "adam fast": Variant("Adam, rate 0.1 / side, λ_FSD 10", {**ADAM, "interval": 1, "meta_lr": 0.1}, 10.0),
-    "adam whole": Variant("the same at the whole lookahead", {"meta_optimizer": "adam", "interval": 1, "meta_lr": 0.1}),
-    "decaying": Variant("meta-rate halves in 140 steps", {"interval": 1}, decay=0.995),
-    "meta-rate 0.03": Variant("relative steps of 0.03", {"interval": 1, "meta_lr": 0.03}),
-    "meta-rate 0.3": Variant("relative steps of 0.3", {"interval": 1, "meta_lr": 0.3}),
-    "full blocks": Variant("blocks not cut", {"interval": 1, "block_size": None}),
-    "S alone": Variant("no blocks", {"interval": 1, "block_size": 1}),
-    "A alone": Variant("one-sided blocks, and S", {"interval": 1}, learned="AS"),
-    "B alone": Variant("one-sided blocks, and S", {"interval": 1}, learned="BS"),
-    "moments": Variant("A and B start from ten gradients' second moments", {"interval": 1}, moments=True),
-    "momentum 0": Variant("no momentum", {"interval": 1, "momentum": 0.0}),
-    "momentum 0 + WSD": Variant("no momentum, λ_WSD 0.003", {"interval": 1, "momentum": 0.0}, 1.0, 0.003),
-    "B' = B": Variant("FSD on the batch itself", {"interval": 1}, other="same"),
-    "B' of 4 batches": Variant("FSD on four fresh batches", {"interval": 1}, other="large"),
-    "P fixed": Variant("only lr learned", {"interval": 1, "meta_lr": 0.0}),
+    "default": Variant("apo.APO's defaults: steps by size, a meta-update every step, momentum 0.75, λ_WSD 0.001"),
+    "interval 2": Variant("meta-update at each of the first 300 steps, then every 2", {"interval": 2}),
+    "interval 10": Variant("meta-update at each of the first 300 steps, then every 10", {"interval": 10}),
+    "warm-up 50": Variant("at each of the first 50, then every 10", {"interval": 10, "warmup": 50}),
+    "momentum 0": Variant("no momentum", {"momentum": 0.0}),
+    "momentum 0.9": Variant("", {"momentum": 0.9}),
+    "λ_WSD 0": Variant("nothing holds P where outputs saturate", wsd_weight=0.0),
+    "λ_WSD 0.01": Variant("", wsd_weight=0.01),
+    "λ_FSD 0.3": Variant("", fsd_weight=0.3),
+    "λ_FSD 3": Variant("", fsd_weight=3.0),
+    "by length": Variant("relative steps by their length, momentum 0.9, λ_WSD 0", FORMER, 1.0, 0.0, by_length=True),
+    "by length + WSD": Variant("the same with the default's momentum and λ_WSD", {"meta_lr": 0.1}, by_length=True),
+    "full blocks": Variant("blocks not cut", {"block_size": None}),
+    "step": Variant("lookahead with the old momentum in it, λ_FSD 10", {"lookahead": "step"}, 10.0),
+    "adam": Variant("Adam on A, B and S, rate 0.01 / side", {"meta_optimizer": "adam"}),
+    "adam fast": Variant("Adam, rate 0.1 / side", {"meta_optimizer": "adam", "meta_lr": 0.1}),
+    "decaying": Variant("meta-rate halves in 140 steps", decay=0.995),
+    "meta-rate 0.02": Variant("", {"meta_lr": 0.02}),
+    "meta-rate 0.1": Variant("", {"meta_lr": 0.1}),
+    "S alone": Variant("no blocks", {"block_size": 1}),
+    "A alone": Variant("one-sided blocks, and S", learned="AS"),
+    "B alone": Variant("one-sided blocks, and S", learned="BS"),
+    "moments": Variant("A and B start from ten gradients' second moments", moments=True),
+    "B' = B": Variant("FSD on the batch itself", other="same"),
+    "B' of 4 batches": Variant("FSD on four fresh batches", other="large"),
+    "P fixed": Variant("only lr learned", {"meta_lr": 0.0}),
 }
 
 
