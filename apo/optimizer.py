@@ -42,8 +42,9 @@ class APO(FrontEnd):
         θ ← (1 − lr·λ) θ − v
 
     ``φ = (log lr, A, B, S)`` descends the proximal objective at the lookahead (Eq. 8). ``P`` starts as the identity,
-    which makes the start momentum SGD; ``lr``, the scale in front, is learned with it, and lets it start from any
-    rate. It stands inside the momentum: φ answers for what it adds to the step, not for old gradients too.
+    which makes the start momentum SGD; ``lr``, the scale in front, is learned with it, lets it start from any rate,
+    and is given, every ten meta-updates, what scale P has gained. It stands inside the momentum: φ answers for what it
+    adds to the step, not for old gradients too.
 
     No step promises more than there is to gain: ``P(G)`` is scaled down to ``lr/(1 − μ) ⟨G, P(G)⟩ ≤ J + 1`` in all,
     J the loss at the last good trial. Without it one odd batch, between two trials, ended a run on digits in NaN, for
@@ -51,7 +52,9 @@ class APO(FrontEnd):
 
     Args:
         model: whose parameters are trained, the module or its DDP.
-        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD is 1 if it was left open; larger is steadier.
+        objective: the :class:`~apo.ProximalObjective`. Where they were left open its λ_FSD is 1, larger being steadier
+            (10 where gradients are noisy), and its λ_WSD 0.001, which keeps P from growing without end where outputs
+            saturate; 0 where curvatures much smaller than that matter.
         params: parameters of the model's or param groups of them (keys: ``lr``, ``momentum``, ``weight_decay``,
             ``decoupled_weight_decay``, ``block_size``, ``max_dim``, ``block_dtype``); by default all that require
             grad. A weight and its bias in different groups aren't joined.
@@ -64,10 +67,11 @@ class APO(FrontEnd):
         max_dim: a side longer than this gets no block at all; None: no bound.
         block_dtype: what the products read A, B and S as: float32, bfloat16 or float16, whatever the weights'
             dtype. Masters stay float32. None: the masters themselves.
-        interval: a meta-update every so many steps (K of Algorithm 1). 0: never.
+        interval: a meta-update every so many steps (K of Algorithm 1). 0: never. A step with one takes three passes
+            forward and backward; 10 makes most steps nearly as cheap as SGD's, and learns more slowly.
         warmup: and at each of the first so many.
-        meta_lr: rate of the meta-optimizer. Of relative steps: the share that one changes A and B by, by default
-            0.1 (S: 0.3 of it, in the logarithm). Of the others: S's, divided for A and B by the block's side; 0.01.
+        meta_lr: rate of the meta-optimizer. Of relative steps: ε, the share that one changes A, B and S by; by default
+            0.05. Of the others: S's, divided for A and B by the block's side; 0.01.
         meta_optimizer: of A, B and S: ``"relative"`` (:mod:`apo.relative_steps`), ``"adam"`` or ``"rmsprop"``.
         lookahead: what the trial takes. ``"whole"``: ``θ′ = θ − lr·P(G)/(1 − μ)``, the whole way that momentum
             will carry this gradient. ``"step"``: ``θ − μv − lr·P(G)``, the next step.

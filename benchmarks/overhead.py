@@ -1,7 +1,8 @@
 """What a step costs with each front end and with the baselines: MLP 784-1000-1000-10, batch 100, one thread.
 
 Whole steps are timed, closure and all, a period of ``interval`` steps at a time, so that each sample holds exactly
-one meta-step; contestants take turns. The baselines renew their factors and inverses (roots) as often.
+one meta-step (APO's defaults: as many as steps); contestants take turns. The baselines renew their factors and inverses
+(roots) as often.
 """
 
 from __future__ import annotations
@@ -102,6 +103,9 @@ def _contestants(interval: int) -> dict[str, Callable[[nn.Module, Callable[[], t
         "AdaptiveLR on SGDm": lambda model, inputs: apo.AdaptiveLR(sgdm(model), goal(model, inputs), **settings),
         "APO, blocks of 64": lambda model, inputs: apo.APO(
             model, goal(model, inputs), lr=0.01, block_size=64, **settings
+        ),
+        "APO, defaults: a meta-update at every step": lambda model, inputs: apo.APO(
+            model, goal(model, inputs), lr=0.01
         ),
         "APO, full blocks": lambda model, inputs: apo.APO(
             model, goal(model, inputs), lr=0.01, block_size=None, **settings

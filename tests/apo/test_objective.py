@@ -185,13 +185,18 @@ def test_no_batch_is_drawn_at_fsd_weight_zero() -> None:
 
 def test_front_ends_fill_in_the_weight_that_was_left_open() -> None:
     model, *_, other = mlp()
-    goal = objective(model, other, fsd_weight=None)
+    goal = objective(model, other, fsd_weight=None, wsd_weight=None)
     assert apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.5), goal).objective.fsd_weight == 0.3
     pairs = [(other, torch.zeros(12, dtype=torch.long))]
     fresh = apo.ProximalObjective(model, pairs, loss=F.cross_entropy)
     assert apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.5), fresh).objective.fsd_weight == 0.1
-    assert apo.APO(model, goal).objective.fsd_weight == 1
+    assert apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.5), goal).objective.wsd_weight == 0
+    of_apo = apo.APO(model, goal).objective
+    assert (of_apo.fsd_weight, of_apo.wsd_weight) == (1, 1e-3)
+    given = apo.APO(model, objective(model, other, fsd_weight=None, wsd_weight=0.0)).objective
+    assert (given.fsd_weight, given.wsd_weight) == (1, 0)
     assert goal.fsd_weight is None
+    assert goal.wsd_weight is None
 
 
 def test_a_loss_of_its_own_is_taken_on_the_other_batch_without_the_closure() -> None:
