@@ -43,8 +43,8 @@ class APO(FrontEnd):
 
     ``φ = (log lr, A, B, S)`` descends the proximal objective at the lookahead (Eq. 8). ``P`` starts as the identity,
     which makes the start momentum SGD; ``lr``, the scale in front, is learned with it, lets it start from any rate,
-    and is given, every ten meta-updates, what scale P has gained. It stands inside the momentum: φ answers for what it
-    adds to the step, not for old gradients too.
+    and is given, every ten meta-updates, what scale P has gained (unless a scheduler overwrites it). It stands inside
+    the momentum: φ answers for what it adds to the step, not for old gradients too.
 
     No step promises more than there is to gain: ``P(G)`` is scaled down to ``lr/(1 − μ) ⟨G, P(G)⟩ ≤ J + 1`` in all,
     J the loss at the last good trial. Without it one odd batch, between two trials, ended a run on digits in NaN, for
@@ -154,6 +154,8 @@ class APO(FrontEnd):
         self.meta_lr = META_LR[meta_optimizer] if meta_lr is None else checks.number("meta_lr", meta_lr)
         self.lookahead = lookahead
         self.most_promised = math.inf
+        self.left_rates: list[float] | None = None
+        self.overwritten = False
         self.meta: MetaOptimizer | RelativeSteps
         self.meta = RelativeSteps() if meta_optimizer == "relative" else MetaOptimizer([], [], meta_optimizer)
         defaults = {
@@ -199,6 +201,7 @@ class APO(FrontEnd):
             else:
                 self.meta.add(layer.tensors(), layer.meta_rates(self.meta_lr))
         self.rates.grow()
+        self.left_rates = None
 
     def plan(self) -> Plan:
         """Which parameter gets which treatment, and what that costs in memory and FLOPs. ``print`` it."""
@@ -299,13 +302,25 @@ class APO(FrontEnd):
             return False
         if isinstance(self.meta, RelativeSteps):
             self.meta.step(self._in_order(derivatives), self._in_order(sizes))
-            if self.adapt_lr and max(self.meta.steps) % MOVED_EVERY == 0:
-                self._move_scale_to_rates()
         else:
             self.meta.step(self._in_order(derivatives))
         if self.adapt_lr:
+            self._note_overwritten_rates()
             self.rates.update(self.param_groups, by_group)
+            if isinstance(self.meta, RelativeSteps) and max(self.meta.steps) % MOVED_EVERY == 0:
+                if not self.overwritten:
+                    self._move_scale_to_rates()
+                self.overwritten = False
+            self.left_rates = self._rates()
         return True
+
+    def _rates(self) -> list[float]:
+        return [get_rate(group) for group in self.param_groups]
+
+    def _note_overwritten_rates(self) -> None:
+        """A scheduler that sets rates from its own base would throw away what P's scale has been moved to."""
+        if self.left_rates is not None and self.left_rates != self._rates():
+            self.overwritten = True
 
     def _in_order(self, found: dict[Layer, tuple[Tensor, ...]]) -> list[Tensor | None]:
         """What was found, one for each of the tensors that are learned; None where a layer had no gradient."""
@@ -406,14 +421,17 @@ class APO(FrontEnd):
                 layer.S.mul_(math.exp(-0.5))
                 layer.refresh()
         if self.adapt_lr:
+            self._note_overwritten_rates()
             self.rates.shrink(self.param_groups)
+            self.left_rates = self._rates()
 
     def _group(self, layer: Layer) -> dict[str, Any]:
         return self.param_groups[layer.group]
 
     def _meta_state(self) -> dict[str, Any]:
         meta = {"meta": self.meta.state_dict(), "rates": self.rates.state_dict()}
-        return {**meta, "most_promised": self.most_promised}
+        own = {"most_promised": self.most_promised, "left_rates": self.left_rates, "overwritten": self.overwritten}
+        return {**meta, **own}
 
     def _settings(self) -> dict[str, Any]:
         return {"meta_optimizer": self.meta.name, "lookahead": self.lookahead, "shared_lr": self.rates.shared}
@@ -439,6 +457,7 @@ class APO(FrontEnd):
         self.meta.load_state_dict(state["meta"])
         self.rates.load_state_dict(state["rates"])
         self.most_promised = state["most_promised"]
+        self.left_rates, self.overwritten = state["left_rates"], state["overwritten"]
 
     def _saved(self, state_dict: dict[str, Any]) -> list[tuple[Layer, Any]]:
         """Each layer with its entry in a state dict, which names parameters by their place."""

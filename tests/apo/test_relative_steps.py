@@ -190,6 +190,21 @@ def test_a_rate_at_its_bound_leaves_the_scale_to_s(monkeypatch: pytest.MonkeyPat
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(found, expected, strict=True))
 
 
+def test_what_a_scheduler_overwrites_is_given_no_scale() -> None:
+    """Which would be lost: LambdaLR sets the rate from its own base after each step."""
+    for scheduled in (False, True):
+        model, x, t, other = mlp()
+        opt = apo.APO(model, objective(model, other), lr=0.003)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)
+        for _ in range(40):
+            opt.step(closure_of(opt, model, x, t))
+            if scheduled:
+                scheduler.step()
+                assert opt.param_groups[0]["lr"] == 0.003
+        growths = [math.prod(own) ** 2 for own in preconditioner.root_mean_squares(opt.layers)]
+        assert (min(growths) > 3) == scheduled
+
+
 def test_groups_rates_keep_their_ratio_or_take_their_own_layers_scale() -> None:
     model, *_, other = mlp()
     for shared in (True, False):
