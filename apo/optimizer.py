@@ -82,34 +82,41 @@ class APO(FrontEnd):
         grad_scaler: as for :class:`~apo.AdaptiveLR`.
 
     **How the meta-update was chosen** (``python -m benchmarks studies``; all ways and figures are in
-    ``benchmarks/results/studies/meta-update.md``). Training loss after equal steps, median of three seeds (those
-    with a star: fewer); the others at the best of 12 settings each:
+    ``benchmarks/results/studies/meta-update.md``). Training loss after equal steps, median of three seeds; the other
+    optimizers at the best of 12 settings each:
 
-    ================================  ===============  ========  =======  ===========
-    optimizer                         ill-conditioned  diabetes  digits   autoencoder
-    ================================  ===============  ========  =======  ===========
-    APO, defaults                     1.4e-9           4.8e-6    1.6e-4   16.3
-    the same, interval 1              1.9e-12          1.8e-6    8.0e-6   15.5
-    the same, interval 1, λ_FSD 3     2.9e-13          1.2e-5    not run  not run
-    the same, interval 1, momentum 0  3.0e-13          1.9e-5    1.9e-4   15.2
-    Adam on A, B, S, momentum in Q    1.1e-9           2.0e-3    1.1e-2*  16.6*
-    P fixed, interval 1               not run          0.12      5.6e-2*  not run
-    KFAC                              2.2e-13          3.5e-6    4.5e-5   15.2
-    Shampoo                           4.2e-9           5.2e-3    1.2e-3   16.7
-    SGDm                              6.6e-10          2.5e-3    1.1e-4   16.6
-    Adam                              2.1e-9           3.4e-3    1.7e-5   15.8
-    ================================  ===============  ========  =======  ===========
+    ====================================  ===============  ========  =======  ===========
+    optimizer                             ill-conditioned  diabetes  digits   autoencoder
+    ====================================  ===============  ========  =======  ===========
+    APO, defaults                         2.3e-9           6.7e-7    4.6e-6   15.0
+    the same, interval 2                  2.3e-9           1.5e-6    5.0e-6   15.3
+    the same, interval 10                 2.3e-9           3.3e-6    5.8e-6   16.0
+    the same, λ_WSD 0                     1.9e-10          1.5e-7    1.8e-3   15.1
+    the same, momentum 0                  3.0e-9           9.2e-6    6.2e-6   14.9
+    the same, momentum 0.9                2.2e-9           1.7e-7    6.3e-6   15.2
+    the same, full blocks                 2.3e-9           5.2e-7    5.8e-6   15.0
+    steps by their length alone           2.8e-9           1.1e-5    5.8e-6   15.2
+    and with momentum 0.9 and λ_WSD 0     2.8e-13          1.9e-6    4.8e-6   15.5
+    Adam on A, B, S                       2.2e-8           3.3e-4    1.5e-4   15.3
+    KFAC                                  2.2e-13          3.5e-6    4.5e-5   15.2
+    Shampoo                               4.2e-9           5.2e-3    1.2e-3   16.7
+    SGDm                                  6.6e-10          2.5e-3    1.1e-4   16.6
+    Adam                                  2.1e-9           3.4e-3    1.7e-5   15.8
+    ====================================  ===============  ========  =======  ===========
 
-    Both parts pay: on diabetes relative steps at the next step reach 1.6e-4, Adam at the whole way 2e-4. With the
-    old momentum in the trial P becomes so small that momentum has nothing left to accelerate. Meta-updates at
-    every step pay most while P has far to go, hence the long ``warmup``; afterwards ``interval=1``
-    still pays by steps. One of KFAC's three seeds diverged on the ill-conditioned regression. On the autoencoder a
-    finer search finds 15.2 for Shampoo and 14.6 for KFAC, which the defaults don't reach.
+    What decided: steps that measure each direction by its size rather than by the length of all (15.0 for 15.2 on the
+    autoencoder, 6.7e-7 for 1.1e-5 on diabetes); λ_WSD, without which P grows on digits until steps leap; a trial that
+    goes the whole way of momentum (the next step alone: 9.8e-5 on diabetes); meta-updates at every step, most of all
+    early (on diabetes 1.1e-3 if only the first 50 are). λ_WSD costs on curvatures far below it: the ill-conditioned
+    regression wants 0, and even then one of three seeds stays at 3e-9. On the autoencoder a finer search finds 15.2
+    for Shampoo and 14.6 for KFAC.
 
-    **How the sizes were chosen.** At a width of 1000 a step costs 2.9 of SGDm's with blocks of 64 and 16.2 with full
-    ones (``benchmarks/overhead.py``, interval 10): so 64. Full blocks learn better where they can be afforded
-    (diabetes, interval 1: 2.7e-7). ``max_dim`` bounds memory: 0.8 GB for a full block with its meta-optimizer's state
-    and derivative.
+    By time ``interval`` 2 to 10 is the better choice: a run on the autoencoder took 26 s with the defaults, 9 s with
+    interval 10, 16 s with KFAC.
+
+    **How the sizes were chosen.** At a width of 1000 and interval 10 a step costs 2.9 of SGDm's with blocks of 64 and
+    16.4 with full ones (``benchmarks/overhead.py``; with the defaults 11): so 64. ``max_dim`` bounds memory: 0.8 GB for
+    a full block with its meta-optimizer's state and derivative.
 
     A trial fails where Q isn't finite or leaps (:class:`~apo.front_end.FrontEnd`): the step is then left out,
     ``lr`` (or P, where ``lr`` isn't learned) and the momentum are divided by e, and ``failed_trials`` counts it.

@@ -245,7 +245,7 @@ def _study() -> str:
     rows = [
         [
             label,
-            *(f"{found[name][task][0]:.3g} ({found[name][task][3]})" if task in found[name] else "" for task in tasks),
+            *(f"{found[name][task][0]:#.3g} ({found[name][task][3]})" if task in found[name] else "" for task in tasks),
         ]
         for name, label in STUDIED.items()
     ]

@@ -51,7 +51,7 @@ def _cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
     middle, least, greatest, count = cell
-    return f"{middle:.3g} ({least:.3g} to {greatest:.3g}; {count})"
+    return f"{middle:#.3g} ({least:#.3g} to {greatest:#.3g}; {count})"
 
 
 def _seconds(runs: dict[str, Any], name: str, task: str) -> str:

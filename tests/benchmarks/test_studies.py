@@ -38,7 +38,7 @@ def test_the_table_takes_the_better_finalist_and_counts_what_diverged() -> None:
         "t/default/0": held(0.5),
     }
     assert summary(runs) == {"KFAC": {"t": (0.3, 0.2, 0.4, 3)}, "default": {"t": (0.5, 0.5, 0.5, 1)}}
-    assert "| 0.3 (0.2 to 0.4; 3) | 2.0 |" in markdown(runs)
+    assert "| 0.300 (0.200 to 0.400; 3) | 2.0 |" in markdown(runs)
 
 
 def test_grids_are_equal() -> None:
