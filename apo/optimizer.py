@@ -22,7 +22,6 @@ from apo.objective import Closure, ProximalObjective
 from apo.plan import Plan, plan_of
 from apo.preconditioner import Layer
 from apo.relative_steps import RelativeSteps
-from apo_kernels import Kept
 
 __all__ = ["APO"]
 
@@ -275,7 +274,11 @@ class APO(FrontEnd):
         V_of = {p: v if has_grad[p] else None for p, v in zip(self.parameters, V, strict=True)}
         cotangents = [layer.view.gather(V_of[p] for p in layer.view.parameters) for layer in layers]
         by_group = self._slopes(layers, directions, cotangents) if self.adapt_lr else []
-        if self._learn(layers, gradients, cotangents, kept, by_group):
+        relative = isinstance(self.meta, RelativeSteps)
+        derivatives = preconditioner.block_gradients(layers, gradients, cotangents, kept, relative=relative)
+        sizes = preconditioner.sizes(layers, kept) if relative else {}
+        del kept, V
+        if self._learn(derivatives, sizes, by_group):
             for layer in self.layers:
                 layer.refresh()
         else:
@@ -285,21 +288,16 @@ class APO(FrontEnd):
 
     def _learn(
         self,
-        layers: Sequence[Layer],
-        gradients: Sequence[Tensor],
-        cotangents: Sequence[Tensor],
-        kept: Sequence[Kept],
+        derivatives: dict[Layer, tuple[Tensor, ...]],
+        sizes: dict[Layer, tuple[Tensor, ...]],
         by_group: Sequence[float],
     ) -> bool:
-        """Step φ down its derivatives, unless they aren't all finite."""
-        relative = isinstance(self.meta, RelativeSteps)
-        derivatives = preconditioner.block_gradients(layers, gradients, cotangents, kept, relative=relative)
-        sizes = preconditioner.sizes(layers, kept) if relative else {}
-        for layer in layers:
+        """Step φ down what ``⟨V, P(G)⟩`` and the rates' slopes say of Q, unless they aren't all finite."""
+        for layer in derivatives:
             # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G), relative to the blocks where the steps are
             length = get_rate(self._group(layer)) * self._reach(layer)
             torch._foreach_mul_(derivatives[layer], -length)
-            if relative:
+            if sizes:
                 torch._foreach_mul_(sizes[layer], length)
         judged = [x for own in derivatives.values() for x in own]
         judged += [first for first, *_ in sizes.values()]  # the others are sums of the same, or its terms
