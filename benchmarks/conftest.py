@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import roofs
-from benchmarks.shapes import MODELS, QUICK_MODELS
-from benchmarks.throughput.contestants import Workload
-from benchmarks.throughput.study import DTYPES
-from benchmarks.timing import device_timer
+from benchmarks.common.timing import device_timer
+from benchmarks.kernels import machine_peaks
+from benchmarks.kernels.shapes import MODELS, QUICK_MODELS
+from benchmarks.kernels.throughput.command import DTYPES
+from benchmarks.kernels.throughput.contestants import Workload
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,7 +42,7 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def matmul_rates(request: pytest.FixtureRequest) -> dict[torch.dtype, float]:
-    return roofs.matmul_rates(request.config.getoption("--bench-device"), list(DTYPES.values()), seconds=0.2)
+    return machine_peaks.matmul_rates(request.config.getoption("--bench-device"), list(DTYPES.values()), seconds=0.2)
 
 
 _workloads: dict[Any, Workload] = {}

@@ -12,15 +12,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks import markdown, results
-from benchmarks.report.aggregate import Group, grouped
-from benchmarks.report.collect import collect
-from benchmarks.studies.tables import summary
-from benchmarks.throughput.contestants import BLOCKS, CHAIN, COMPILED, EIGEN, FULL, INVERSE
-from benchmarks.training.optimizers import METHODS
-from benchmarks.training.searched import COMMITTED
-
-__all__ = ["RESULTS", "TABLES", "render"]
+from benchmarks.common import markdown, results
+from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, COMPILED, EIGEN, FULL, INVERSE
+from benchmarks.paper.report.aggregate import Group, grouped
+from benchmarks.paper.report.collect import collect
+from benchmarks.paper.studies.tables import summary
+from benchmarks.paper.training.optimizers import METHODS
+from benchmarks.paper.training.search_files import COMMITTED
 
 ROOT = Path(__file__).parent.parent
 RESULTS = COMMITTED / "amd-epyc"

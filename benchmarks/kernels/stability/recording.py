@@ -1,0 +1,161 @@
+"""Gradients and KFAC factors of nets that train on scikit-learn's digits.
+
+For a layer with inputs ``ā`` (a one appended for the bias) and outputs ``s``, per example::
+
+    F_A = E[ā āᵀ]  (n, n),    F_B = E[Ds Dsᵀ]  (m, m),    Ds = −∂ log p(ŷ|x) / ∂s,  ŷ ~ p(·|x)
+
+The targets ``ŷ`` are sampled from the model's own predictions: with the data's targets it would be the
+empirical Fisher (Martens & Grosse 2015). A convolution is summed over positions ``t ∈ T`` (Grosse & Martens
+2016): ``F_A = E[Σ_t ā_t ā_tᵀ]`` and ``F_B = E[Σ_t Ds_t Ds_tᵀ] / |T|``. ``G`` is the mini-batch's gradient of
+the mean loss on the data's targets, the bias as the last column.
+
+The nets train in float64, so that nothing that is recorded has been rounded to less before it is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.kernels.stability.problem import Case
+
+AVERAGES = ("exponential", "plain")
+DECAY = 0.95
+BATCH = 64
+Layer = nn.Linear | nn.Conv2d
+
+
+def mlp() -> nn.Module:
+    """64-128-64-10, ReLU."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def conv_net() -> nn.Module:
+    """Two 3×3 convolutions with 8 and 16 channels, then a linear layer of 256 inputs."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
+
+
+class Recorder:
+    """The running averages of ``F_A`` and ``F_B`` for every linear and convolutional layer of a model.
+
+    After ``k`` batches the old average keeps a weight of ``min(1 − 1/k, 0.95)`` if ``average`` is
+    "exponential", as the KFAC paper has it, and of ``1 − 1/k`` if it is "plain".
+    """
+
+    def __init__(self, model: nn.Module, average: str = "exponential") -> None:
+        if average not in AVERAGES:
+            raise ValueError(f"average must be one of {', '.join(AVERAGES)}, but got {average!r}")
+        self.model, self.average = model, average
+        self.layers: dict[str, Layer] = {
+            name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))
+        }
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.batches = 0
+
+    def update(self, x: Tensor, generator: torch.Generator) -> None:
+        """Take one batch ``x`` into the averages."""
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        hooks = [layer.register_forward_hook(_keep(name, seen)) for name, layer in self.layers.items()]
+        try:
+            logits = self.model(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        sampled = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
+        loss = F.cross_entropy(logits, sampled, reduction="sum")
+        gradients = torch.autograd.grad(loss, [seen[name][1] for name in self.layers])
+        self.batches += 1
+        keep = min(1 - 1 / self.batches, DECAY if self.average == "exponential" else 1.0)
+        for (name, layer), Ds in zip(self.layers.items(), gradients, strict=True):
+            new = _second_moments(layer, seen[name][0].detach(), Ds)
+            old = self.factors.get(name, new)
+            self.factors[name] = (old[0].lerp(new[0], 1 - keep), old[1].lerp(new[1], 1 - keep))
+
+    def gradients(self, x: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """``G (m, n)`` of every layer for the mean loss of one batch, the bias as the last column."""
+        loss = F.cross_entropy(self.model(x), targets)
+        pairs = {name: (layer.weight, _bias(layer)) for name, layer in self.layers.items()}
+        flat = iter(torch.autograd.grad(loss, [p for pair in pairs.values() for p in pair]))
+        return {name: torch.cat([next(flat).flatten(1), next(flat)[:, None]], 1) for name in pairs}
+
+
+def record(
+    nets: Sequence[str] = ("mlp", "conv"),
+    moments: Sequence[int] = (1, 60, 600),
+    *,
+    average: str = "exponential",
+    seed: int = 0,
+    lr: float = 0.05,
+) -> Iterator[Case]:
+    """The cases of each net's layers at the given training steps (SGD, momentum 0.9, batches of 64).
+
+    The factors are averages over the batches up to that step, each at the weights of its own time; the
+    gradient is that of the step's batch.
+    """
+    if not moments or min(moments) < 1:
+        raise ValueError(f"moments must be steps of at least 1, but got {tuple(moments)}")
+    x, y = _digits()
+    for net in nets:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _NETS[net]().double()
+        generator = torch.Generator().manual_seed(seed)
+        recorder = Recorder(model, average)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        for step in range(1, max(moments) + 1):
+            batch = torch.randint(len(x), (BATCH,), generator=generator)
+            recorder.update(x[batch], generator)
+            if step in moments:
+                gradients = recorder.gradients(x[batch], y[batch])
+                for number, (name, G) in enumerate(gradients.items(), 1):
+                    yield Case(f"{net} layer {number}, step {step}", "recorded", G, *recorder.factors[name])
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[batch]), y[batch]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+
+_NETS = {"mlp": mlp, "conv": conv_net}
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    """1,797 images ``(1, 8, 8)`` of values in [0, 1], and their classes."""
+    digits = load_digits()
+    return torch.from_numpy(digits.images)[:, None] / 16, torch.from_numpy(digits.target)
+
+
+def _keep(name: str, seen: dict[str, tuple[Tensor, Tensor]]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name] = (inputs[0], output)
+
+    return hook
+
+
+def _second_moments(layer: Layer, a: Tensor, Ds: Tensor) -> tuple[Tensor, Tensor]:
+    """``(F_A, F_B)`` of one batch; ``Ds`` per example, not averaged."""
+    examples, positions = len(a), 1
+    if isinstance(layer, nn.Conv2d):
+        if isinstance(layer.padding, str):
+            raise ValueError(f"padding of a convolution must be given in numbers, but got {layer.padding!r}")
+        a = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT.flatten(0, 1)
+        positions = Ds.shape[2:].numel()
+        Ds = Ds.flatten(2).mT.flatten(0, 1)
+    a = torch.cat([a, a.new_ones(len(a), 1)], 1)
+    return a.T @ a / examples, Ds.T @ Ds / (examples * positions)
+
+
+def _bias(layer: Layer) -> Tensor:
+    if layer.bias is None:
+        raise ValueError(f"layer must have a bias, but got {layer}")
+    return layer.bias

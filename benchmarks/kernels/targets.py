@@ -1,0 +1,117 @@
+"""``python -m benchmarks targets``: what the compilers make of every default configuration.
+
+For GPUs that need not be here: for each target and dtype, each kernel's registers, spills, shared memory and matrix
+instructions. A fault (a spill, too much shared memory, no matrix instruction where there should be one) is marked and
+listed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from apo_kernels.targets import TARGETS, Target
+from benchmarks.common import results
+from benchmarks.common.console import console, progress
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this one; may be repeated")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this one; may be repeated")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile (default: %(default)s)"
+    )
+    parser.add_argument("--precision", choices=("ieee", "tf32", "tf32x3", "bf16x6"), help="of float32 products")
+
+
+def run(options: Namespace) -> dict[str, Any]:
+    """Compile, print one table a target, and write ``targets.json``: the rows (``"kernels"``) and what is wrong
+    (``"faults"``), which ends the process with an error.
+
+    With ``--quick`` in bfloat16 alone: about a minute on two cores.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("python -m benchmarks targets: nothing is compiled under TRITON_INTERPRET=1; unset it")
+    import triton
+
+    from apo_kernels.triton.ahead import cases
+
+    names = options.target or list(TARGETS)
+    dtypes = options.dtype or list(DTYPES[:1] if options.quick else DTYPES)
+    work = [
+        (target, dtype, options.precision, at)
+        for target in names
+        for dtype in dtypes
+        for at in range(len(list(cases(TARGETS[target], getattr(torch, dtype), options.precision))))
+    ]
+    rows: list[dict[str, Any]] = []
+    # A process of its own, also where there is one: it must know nothing of this one's device.
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool, progress() as bar:
+        task = bar.add_task("compiling", total=len(work))
+        for row in pool.map(compile_one, *zip(*work, strict=True)):
+            rows.append(row)
+            bar.update(task, description=f"compiled {row['stage']} for {row['target']}", advance=1)
+    for name in names:
+        console.print(table(TARGETS[name], [row for row in rows if row["target"] == name]))
+    faults = [f"{row['target']} {row['dtype']} {row['stage']} {row['size']}: {'; '.join(row['faults'])}"
+              for row in rows if row["faults"]]  # fmt: skip
+    found = {"triton": triton.__version__, "kernels": rows, "faults": faults}
+    console.print(f"wrote {results.write(options.out, 'targets', 'cpu', found)}", soft_wrap=True)
+    if faults:
+        sys.exit("\n".join(["python -m benchmarks targets: found to be at fault:", *faults]))
+    return found
+
+
+def compile_one(target_name: str, dtype_name: str, precision: str | None, at: int) -> dict[str, Any]:
+    """The row of one of :func:`apo_kernels.triton.ahead.cases`."""
+    from apo_kernels.triton.ahead import cases, compile_case
+
+    target = TARGETS[target_name]
+    case = list(cases(target, getattr(torch, dtype_name), precision))[at]
+    report = compile_case(case, target)
+    return {
+        "target": target.name,
+        "dtype": dtype_name,
+        "precision": case.precision,
+        "stage": case.stage,
+        "size": case.size,
+        "tile": tile(case.constants),
+        "warps": case.warps,
+        "stages": case.stages,
+        **asdict(report),
+        "faults": report.faults(case, target),
+    }
+
+
+def tile(constants: dict[str, Any]) -> str:
+    """A configuration's tile, in short."""
+    if "BM" in constants:
+        return f"{constants['BM']}×{constants['BN']}×{constants['BK']}"
+    if "SIDE" in constants:
+        return f"{constants['SIDE']}×{constants['SIDE']}/{constants['SLAB']}"
+    return "×".join(str(constants[name]) for name in ("ROWS", "COLS", "CHUNK") if name in constants)
+
+
+def table(target: Target, rows: list[dict[str, Any]]) -> Table:
+    found = Table(title=f"{target.name}: {target.shared // 1024} KB of shared memory a program")
+    for name in ("dtype", "stage", "size", "tile", "warps", "regs", "spills", "KB", "matrix"):
+        found.add_column(name, justify="left" if name in ("dtype", "stage", "matrix") else "right", no_wrap=True)
+    for row in rows:
+        style = "red" if row["faults"] else None
+        numeric = f"{row['dtype']} {row['precision']}" if row["dtype"] == "float32" else row["dtype"]
+        matrix = ", ".join(f"{count} {name.strip('._')}" for name, count in row["matrix"].items()) or "-"
+        found.add_row(
+            numeric, row["stage"], row["size"], row["tile"], str(row["warps"]), str(row["registers"]),
+            str(row["spills"]), f"{row['shared'] / 1024:.0f}", matrix, style=style,
+        )  # fmt: skip
+    return found

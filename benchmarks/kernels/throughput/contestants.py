@@ -1,0 +1,272 @@
+"""Who is timed against whom: each contestant is an operation on all layers of a model, in one dtype.
+
+Three operations, apart:
+
+* **apply**: the preconditioned gradients of all layers.
+* **refresh**: what a method does to keep its preconditioner current. Ours: the forward and the derivatives of
+  the blocks (the meta-gradient). The chain: the same by autograd. KFAC: the damped inverses or the
+  eigendecompositions of its factors (which it has been given; their statistics aren't timed).
+* **step**: apply, and the update of all weights with momentum and weight decay.
+
+KFAC is Martens & Grosse (2015), the eigenbasis form is that of EKFAC (George et al., 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+import apo_kernels as ak
+from benchmarks.kernels.shapes import Shape
+
+OPERATIONS = ("apply", "refresh", "step")
+BLOCK_SIZE = 64
+LR, MOMENTUM, WEIGHT_DECAY, DAMPING = 1e-3, 0.9, 1e-4, 1e-2
+
+FULL = "ours, full blocks"
+BLOCKS = f"ours, blocks of {BLOCK_SIZE}"
+CHAIN = "plain chain"
+COMPILED = "compiled chain"
+INVERSE = "KFAC inverses"
+EIGEN = "KFAC eigenbases"
+NAMES = (FULL, BLOCKS, CHAIN, COMPILED, INVERSE, EIGEN)
+
+
+def chain(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> Tensor:
+    """The operator as one writes it down."""
+    return B @ ((S * S) * (B.mT @ G @ A)) @ A.mT
+
+
+@dataclass
+class Contestant:
+    """A call to time, and how many FLOPs of matrix products it takes (None: not counted in products).
+
+    ``bytes``: the least that it can read and write, where that is known: each operand read and each result written.
+    """
+
+    call: Callable[[], object]
+    flops: int | None
+    bytes: int | None = None
+
+
+class Workload:
+    """The operands of all layers of a model, made when first asked for; the same for every contestant."""
+
+    def __init__(self, layers: list[Shape], dtype: torch.dtype, device: str) -> None:
+        self.layers, self.dtype, self.device = layers, dtype, device
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def _random(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=self.generator, device=self.device) * scale).to(self.dtype)
+
+    @cached_property
+    def Gs(self) -> list[Tensor]:
+        return [self._random(m, n, scale=1e-2) for m, n in self.layers]
+
+    @cached_property
+    def Vs(self) -> list[Tensor]:
+        return [self._random(m, n, scale=1e-2) for m, n in self.layers]
+
+    @cached_property
+    def As(self) -> list[Tensor]:
+        return [self._random(n, n, scale=n**-0.5) for _, n in self.layers]
+
+    @cached_property
+    def Bs(self) -> list[Tensor]:
+        return [self._random(m, m, scale=m**-0.5) for m, _ in self.layers]
+
+    @cached_property
+    def A_stacks(self) -> list[Tensor]:
+        return [self._random(-(-n // BLOCK_SIZE), BLOCK_SIZE, BLOCK_SIZE, scale=0.125) for _, n in self.layers]
+
+    @cached_property
+    def B_stacks(self) -> list[Tensor]:
+        return [self._random(-(-m // BLOCK_SIZE), BLOCK_SIZE, BLOCK_SIZE, scale=0.125) for m, _ in self.layers]
+
+    @cached_property
+    def Ss(self) -> list[Tensor]:
+        return [self._random(m, n) for m, n in self.layers]
+
+    @cached_property
+    def thetas(self) -> list[Tensor]:
+        return [self._random(m, n) for m, n in self.layers]
+
+    @cached_property
+    def buffers(self) -> list[Tensor]:
+        return [torch.zeros_like(theta) for theta in self.thetas]
+
+    @cached_property
+    def keeps(self) -> bool:
+        """Whether the derivatives use what the forward computed. Triton's kernels compute it anew: that is faster than
+        to store it in float32."""
+        return not ak.explain(None, self.Gs).startswith("triton")
+
+    @cached_property
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """Second moments, as KFAC would have them, in the workload's dtype."""
+        return [(self._moment(A), self._moment(B)) for A, B in zip(self.As, self.Bs, strict=True)]
+
+    def _moment(self, X: Tensor) -> Tensor:
+        wide = X.float()
+        return (wide @ wide.mT).to(self.dtype)
+
+    @cached_property
+    def inverses(self) -> list[tuple[Tensor, Tensor]]:
+        return [(damped_inverse(A), damped_inverse(B)) for A, B in self.factors]
+
+    @cached_property
+    def eigenbases(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return [eigenbasis(A, B) for A, B in self.factors]
+
+
+def damped_inverse(factor: Tensor) -> Tensor:
+    """``(F + γI)⁻¹`` by Cholesky, in float32 for 16-bit factors (LAPACK has no narrower), stored in their dtype."""
+    wide = factor.float()
+    return torch.cholesky_inverse(torch.linalg.cholesky(_damped(wide))).to(factor.dtype)
+
+
+def eigenbasis(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``Q_A``, ``Q_B`` and the damped reciprocal eigenvalues ``(m, n)``, stored in the factors' dtype."""
+    (a, Q_A), (b, Q_B) = (torch.linalg.eigh(_damped(factor.float())) for factor in (A, B))
+    return Q_A.to(A.dtype), Q_B.to(B.dtype), torch.outer(b, a).reciprocal().to(A.dtype)
+
+
+def _damped(wide: Tensor) -> Tensor:
+    return wide + DAMPING * torch.eye(len(wide), device=wide.device)
+
+
+def contestants(operation: str, work: Workload, *, compiled: bool = True) -> Iterator[tuple[str, Contestant]]:
+    """The contestants of one operation, by name, ready to be called."""
+    yield from {"apply": _appliers, "refresh": _refreshers, "step": _steppers}[operation](work, compiled)
+
+
+def estimate(
+    operation: str, name: str, layers: list[Shape], dtype: torch.dtype, rates: dict[torch.dtype, float]
+) -> float:
+    """Seconds that a call can be expected to take, from the measured rates of matrix products: to leave out what
+    would take minutes. Decompositions count as 10 (eigenvectors: 50) products at a fifth of the rate."""
+    forward = sum(ak.precondition_flops(m, n) for m, n in layers)
+    wide = torch.promote_types(dtype, torch.float32)
+    if name in (FULL, BLOCKS):
+        return forward * (3 if operation == "refresh" else 1) / rates.get(wide, rates[dtype])
+    if operation == "refresh" and name in (INVERSE, EIGEN):
+        cubes = sum(m**3 + n**3 for m, n in layers)
+        return cubes * (10 if name == EIGEN else 2) / rates.get(wide, rates[dtype])
+    return forward * (3 if operation == "refresh" else 1) / rates[dtype]
+
+
+def _appliers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestant]]:
+    full = sum(ak.precondition_flops(m, n) for m, n in work.layers)
+    blocks = sum(ak.precondition_flops(m, n, BLOCK_SIZE, BLOCK_SIZE) for m, n in work.layers)
+    two_products = full // 2
+    for name, As, Bs, flops in ((FULL, work.As, work.Bs, full), (BLOCKS, work.A_stacks, work.B_stacks, blocks)):
+        least = _bytes(work.Gs, work.Ss, work.Gs, As, Bs)
+        yield name, Contestant(partial(ak.foreach_precondition, work.Gs, As, Bs, work.Ss), flops, least)
+    yield CHAIN, Contestant(lambda: _apply_chain(work), full)
+    if compiled:
+        compiled_chain = _compiled_chain(work)
+        yield COMPILED, Contestant(lambda: compiled_chain(work.Gs, work.As, work.Bs, work.Ss), full)
+    yield INVERSE, Contestant(lambda: _apply_inverses(work), two_products)
+    yield EIGEN, Contestant(lambda: _apply_eigenbases(work), full)
+
+
+def _refreshers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestant]]:
+    def flops(block_size: int | None) -> int:
+        return sum(
+            ak.precondition_flops(m, n, block_size, block_size)
+            + ak.precondition_vjp_flops(m, n, block_size, block_size, kept=work.keeps)
+            for m, n in work.layers
+        )
+
+    # The chain multiplies from the left: its derivatives take 8mn² + 6m²n, in whichever shape.
+    by_autograd = sum(12 * m * n**2 + 10 * m**2 * n for m, n in work.layers)
+    yield FULL, Contestant(lambda: _refresh(work, work.As, work.Bs), flops(None))
+    yield BLOCKS, Contestant(lambda: _refresh(work, work.A_stacks, work.B_stacks), flops(BLOCK_SIZE))
+    yield CHAIN, Contestant(lambda: _differentiate(_foreach_chain, work), by_autograd)
+    if compiled:
+        compiled_chain = _compiled_chain(work)
+        yield COMPILED, Contestant(lambda: _differentiate(compiled_chain, work), by_autograd)
+    yield INVERSE, Contestant(lambda: [(damped_inverse(A), damped_inverse(B)) for A, B in work.factors], None)
+    yield EIGEN, Contestant(lambda: [eigenbasis(A, B) for A, B in work.factors], None)
+
+
+def _steppers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestant]]:
+    full = sum(ak.precondition_flops(m, n) for m, n in work.layers)
+    blocks = sum(ak.precondition_flops(m, n, BLOCK_SIZE, BLOCK_SIZE) for m, n in work.layers)
+    for name, As, Bs, flops in ((FULL, work.As, work.Bs, full), (BLOCKS, work.A_stacks, work.B_stacks, blocks)):
+        least = _bytes(work.Gs, work.Ss, As, Bs) + 2 * _bytes(work.thetas, work.buffers)
+        yield name, Contestant(partial(_step, work, As, Bs), flops, least)
+    yield CHAIN, Contestant(lambda: _update(work, _apply_chain(work)), full)
+    if compiled:
+        compiled_chain = _compiled_chain(work)
+        yield (
+            COMPILED,
+            Contestant(lambda: _update(work, compiled_chain(work.Gs, work.As, work.Bs, work.Ss)), full),
+        )
+    yield INVERSE, Contestant(lambda: _update(work, _apply_inverses(work)), full // 2)
+    yield EIGEN, Contestant(lambda: _update(work, _apply_eigenbases(work)), full)
+
+
+def _bytes(*lists: list[Tensor]) -> int:
+    return sum(x.nbytes for tensors in lists for x in tensors)
+
+
+def _foreach_chain(Gs: list[Tensor], As: list[Tensor], Bs: list[Tensor], Ss: list[Tensor]) -> list[Tensor]:
+    return [chain(*operands) for operands in zip(Gs, As, Bs, Ss, strict=True)]
+
+
+def _compiled_chain(work: Workload) -> Callable[..., list[Tensor]]:
+    """On a GPU with what torch.compile has to offer there; on a CPU that changes nothing but the time it takes."""
+    mode = "default" if torch.device(work.device).type == "cpu" else "max-autotune"
+    return torch.compile(_foreach_chain, dynamic=False, mode=mode)
+
+
+def _apply_chain(work: Workload) -> list[Tensor]:
+    return _foreach_chain(work.Gs, work.As, work.Bs, work.Ss)
+
+
+def _apply_inverses(work: Workload) -> list[Tensor]:
+    return [B @ G @ A for G, (A, B) in zip(work.Gs, work.inverses, strict=True)]
+
+
+def _apply_eigenbases(work: Workload) -> list[Tensor]:
+    return [Q_B @ (s * (Q_B.mT @ G @ Q_A)) @ Q_A.mT for G, (Q_A, Q_B, s) in zip(work.Gs, work.eigenbases, strict=True)]
+
+
+def _refresh(work: Workload, As: list[Tensor], Bs: list[Tensor]) -> object:
+    if not work.keeps:
+        ak.foreach_precondition(work.Gs, As, Bs, work.Ss)
+        return ak.foreach_precondition_vjp(work.Gs, As, Bs, work.Ss, work.Vs)
+    _, kept = ak.foreach_precondition(work.Gs, As, Bs, work.Ss, keep=True)
+    return ak.foreach_precondition_vjp(work.Gs, As, Bs, work.Ss, work.Vs, kept=kept)
+
+
+def _differentiate(foreach_chain: Callable[..., list[Tensor]], work: Workload) -> object:
+    blocks = [[x.detach().requires_grad_() for x in operands] for operands in (work.As, work.Bs, work.Ss)]
+    Ys = foreach_chain(work.Gs, *blocks)
+    return torch.autograd.grad(Ys, [x for operands in blocks for x in operands], work.Vs)
+
+
+def _step(work: Workload, As: list[Tensor], Bs: list[Tensor]) -> None:
+    ak.foreach_precondition_step_(
+        work.thetas,
+        work.Gs,
+        As,
+        Bs,
+        work.Ss,
+        lr=LR,
+        momentum=MOMENTUM,
+        momentum_buffers=work.buffers,
+        weight_decay=WEIGHT_DECAY,
+    )
+
+
+def _update(work: Workload, directions: list[Tensor]) -> None:
+    torch._foreach_mul_(work.buffers, MOMENTUM)
+    torch._foreach_add_(work.buffers, directions)
+    torch._foreach_mul_(work.thetas, 1 - LR * WEIGHT_DECAY)
+    torch._foreach_add_(work.thetas, work.buffers, alpha=-LR)

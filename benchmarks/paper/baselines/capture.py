@@ -1,0 +1,110 @@
+"""What the layers see while a closure runs: their inputs and the gradients of their outputs.
+
+Hooks stand only while the closure runs; nothing is left on the model. Targets are drawn, and their gradients taken,
+at the end of the model's own forward, on the graph that the closure's backward uses next: one backward more, no
+forward more, the same dropout masks, no running statistic moved twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from benchmarks.paper.baselines.base import all_finite
+from benchmarks.paper.baselines.layers import FactoredLayer
+from benchmarks.paper.baselines.likelihood import Likelihood
+
+Fisher = Literal["sampled", "empirical"]
+FISHERS = ("sampled", "empirical")
+
+
+class Capture:
+    """Use as a context around a closure.
+
+    Args:
+        outputs: takes the tensor that the likelihood is of from what the model returns.
+        fisher: ``"sampled"``: output gradients for targets drawn from the model, of the sum over terms of
+            ``−log p``; ``"empirical"``: those of the closure's own backward, of its loss.
+
+    Attributes:
+        calls: a list of pairs (inputs, output gradients) for each layer that was called.
+        terms: of how many terms the loss is the mean, over all forwards of the closure.
+        finite: False where outputs weren't; nothing could then be drawn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[FactoredLayer],
+        likelihood: Likelihood,
+        outputs: Callable[[Any], Tensor] | None,
+        fisher: Fisher,
+        generator: torch.Generator,
+    ) -> None:
+        self.model, self.layers, self.likelihood = model, layers, likelihood
+        self.outputs, self.fisher, self.generator = outputs, fisher, generator
+        self.calls: dict[FactoredLayer, list[tuple[Tensor, Tensor]]] = {}
+        self.terms = 0
+        self.finite = True
+        self._open: list[tuple[FactoredLayer, Tensor, GradientEdge]] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> Capture:
+        for layer in self.layers:
+            for module in layer.modules:
+                self._hooks.append(module.register_forward_hook(self._layer_hook(layer)))
+        self._hooks.append(self.model.register_forward_hook(self._model_hook))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._open.clear()
+
+    def _layer_hook(self, layer: FactoredLayer) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if not output.requires_grad:
+                return
+            seen = inputs[0].detach()
+            if self.fisher == "empirical":
+                output.register_hook(lambda grad: self._keep(layer, seen, grad))
+            else:  # the edge, not the tensor: an activation in place would make it another's
+                self._open.append((layer, seen, get_gradient_edge(output)))
+
+        return hook
+
+    def _model_hook(self, model: nn.Module, inputs: tuple[Any, ...], returned: Any) -> None:
+        z = returned if self.outputs is None else self.outputs(returned)
+        if not isinstance(z, Tensor):
+            raise TypeError(
+                f"the model must return a tensor, but returned {type(z).__name__}: say which one the likelihood "
+                "is of with outputs=lambda returned: ..."
+            )
+        if not z.requires_grad:  # not part of the loss: an evaluation
+            self._open.clear()
+            return
+        self.terms += self.likelihood.terms(z)
+        if self.fisher == "empirical":
+            return
+        if all_finite([z.detach()]):
+            Ds = self.likelihood.sample(z, self.generator).to(z.dtype)
+            edges = [edge for _, _, edge in self._open]
+            found = torch.autograd.grad(z, edges, Ds, retain_graph=True, allow_unused=True) if edges else ()
+            for (layer, seen, _), grad in zip(self._open, found, strict=True):
+                if grad is not None:
+                    self._keep(layer, seen, grad)
+        else:
+            self.finite = False
+        self._open.clear()
+
+    def _keep(self, layer: FactoredLayer, inputs: Tensor, grad: Tensor) -> None:
+        self.calls.setdefault(layer, []).append((inputs, grad.detach()))

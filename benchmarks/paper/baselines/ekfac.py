@@ -1,0 +1,59 @@
+"""EKFAC: diagonal second moments in KFAC's eigenbasis."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.common.damping import eigenbasis, wide
+from benchmarks.paper.baselines.base import all_finite
+from benchmarks.paper.baselines.capture import Capture
+from benchmarks.paper.baselines.kronecker import KroneckerFactored
+from benchmarks.paper.baselines.layers import FactoredLayer, second_moment_of_gradients
+
+
+class EKFAC(KroneckerFactored):
+    """``P(G) = Q_B ((Q_Bᵀ G Q_A) / (S + γ)) Q_Aᵀ``: the diagonal of the Fisher block in KFAC's eigenbasis.
+
+    George et al. 2018. ``F_A = Q_A Λ_A Q_Aᵀ`` and ``F_B`` likewise every ``inverse_interval`` steps; the running
+    average ``S = E[(Q_Bᵀ g Q_A)²]`` of the examples' gradients ``g`` takes in every batch that the factors do. It
+    starts anew with each basis, from KFAC's own ``λ_B λ_Aᵀ`` in the place of a first batch. Where an eigendecomposition
+    fails the old basis stays, and ``failed_inverses`` counts it. γ is added to the whole block, not to the factors: the
+    same γ damps less than KFAC's, and the best one is larger.
+
+    Arguments, attributes and errors: :class:`~benchmarks.paper.baselines.kronecker.KroneckerFactored`.
+    """
+
+    def _decompose(self, layer: FactoredLayer) -> None:
+        state = self.state[layer.view.weight]
+        eigen_A, eigen_B = eigenbasis(state["F_A"]), eigenbasis(state["F_B"])
+        self.failed_inverses += (eigen_A is None) + (eigen_B is None)
+        if eigen_A is None or eigen_B is None:
+            return
+        dtype = self._dtype(wide(state["F_A"]))
+        state["Q_A"], state["Q_B"] = eigen_A[1].to(dtype), eigen_B[1].to(dtype)
+        state["S"] = torch.outer(eigen_B[0], eigen_A[0]).clamp(max=torch.finfo(dtype).max).to(dtype)
+        state["S_batches"] = 1
+
+    def _after_factors(self, capture: Capture) -> None:
+        for layer in self.layers:
+            state = self.state[layer.view.weight]
+            if "S" not in state or not capture.finite:
+                continue
+            Q_A, Q_B = wide(state["Q_A"]), wide(state["Q_B"])
+            calls = self._positions(layer, capture)
+            if calls:
+                found = [second_moment_of_gradients(a, Ds, Q_A, Q_B) for a, Ds in calls]
+                new = torch.stack(found).sum(0)
+                if all_finite([new]):
+                    state["S_batches"] += 1
+                    self._average(state, "S", new, state["S_batches"])
+
+    def _precondition(self, layer: FactoredLayer, G: Tensor) -> Tensor | None:
+        state = self.state[layer.view.weight]
+        if "S" not in state:
+            return None
+        Q_A, Q_B, S = (wide(state[name]) for name in ("Q_A", "Q_B", "S"))
+        damping = self.param_groups[layer.group]["damping"]
+        P: Tensor = Q_B @ ((Q_B.T @ G @ Q_A) / (S + damping)) @ Q_A.T
+        return P

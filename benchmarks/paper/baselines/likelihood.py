@@ -1,0 +1,89 @@
+"""What the outputs of a model mean, and targets drawn from them.
+
+KFAC's Fisher matrix is the second moment of the gradients of ``−log p(y|x)`` at targets ``y`` that the model itself
+draws (Martens & Grosse 2015, section 2). Only the gradient by the outputs is needed, so a draw returns just that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from apo import checks
+
+
+class Likelihood(Protocol):
+    """``p(y|z)`` of outputs ``z``."""
+
+    def terms(self, outputs: Tensor) -> int:
+        """Of how many terms ``−log p`` the loss of these outputs is the mean."""
+
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """``−∂ Σ log p(y|z) / ∂z`` with ``y ~ p(·|z)``, in the shape of the outputs; float32 or wider."""
+
+
+class Categorical:
+    """Logits ``(*, C)``: a term for all but the last dimension, as ``F.cross_entropy`` of ``(N, C)`` has it.
+
+    A draw's gradient is ``softmax(z) − onehot(y)``.
+    """
+
+    def terms(self, outputs: Tensor) -> int:
+        return outputs.numel() // outputs.shape[-1]
+
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        p = _wide(outputs).softmax(-1).flatten(0, -2)
+        y = torch.multinomial(p, 1, generator=generator)
+        return p.scatter_add(1, y, p.new_full((), -1).expand(y.shape)).reshape(outputs.shape)
+
+
+class Gaussian:
+    """Means ``(N, *)`` of unit variance: a term an example, ``½ ‖z − y‖²`` summed over its outputs.
+
+    A draw's gradient is standard normal. Other scales of the squared error are told by ``loss_weight``.
+    """
+
+    def terms(self, outputs: Tensor) -> int:
+        return len(outputs)
+
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        z = _wide(outputs)
+        return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+
+
+class Bernoulli:
+    """Logits ``(N, *)``: a term an example, the binary cross-entropies summed over its outputs.
+
+    A draw's gradient is ``σ(z) − y``.
+    """
+
+    def terms(self, outputs: Tensor) -> int:
+        return len(outputs)
+
+    def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        p = _wide(outputs).sigmoid()
+        return p - torch.bernoulli(p, generator=generator)
+
+
+_NAMED: dict[str, Callable[[], Likelihood]] = {"categorical": Categorical, "gaussian": Gaussian, "bernoulli": Bernoulli}
+
+
+def likelihood_named(likelihood: str | Likelihood) -> Likelihood:
+    """``"categorical"``, ``"gaussian"`` or ``"bernoulli"`` as an object; an object as it is."""
+    if isinstance(likelihood, str):
+        checks.one_of("likelihood", likelihood, _NAMED)
+        return _NAMED[likelihood]()
+    if not (hasattr(likelihood, "terms") and hasattr(likelihood, "sample")):
+        raise TypeError(
+            f"likelihood must be one of {', '.join(map(repr, _NAMED))} or have methods terms and sample, "
+            f"but got {likelihood!r} ({type(likelihood).__name__})"
+        )
+    return likelihood
+
+
+def _wide(outputs: Tensor) -> Tensor:
+    detached = outputs.detach()
+    return detached.to(torch.promote_types(detached.dtype, torch.float32))

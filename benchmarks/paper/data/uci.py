@@ -1,0 +1,91 @@
+"""UCI regression: Protein, Parkinsons, Slice. Comma-separated files with a header; a fifth is kept to test on."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.paper.data.examples import Dataset, Examples, standardised
+from benchmarks.paper.data.source import Source, find, open_text
+
+
+class Table(NamedTuple):
+    """A file: its name, where it is published, how many rows it has, the target and what is no feature."""
+
+    name: str
+    file: str
+    published: str
+    rows: int
+    target: str
+    left_out: Sequence[str] = ()
+
+
+ARCHIVE = "https://archive.ics.uci.edu/dataset/"
+
+
+def read_table(path: Path, target: str, left_out: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
+    """``(features (N, d), targets (N, 1))`` float64 of a csv file, gzipped or not.
+
+    Args:
+        path: the file, whose first line names the columns.
+        target: the column to predict.
+        left_out: columns that are neither.
+
+    Raises:
+        ValueError: a column is missing, or a row isn't of as many numbers; the line is named.
+    """
+    with open_text(path) as file:
+        lines = csv.reader(file)
+        names = [name.strip() for name in next(lines, [])]
+        for name in (target, *left_out):
+            if name not in names:
+                raise ValueError(f"{path} must have a column {name!r}, but has {', '.join(names) or 'none'}")
+        rows: list[list[float]] = []
+        for number, line in enumerate(lines, start=2):
+            if not line:
+                continue
+            try:
+                row = [float(value) for value in line]
+            except ValueError as error:
+                raise ValueError(f"line {number} of {path} must hold numbers, but: {error}") from None
+            if len(row) != len(names):
+                raise ValueError(f"line {number} of {path} must hold {len(names)} numbers, but holds {len(row)}")
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} must hold rows of numbers, but holds a header alone")
+    table = torch.tensor(rows, dtype=torch.float64)
+    features = [i for i, name in enumerate(names) if name != target and name not in left_out]
+    return table[:, features], table[:, [names.index(target)]]
+
+
+def _source(table: Table) -> Source:
+    def read(folder: Path | None) -> Dataset:
+        assert folder is not None
+        x, t = read_table(find(folder, ("uci", "."), table.file, table.published), table.target, table.left_out)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        x, t = x[order], t[order]
+        split = len(x) * 4 // 5
+        x, test_x = standardised(x[:split], x[split:])
+        t, test_t = standardised(t[:split], t[split:])
+        whole = table.rows * 4 // 5
+        return Dataset(
+            table.name,
+            Examples((x.float(),), t.float()),
+            Examples((test_x.float(),), test_t.float()),
+            published=(whole, table.rows - whole),
+        )
+
+    return Source(table.name, read, (table.file,), table.published)
+
+
+PROTEIN = _source(Table("UCI Protein", "CASP.csv", ARCHIVE + "265", 45_730, "RMSD"))
+# Of a person's voice: neither who it is nor the other score may be looked at.
+PARKINSONS = _source(
+    Table("UCI Parkinsons", "parkinsons_updrs.data", ARCHIVE + "189", 5_875, "total_UPDRS", ("subject#", "motor_UPDRS"))
+)
+SLICE = _source(Table("UCI Slice", "slice_localization_data.csv", ARCHIVE + "206", 53_500, "reference", ("patientId",)))

@@ -1,0 +1,131 @@
+"""``python -m benchmarks train TASK[,TASK…] --optimizer NAME[,NAME…]``: curves, a table and a figure of each task."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks.common.console import console, progress
+from benchmarks.paper.report.comparison import comparison
+from benchmarks.paper.report.curves import draw
+from benchmarks.paper.tasks import TASKS, Task
+from benchmarks.paper.training.optimizers import METHODS, names
+from benchmarks.paper.training.options import add_shared, given, precision_for, refusing, tasks_of, threads
+from benchmarks.paper.training.options import names as listed
+from benchmarks.paper.training.run import Run
+from benchmarks.paper.training.run_files import finished
+from benchmarks.paper.training.run_spec import Plan
+from benchmarks.paper.training.schedules import SCHEDULES
+from benchmarks.paper.training.search_files import found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tasks", nargs="?", metavar="TASK[,TASK…]", help="see --list")
+    parser.add_argument("--list", action="store_true", help="list the tasks and the optimizers, and stop")
+    parser.add_argument(
+        "--optimizer", default="sgdm,adam,apo,apo-lr", metavar="NAME[,NAME…]", help="(default: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each optimizer (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with what was begun, leave out what is finished")
+    add_shared(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Train every optimizer on every task; the results, by task."""
+    if options.list or not options.tasks:
+        _list()
+        return {}
+    everything: dict[str, list[dict[str, Any]]] = {}
+    with refusing("train"):
+        for task in tasks_of(options.tasks):
+            with threads(task, options.threads):
+                everything[task.name] = _train(task, options)
+    return everything
+
+
+def _train(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
+    plans = _plans(task, options)
+    done = [finished(plan, options.out) if options.resume else None for plan in plans]
+    data = task.data(options.data)
+    console.print(f"[bold]{escape(task.title)}[/]\n{escape(data.label)}; {task.parameters():,} parameters")
+    with progress() as bar:
+        for place, plan in enumerate(plans):
+            if done[place] is None:
+                done[place] = _one(plan, data, options, bar)
+    outcomes = [each for each in done if each is not None]
+    console.print(comparison(outcomes))
+    path = draw(outcomes, options.out / "runs" / task.name / f"{task.name}.png")
+    console.print(f"wrote {path} and {path.parent}/*.json, *.csv", soft_wrap=True)
+    return outcomes
+
+
+def _plans(task: Task, options: argparse.Namespace) -> list[Plan]:
+    """Every optimizer and seed. All are checked before the first is run."""
+    optimizers = listed(options.optimizer)
+    precision = precision_for(task, options.precision)
+    own = given(options.settings, optimizers)
+    epochs = options.epochs or (task.quick_epochs if options.quick else task.epochs)
+    plans = []
+    for optimizer in optimizers:
+        hyper, source = found(options.out, task.name, optimizer, precision)
+        hyper.update(own[optimizer])
+        if own[optimizer]:
+            source += "; --set " + ", ".join(f"{k}={v}" for k, v in own[optimizer].items())
+        plans += [
+            Plan(task.name, optimizer, hyper, source, seed, epochs, options.steps, precision, options.device)
+            for seed in range(options.seeds)
+        ]
+    return plans
+
+
+def _one(plan: Plan, data: Any, options: argparse.Namespace, bar: Any) -> dict[str, Any]:
+    each = Run(plan, data, options.out)
+    if options.resume:
+        each.resume()
+    title = f"{plan.optimizer} seed {plan.seed}"
+    entry = bar.add_task(title, total=each.total, completed=each.step)
+    metric = plan.definition.loss.metric.partition(",")[0]
+
+    def watch(step: int, loss: float, value: float, rate: float) -> None:
+        bar.update(entry, completed=step, description=f"{title}  loss {loss:.4g}  {metric} {value:.4g}  lr {rate:.3g}")
+
+    try:
+        return each.go(watch, limit_seconds=options.limit_seconds)
+    finally:
+        bar.remove_task(entry)
+
+
+def _list() -> None:
+    table = Table(title="tasks", title_justify="left", box=SIMPLE, pad_edge=False)
+    table.add_column("task", no_wrap=True)
+    for column in ("data", "model"):
+        table.add_column(column, overflow="fold")
+    for column in ("weights", "epochs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("in the paper")
+    for task in TASKS.values():
+        data = task.source.label + (", by --data" if task.source.files else "")
+        weights = _short(task.parameters())
+        table.add_row(task.name, data, task.model_name, weights, str(task.epochs), task.place or "–")
+    console.print(table)
+    known = Table(title="optimizers", title_justify="left", box=SIMPLE, pad_edge=False)
+    for column in ("optimizer", "defaults", "searched"):
+        known.add_column(column)
+    for name in METHODS:
+        defaults = ", ".join(f"{k}={v}" for k, v in METHODS[name].defaults.items())
+        known.add_row(name, defaults, ", ".join(METHODS[name].ranges))
+    console.print(known)
+    others = ", ".join(name for name in names() if name not in METHODS)
+    console.print(f"also {others} (AdaptiveLR over them), and with a manual schedule:")
+    for name, text in SCHEDULES.items():
+        console.print(f"  +{name}: {text}")
+
+
+def _short(count: int) -> str:
+    """``11.2M``, ``62.0K``."""
+    scaled, unit = (count / 1e6, "M") if count >= 1e6 else (count / 1e3, "K")
+    return f"{scaled:.3g}{unit}"

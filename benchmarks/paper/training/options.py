@@ -1,0 +1,110 @@
+"""Options that ``train`` and ``search`` share, and what they say where one is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.paper.data import MissingData
+from benchmarks.paper.tasks import TASKS, Task, named
+from benchmarks.paper.training.optimizers import method
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the files of data sets")
+    parser.add_argument("--epochs", type=_count, help="passes through the data (default: the task's)")
+    parser.add_argument("--steps", type=_count, help="steps to take instead of epochs")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="of parameters, activations and gradients (default: %(default)s, or the task's own)",
+    )
+    parser.add_argument(
+        "--limit-seconds", type=float, metavar="S", help="stop each run after so many seconds of training"
+    )
+    parser.add_argument("--threads", type=_count, help="of torch (default: 1 for networks under 200,000 weights)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="a hyperparameter of the optimizers that have it; OPTIMIZER.KEY=VALUE for one alone",
+    )
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, but got {value}")
+    return value
+
+
+def given(settings: list[str], optimizers: list[str]) -> dict[str, dict[str, Any]]:
+    """What ``--set`` says, by optimizer.
+
+    Raises:
+        ValueError: an entry is no KEY=VALUE, or no optimizer has that key.
+    """
+    found: dict[str, dict[str, Any]] = {name: {} for name in optimizers}
+    for entry in settings:
+        key, equals, text = entry.partition("=")
+        owner, dot, inner = key.rpartition(".")
+        takers = [n for n in optimizers if (not dot or n == owner) and inner in method(n).defaults]
+        if not equals:
+            raise ValueError(f"--set must be KEY=VALUE, but got {entry!r}")
+        if not takers:
+            known = sorted({k for n in optimizers for k in method(n).defaults})
+            raise ValueError(f"--set {entry}: {', '.join(optimizers)} has no such key; there is {', '.join(known)}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        for name in takers:
+            found[name][inner] = value
+    return found
+
+
+def precision_for(task: Task, asked: str) -> str:
+    """``fp32`` means the task's own precision; 16 bits are passed on, to be refused where they can't be had."""
+    return task.precisions[0] if asked == "fp32" else asked
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def tasks_of(text: str) -> list[Task]:
+    if text == "all":
+        return list(TASKS.values())
+    return [named(name) for name in names(text)]
+
+
+@contextmanager
+def threads(task: Task, asked: int | None) -> Iterator[None]:
+    """Small networks are faster on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(asked or (1 if task.parameters() < 200_000 else before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def refusing(command: str) -> Iterator[None]:
+    """What the user got wrong ends the command with a line, and no traceback."""
+    try:
+        yield
+    except (MissingData, ValueError) as error:
+        sys.exit(f"python -m benchmarks {command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"python -m benchmarks {command}: interrupted; --resume goes on")

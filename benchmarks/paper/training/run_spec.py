@@ -1,0 +1,85 @@
+"""What a run is: a task, an optimizer with its hyperparameters, a seed, a length, a precision."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.paper.tasks import Task, named
+from benchmarks.paper.training.optimizers import Method, method
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can be taken up again: the same plan gives the same numbers.
+
+    Args:
+        task: its name.
+        optimizer: its name (:mod:`benchmarks.paper.training.optimizers`).
+        hyper: hyperparameters other than the defaults.
+        hyper_from: where they come from, for the reader.
+        seed: of weights and batches.
+        epochs: passes through the training examples.
+        steps: steps to take instead; None: ``epochs`` of them.
+        precision: of parameters, activations and gradients alike: one of the task's ``precisions``.
+        device: a torch device.
+        held_out: train on 90% of the training examples and test on the rest, as a search does.
+
+    Raises:
+        ValueError: a name isn't known, or the precision isn't one that the task can be trained in.
+    """
+
+    task: str
+    optimizer: str
+    hyper: dict[str, Any]
+    hyper_from: str = "given"
+    seed: int = 0
+    epochs: int = 1
+    steps: int | None = None
+    precision: str = "fp32"
+    device: str = "cpu"
+    held_out: bool = False
+
+    def __post_init__(self) -> None:
+        task = named(self.task)
+        if self.precision not in task.precisions:
+            raise ValueError(
+                f"precision must be one of {', '.join(task.precisions)} for the task {task.name}, "
+                f"but got {self.precision!r}"
+            )
+        method(self.optimizer).hyper(self.hyper, self.precision)
+        for name in ("epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, but got {value}")
+
+    @property
+    def definition(self) -> Task:
+        return named(self.task)
+
+    @property
+    def method(self) -> Method:
+        return method(self.optimizer)
+
+    @property
+    def full_hyper(self) -> dict[str, Any]:
+        """All hyperparameters, defaults included."""
+        return self.method.hyper(self.hyper, self.precision)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS.get(self.precision, self.definition.dtype)
+
+    @property
+    def file_name(self) -> str:
+        """Of its results, without a suffix: optimizer, precision and seed."""
+        plain = self.optimizer.replace(":", "_").replace("+", "_with_")
+        return f"{plain}-{self.precision}-seed{self.seed}"
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share to be the same run."""
+        return {**asdict(self), "hyper": self.full_hyper, "hyper_from": None}

@@ -1,0 +1,33 @@
+"""Rates over a run: the manual schedules that learned rates are held against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from benchmarks.paper.tasks import StepSchedule
+
+Factor = Callable[[int], float]
+"""Of the rate at a step."""
+
+SCHEDULES = {
+    "step": "multiplied by `factor` at the task's milestones (Table 4's Decay)",
+    "warmup": "rising linearly over the share `warmup` of the run, then constant",
+    "warmup-decay": "rising likewise, then falling as one over the root of the step",
+}
+
+
+def factor(name: str, total: int, step_schedule: StepSchedule, *, decay: float, warmup: float) -> Factor:
+    """The schedule of that name for a run of ``total`` steps.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name == "step":
+        return lambda step: decay ** sum(step >= round(m * total) for m in step_schedule.milestones)
+    rise = max(round(warmup * total), 1)
+    if name == "warmup":
+        return lambda step: min((step + 1) / rise, 1.0)
+    if name == "warmup-decay":
+        return lambda step: min((step + 1) / rise, math.sqrt(rise / (step + 1)))
+    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, but got {name!r}")
