@@ -7,12 +7,21 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.common.console import console, progress
+from benchmarks.common.console import console, progress, wrote
 from benchmarks.paper.tasks import Task
-from benchmarks.paper.training.options import add_shared, given, names, precision_for, refusing, tasks_of, threads
-from benchmarks.paper.training.run_spec import Plan
-from benchmarks.paper.training.search import search
-from benchmarks.paper.training.search_files import best, file_of
+from benchmarks.paper.training.command_options import (
+    add_shared,
+    epochs_of,
+    given,
+    names,
+    precision_for,
+    refusing,
+    tasks_of,
+    threads_for,
+)
+from benchmarks.paper.training.run_spec import RunSpec
+from benchmarks.paper.training.search import Search
+from benchmarks.paper.training.search_files import best
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +44,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found = {}
     with refusing("search"):
         for task in tasks_of(options.tasks):
-            with threads(task, options.threads):
+            with threads_for(task, options.threads):
                 found[task.name] = _search(task, options)
     return found
 
@@ -44,34 +53,28 @@ def _search(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     optimizers = names(options.optimizer)
     precision = precision_for(task, options.precision)
     fixed = given(options.settings, optimizers)
-    epochs = options.epochs or (task.quick_epochs if options.quick else task.epochs)
-    trials = options.trials or (2 if options.quick else 8)
     for optimizer in optimizers:  # refuse all before running one
-        Plan(task.name, optimizer, fixed[optimizer], precision=precision)
-    data = task.data(options.data)
+        RunSpec(task.name, optimizer, fixed[optimizer], precision=precision)
+    search = Search(
+        task.name,
+        options.out,
+        trials=options.trials or (2 if options.quick else 8),
+        epochs=epochs_of(task, options),
+        steps=options.steps,
+        seeds=options.seeds,
+        precision=precision,
+        device=options.device,
+        limit_seconds=options.limit_seconds,
+    )
     with progress() as bar:
         entry = bar.add_task(f"search {task.name}", total=None)
 
         def tell(optimizer: str, trial: dict[str, Any]) -> None:
             bar.update(entry, description=f"{task.name} {optimizer} loss {trial['loss']:.4g} {trial['hyper']}")
 
-        content = search(
-            task.name,
-            optimizers,
-            data,
-            options.out,
-            trials=trials,
-            epochs=epochs,
-            steps=options.steps,
-            seeds=options.seeds,
-            precision=precision,
-            device=options.device,
-            limit_seconds=options.limit_seconds,
-            fixed=fixed,
-            tell=tell,
-        )
+        content = search.run(optimizers, task.data(options.data), fixed, tell)
     console.print(_table(task, content, optimizers))
-    console.print(f"wrote {file_of(options.out, task.name, precision)}", soft_wrap=True)
+    wrote(search.path)
     return content
 
 

@@ -13,12 +13,20 @@ from benchmarks.common.console import console, progress
 from benchmarks.paper.report.comparison import comparison
 from benchmarks.paper.report.curves import draw
 from benchmarks.paper.tasks import TASKS, Task
+from benchmarks.paper.training.command_options import (
+    add_shared,
+    epochs_of,
+    given,
+    precision_for,
+    refusing,
+    tasks_of,
+    threads_for,
+)
+from benchmarks.paper.training.command_options import names as listed
 from benchmarks.paper.training.optimizers import METHODS, names
-from benchmarks.paper.training.options import add_shared, given, precision_for, refusing, tasks_of, threads
-from benchmarks.paper.training.options import names as listed
 from benchmarks.paper.training.run import Run
 from benchmarks.paper.training.run_files import finished
-from benchmarks.paper.training.run_spec import Plan
+from benchmarks.paper.training.run_spec import RunSpec
 from benchmarks.paper.training.schedules import SCHEDULES
 from benchmarks.paper.training.search_files import found
 
@@ -42,20 +50,20 @@ def run(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     everything: dict[str, list[dict[str, Any]]] = {}
     with refusing("train"):
         for task in tasks_of(options.tasks):
-            with threads(task, options.threads):
+            with threads_for(task, options.threads):
                 everything[task.name] = _train(task, options)
     return everything
 
 
 def _train(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
-    plans = _plans(task, options)
-    done = [finished(plan, options.out) if options.resume else None for plan in plans]
+    specs = _specs(task, options)
+    done = [finished(spec, options.out) if options.resume else None for spec in specs]
     data = task.data(options.data)
     console.print(f"[bold]{escape(task.title)}[/]\n{escape(data.label)}; {task.parameters():,} parameters")
     with progress() as bar:
-        for place, plan in enumerate(plans):
+        for place, spec in enumerate(specs):
             if done[place] is None:
-                done[place] = _one(plan, data, options, bar)
+                done[place] = _one(spec, data, options, bar)
     outcomes = [each for each in done if each is not None]
     console.print(comparison(outcomes))
     path = draw(outcomes, options.out / "runs" / task.name / f"{task.name}.png")
@@ -63,32 +71,32 @@ def _train(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     return outcomes
 
 
-def _plans(task: Task, options: argparse.Namespace) -> list[Plan]:
+def _specs(task: Task, options: argparse.Namespace) -> list[RunSpec]:
     """Every optimizer and seed. All are checked before the first is run."""
     optimizers = listed(options.optimizer)
     precision = precision_for(task, options.precision)
     own = given(options.settings, optimizers)
-    epochs = options.epochs or (task.quick_epochs if options.quick else task.epochs)
-    plans = []
+    epochs = epochs_of(task, options)
+    specs = []
     for optimizer in optimizers:
         hyper, source = found(options.out, task.name, optimizer, precision)
         hyper.update(own[optimizer])
         if own[optimizer]:
             source += "; --set " + ", ".join(f"{k}={v}" for k, v in own[optimizer].items())
-        plans += [
-            Plan(task.name, optimizer, hyper, source, seed, epochs, options.steps, precision, options.device)
+        specs += [
+            RunSpec(task.name, optimizer, hyper, source, seed, epochs, options.steps, precision, options.device)
             for seed in range(options.seeds)
         ]
-    return plans
+    return specs
 
 
-def _one(plan: Plan, data: Any, options: argparse.Namespace, bar: Any) -> dict[str, Any]:
-    each = Run(plan, data, options.out)
+def _one(spec: RunSpec, data: Any, options: argparse.Namespace, bar: Any) -> dict[str, Any]:
+    each = Run(spec, data, options.out)
     if options.resume:
         each.resume()
-    title = f"{plan.optimizer} seed {plan.seed}"
+    title = f"{spec.optimizer} seed {spec.seed}"
     entry = bar.add_task(title, total=each.total, completed=each.step)
-    metric = plan.definition.loss.metric.partition(",")[0]
+    metric = spec.definition.loss.metric.partition(",")[0]
 
     def watch(step: int, loss: float, value: float, rate: float) -> None:
         bar.update(entry, completed=step, description=f"{title}  loss {loss:.4g}  {metric} {value:.4g}  lr {rate:.3g}")

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 import apo
 from benchmarks.paper.baselines import EKFAC, KFAC, Shampoo
-from benchmarks.paper.tasks import Batches, Task
 from benchmarks.paper.training.schedules import SCHEDULES
+from benchmarks.paper.training.training import Setting
 
 Hyper = dict[str, Any]
 
@@ -35,15 +34,6 @@ class Range:
         if self.choices:
             return self.choices[int(share * len(self.choices))]
         return float(f"{self.low * (self.high / self.low) ** share:.4g}")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What an optimizer is made for."""
-
-    task: Task
-    model: nn.Module
-    batches: Batches
 
 
 @dataclass(frozen=True)

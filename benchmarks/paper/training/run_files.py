@@ -10,58 +10,55 @@ from typing import Any
 import torch
 
 from benchmarks.common import results
-from benchmarks.paper.training.run_spec import Plan
-
-COLUMNS = ("step", "epoch", "seconds", "loss", "batch_loss", "test_loss", "metric", "rate", "failed_trials")
-"""Of a curve. ``seconds`` are of training alone; ``loss`` is of training examples at the weights of that step,
-``batch_loss`` the mean over the batches since the row before."""
+from benchmarks.paper.training.run_spec import RunSpec
+from benchmarks.paper.training.training import COLUMNS
 
 
-def folder(plan: Plan, out: Path) -> Path:
-    return out / "runs" / plan.task
+def folder(spec: RunSpec, out: Path) -> Path:
+    return out / "runs" / spec.task
 
 
-def save_result(plan: Plan, out: Path, payload: dict[str, Any]) -> Path:
+def save_result(spec: RunSpec, out: Path, payload: dict[str, Any]) -> Path:
     """The JSON, with the environment, and the curve as CSV too. The path of the JSON."""
-    place = folder(plan, out)
-    path = results.write(place, plan.file_name, plan.device, payload)
-    with (place / f"{plan.file_name}.csv").open("w", newline="") as file:
+    place = folder(spec, out)
+    path = results.write(place, spec.file_name, spec.device, payload)
+    with (place / f"{spec.file_name}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(zip(*(payload["curve"][column] for column in COLUMNS), strict=True))
     return path
 
 
-def finished(plan: Plan, out: Path) -> dict[str, Any] | None:
+def finished(spec: RunSpec, out: Path) -> dict[str, Any] | None:
     """The result of this very run, if it came to an end."""
-    path = folder(plan, out) / f"{plan.file_name}.json"
+    path = folder(spec, out) / f"{spec.file_name}.json"
     if not path.is_file():
         return None
     content = results.load(path)
-    same = results.plain(plan.identity()) == content.get("identity")
+    same = results.plain(spec.identity()) == content.get("identity")
     return content if same and content["status"] != "unfinished" else None
 
 
-def save_checkpoint(plan: Plan, out: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(spec: RunSpec, out: Path, state: dict[str, Any]) -> None:
     """Whole or not at all: a run may be killed while it writes."""
-    place = folder(plan, out)
+    place = folder(spec, out)
     place.mkdir(parents=True, exist_ok=True)
-    path, new = place / f"{plan.file_name}.pt", place / f"{plan.file_name}.pt.new"
-    torch.save({"identity": plan.identity(), **state}, new)
+    path, new = place / f"{spec.file_name}.pt", place / f"{spec.file_name}.pt.new"
+    torch.save({"identity": spec.identity(), **state}, new)
     os.replace(new, path)
 
 
-def load_checkpoint(plan: Plan, out: Path) -> dict[str, Any] | None:
+def load_checkpoint(spec: RunSpec, out: Path) -> dict[str, Any] | None:
     """The checkpoint of this run; None where there is none.
 
     Raises:
         ValueError: there is one of another run of that name; what differs is named.
     """
-    path = folder(plan, out) / f"{plan.file_name}.pt"
+    path = folder(spec, out) / f"{spec.file_name}.pt"
     if not path.is_file():
         return None
-    state: dict[str, Any] = torch.load(path, map_location=plan.device, weights_only=True)
-    own, saved = plan.identity(), state["identity"]
+    state: dict[str, Any] = torch.load(path, map_location=spec.device, weights_only=True)
+    own, saved = spec.identity(), state["identity"]
     for key in own:
         if own[key] != saved.get(key):
             raise ValueError(
@@ -71,5 +68,5 @@ def load_checkpoint(plan: Plan, out: Path) -> dict[str, Any] | None:
     return state
 
 
-def discard_checkpoint(plan: Plan, out: Path) -> None:
-    (folder(plan, out) / f"{plan.file_name}.pt").unlink(missing_ok=True)
+def discard_checkpoint(spec: RunSpec, out: Path) -> None:
+    (folder(spec, out) / f"{spec.file_name}.pt").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a run is: a task, an optimizer with its hyperparameters, a seed, a length, a precision."""
+"""What describes a run: a task, an optimizer with its hyperparameters, a seed, a length, a precision."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run that can be taken up again: the same plan gives the same numbers.
+class RunSpec:
+    """The same specification gives the same numbers.
 
     Args:
         task: its name.

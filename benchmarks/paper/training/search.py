@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,21 @@ from torch.quasirandom import SobolEngine
 
 from benchmarks.common import results
 from benchmarks.paper.data import Dataset
-from benchmarks.paper.tasks import named
+from benchmarks.paper.tasks import Task, named
 from benchmarks.paper.training.optimizers import method
 from benchmarks.paper.training.run import Run
-from benchmarks.paper.training.run_spec import Plan
+from benchmarks.paper.training.run_spec import RunSpec
 from benchmarks.paper.training.search_files import file_of
+
+Tell = Callable[[str, dict[str, Any]], None]
+"""Called with an optimizer's name and each of its trials."""
 
 
 def drawn(optimizer: str, count: int) -> list[dict[str, Any]]:
     """The hyperparameters of each trial.
 
     Points of a scrambled Sobol sequence over the optimizer's ranges, in log: even in each hyperparameter, whatever
-    the number of trials, and the first of a longer search are those of a shorter one.
+    the number of trials. The first of a longer search are those of a shorter one.
     """
     ranges = method(optimizer).ranges
     engine = SobolEngine(len(ranges), scramble=True, seed=zlib.crc32(optimizer.encode()))  # type: ignore[no-untyped-call]
@@ -30,103 +34,122 @@ def drawn(optimizer: str, count: int) -> list[dict[str, Any]]:
     return [{name: r.at(share) for (name, r), share in zip(ranges.items(), point, strict=True)} for point in points]
 
 
-def search(
-    task: str,
-    optimizers: list[str],
-    data: Dataset,
-    out: Path,
-    *,
-    trials: int,
-    epochs: int,
-    steps: int | None = None,
-    seeds: int = 1,
-    precision: str = "fp32",
-    device: str = "cpu",
-    limit_seconds: float | None = None,
-    fixed: dict[str, dict[str, Any]] | None = None,
-    tell: Callable[[str, dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
-    """Run the trials that the file lacks, and write it after each.
+@dataclass(frozen=True)
+class Search:
+    """A search of a task's hyperparameters.
 
     Args:
         task: its name.
-        optimizers: their names.
-        data: the task's examples. A task that is judged by its metric is judged on a tenth held out of them.
         out: the file is ``search/TASK.json`` in it.
         trials: of each optimizer.
         epochs: of each trial; ``steps`` instead, where given.
-        seeds: of each trial; losses and metrics are means over them, and one that diverged spoils the trial.
+        seeds: of each trial. Losses and metrics are means over them, and one that diverged spoils the trial.
+        precision, device: of the runs.
         limit_seconds: of training in a run; a trial that is cut off is judged by what it reached.
-        fixed: hyperparameters that all trials of an optimizer share.
-        tell: called with the optimizer's name and each trial.
-
-    Raises:
-        ValueError: the file is of a search of another length: trials must be comparable.
     """
-    definition = named(task)
-    judged_by = definition.judged_by
-    settings = {
-        "task": task,
-        "data": data.label,
-        "stand_in": definition.source.stand_in,
-        "judged_by": judged_by,
-        "epochs": epochs,
-        "steps": steps,
-        "seeds": seeds,
-        "precision": precision,
-    }
-    path = file_of(out, task, precision)
-    content: dict[str, Any] = {**settings, "trials": {}}
-    if path.is_file():
-        content = results.load(path)
+
+    task: str
+    out: Path
+    trials: int
+    epochs: int
+    steps: int | None = None
+    seeds: int = 1
+    precision: str = "fp32"
+    device: str = "cpu"
+    limit_seconds: float | None = None
+
+    @property
+    def definition(self) -> Task:
+        return named(self.task)
+
+    @property
+    def path(self) -> Path:
+        return file_of(self.out, self.task, self.precision)
+
+    def run(
+        self,
+        optimizers: list[str],
+        data: Dataset,
+        fixed: dict[str, dict[str, Any]] | None = None,
+        tell: Tell | None = None,
+    ) -> dict[str, Any]:
+        """Run the trials that the file lacks, write it after each, and return its content.
+
+        Args:
+            optimizers: their names.
+            data: the task's examples. A task that is judged by its metric is judged on a tenth held out of them.
+            fixed: hyperparameters that all trials of an optimizer share, by its name.
+            tell: told of each trial.
+
+        Raises:
+            ValueError: the file is of a search of another length or other ranges: trials must be comparable.
+        """
+        content = self._begun(data)
+        for optimizer in optimizers:
+            self._check_ranges(content, optimizer)
+            done = content["trials"].setdefault(optimizer, [])
+            for hyper in drawn(optimizer, self.trials)[len(done) :]:
+                trial = self._trial(optimizer, {**hyper, **(fixed or {}).get(optimizer, {})}, data)
+                done.append(trial)
+                saved = {key: value for key, value in content.items() if key not in ("benchmark", "environment")}
+                results.write(self.path.parent, self.path.stem, self.device, saved)
+                if tell is not None:
+                    tell(optimizer, trial)
+        return content
+
+    def _begun(self, data: Dataset) -> dict[str, Any]:
+        """What the file holds, or an empty search."""
+        settings = {
+            "task": self.task,
+            "data": data.label,
+            "stand_in": self.definition.source.stand_in,
+            "judged_by": self.definition.judged_by,
+            "epochs": self.epochs,
+            "steps": self.steps,
+            "seeds": self.seeds,
+            "precision": self.precision,
+        }
+        if not self.path.is_file():
+            return {**settings, "trials": {}}
+        content = results.load(self.path)
         for key, value in settings.items():
             if content[key] != value:
                 raise ValueError(
-                    f"{path} holds a search whose {key} is {content[key]!r} and not {value!r}: "
+                    f"{self.path} holds a search whose {key} is {content[key]!r} and not {value!r}: "
                     "remove it, or write elsewhere by --out"
                 )
-    for optimizer in optimizers:
-        ranges = {name: vars(r) for name, r in method(optimizer).ranges.items()}
-        ranges = results.plain(ranges)
+        return content
+
+    def _check_ranges(self, content: dict[str, Any], optimizer: str) -> None:
+        ranges = results.plain({name: vars(r) for name, r in method(optimizer).ranges.items()})
         if content.setdefault("ranges", {}).setdefault(optimizer, ranges) != ranges:
             raise ValueError(
-                f"{path} holds a search of {optimizer} in other ranges, {content['ranges'][optimizer]}: "
+                f"{self.path} holds a search of {optimizer} in other ranges, {content['ranges'][optimizer]}: "
                 "remove its entries under ranges and trials, or write elsewhere by --out"
             )
-        done = content["trials"].setdefault(optimizer, [])
-        for hyper in drawn(optimizer, trials)[len(done) :]:
-            hyper = {**hyper, **(fixed or {}).get(optimizer, {})}
-            runs = []
-            for seed in range(seeds):
-                plan = Plan(
-                    task,
-                    optimizer,
-                    hyper,
-                    seed=seed,
-                    epochs=epochs,
-                    steps=steps,
-                    precision=precision,
-                    device=device,
-                    held_out=judged_by == "metric",
-                )
-                runs.append(Run(plan, data).go(limit_seconds=limit_seconds))
-            trial = _trial(hyper, runs)
-            done.append(trial)
-            saved = {k: v for k, v in content.items() if k not in ("benchmark", "environment")}
-            results.write(path.parent, path.stem, device, saved)
-            if tell is not None:
-                tell(optimizer, trial)
-    return content
 
+    def _trial(self, optimizer: str, hyper: dict[str, Any], data: Dataset) -> dict[str, Any]:
+        runs = [Run(self._spec(optimizer, hyper, seed), data).go(limit_seconds=self.limit_seconds)
+                for seed in range(self.seeds)]  # fmt: skip
+        statuses = [run["status"] for run in runs]
+        return {
+            "hyper": hyper,
+            "status": next((s for s in ("diverged", "unfinished") if s in statuses), "finished"),
+            "loss": sum(run["curve"]["loss"][-1] for run in runs) / len(runs),
+            "metric": sum(run["curve"]["metric"][-1] for run in runs) / len(runs),
+            "seconds": sum(run["seconds"] for run in runs),
+            "steps": runs[0]["steps"],
+        }
 
-def _trial(hyper: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    statuses = [run["status"] for run in runs]
-    worst = next((s for s in ("diverged", "unfinished") if s in statuses), "finished")
-    return {
-        "hyper": hyper,
-        "status": worst,
-        "loss": sum(run["curve"]["loss"][-1] for run in runs) / len(runs),
-        "metric": sum(run["curve"]["metric"][-1] for run in runs) / len(runs),
-        "seconds": sum(run["seconds"] for run in runs),
-        "steps": runs[0]["steps"],
-    }
+    def _spec(self, optimizer: str, hyper: dict[str, Any], seed: int) -> RunSpec:
+        return RunSpec(
+            self.task,
+            optimizer,
+            hyper,
+            seed=seed,
+            epochs=self.epochs,
+            steps=self.steps,
+            precision=self.precision,
+            device=self.device,
+            held_out=self.definition.judged_by == "metric",
+        )

@@ -17,7 +17,8 @@ from benchmarks.paper.data.vocabulary import CLOSE, OPEN, PAD, Vocabulary
 from benchmarks.paper.models.mlp import sparse_init_
 from benchmarks.paper.tasks import TASKS, Batches, Task, named
 from benchmarks.paper.tasks.translation import bleu, translate
-from benchmarks.paper.training.optimizers import METHODS, Setting, method
+from benchmarks.paper.training.optimizers import METHODS, method
+from benchmarks.paper.training.training import Setting
 
 PUBLISHED: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "LeNet-5, grey": (lambda: models.lenet(channels=1), 61_706),

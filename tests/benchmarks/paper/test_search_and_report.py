@@ -20,7 +20,7 @@ from benchmarks.paper.report.tables import table_2, table_3, table_4
 from benchmarks.paper.tasks import TASKS, named
 from benchmarks.paper.training import search as searching
 from benchmarks.paper.training.optimizers import METHODS, Range, method
-from benchmarks.paper.training.search import drawn, search
+from benchmarks.paper.training.search import Search, drawn
 from benchmarks.paper.training.search_files import best, found
 
 OPTIMIZERS = [*METHODS, "apo-lr", "sgdm+step"]
@@ -50,22 +50,22 @@ def test_every_range_is_of_a_hyperparameter_that_there_is() -> None:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The plans that a search ran. Large rates diverge, with a loss of 0, which must not be taken for the best."""
-    plans: list[Any] = []
+    """The specs that a search ran. Large rates diverge, with a loss of 0, which must not be taken for the best."""
+    specs: list[Any] = []
 
     class Fake:
-        def __init__(self, plan: Any, data: Any) -> None:
-            self.plan = plan
+        def __init__(self, spec: Any, data: Any) -> None:
+            self.spec = spec
 
         def go(self, limit_seconds: float | None = None) -> dict[str, Any]:
-            plans.append(self.plan)
-            loss = abs(self.plan.full_hyper["lr"] - 0.01)
-            status = "diverged" if self.plan.full_hyper["lr"] > 0.1 else "finished"
+            specs.append(self.spec)
+            loss = abs(self.spec.full_hyper["lr"] - 0.01)
+            status = "diverged" if self.spec.full_hyper["lr"] > 0.1 else "finished"
             loss = 0.0 if status == "diverged" else loss
             return {"status": status, "curve": {"loss": [loss], "metric": [50.0]}, "seconds": 1.0, "steps": 11}
 
     monkeypatch.setattr(searching, "Run", Fake)
-    return plans
+    return specs
 
 
 def test_each_optimizer_gets_as_many_equal_trials(
@@ -73,22 +73,22 @@ def test_each_optimizer_gets_as_many_equal_trials(
 ) -> None:
     data = named("digits").data()
     names = ["sgdm", "kfac", "apo"]
-    content = search("digits", names, data, tmp_path, trials=4, epochs=3, seeds=2)
+    content = Search("digits", tmp_path, trials=4, epochs=3, seeds=2).run(names, data)
     assert [len(content["trials"][name]) for name in names] == [4, 4, 4]
     for name in names:
-        own = [plan for plan in counted if plan.optimizer == name]
-        assert [plan.seed for plan in own] == [0, 1] * 4
-        assert {(plan.epochs, plan.steps, plan.precision) for plan in own} == {(3, None, "fp32")}
+        own = [spec for spec in counted if spec.optimizer == name]
+        assert [spec.seed for spec in own] == [0, 1] * 4
+        assert {(spec.epochs, spec.steps, spec.precision) for spec in own} == {(3, None, "fp32")}
     counted.clear()
-    search("digits", names, data, tmp_path, trials=6, epochs=3, seeds=2)
+    Search("digits", tmp_path, trials=6, epochs=3, seeds=2).run(names, data)
     assert len(counted) == 3 * 2 * 2  # only what was missing
     with pytest.raises(ValueError, match="holds a search whose epochs is 3 and not 5"):
-        search("digits", names, data, tmp_path, trials=6, epochs=5, seeds=2)
+        Search("digits", tmp_path, trials=6, epochs=5, seeds=2).run(names, data)
     narrower = replace(METHODS["sgdm"], ranges={"lr": Range(0.01, 0.1)})
     with monkeypatch.context() as patch:
         patch.setitem(METHODS, "sgdm", narrower)
         with pytest.raises(ValueError, match="holds a search of sgdm in other ranges"):
-            search("digits", names, data, tmp_path, trials=6, epochs=3, seeds=2)
+            Search("digits", tmp_path, trials=6, epochs=3, seeds=2).run(names, data)
     stored = load(tmp_path / "search" / "digits.json")
     chosen = best(stored, "sgdm")
     assert chosen is not None
@@ -105,9 +105,9 @@ def test_each_optimizer_gets_as_many_equal_trials(
 def test_a_metric_is_judged_on_held_out_examples(tmp_path: Path, counted: list[Any]) -> None:
     assert {task.judged_by for task in TASKS.values() if task.place.startswith("Table")} == {"metric"}
     data = named("digits").data()
-    search("cifar10-lenet", ["sgdm"], data, tmp_path, trials=1, epochs=1)
-    search("digits", ["sgdm"], data, tmp_path, trials=1, epochs=1)
-    assert [plan.held_out for plan in counted] == [True, False]
+    Search("cifar10-lenet", tmp_path, trials=1, epochs=1).run(["sgdm"], data)
+    Search("digits", tmp_path, trials=1, epochs=1).run(["sgdm"], data)
+    assert [spec.held_out for spec in counted] == [True, False]
 
 
 def test_search_from_the_command_line(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def put(folder: Path, *runs: dict[str, Any]) -> None:
         (place / name).write_text(json.dumps(run))
 
 
-def test_the_report_is_made_from_results_alone(tmp_path: Path) -> None:
+def test_the_report_is_made_from_result_files_alone(tmp_path: Path) -> None:
     task = "cifar10-lenet"
     put(
         tmp_path,

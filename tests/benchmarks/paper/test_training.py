@@ -14,38 +14,38 @@ from benchmarks.__main__ import main
 from benchmarks.common.results import load
 from benchmarks.paper.data import Examples
 from benchmarks.paper.tasks import TASKS, Batches, StepSchedule, named
-from benchmarks.paper.training import run_files
+from benchmarks.paper.training.command_options import given
 from benchmarks.paper.training.evaluate import evaluate, some
 from benchmarks.paper.training.optimizers import METHODS, method
-from benchmarks.paper.training.options import given
 from benchmarks.paper.training.run import Run
-from benchmarks.paper.training.run_spec import Plan
+from benchmarks.paper.training.run_spec import RunSpec
 from benchmarks.paper.training.schedules import factor
+from benchmarks.paper.training.training import COLUMNS
 
 DIGITS = named("digits").data()
 
 
-def plan(optimizer: str = "sgdm", **changes: Any) -> Plan:
-    return Plan("digits", optimizer, changes.pop("hyper", {}), **{"epochs": 2, **changes})
+def spec(optimizer: str = "sgdm", **changes: Any) -> RunSpec:
+    return RunSpec("digits", optimizer, changes.pop("hyper", {}), **{"epochs": 2, **changes})
 
 
 @pytest.mark.parametrize("optimizer", ["sgdm+step", "adam", "kfac", "ekfac", "shampoo", "apo", "apo-lr"])
 def test_a_resumed_run_is_the_same_to_the_bit(optimizer: str, tmp_path: Path) -> None:
     stops = (7, 4, 1)  # inside an epoch, at its end, a little later
-    whole = Run(plan(optimizer), DIGITS)
+    whole = Run(spec(optimizer), DIGITS)
     straight = whole.go()
     for steps in stops:
         torch.manual_seed(99)  # what the process drew before must not matter
-        part = Run(plan(optimizer), DIGITS, tmp_path)
+        part = Run(spec(optimizer), DIGITS, tmp_path)
         part.resume()
         assert part.go(limit_steps=steps)["status"] == "unfinished"
-    last = Run(plan(optimizer), DIGITS, tmp_path)
+    last = Run(spec(optimizer), DIGITS, tmp_path)
     assert last.resume()
     assert last.step == sum(stops)
     resumed = last.go()
     for p, q in zip(whole.model.parameters(), last.model.parameters(), strict=True):
         assert torch.equal(p, q)
-    for column in set(run_files.COLUMNS) - {"seconds"}:
+    for column in set(COLUMNS) - {"seconds"}:
         assert [str(x) for x in resumed["curve"][column]] == [str(x) for x in straight["curve"][column]], column
     assert resumed["status"] == "finished"
     assert not list(tmp_path.rglob("*.pt"))  # a finished run needs no checkpoint
@@ -56,25 +56,25 @@ def test_dropout_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(
         TASKS, "digits", replace(task, build=lambda: torch.nn.Sequential(torch.nn.Dropout(), task.build()))
     )
-    straight = Run(plan(), DIGITS).go()["curve"]["loss"]
-    Run(plan(), DIGITS, tmp_path).go(limit_steps=7)
+    straight = Run(spec(), DIGITS).go()["curve"]["loss"]
+    Run(spec(), DIGITS, tmp_path).go(limit_steps=7)
     torch.manual_seed(99)
-    run = Run(plan(), DIGITS, tmp_path)
+    run = Run(spec(), DIGITS, tmp_path)
     run.resume()
     assert run.go()["curve"]["loss"] == straight
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    Run(plan(), DIGITS, tmp_path).go(limit_steps=3)
+    Run(spec(), DIGITS, tmp_path).go(limit_steps=3)
     with pytest.raises(ValueError, match=r"its hyper is .*'lr': 0\.1.* and not .*'lr': 0\.2"):
-        Run(plan(hyper={"lr": 0.2}), DIGITS, tmp_path).resume()
-    assert Run(plan(), DIGITS, tmp_path).resume()
+        Run(spec(hyper={"lr": 0.2}), DIGITS, tmp_path).resume()
+    assert Run(spec(), DIGITS, tmp_path).resume()
 
 
 def test_every_optimizer_sees_the_same_batches() -> None:
     seen: dict[str, list[int]] = {}
     for optimizer in ("sgdm", "apo", "kfac"):
-        run = Run(plan(optimizer, epochs=1), DIGITS)
+        run = Run(spec(optimizer, epochs=1), DIGITS)
         batches, ids = run.batches, seen.setdefault(optimizer, [])
         original = batches.batch
         index = {tuple(x.tolist()): i for i, x in enumerate(DIGITS.train.inputs[0])}
@@ -108,7 +108,7 @@ def test_batches_follow_from_the_seed_and_the_step_alone() -> None:
 
 
 def test_the_curve_says_what_the_weights_say(tmp_path: Path) -> None:
-    run = Run(plan(epochs=12), DIGITS, tmp_path)
+    run = Run(spec(epochs=12), DIGITS, tmp_path)
     curve = run.go()["curve"]
     assert curve["step"] == list(range(0, 133, 11))
     assert curve["epoch"] == list(range(13))
@@ -119,7 +119,7 @@ def test_the_curve_says_what_the_weights_say(tmp_path: Path) -> None:
     loss = torch.nn.functional.cross_entropy(run.model(DIGITS.train.inputs[0]), DIGITS.train.targets)
     assert curve["loss"][-1] == pytest.approx(loss.item(), rel=1e-5)
     text = (tmp_path / "runs/digits/sgdm-fp32-seed0.csv").read_text().splitlines()
-    assert text[0].split(",") == list(run_files.COLUMNS)
+    assert text[0].split(",") == list(COLUMNS)
     assert len(text) == 14
     written = load(tmp_path / "runs/digits/sgdm-fp32-seed0.json")
     assert written["data"] == "scikit-learn's digits, a stand-in for MNIST (1,437 + 360)"
@@ -140,12 +140,12 @@ def test_evaluation_leaves_modes_and_random_state_alone() -> None:
 
 
 def test_short_runs_have_rows_too() -> None:
-    assert Run(plan(steps=10), DIGITS).go()["curve"]["step"] == [0, 2, 4, 6, 8, 10]
-    assert Run(plan(epochs=3), DIGITS).go()["curve"]["step"] == [*range(0, 31, 5), 33]
+    assert Run(spec(steps=10), DIGITS).go()["curve"]["step"] == [0, 2, 4, 6, 8, 10]
+    assert Run(spec(epochs=3), DIGITS).go()["curve"]["step"] == [*range(0, 31, 5), 33]
 
 
 def test_a_run_that_diverges_ends_and_says_so(tmp_path: Path) -> None:
-    result = Run(plan("sgd", hyper={"lr": 1e6}, epochs=50), DIGITS, tmp_path).go()
+    result = Run(spec("sgd", hyper={"lr": 1e6}, epochs=50), DIGITS, tmp_path).go()
     assert result["status"] == "diverged"
     assert "loss" in result["reason"]
     assert result["steps"] < 550
@@ -154,7 +154,7 @@ def test_a_run_that_diverges_ends_and_says_so(tmp_path: Path) -> None:
 
 
 def test_a_time_limit_stops_a_run_that_can_go_on(tmp_path: Path) -> None:
-    run = Run(plan(epochs=1000), DIGITS, tmp_path)
+    run = Run(spec(epochs=1000), DIGITS, tmp_path)
     assert run.go(limit_seconds=0.05)["status"] == "unfinished"
     assert 0 < run.step < 11_000
     assert list(tmp_path.rglob("*.pt"))
@@ -168,7 +168,7 @@ def test_schedules() -> None:
     assert [rising(s) for s in (0, 4, 9, 50)] == pytest.approx([0.1, 0.5, 1, 1])
     falling = factor("warmup-decay", 100, steps, decay=1, warmup=0.1)
     assert [falling(s) for s in (4, 9, 39)] == pytest.approx([0.5, 1, 0.5])
-    run = Run(plan("sgdm+step", epochs=12, hyper={"lr": 0.05, "factor": 0.1}), DIGITS)
+    run = Run(spec("sgdm+step", epochs=12, hyper={"lr": 0.05, "factor": 0.1}), DIGITS)
     assert run.go()["curve"]["rate"][1:] == pytest.approx(6 * [0.05] + 3 * [0.005] + 3 * [0.0005])
 
 
@@ -176,29 +176,29 @@ def test_schedules() -> None:
 def test_16_bits_are_of_weights_activations_and_gradients(precision: str) -> None:
     few = replace(DIGITS, train=DIGITS.train.take(torch.arange(128)), test=DIGITS.test.take(torch.arange(8)))
     for optimizer in ("sgdm", "adam", "kfac", "apo", "apo-lr"):
-        run = Run(plan(optimizer, steps=1, precision=precision), few)
+        run = Run(spec(optimizer, steps=1, precision=precision), few)
         kinds: set[torch.dtype] = set()
         run.model[1].register_forward_hook(lambda *x, seen=kinds: seen.add(x[-1].dtype))
         result = run.go()
         kinds |= {p.dtype for p in run.model.parameters()} | {p.grad.dtype for p in run.model.parameters()}
-        assert kinds == {run.plan.dtype}
+        assert kinds == {run.spec.dtype}
         assert result["status"] == "finished", (optimizer, result["reason"])
 
 
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ValueError, match="precision must be one of fp64 for the task ill-conditioned, but got 'bf16'"):
-        Plan("ill-conditioned", "sgdm", {}, precision="bf16")
+        RunSpec("ill-conditioned", "sgdm", {}, precision="bf16")
     with pytest.raises(ValueError, match="precision must be one of fp32, bf16 for the task multi30k, but got 'fp16'"):
-        Plan("multi30k", "sgdm", {}, precision="fp16")
+        RunSpec("multi30k", "sgdm", {}, precision="fp16")
     with pytest.raises(ValueError, match=r"task must be one of .*digits.*, but got 'nothing'"):
-        Plan("nothing", "sgdm", {})
+        RunSpec("nothing", "sgdm", {})
     for name in ("nothing", "apo+step", "apo-lr:kfac", "apo-lr+step", "sgdm+nothing"):
         with pytest.raises(ValueError, match=r"optimizer must be one of .*apo-lr:adam"):
             method(name)
     with pytest.raises(ValueError, match="SGDm has no damping; it has lr, momentum"):
-        plan(hyper={"damping": 1})
+        spec(hyper={"damping": 1})
     with pytest.raises(ValueError, match="epochs must be >= 1, but got 0"):
-        plan(epochs=0)
+        spec(epochs=0)
 
 
 def test_settings_from_the_command_line() -> None:

@@ -6,12 +6,13 @@ import argparse
 import ast
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common.threads import cpu_threads
 from benchmarks.paper.data import MissingData
 from benchmarks.paper.tasks import TASKS, Task, named
 from benchmarks.paper.training.optimizers import method
@@ -88,15 +89,13 @@ def tasks_of(text: str) -> list[Task]:
     return [named(name) for name in names(text)]
 
 
-@contextmanager
-def threads(task: Task, asked: int | None) -> Iterator[None]:
-    """Small networks are faster on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(asked or (1 if task.parameters() < 200_000 else before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def epochs_of(task: Task, options: argparse.Namespace) -> int:
+    return options.epochs or (task.quick_epochs if options.quick else task.epochs)
+
+
+def threads_for(task: Task, asked: int | None) -> AbstractContextManager[None]:
+    """One thread for a small network, which is faster."""
+    return cpu_threads(asked or (1 if task.parameters() < 200_000 else torch.get_num_threads()))
 
 
 @contextmanager
