@@ -1,9 +1,11 @@
-"""What a run shows on the terminal: one console, and one form of progress bar."""
+"""What a run shows on the terminal: one console, one form of table and one of progress bar."""
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -14,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 
 console = Console(soft_wrap=False)
 
@@ -21,6 +24,36 @@ console = Console(soft_wrap=False)
 def wrote(*paths: Path) -> None:
     for path in paths:
         console.print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)
+
+
+def table(
+    title: str,
+    columns: Iterable[str],
+    rows: Iterable[Sequence[str]] = (),
+    *,
+    text: Container[str] = (),
+    caption: str = "",
+) -> Table:
+    """A table. Columns are figures, to the right and never broken, but for the first and those named in ``text``."""
+    found = Table(
+        title=title,
+        caption=caption or None,
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+    )
+    for place, name in enumerate(columns):
+        if place == 0:
+            found.add_column(name, no_wrap=True)
+        elif name in text:
+            found.add_column(name, overflow="fold")
+        else:
+            found.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        found.add_row(*row)
+    return found
 
 
 def progress() -> Progress:

@@ -1,4 +1,4 @@
-"""Damped inverses and eigenbases of Kronecker factors, in float32 at least whatever the factors are kept in."""
+"""Damped inverses and eigenbases of Kronecker factors, in at least float32, whatever the factors are stored in."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-
-ATTEMPTS = 24
 
 
 def tikhonov(F_A: Tensor, F_B: Tensor, damping: float) -> tuple[float, float]:
@@ -21,31 +19,22 @@ def tikhonov(F_A: Tensor, F_B: Tensor, damping: float) -> tuple[float, float]:
     return pi * math.sqrt(damping), math.sqrt(damping) / pi
 
 
-def damped_inverse(F: Tensor, shift: float, dtype: torch.dtype) -> tuple[Tensor | None, int]:
-    """``((F + δ I)⁻¹ rounded to dtype, how often it failed)`` by Cholesky.
-
-    An attempt fails where the factorisation does (rounding has made ``F + δ I`` indefinite) or where the inverse
-    isn't finite in ``dtype``; δ is then multiplied by ten. None where every attempt failed.
-    """
+def damped_inverse(F: Tensor, shift: float) -> Tensor | None:
+    """``(F + δ I)⁻¹`` by Cholesky; None where rounding has made ``F + δ I`` indefinite."""
     work = wide(F)
-    eye = torch.eye(len(work), dtype=work.dtype, device=work.device)
-    least = torch.finfo(work.dtype).eps * (work.diagonal().mean().item() or 1.0)
-    for failed in range(ATTEMPTS):
-        L, info = torch.linalg.cholesky_ex(work + shift * eye)
-        if info.item() == 0:
-            inverse = torch.cholesky_inverse(L).to(dtype)
-            if bool(inverse.isfinite().all()):
-                return inverse, failed
-        shift = max(10 * shift, least)
-    return None, ATTEMPTS
+    L, info = torch.linalg.cholesky_ex(work + shift * torch.eye(len(work), dtype=work.dtype, device=work.device))
+    return torch.cholesky_inverse(L) if info.item() == 0 else None
 
 
-def eigenbasis(F: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``(λ, Q)`` with ``F = Q diag(λ) Qᵀ`` and no λ below zero; None where the decomposition fails."""
-    for dtype in (wide(F).dtype, torch.float64):
+def eigenbasis(F: Tensor, *, retry: bool = False) -> tuple[Tensor, Tensor] | None:
+    """``(λ, Q)`` with ``F = Q diag(λ) Qᵀ`` and no λ below zero; None where the decomposition fails.
+
+    With ``retry`` one that fails in float32 is repeated in float64, which rarely fails to converge.
+    """
+    for dtype in (wide(F).dtype, torch.float64) if retry else (wide(F).dtype,):
         try:
             values, Q = torch.linalg.eigh(F.to(dtype))
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # float32 can fail to converge, float64 rarely
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if bool(values.isfinite().all()):
             return values.clamp(min=0), Q

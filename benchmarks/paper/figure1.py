@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apo.discrepancy import SquaredError
+from apo import SquaredError
 from apo.proximal import flat_model, proximal_step
-from benchmarks.common.console import console, progress
+from benchmarks.common.console import progress, wrote
+from benchmarks.common.steps import take_steps
 
 PANELS: dict[str, tuple[tuple[float, float], ...]] = {
     "weight space": ((0, 30.0), (0, 10.0), (0, 3.0), (0, 0.3)),
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         task = bar.add_task("figure 1", total=sum(map(len, PANELS.values())))
         curves = updates(lambda: bar.advance(task))
     path = draw(curves, options.out)
-    console.print(f"Figure 1: {path}")
+    wrote(path)
     return {"figure": str(path), **{k: v for k, v in curves.items() if k != "grid"}}
 
 
@@ -55,10 +56,8 @@ def fitted() -> tuple[nn.Module, Tensor, Tensor]:
     with torch.no_grad():
         next(model.parameters()).mul_(6)  # wide enough a spectrum for a spike
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(600):
-        optimizer.zero_grad()
-        SquaredError()(model(x), t).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    for _ in take_steps(optimizer, lambda step: lambda: SquaredError()(model(x), t), range(600)):
+        pass
     return model, x, t
 
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 import apo_kernels as ak
+from benchmarks.common.damping import damped_inverse, eigenbasis
 from benchmarks.kernels.stability.problem import Damped
 
 
@@ -86,8 +87,8 @@ def given_balanced_blocks(problem: Damped) -> Operands:
 
 def inverse(x: Operands) -> Trace:
     """KFAC (Martens & Grosse 2015): ``(F_B + δ_B I)⁻¹ G (F_A + δ_A I)⁻¹`` by Cholesky inverses."""
-    inverse_A = _cholesky_inverse("F_A", x.held["F_A"], x.delta_A)
-    inverse_B = _cholesky_inverse("F_B", x.held["F_B"], x.delta_B)
+    inverse_A = _inverse("F_A", x.held["F_A"], x.delta_A)
+    inverse_B = _inverse("F_B", x.held["F_B"], x.delta_B)
     return Trace(inverse_B @ x.G @ inverse_A, {"inverse_A": inverse_A, "inverse_B": inverse_B})
 
 
@@ -96,8 +97,8 @@ def eigen(x: Operands) -> Trace:
 
     ``Λ = (λ_B + δ_B)(λ_A + δ_A)ᵀ (m, n)`` is formed in the decomposition's dtype and stored, as the bases.
     """
-    values_A, Q_A = _eigh("F_A", x.held["F_A"])
-    values_B, Q_B = _eigh("F_B", x.held["F_B"])
+    values_A, Q_A = _eigenbasis("F_A", x.held["F_A"])
+    values_B, Q_B = _eigenbasis("F_B", x.held["F_B"])
     Lambda = ((values_B + x.delta_B)[:, None] * (values_A + x.delta_A)[None, :]).to(x.G.dtype)
     M = Q_B.T @ x.G @ Q_A
     T = M / Lambda
@@ -129,25 +130,17 @@ METHODS = (
 )
 
 
-def _decomposition_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The lowest precision that LAPACK (and cuSOLVER) has for a storage dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _cholesky_inverse(name: str, F: Tensor, delta: float) -> Tensor:
-    wide = F.to(_decomposition_dtype(F.dtype))
-    L, info = torch.linalg.cholesky_ex(wide + delta * torch.eye(len(F), dtype=wide.dtype, device=F.device))
-    if info.item() != 0:
+def _inverse(name: str, F: Tensor, delta: float) -> Tensor:
+    """The damped inverse, in the storage dtype."""
+    found = damped_inverse(F, delta)
+    if found is None:
         raise Breakdown(f"Cholesky of {name} failed")
-    return torch.cholesky_inverse(L).to(F.dtype)
+    return found.to(F.dtype)
 
 
-def _eigh(name: str, F: Tensor) -> tuple[Tensor, Tensor]:
+def _eigenbasis(name: str, F: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues in the decomposition's dtype, none below zero, and the basis in the storage dtype."""
-    try:
-        values, Q = torch.linalg.eigh(F.to(_decomposition_dtype(F.dtype)))
-    except RuntimeError as error:
-        if "converge" not in str(error):  # LinAlgError, which torch doesn't export to type checkers
-            raise
-        raise Breakdown(f"eigendecomposition of {name} failed") from error
-    return values.clamp(min=0), Q.to(F.dtype)
+    found = eigenbasis(F)
+    if found is None:
+        raise Breakdown(f"eigendecomposition of {name} failed")
+    return found[0], found[1].to(F.dtype)

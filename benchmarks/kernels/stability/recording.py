@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.common.steps import take_steps
 from benchmarks.kernels.stability.problem import Case
 
 AVERAGES = ("exponential", "plain")
@@ -106,24 +107,31 @@ def record(
     """
     if not moments or min(moments) < 1:
         raise ValueError(f"moments must be steps of at least 1, but got {tuple(moments)}")
-    x, y = _digits()
     for net in nets:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = _NETS[net]().double()
-        generator = torch.Generator().manual_seed(seed)
-        recorder = Recorder(model, average)
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-        for step in range(1, max(moments) + 1):
-            batch = torch.randint(len(x), (BATCH,), generator=generator)
-            recorder.update(x[batch], generator)
-            if step in moments:
-                gradients = recorder.gradients(x[batch], y[batch])
-                for number, (name, G) in enumerate(gradients.items(), 1):
-                    yield Case(f"{net} layer {number}, step {step}", "recorded", G, *recorder.factors[name])
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[batch]), y[batch]).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+        yield from _record_net(net, moments, average, seed, lr)
+
+
+def _record_net(net: str, moments: Sequence[int], average: str, seed: int, lr: float) -> Iterator[Case]:
+    x, y = _digits()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _NETS[net]().double()
+    generator = torch.Generator().manual_seed(seed)
+    recorder = Recorder(model, average)
+    cases: list[Case] = []
+
+    def loss_at(step: int) -> Callable[[], Tensor]:
+        batch = torch.randint(len(x), (BATCH,), generator=generator)
+        recorder.update(x[batch], generator)
+        if step in moments:
+            for number, (name, G) in enumerate(recorder.gradients(x[batch], y[batch]).items(), 1):
+                cases.append(Case(f"{net} layer {number}, step {step}", "recorded", G, *recorder.factors[name]))
+        return lambda: F.cross_entropy(model(x[batch]), y[batch])
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    for _ in take_steps(optimizer, loss_at, range(1, max(moments) + 1)):
+        yield from cases
+        cases.clear()
 
 
 _NETS = {"mlp": mlp, "conv": conv_net}

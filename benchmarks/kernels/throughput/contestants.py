@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import apo_kernels as ak
+from benchmarks.common.damping import damped_inverse, eigenbasis
 from benchmarks.kernels.shapes import Shape
 
 OPERATIONS = ("apply", "refresh", "step")
@@ -116,27 +117,27 @@ class Workload:
 
     @cached_property
     def inverses(self) -> list[tuple[Tensor, Tensor]]:
-        return [(damped_inverse(A), damped_inverse(B)) for A, B in self.factors]
+        return [(inverse(A), inverse(B)) for A, B in self.factors]
 
     @cached_property
     def eigenbases(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        return [eigenbasis(A, B) for A, B in self.factors]
+        return [damped_eigenbases(A, B) for A, B in self.factors]
 
 
-def damped_inverse(factor: Tensor) -> Tensor:
-    """``(F + γI)⁻¹`` by Cholesky, in float32 for 16-bit factors (LAPACK has no narrower), stored in their dtype."""
-    wide = factor.float()
-    return torch.cholesky_inverse(torch.linalg.cholesky(_damped(wide))).to(factor.dtype)
+def inverse(factor: Tensor) -> Tensor:
+    """``(F + γI)⁻¹``, stored in the factor's dtype."""
+    found = damped_inverse(factor, DAMPING)
+    assert found is not None
+    return found.to(factor.dtype)
 
 
-def eigenbasis(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def damped_eigenbases(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``Q_A``, ``Q_B`` and the damped reciprocal eigenvalues ``(m, n)``, stored in the factors' dtype."""
-    (a, Q_A), (b, Q_B) = (torch.linalg.eigh(_damped(factor.float())) for factor in (A, B))
-    return Q_A.to(A.dtype), Q_B.to(B.dtype), torch.outer(b, a).reciprocal().to(A.dtype)
-
-
-def _damped(wide: Tensor) -> Tensor:
-    return wide + DAMPING * torch.eye(len(wide), device=wide.device)
+    found_A, found_B = eigenbasis(A), eigenbasis(B)
+    assert found_A is not None
+    assert found_B is not None
+    scale = torch.outer(found_B[0] + DAMPING, found_A[0] + DAMPING).reciprocal()
+    return found_A[1].to(A.dtype), found_B[1].to(B.dtype), scale.to(A.dtype)
 
 
 def contestants(operation: str, work: Workload, *, compiled: bool = True) -> Iterator[tuple[str, Contestant]]:
@@ -190,8 +191,8 @@ def _refreshers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestan
     if compiled:
         compiled_chain = _compiled_chain(work)
         yield COMPILED, Contestant(lambda: _differentiate(compiled_chain, work), by_autograd)
-    yield INVERSE, Contestant(lambda: [(damped_inverse(A), damped_inverse(B)) for A, B in work.factors], None)
-    yield EIGEN, Contestant(lambda: [eigenbasis(A, B) for A, B in work.factors], None)
+    yield INVERSE, Contestant(lambda: [(inverse(A), inverse(B)) for A, B in work.factors], None)
+    yield EIGEN, Contestant(lambda: [damped_eigenbases(A, B) for A, B in work.factors], None)
 
 
 def _steppers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestant]]:

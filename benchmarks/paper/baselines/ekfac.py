@@ -26,7 +26,7 @@ class EKFAC(KroneckerFactored):
 
     def _decompose(self, layer: FactoredLayer) -> None:
         state = self.state[layer.view.weight]
-        eigen_A, eigen_B = eigenbasis(state["F_A"]), eigenbasis(state["F_B"])
+        eigen_A, eigen_B = (eigenbasis(state[name], retry=True) for name in ("F_A", "F_B"))
         self.failed_inverses += (eigen_A is None) + (eigen_B is None)
         if eigen_A is None or eigen_B is None:
             return

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from benchmarks.common.damping import damped_inverse, tikhonov, wide
 from benchmarks.paper.baselines.kronecker import KroneckerFactored
 from benchmarks.paper.baselines.layers import FactoredLayer
+
+ATTEMPTS = 24
 
 
 class KFAC(KroneckerFactored):
@@ -14,7 +17,7 @@ class KFAC(KroneckerFactored):
 
     Martens & Grosse 2015; for convolutions Grosse & Martens 2016. The inverses come from Cholesky factorisations.
     Where one fails, that factor's δ is multiplied by ten until it succeeds, for this refresh, and ``failed_inverses``
-    counts each time; where none succeeds the old inverse stays.
+    counts each time. Where none succeeds the old inverse stays.
 
     Arguments, attributes and errors: :class:`~benchmarks.paper.baselines.kronecker.KroneckerFactored`.
     """
@@ -24,7 +27,7 @@ class KFAC(KroneckerFactored):
         F_A, F_B = wide(state["F_A"]), wide(state["F_B"])
         shifts = tikhonov(F_A, F_B, self.param_groups[layer.group]["damping"])
         for name, factor, shift in zip("AB", (F_A, F_B), shifts, strict=True):
-            inverse, failed = damped_inverse(factor, shift, self._dtype(factor))
+            inverse, failed = inverse_by_attempts(factor, shift, self._dtype(factor))
             self.failed_inverses += failed
             if inverse is not None:
                 state[f"inverse_{name}"] = inverse
@@ -34,3 +37,19 @@ class KFAC(KroneckerFactored):
         if "inverse_A" not in state or "inverse_B" not in state:
             return None
         return wide(state["inverse_B"]) @ G @ wide(state["inverse_A"])
+
+
+def inverse_by_attempts(F: Tensor, shift: float, dtype: torch.dtype) -> tuple[Tensor | None, int]:
+    """``((F + δ I)⁻¹ rounded to dtype, how often it failed)``.
+
+    An attempt fails where the factorisation does, or where the inverse isn't finite in ``dtype``. δ is then multiplied
+    by ten. None where every attempt failed.
+    """
+    work = wide(F)
+    least = torch.finfo(work.dtype).eps * (work.diagonal().mean().item() or 1.0)
+    for failed in range(ATTEMPTS):
+        inverse = damped_inverse(work, shift)
+        if inverse is not None and bool(inverse.to(dtype).isfinite().all()):
+            return inverse.to(dtype), failed
+        shift = max(10 * shift, least)
+    return None, ATTEMPTS

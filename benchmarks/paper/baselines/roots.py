@@ -14,7 +14,7 @@ def inverse_root(H: Tensor, damping: float, exponent: float) -> Tensor | None:
     Eigenvalues below the rounding error of the largest are noise, and count as that error: without damping they would
     be blown up.
     """
-    pair = eigenbasis(H)
+    pair = eigenbasis(H, retry=True)
     if pair is None:
         return None
     values, Q = pair

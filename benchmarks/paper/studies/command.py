@@ -1,25 +1,23 @@
-"""The study of the meta-update: ways of learning A, B and S, by loss against steps and against time.
+"""``python -m benchmarks studies``: runs the study, and writes its results and their table.
 
-Of the baselines every setting of an equal grid is run with the first seed, the best two with all, for the best may
-diverge with another; that with the lower median counts. Runs that a results
-file already holds aren't run again.
+Of the baselines every setting of an equal grid is run with the first seed, and the best two with all seeds, because
+the best may diverge with another. The one with the lower median counts. Runs that a results file already holds aren't
+run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
+import sys
+from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.common import results
 from benchmarks.common.console import console
-from benchmarks.common.results import load, write
 from benchmarks.paper.studies.running import TASKS, one_run
 from benchmarks.paper.studies.tables import markdown
 from benchmarks.paper.studies.variants import BASELINES, VARIANTS
-
-__all__ = ["add_arguments", "run"]
-
 
 FINALISTS = 2
 
@@ -34,35 +32,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Run what the results file lacks; write it and the table of it, ``meta-update.md``."""
     path = options.out / "meta-update.json"
-    runs: dict[str, Any] = load(path)["runs"] if path.exists() else {}
+    runs: dict[str, Any] = results.load(path)["runs"] if path.exists() else {}
 
     def loss_of(task: str, name: str, seed: int, setting: dict[str, Any] | None = None) -> float:
         key = "/".join([task, name, str(seed), *(f"{k}={v:g}" for k, v in (setting or {}).items())])
         if key not in runs:
             runs[key] = one_run(task, name, setting, seed, quick=options.quick)
-            write(options.out, "meta-update", options.device, {"runs": runs})
+            results.write(options.out, "meta-update", options.device, {"runs": runs})
             console.print(f"{key}: {runs[key]['losses'][-1]:.3g}, {runs[key]['seconds'][-1]:.1f} s")
         value = float(runs[key]["losses"][-1])
         return value if math.isfinite(value) else math.inf
 
     for task in _chosen(options.study_tasks, TASKS):
         for name in _chosen(options.against, BASELINES):
-            ranked = sorted(BASELINES[name].grid, key=lambda s: loss_of(task, name, 0, dict(s)))
+            ranked = sorted(BASELINES[name].grid, key=lambda setting: loss_of(task, name, 0, setting))
             for setting in ranked[:FINALISTS]:
                 for seed in range(1, options.seeds):
-                    loss_of(task, name, seed, dict(setting))
+                    loss_of(task, name, seed, setting)
         for name in _chosen(options.variants, VARIANTS):
             for seed in range(options.seeds):
                 loss_of(task, name, seed)
     table = markdown(runs)
-    Path(options.out / "meta-update.md").write_text(table)
+    (options.out / "meta-update.md").write_text(table)
     console.print(table, markup=False)
     return {"runs": runs}
 
 
-def _chosen(text: str, known: Any) -> list[str]:
+def _chosen(text: str, known: Iterable[str]) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip() and text != "none"]
     for name in names:
         if name not in known:
-            raise SystemExit(f"python -m benchmarks studies: must be of {', '.join(known)}, but got {name!r}")
+            sys.exit(f"python -m benchmarks studies: must be of {', '.join(known)}, but got {name!r}")
     return names

@@ -1,25 +1,27 @@
-"""Initial blocks from the second moments of a few gradients, for the study."""
+"""Blocks that start from the second moments of a few gradients."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import apo
 import apo_kernels as ak
 from apo import preconditioner
 from benchmarks.paper.baselines.roots import inverse_root
-from benchmarks.paper.tasks import Batches, Task
+from benchmarks.paper.training.training import Setting
 
 DAMPING = 1e-4
 """Of the moments, relative to their mean eigenvalue."""
 
 
-def blocks_from_moments(optimizer: apo.APO, task: Task, model: nn.Module, batches: Batches, count: int = 10) -> None:
-    """Start P as Shampoo's: ``AAᵀ = R^(−1/4)`` and ``BBᵀ = L^(−1/4)``, the moments ``R = Σ GᵀG`` and ``L = Σ GGᵀ`` of
-    ``count`` batches at the first weights, cut into the blocks' squares; S such that P keeps the gradients' length.
+def blocks_from_moments(optimizer: apo.APO, setting: Setting, count: int = 10) -> None:
+    """Start P as Shampoo's: ``AAᵀ = R^(−1/4)`` and ``BBᵀ = L^(−1/4)``.
+
+    The moments ``R = Σ GᵀG`` and ``L = Σ GGᵀ`` are of ``count`` batches at the first weights, cut into the blocks'
+    squares. S is such that P keeps the gradients' length.
     """
-    gradients = [_gradients(optimizer, task, model, batches, i) for i in range(count)]
+    gradients = [_gradients(optimizer, setting, step) for step in range(count)]
     for place, layer in enumerate(optimizer.layers):
         own = [each[place] for each in gradients]
         for block, moments in ((layer.A, [G.mT @ G for G in own]), (layer.B, [G @ G.mT for G in own])):
@@ -33,10 +35,9 @@ def blocks_from_moments(optimizer: apo.APO, task: Task, model: nn.Module, batche
         layer.refresh()
 
 
-def _gradients(optimizer: apo.APO, task: Task, model: nn.Module, batches: Batches, place: int) -> list[Tensor]:
-    inputs, targets = batches.batch(place)
+def _gradients(optimizer: apo.APO, setting: Setting, step: int) -> list[Tensor]:
     optimizer.zero_grad()
-    task.loss_of(model, inputs, targets).backward()  # type: ignore[no-untyped-call]
+    setting.task.loss_of(setting.model, *setting.batches.batch(step)).backward()  # type: ignore[no-untyped-call]
     found = [layer.view.gather(p.grad for p in layer.view.parameters) for layer in optimizer.layers]
     optimizer.zero_grad()
     return found

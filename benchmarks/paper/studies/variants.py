@@ -1,21 +1,21 @@
-"""The ways of learning A, B and S that are compared, and the optimizers they are held against."""
+"""The ways of learning A, B and S that are compared, and the optimizers they are compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 import apo
 from apo.relative_steps import RelativeSteps
-from benchmarks.paper.baselines import KFAC, Shampoo
 from benchmarks.paper.studies.start_from_moments import blocks_from_moments
-from benchmarks.paper.studies.steps_by_length import ByLength
-from benchmarks.paper.tasks import Batches, Task
+from benchmarks.paper.studies.steps_by_length import StepsByLength
+from benchmarks.paper.training.optimizers import METHODS
+from benchmarks.paper.training.training import Setting
 
 
 @dataclass(frozen=True)
@@ -43,34 +43,29 @@ class Variant:
     moments: bool = False
     by_length: bool = False
 
-    def make(self, task: Task, model: nn.Module, batches: Batches, inputs: Callable[[], Any]) -> Optimizer:
-        """The optimizer; ``inputs`` returns those of the batch that is being trained on."""
+    def make(self, setting: Setting) -> Optimizer:
+        task, model, batches = setting.task, setting.model, setting.batches
         draw: dict[str, Callable[[], Any]] = {
             "fresh": batches.other,
-            "same": inputs,
-            "large": lambda: tuple(
-                torch.cat(parts) for parts in zip(*(batches.other() for _ in range(4)), strict=True)
-            ),
+            "same": lambda: batches.latest,
+            "large": lambda: tuple(torch.cat(xs) for xs in zip(*(batches.other() for _ in range(4)), strict=True)),
         }
-        goal = task.objective(model, draw[self.other], fsd_weight=self.fsd_weight, wsd_weight=self.wsd_weight)
-        optimizer = apo.APO(model, goal, **self.settings)
+        objective = task.objective(model, draw[self.other], fsd_weight=self.fsd_weight, wsd_weight=self.wsd_weight)
+        optimizer = apo.APO(model, objective, **self.settings)
         if self.by_length:
-            held_by = optimizer.meta
-            assert isinstance(held_by, RelativeSteps)
-            optimizer.meta = ByLength(held_by.tensors, held_by.rates, held_by.blocks)
+            held = optimizer.meta
+            assert isinstance(held, RelativeSteps)
+            optimizer.meta = StepsByLength(held.tensors, held.rates, held.blocks)
         if self.learned != "ABS":
             assert isinstance(optimizer.meta, RelativeSteps)
             names = [name for layer in optimizer.layers for name in layer.learned]
-            held = zip(names, optimizer.meta.rates, strict=True)
-            optimizer.meta.rates = [rate if name in self.learned else 0.0 for name, rate in held]
+            rates = zip(names, optimizer.meta.rates, strict=True)
+            optimizer.meta.rates = [rate if name in self.learned else 0.0 for name, rate in rates]
         if self.moments:
-            blocks_from_moments(optimizer, task, model, batches)
-        return optimizer
-
-    def after_step(self, optimizer: Optimizer) -> None:
+            blocks_from_moments(optimizer, setting)
         if self.decay != 1.0:
-            assert isinstance(optimizer, apo.APO)
-            optimizer.meta.scale_rates(self.decay)
+            optimizer.register_step_post_hook(lambda *_: optimizer.meta.scale_rates(self.decay))
+        return optimizer
 
 
 FORMER = {"momentum": 0.9, "meta_lr": 0.1}
@@ -107,34 +102,32 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass(frozen=True)
 class Baseline:
-    """An optimizer to be held against, with a grid of settings."""
+    """An optimizer to compare with.
 
-    grid: tuple[Mapping[str, Any], ...]
-    build: Callable[[Task, nn.Module, Mapping[str, Any]], Optimizer]
+    Attributes:
+        method: its name among :data:`METHODS`.
+        grid: the settings that are tried. What they don't set has the optimizer's own default.
+        fixed: what all of them share.
+    """
+
+    method: str
+    grid: tuple[dict[str, float], ...]
+    fixed: Mapping[str, float] = field(default_factory=dict)
+
+    def make(self, setting: Setting, hyper: Mapping[str, float]) -> Optimizer:
+        return METHODS[self.method].make(setting, {**self.fixed, **hyper})
 
 
-def _grid(**values: tuple[float, ...]) -> tuple[Mapping[str, Any], ...]:
-    found: list[dict[str, Any]] = [{}]
-    for name, choices in values.items():
-        found = [{**f, name: c} for f in found for c in choices]
-    return tuple(found)
+def _grid(**values: tuple[float, ...]) -> tuple[dict[str, float], ...]:
+    return tuple(dict(zip(values, chosen, strict=True)) for chosen in product(*values.values()))
 
+
+_SGD_RATES = (1e-3, 3e-3, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+_ADAM_RATES = (1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3)
 
 BASELINES: dict[str, Baseline] = {
-    "KFAC": Baseline(
-        _grid(lr=(0.03, 0.1), damping=(1e-8, 1e-6, 1e-4, 1e-2, 3e-2, 1e-1)),
-        lambda task, model, s: KFAC(model, task.loss.likelihood, **s),
-    ),
-    "Shampoo": Baseline(
-        _grid(lr=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0), damping=(1e-8, 1e-4)),
-        lambda task, model, s: Shampoo(model.parameters(), **s),
-    ),
-    "SGDm": Baseline(
-        _grid(lr=(1e-3, 3e-3, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)),
-        lambda task, model, s: torch.optim.SGD(model.parameters(), momentum=0.9, **s),
-    ),
-    "Adam": Baseline(
-        _grid(lr=(1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3)),
-        lambda task, model, s: torch.optim.Adam(model.parameters(), **s),
-    ),
+    "KFAC": Baseline("kfac", _grid(lr=(0.03, 0.1), damping=(1e-8, 1e-6, 1e-4, 1e-2, 3e-2, 1e-1))),
+    "Shampoo": Baseline("shampoo", _grid(lr=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0), damping=(1e-8, 1e-4))),
+    "SGDm": Baseline("sgdm", _grid(lr=_SGD_RATES), {"momentum": 0.9}),
+    "Adam": Baseline("adam", _grid(lr=_ADAM_RATES)),
 }

@@ -25,6 +25,9 @@ class Batches:
         seed: of everything.
         augment: of B and B′.
 
+    Attributes:
+        latest: the inputs of the last B that was asked for.
+
     Raises:
         ValueError: there are fewer examples than ``size``.
     """
@@ -34,6 +37,7 @@ class Batches:
             raise ValueError(f"size must be at most the {len(examples)} examples, but got {size}")
         self.examples, self.size, self.seed, self.augment = examples, size, seed, augment
         self._others = torch.Generator().manual_seed(_mixed(seed, -1))
+        self.latest: Inputs = ()
         self._order: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -51,6 +55,7 @@ class Batches:
         inputs, targets = self.examples.batch(chosen)
         if self.augment is not None:
             inputs = self.augment(inputs, torch.Generator().manual_seed(_mixed(self.seed + 1, step)))
+        self.latest = inputs
         return inputs, targets
 
     def other(self) -> Inputs:

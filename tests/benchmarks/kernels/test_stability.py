@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common import results
+from benchmarks.common.damping import tikhonov
 from benchmarks.kernels.stability.aggregate import broken_share, median_error, saved_from, within_reach
 from benchmarks.kernels.stability.command import add_arguments, measure_all, run
 from benchmarks.kernels.stability.findings import findings
 from benchmarks.kernels.stability.measure import DTYPES, LIMIT, Counts, Row, count_range, limit, measure
 from benchmarks.kernels.stability.methods import METHODS, Method, Operands, Trace
 from benchmarks.kernels.stability.plots import plot
-from benchmarks.kernels.stability.problem import Case, Damped, tikhonov
+from benchmarks.kernels.stability.problem import Case, Damped
 from benchmarks.kernels.stability.recording import Recorder, record
 from benchmarks.kernels.stability.synthetic import factor, synthetic_case
 from benchmarks.kernels.stability.tables import tables

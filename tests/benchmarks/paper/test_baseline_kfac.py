@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common.damping import damped_inverse, tikhonov
+from benchmarks.common.damping import tikhonov
 from benchmarks.paper.baselines import EKFAC, KFAC, Bernoulli, Categorical, Gaussian
+from benchmarks.paper.baselines.kfac import inverse_by_attempts
 from tests.benchmarks.paper.baseline_helpers import (
     Fixed,
     Listed,
@@ -368,7 +369,7 @@ def test_damping_does_not_depend_on_which_factor_holds_the_scale() -> None:
 def test_a_factor_that_rounding_made_indefinite_is_damped_more_and_counted(least: float, failures: int) -> None:
     Q = torch.linalg.qr(torch.randn(6, 6).double())[0]
     factor = (Q * torch.tensor([least, 0.1, 0.2, 0.5, 1.0, 2.0]).double()) @ Q.T
-    inverse, failed = damped_inverse(factor, 1e-5, torch.float64)
+    inverse, failed = inverse_by_attempts(factor, 1e-5, torch.float64)
     assert failed == failures
     damped = factor + 1e-5 * 10**failures * torch.eye(6).double()
     assert torch.linalg.eigvalsh(inverse).min() > 0
@@ -376,11 +377,11 @@ def test_a_factor_that_rounding_made_indefinite_is_damped_more_and_counted(least
 
 
 def test_an_inverse_that_float16_cannot_hold_is_damped_until_it_can() -> None:
-    inverse, failed = damped_inverse(torch.diag(torch.tensor([1e-7, 1.0])), 1e-8, torch.float16)
+    inverse, failed = inverse_by_attempts(torch.diag(torch.tensor([1e-7, 1.0])), 1e-8, torch.float16)
     assert inverse.dtype == torch.float16
     assert inverse.isfinite().all()
     assert failed > 0
-    zero, failed = damped_inverse(torch.zeros(3, 3), 0.0, torch.float32)
+    zero, failed = inverse_by_attempts(torch.zeros(3, 3), 0.0, torch.float32)
     assert zero.isfinite().all()
     assert failed == 1
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import apo
 from apo import preconditioner
@@ -19,7 +19,8 @@ from benchmarks.paper.studies.running import one_run
 from benchmarks.paper.studies.start_from_moments import DAMPING, blocks_from_moments
 from benchmarks.paper.studies.tables import markdown, summary
 from benchmarks.paper.studies.variants import BASELINES, VARIANTS, Variant
-from benchmarks.paper.tasks import Batches, Task, named
+from benchmarks.paper.tasks import Batches, named
+from benchmarks.paper.training.training import Setting
 
 
 def held(*losses: float) -> dict[str, list[float]]:
@@ -66,15 +67,18 @@ def test_runs_are_kept_and_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert "P fixed" in (tmp_path / "meta-update.md").read_text()
 
 
+def setting_of(name: str) -> Setting:
+    task = named(name)
+    return Setting(task, task.model(0), Batches(task.data().train, task.batch_size, 0))
+
+
 def test_only_what_is_learned_moves() -> None:
-    task = named("diabetes")
-    model, batches = task.model(0), Batches(task.data().train, task.batch_size, 0)
-    variant = Variant("", {"interval": 1}, learned="AS")
-    optimizer = variant.make(task, model, batches, batches.other)
+    setting = setting_of("diabetes")
+    optimizer = Variant("", {"interval": 1}, learned="AS").make(setting)
     assert isinstance(optimizer, apo.APO)
     before = {layer: [x.clone() for x in (layer.A, layer.B, layer.S)] for layer in optimizer.layers}
     for place in range(3):
-        optimizer.step(closure_of(optimizer, task, model, batches, place))
+        optimizer.step(closure_of(optimizer, setting, place))
     moved = {
         name: any(not torch.equal(own[i], getattr(layer, name)) for layer, own in before.items())
         for i, name in enumerate("ABS")
@@ -82,13 +86,29 @@ def test_only_what_is_learned_moves() -> None:
     assert moved == {"A": True, "B": False, "S": True}
 
 
+def test_the_meta_rate_decays_once_a_step() -> None:
+    setting = setting_of("diabetes")
+    optimizer = Variant("", {"interval": 2}, decay=0.5).make(setting)
+    assert isinstance(optimizer, apo.APO)
+    before = list(optimizer.meta.rates)
+    for place in range(3):
+        optimizer.step(closure_of(optimizer, setting, place))
+    assert optimizer.meta.rates == pytest.approx([rate / 8 for rate in before])
+
+
+def test_the_same_batch_is_that_of_the_step() -> None:
+    setting = setting_of("diabetes")
+    inputs, _ = setting.batches.batch(3)
+    assert setting.batches.latest is inputs
+
+
 def test_moments_make_shampoo_of_the_first_step() -> None:
     """With blocks that aren't cut, P(G) ∝ (L + δI)^(−1/4) G (R + δI)^(−1/4), and as long as the gradients."""
-    task = named("ill-conditioned")  # in float64
-    model, batches = task.model(0), Batches(task.data().train, task.batch_size, 0)
-    optimizer = apo.APO(model, task.objective(model, batches.other), block_size=None)
-    gradients = [gradients_of(optimizer, task, model, batches, place) for place in range(10)]
-    blocks_from_moments(optimizer, task, model, batches)
+    setting = setting_of("ill-conditioned")  # in float64
+    objective = setting.task.objective(setting.model, setting.batches.other)
+    optimizer = apo.APO(setting.model, objective, block_size=None)
+    gradients = [gradients_of(optimizer, setting, place) for place in range(10)]
+    blocks_from_moments(optimizer, setting)
     found = [preconditioner.apply(optimizer.layers, own) for own in gradients]
     length, other = (sum(float(x.square().sum()) for own in each for x in own) for each in (gradients, found))
     assert length == pytest.approx(other, rel=1e-9)
@@ -103,17 +123,17 @@ def root(H: Tensor) -> Tensor:
     return (Q * values.pow(-0.25)) @ Q.T
 
 
-def gradients_of(optimizer: apo.APO, task: Task, model: nn.Module, batches: Batches, place: int) -> list[Tensor]:
-    closure_of(optimizer, task, model, batches, place)()
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]  # no layer of it has a bias
+def gradients_of(optimizer: apo.APO, setting: Setting, place: int) -> list[Tensor]:
+    closure_of(optimizer, setting, place)()
+    return [p.grad.clone() for p in setting.model.parameters() if p.grad is not None]  # no layer of it has a bias
 
 
-def closure_of(optimizer: apo.APO, task: Task, model: nn.Module, batches: Batches, place: int) -> Callable[[], Tensor]:
-    inputs, targets = batches.batch(place)
+def closure_of(optimizer: apo.APO, setting: Setting, place: int) -> Callable[[], Tensor]:
+    inputs, targets = setting.batches.batch(place)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = task.loss_of(model, inputs, targets)
+        loss = setting.task.loss_of(setting.model, inputs, targets)
         loss.backward()
         return loss
 
