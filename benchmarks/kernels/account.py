@@ -7,14 +7,14 @@ bandwidth and bfloat16 rate as measured on one, the other rates expected from it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from apo_kernels.targets import TARGETS
 from apo_kernels.triton.account import OPERATIONS, account
-from benchmarks.common.console import console
+from benchmarks.common.console import console, table
 from benchmarks.kernels.shapes import MODELS
 
 H100_BANDWIDTH = 3.0e12
@@ -27,26 +27,22 @@ FORMS = {"full blocks": None, "blocks of 64": 64}
 
 def rows(models: Sequence[str], dtype: torch.dtype) -> list[dict[str, Any]]:
     """One row a launch of each model, form of blocks and operation."""
-    found: list[dict[str, Any]] = []
-    for model in models:
-        for form, side in FORMS.items():
-            for operation in OPERATIONS:
-                for entry in account(operation, MODELS[model], side, dtype, TARGETS["sm_90"]):
-                    rate = H100_RATES[dtype]
-                    found.append(
-                        {
-                            "model": model,
-                            "blocks": form,
-                            "operation": operation,
-                            "launch": entry.launch,
-                            "flops": entry.flops,
-                            "bytes": entry.bytes,
-                            "intensity": entry.intensity,
-                            "floor": entry.floor(rate, H100_BANDWIDTH),
-                            "regime": entry.regime(rate, H100_BANDWIDTH, LAUNCH),
-                        }
-                    )
-    return found
+    rate = H100_RATES[dtype]
+    return [
+        {
+            "model": model,
+            "blocks": form,
+            "operation": operation,
+            "launch": entry.launch,
+            "flops": entry.flops,
+            "bytes": entry.bytes,
+            "intensity": entry.intensity,
+            "floor": entry.floor(rate, H100_BANDWIDTH),
+            "regime": entry.regime(rate, H100_BANDWIDTH, LAUNCH),
+        }
+        for model, (form, side), operation in product(models, FORMS.items(), OPERATIONS)
+        for entry in account(operation, MODELS[model], side, dtype, TARGETS["sm_90"])
+    ]
 
 
 def show(models: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
@@ -54,20 +50,13 @@ def show(models: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
     found = rows(models, dtype)
     name = str(dtype).removeprefix("torch.")
     console.print(f"{name}: by formula, on the roofline of an H100; nothing here is a measurement")
-    for model, form in dict.fromkeys((row["model"], row["blocks"]) for row in found):
-        console.print(
-            _table(f"{model}, {form}", [row for row in found if (row["model"], row["blocks"]) == (model, form)])
-        )
+    columns = ("operation", "launch", "GFLOP", "MB", "FLOP/byte", "floor µs", "regime")
+    for model, form in product(models, FORMS):
+        cells = [_cells(row) for row in found if (row["model"], row["blocks"]) == (model, form)]
+        console.print(table(f"{model}, {form}", columns, cells, text=("launch", "regime")))
     return {"account": found}
 
 
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in ("operation", "launch", "GFLOP", "MB", "FLOP/byte", "floor µs", "regime"):
-        table.add_column(column, justify="right" if column[0] in "GMFf" else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["operation"], row["launch"], f"{row['flops'] / 1e9:.3f}", f"{row['bytes'] / 1e6:.2f}",
-            f"{row['intensity']:.0f}", f"{row['floor'] * 1e6:.1f}", row["regime"],
-        )  # fmt: skip
-    return table
+def _cells(row: dict[str, Any]) -> list[str]:
+    figures = f"{row['flops'] / 1e9:.3f}", f"{row['bytes'] / 1e6:.2f}", f"{row['intensity']:.0f}"
+    return [row["operation"], row["launch"], *figures, f"{row['floor'] * 1e6:.1f}", row["regime"]]

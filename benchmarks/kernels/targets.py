@@ -20,7 +20,7 @@ from rich.table import Table
 
 from apo_kernels.targets import TARGETS, Target
 from benchmarks.common import results
-from benchmarks.common.console import console, progress
+from benchmarks.common.console import console, progress, table, wrote
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -62,11 +62,11 @@ def run(options: Namespace) -> dict[str, Any]:
             rows.append(row)
             bar.update(task, description=f"compiled {row['stage']} for {row['target']}", advance=1)
     for name in names:
-        console.print(table(TARGETS[name], [row for row in rows if row["target"] == name]))
+        console.print(_table(TARGETS[name], [row for row in rows if row["target"] == name]))
     faults = [f"{row['target']} {row['dtype']} {row['stage']} {row['size']}: {'; '.join(row['faults'])}"
               for row in rows if row["faults"]]  # fmt: skip
     found = {"triton": triton.__version__, "kernels": rows, "faults": faults}
-    console.print(f"wrote {results.write(options.out, 'targets', 'cpu', found)}", soft_wrap=True)
+    wrote(results.write(options.out, "targets", "cpu", found))
     if faults:
         sys.exit("\n".join(["python -m benchmarks targets: found to be at fault:", *faults]))
     return found
@@ -102,16 +102,14 @@ def tile(constants: dict[str, Any]) -> str:
     return "×".join(str(constants[name]) for name in ("ROWS", "COLS", "CHUNK") if name in constants)
 
 
-def table(target: Target, rows: list[dict[str, Any]]) -> Table:
-    found = Table(title=f"{target.name}: {target.shared // 1024} KB of shared memory a program")
-    for name in ("dtype", "stage", "size", "tile", "warps", "regs", "spills", "KB", "matrix"):
-        found.add_column(name, justify="left" if name in ("dtype", "stage", "matrix") else "right", no_wrap=True)
+def _table(target: Target, rows: list[dict[str, Any]]) -> Table:
+    columns = ("dtype", "stage", "size", "tile", "warps", "regs", "spills", "KB", "matrix")
+    title = f"{target.name}: {target.shared // 1024} KB of shared memory a program"
+    found = table(title, columns, text=("stage", "matrix"))
     for row in rows:
-        style = "red" if row["faults"] else None
         numeric = f"{row['dtype']} {row['precision']}" if row["dtype"] == "float32" else row["dtype"]
+        figures = (str(row[name]) for name in ("size", "tile", "warps", "registers", "spills"))
         matrix = ", ".join(f"{count} {name.strip('._')}" for name, count in row["matrix"].items()) or "-"
-        found.add_row(
-            numeric, row["stage"], row["size"], row["tile"], str(row["warps"]), str(row["registers"]),
-            str(row["spills"]), f"{row['shared'] / 1024:.0f}", matrix, style=style,
-        )  # fmt: skip
+        cells = [numeric, row["stage"], *figures, f"{row['shared'] / 1024:.0f}", matrix]
+        found.add_row(*cells, style="red" if row["faults"] else None)
     return found

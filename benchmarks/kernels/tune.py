@@ -17,16 +17,15 @@ import torch
 from rich.table import Table
 
 import apo_kernels as ak
-from benchmarks.common.console import console, progress
+from benchmarks.common.console import console, progress, table, wrote
 from benchmarks.common.timing import interleave
 from benchmarks.kernels.shapes import MODELS
+from benchmarks.kernels.throughput.contestants import BLOCK_SIZE, Blocks, Workload
 
 DTYPES = ("bfloat16", "float16", "float32")
-BLOCK_SIZE = 64
 
 Changes = dict[str, int]
 Call = Callable[[], object]
-Blocks = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -76,7 +75,8 @@ def run(options: Namespace) -> dict[str, Any]:
             best[f"{stage}/{name}/{precision}/{size}"] = chosen
             rows.append({"dtype": name, "stage": stage, "seconds": times, "chosen": asdict(chosen)})
     path = config.write_tuned(target, torch.cuda.get_device_name(options.device), best)
-    console.print(_table(rows), f"written: {path}")
+    console.print(_table(rows))
+    wrote(path)
     return {"tuned": rows}
 
 
@@ -85,27 +85,17 @@ def _work(options: Namespace, dtype: torch.dtype, target: Any) -> Iterator[tuple
     from apo_kernels.triton import config
 
     precision = target.precision(None, dtype)
-    shapes = MODELS[options.model]
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=options.device).mul_(float(shape[-1]) ** -0.5).to(dtype)
-
-    Gs, Ss, Vs, thetas = ([random(m, n) for m, n in shapes] for _ in range(4))
-    full = [random(n, n) for _, n in shapes], [random(m, m) for m, _ in shapes]
-    b = BLOCK_SIZE
-    stacks = [random(-(-n // b), b, b) for _, n in shapes], [random(-(-m // b), b, b) for m, _ in shapes]
+    work = Workload(MODELS[options.model], dtype, options.device)
+    full = work.As, work.Bs
 
     def forward(blocks: Blocks) -> Call:
-        As, Bs = blocks
-        return lambda: ak.foreach_precondition(Gs, As, Bs, Ss, backend="triton")
+        return lambda: ak.foreach_precondition(work.Gs, *blocks, work.Ss, backend="triton")
 
     def backward(blocks: Blocks) -> Call:
-        As, Bs = blocks
-        return lambda: ak.foreach_precondition_vjp(Gs, As, Bs, Ss, Vs, wanted="GABS", backend="triton")
+        return lambda: ak.foreach_precondition_vjp(work.Gs, *blocks, work.Ss, work.Vs, wanted="GABS", backend="triton")
 
     def update(blocks: Blocks) -> Call:
-        As, Bs = blocks
-        return lambda: ak.foreach_precondition_step_(thetas, Gs, As, Bs, Ss, lr=0.0, backend="triton")
+        return lambda: ak.foreach_precondition_step_(work.thetas, work.Gs, *blocks, work.Ss, lr=0.0, backend="triton")
 
     calls = {"update": update, "pair": backward, "left_dB": backward, "dA_dG": backward}
     for stage in config.STAGES:
@@ -113,8 +103,9 @@ def _work(options: Namespace, dtype: torch.dtype, target: Any) -> Iterator[tuple
         yield stage, "large", default, calls.get(stage, forward)(full)
     for stage, call in (("tile_forward", update), ("tile_backward", backward)):
         is_backward = stage == "tile_backward"
-        if config.tile_limit(target, dtype, is_backward) >= b:
-            yield stage, str(b), config.tile_config(target, dtype, precision, is_backward, b), call(stacks)
+        if config.tile_limit(target, dtype, is_backward) >= BLOCK_SIZE:
+            chosen = config.tile_config(target, dtype, precision, is_backward, BLOCK_SIZE)
+            yield stage, str(BLOCK_SIZE), chosen, call(work.stacks)
 
 
 def _compiles(target: Any, dtype: torch.dtype, stage: str, size: str, changes: Changes) -> bool:
@@ -141,13 +132,10 @@ def _with(default: Any, tried: list[Changes], fastest: str) -> Any:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="fastest configurations")
-    for column in ("dtype", "stage", "default ms", "best ms", "configuration"):
-        table.add_column(column)
-    for row in rows:
-        seconds = row["seconds"]
-        table.add_row(
-            row["dtype"], row["stage"], f"{seconds['default'] * 1e3:.3f}", f"{min(seconds.values()) * 1e3:.3f}",
-            str(row["chosen"]),
-        )  # fmt: skip
-    return table
+    def cells(row: dict[str, Any]) -> list[str]:
+        milliseconds = {name: f"{seconds * 1e3:.3f}" for name, seconds in row["seconds"].items()}
+        best = milliseconds[min(row["seconds"], key=row["seconds"].get)]
+        return [row["dtype"], row["stage"], milliseconds["default"], best, str(row["chosen"])]
+
+    columns = ("dtype", "stage", "default ms", "best ms", "configuration")
+    return table("fastest configurations", columns, map(cells, rows), text=("stage", "configuration"))

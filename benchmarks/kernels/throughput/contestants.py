@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from benchmarks.kernels.shapes import Shape
 
 OPERATIONS = ("apply", "refresh", "step")
 BLOCK_SIZE = 64
+Blocks = tuple[list[Tensor], list[Tensor]]
 LR, MOMENTUM, WEIGHT_DECAY, DAMPING = 1e-3, 0.9, 1e-4, 1e-2
 
 FULL = "ours, full blocks"
@@ -64,6 +66,9 @@ class Workload:
     def _random(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=self.generator, device=self.device) * scale).to(self.dtype)
 
+    def _stack(self, side: int) -> Tensor:
+        return self._random(-(-side // BLOCK_SIZE), BLOCK_SIZE, BLOCK_SIZE, scale=BLOCK_SIZE**-0.5)
+
     @cached_property
     def Gs(self) -> list[Tensor]:
         return [self._random(m, n, scale=1e-2) for m, n in self.layers]
@@ -81,12 +86,9 @@ class Workload:
         return [self._random(m, m, scale=m**-0.5) for m, _ in self.layers]
 
     @cached_property
-    def A_stacks(self) -> list[Tensor]:
-        return [self._random(-(-n // BLOCK_SIZE), BLOCK_SIZE, BLOCK_SIZE, scale=0.125) for _, n in self.layers]
-
-    @cached_property
-    def B_stacks(self) -> list[Tensor]:
-        return [self._random(-(-m // BLOCK_SIZE), BLOCK_SIZE, BLOCK_SIZE, scale=0.125) for m, _ in self.layers]
+    def stacks(self) -> Blocks:
+        """A and B cut into blocks."""
+        return [self._stack(n) for _, n in self.layers], [self._stack(m) for m, _ in self.layers]
 
     @cached_property
     def Ss(self) -> list[Tensor]:
@@ -112,8 +114,7 @@ class Workload:
         return [(self._moment(A), self._moment(B)) for A, B in zip(self.As, self.Bs, strict=True)]
 
     def _moment(self, X: Tensor) -> Tensor:
-        wide = X.float()
-        return (wide @ wide.mT).to(self.dtype)
+        return (X.float() @ X.float().mT).to(self.dtype)
 
     @cached_property
     def inverses(self) -> list[tuple[Tensor, Tensor]]:
@@ -142,7 +143,9 @@ def damped_eigenbases(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def contestants(operation: str, work: Workload, *, compiled: bool = True) -> Iterator[tuple[str, Contestant]]:
     """The contestants of one operation, by name, ready to be called."""
-    yield from {"apply": _appliers, "refresh": _refreshers, "step": _steppers}[operation](work, compiled)
+    for name in NAMES:
+        if compiled or name != COMPILED:
+            yield name, (_ours if name in (FULL, BLOCKS) else _theirs)(operation, name, work)
 
 
 def estimate(
@@ -160,56 +163,38 @@ def estimate(
     return forward * (3 if operation == "refresh" else 1) / rates[dtype]
 
 
-def _appliers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestant]]:
-    full = sum(ak.precondition_flops(m, n) for m, n in work.layers)
-    blocks = sum(ak.precondition_flops(m, n, BLOCK_SIZE, BLOCK_SIZE) for m, n in work.layers)
-    two_products = full // 2
-    for name, As, Bs, flops in ((FULL, work.As, work.Bs, full), (BLOCKS, work.A_stacks, work.B_stacks, blocks)):
-        least = _bytes(work.Gs, work.Ss, work.Gs, As, Bs)
-        yield name, Contestant(partial(ak.foreach_precondition, work.Gs, As, Bs, work.Ss), flops, least)
-    yield CHAIN, Contestant(lambda: _apply_chain(work), full)
-    if compiled:
-        compiled_chain = _compiled_chain(work)
-        yield COMPILED, Contestant(lambda: compiled_chain(work.Gs, work.As, work.Bs, work.Ss), full)
-    yield INVERSE, Contestant(lambda: _apply_inverses(work), two_products)
-    yield EIGEN, Contestant(lambda: _apply_eigenbases(work), full)
+def _ours(operation: str, name: str, work: Workload) -> Contestant:
+    As, Bs = (work.As, work.Bs) if name == FULL else work.stacks
+    sides = (None, None) if name == FULL else (BLOCK_SIZE, BLOCK_SIZE)
+    flops = sum(ak.precondition_flops(m, n, *sides) for m, n in work.layers)
+    if operation == "refresh":
+        flops += sum(ak.precondition_vjp_flops(m, n, *sides, kept=work.keeps) for m, n in work.layers)
+        return Contestant(lambda: _refresh(work, As, Bs), flops)
+    read = _bytes(work.Gs, work.Ss, As, Bs)
+    if operation == "apply":
+        call = partial(ak.foreach_precondition, work.Gs, As, Bs, work.Ss)
+        return Contestant(call, flops, read + _bytes(work.Gs))
+    return Contestant(lambda: _step(work, As, Bs), flops, read + 2 * _bytes(work.thetas, work.buffers))
 
 
-def _refreshers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestant]]:
-    def flops(block_size: int | None) -> int:
-        return sum(
-            ak.precondition_flops(m, n, block_size, block_size)
-            + ak.precondition_vjp_flops(m, n, block_size, block_size, kept=work.keeps)
-            for m, n in work.layers
-        )
-
+def _theirs(operation: str, name: str, work: Workload) -> Contestant:
+    foreach_chain = _compiled_chain(work.device) if name == COMPILED else _foreach_chain
+    apply: Callable[[], list[Tensor]] = {
+        INVERSE: lambda: [B @ G @ A for G, (A, B) in zip(work.Gs, work.inverses, strict=True)],
+        EIGEN: lambda: [
+            Q_B @ (s * (Q_B.mT @ G @ Q_A)) @ Q_A.mT for G, (Q_A, Q_B, s) in zip(work.Gs, work.eigenbases, strict=True)
+        ],
+    }.get(name, lambda: foreach_chain(work.Gs, work.As, work.Bs, work.Ss))
+    if operation != "refresh":
+        flops = sum(ak.precondition_flops(m, n) for m, n in work.layers) // (2 if name == INVERSE else 1)
+        return Contestant(apply if operation == "apply" else lambda: _update(work, apply()), flops)
+    if name == INVERSE:
+        return Contestant(lambda: [(inverse(A), inverse(B)) for A, B in work.factors], None)
+    if name == EIGEN:
+        return Contestant(lambda: [damped_eigenbases(A, B) for A, B in work.factors], None)
     # The chain multiplies from the left: its derivatives take 8mn² + 6m²n, in whichever shape.
     by_autograd = sum(12 * m * n**2 + 10 * m**2 * n for m, n in work.layers)
-    yield FULL, Contestant(lambda: _refresh(work, work.As, work.Bs), flops(None))
-    yield BLOCKS, Contestant(lambda: _refresh(work, work.A_stacks, work.B_stacks), flops(BLOCK_SIZE))
-    yield CHAIN, Contestant(lambda: _differentiate(_foreach_chain, work), by_autograd)
-    if compiled:
-        compiled_chain = _compiled_chain(work)
-        yield COMPILED, Contestant(lambda: _differentiate(compiled_chain, work), by_autograd)
-    yield INVERSE, Contestant(lambda: [(inverse(A), inverse(B)) for A, B in work.factors], None)
-    yield EIGEN, Contestant(lambda: [damped_eigenbases(A, B) for A, B in work.factors], None)
-
-
-def _steppers(work: Workload, compiled: bool) -> Iterator[tuple[str, Contestant]]:
-    full = sum(ak.precondition_flops(m, n) for m, n in work.layers)
-    blocks = sum(ak.precondition_flops(m, n, BLOCK_SIZE, BLOCK_SIZE) for m, n in work.layers)
-    for name, As, Bs, flops in ((FULL, work.As, work.Bs, full), (BLOCKS, work.A_stacks, work.B_stacks, blocks)):
-        least = _bytes(work.Gs, work.Ss, As, Bs) + 2 * _bytes(work.thetas, work.buffers)
-        yield name, Contestant(partial(_step, work, As, Bs), flops, least)
-    yield CHAIN, Contestant(lambda: _update(work, _apply_chain(work)), full)
-    if compiled:
-        compiled_chain = _compiled_chain(work)
-        yield (
-            COMPILED,
-            Contestant(lambda: _update(work, compiled_chain(work.Gs, work.As, work.Bs, work.Ss)), full),
-        )
-    yield INVERSE, Contestant(lambda: _update(work, _apply_inverses(work)), full // 2)
-    yield EIGEN, Contestant(lambda: _update(work, _apply_eigenbases(work)), full)
+    return Contestant(lambda: _differentiate(foreach_chain, work), by_autograd)
 
 
 def _bytes(*lists: list[Tensor]) -> int:
@@ -220,22 +205,10 @@ def _foreach_chain(Gs: list[Tensor], As: list[Tensor], Bs: list[Tensor], Ss: lis
     return [chain(*operands) for operands in zip(Gs, As, Bs, Ss, strict=True)]
 
 
-def _compiled_chain(work: Workload) -> Callable[..., list[Tensor]]:
+def _compiled_chain(device: str) -> Callable[..., list[Tensor]]:
     """On a GPU with what torch.compile has to offer there; on a CPU that changes nothing but the time it takes."""
-    mode = "default" if torch.device(work.device).type == "cpu" else "max-autotune"
+    mode = "default" if torch.device(device).type == "cpu" else "max-autotune"
     return torch.compile(_foreach_chain, dynamic=False, mode=mode)
-
-
-def _apply_chain(work: Workload) -> list[Tensor]:
-    return _foreach_chain(work.Gs, work.As, work.Bs, work.Ss)
-
-
-def _apply_inverses(work: Workload) -> list[Tensor]:
-    return [B @ G @ A for G, (A, B) in zip(work.Gs, work.inverses, strict=True)]
-
-
-def _apply_eigenbases(work: Workload) -> list[Tensor]:
-    return [Q_B @ (s * (Q_B.mT @ G @ Q_A)) @ Q_A.mT for G, (Q_A, Q_B, s) in zip(work.Gs, work.eigenbases, strict=True)]
 
 
 def _refresh(work: Workload, As: list[Tensor], Bs: list[Tensor]) -> object:
@@ -253,17 +226,8 @@ def _differentiate(foreach_chain: Callable[..., list[Tensor]], work: Workload) -
 
 
 def _step(work: Workload, As: list[Tensor], Bs: list[Tensor]) -> None:
-    ak.foreach_precondition_step_(
-        work.thetas,
-        work.Gs,
-        As,
-        Bs,
-        work.Ss,
-        lr=LR,
-        momentum=MOMENTUM,
-        momentum_buffers=work.buffers,
-        weight_decay=WEIGHT_DECAY,
-    )
+    settings: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+    ak.foreach_precondition_step_(work.thetas, work.Gs, As, Bs, work.Ss, momentum_buffers=work.buffers, **settings)
 
 
 def _update(work: Workload, directions: list[Tensor]) -> None:
