@@ -99,7 +99,7 @@ def _contestants(interval: int) -> dict[str, Make]:
         "KFAC": kfac(KFAC),
         "EKFAC": kfac(EKFAC),
         "Shampoo": lambda model, inputs: Shampoo(
-            model.parameters(), lr=0.01, grafting="sgd", interval=interval, warmup=0
+            model.parameters(), lr=0.01, grafting=True, interval=interval, warmup=0
         ),
     }
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from apo import checks
-from apo.linearity import get_rate
+from benchmarks.common import checks
+
+Closure = Callable[[], Any]
+"""Clears the gradients, runs forward and backward, returns the loss."""
 
 
 class Baseline(Optimizer):
@@ -20,11 +22,13 @@ class Baseline(Optimizer):
 
     Attributes:
         steps: how many steps were taken, skipped ones counted.
-        skipped_steps: how many were left out for a gradient or direction that wasn't finite: weights and momentum
+        skipped_steps: how many were left out because a gradient or a direction wasn't finite. Weights and momentum
             stay as they are.
     """
 
     COUNTERS: tuple[str, ...] = ("steps", "skipped_steps")
+    SETTINGS: tuple[str, ...] = ()
+    """Attributes that give the state its form: a state with others isn't loaded."""
     steps: int
     skipped_steps: int
 
@@ -41,23 +45,20 @@ class Baseline(Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        checks.number("lr", get_rate(group))
-        checks.fraction("momentum", group["momentum"])
-        checks.number("weight_decay", group["weight_decay"])
-        checks.number("damping", group["damping"])
-        checks.parameters(group["params"])
+        for name in ("lr", "weight_decay", "damping"):
+            checks.number(name, float(group[name]))
+        checks.number("momentum", group["momentum"], below=1)
+        for p in group["params"]:
+            if not p.is_floating_point() or p.layout != torch.strided:
+                raise TypeError(f"parameters must be dense floating-point tensors, but got {p.dtype}, {p.layout}")
 
     def _gradients_finite(self) -> bool:
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for grad in grads:
-            if grad.layout != torch.strided:
-                raise TypeError(f"gradients must be dense, but got one that is {grad.layout}")
-        return all_finite(grads)
+        return all_finite([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
 
     def _descend(self, directions: Mapping[Tensor, Tensor]) -> None:
-        """Step along these directions, one a parameter."""
+        """Step along these directions, one for each parameter."""
         for group in self.param_groups:
-            lr, momentum, decay = get_rate(group), group["momentum"], group["weight_decay"]
+            lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
             for p in group["params"]:
                 if p not in directions:
                     continue
@@ -71,23 +72,14 @@ class Baseline(Optimizer):
                     p.mul_(1 - lr * decay)
                 p.sub_(velocity * lr)
 
-    def _settings(self) -> dict[str, Any]:
-        """What gives the state its form."""
-        return {}
-
-    def _extra_state(self) -> dict[str, Any]:
-        """What is to be kept besides torch's state and the counters."""
-        return {}
-
-    def _load_extra_state(self, state: dict[str, Any]) -> None: ...
+    def _form(self) -> dict[str, Any]:
+        settings = {name: str(getattr(self, name)) for name in self.SETTINGS}
+        return {"kind": type(self).__name__, "settings": settings}
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the counters and what else it takes to go on to the bit under the key ``"baseline"``."""
-        state = super().state_dict()
+        """As torch's, with the counters under the key ``"baseline"``."""
         counters = {name: getattr(self, name) for name in self.COUNTERS}
-        kind = type(self).__name__
-        state["baseline"] = {"kind": kind, "counters": counters, "settings": self._settings(), **self._extra_state()}
-        return state
+        return {**super().state_dict(), "baseline": {**self._form(), "counters": counters}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a :meth:`state_dict` of the same baseline on the same parameters.
@@ -95,8 +87,7 @@ class Baseline(Optimizer):
         Raises:
             ValueError: it isn't one. Nothing has been loaded then.
         """
-        own = {"kind": type(self).__name__, "settings": self._settings()}
-        extra = state_dict.get("baseline", {})
+        own, extra = self._form(), state_dict.get("baseline", {})
         theirs = {key: extra.get(key) for key in own}
         if theirs != own:
             raise ValueError(f"state_dict must come from {own}, but it is from {theirs}")
@@ -114,7 +105,6 @@ class Baseline(Optimizer):
                 self.state[p] = _copied(state_dict["state"][place], p.device)
         for name in self.COUNTERS:
             setattr(self, name, extra["counters"][name])
-        self._load_extra_state(extra)
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

@@ -28,7 +28,6 @@ class Capture:
     """Use as a context around a closure.
 
     Args:
-        outputs: takes the tensor that the likelihood is of from what the model returns.
         fisher: ``"sampled"``: output gradients for targets drawn from the model, of the sum over terms of
             ``−log p``; ``"empirical"``: those of the closure's own backward, of its loss.
 
@@ -43,12 +42,11 @@ class Capture:
         model: nn.Module,
         layers: Sequence[FactoredLayer],
         likelihood: Likelihood,
-        outputs: Callable[[Any], Tensor] | None,
         fisher: Fisher,
         generator: torch.Generator,
     ) -> None:
         self.model, self.layers, self.likelihood = model, layers, likelihood
-        self.outputs, self.fisher, self.generator = outputs, fisher, generator
+        self.fisher, self.generator = fisher, generator
         self.calls: dict[FactoredLayer, list[tuple[Tensor, Tensor]]] = {}
         self.terms = 0
         self.finite = True
@@ -82,13 +80,9 @@ class Capture:
 
         return hook
 
-    def _model_hook(self, model: nn.Module, inputs: tuple[Any, ...], returned: Any) -> None:
-        z = returned if self.outputs is None else self.outputs(returned)
+    def _model_hook(self, model: nn.Module, inputs: tuple[Any, ...], z: Any) -> None:
         if not isinstance(z, Tensor):
-            raise TypeError(
-                f"the model must return a tensor, but returned {type(z).__name__}: say which one the likelihood "
-                "is of with outputs=lambda returned: ..."
-            )
+            raise TypeError(f"the model must return the tensor that the likelihood is of, but got {type(z).__name__}")
         if not z.requires_grad:  # not part of the loss: an evaluation
             self._open.clear()
             return

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apo import checks
-from apo.linearity import get_rate
 from apo.matrix_view import matrix_views
-from apo.objective import Closure
+from benchmarks.common import checks
 from benchmarks.common.damping import wide
-from benchmarks.paper.baselines.base import Baseline, all_finite
+from benchmarks.paper.baselines.base import Baseline, Closure, all_finite
 from benchmarks.paper.baselines.capture import FISHERS, Capture, Fisher
-from benchmarks.paper.baselines.layers import FactoredLayer, Treatment, sort_out
+from benchmarks.paper.baselines.layers import FactoredLayer, sort_out
 from benchmarks.paper.baselines.likelihood import Likelihood, likelihood_named
 
 DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -43,23 +41,16 @@ class KroneckerFactored(Baseline):
         warmup: and do both at each of the first so many.
         kl_clip: κ: the step is scaled down to ``lr² Σ ⟨P(G), G⟩ ≤ κ``, the sum over all layers with factors (Ba et
             al. 2017). None: no clipping.
-        loss_weight: the loss is that many times the mean over terms of ``−log p``: 2 for a squared error summed
-            over outputs without its ½, 2/d for ``F.mse_loss`` over d outputs. Factors are then those of the loss,
-            and a step without damping doesn't depend on its scale.
         factor_dtype: what the factors and what is made of them are kept in. They are formed, decomposed and applied
             in float32 (float64 for float64 weights) and rounded once each. None: float32 (or float64).
-        max_dim: a layer with a longer side gets the plain gradient.
-        outputs: takes the tensor that the likelihood is of from what the model returns, such as the logits of
-            those tokens that the loss counts. None: the model returns it.
-        seed: of the generator that targets are drawn with. It is part of the state.
 
+    The loss must be the mean of ``−log p`` over its terms. Dimension 0 of what a layer is given counts the examples.
     Everything but Linear and Conv2d (norms, embeddings, attention's packed projections, lone parameters) gets its
     plain gradient, with the same momentum and ``lr``; param groups can give those a rate of their own.
-    :meth:`treatment` lists what each parameter gets.
-
-    Dimension 0 of what a layer is given counts the examples.
 
     Attributes:
+        layers: those with factors.
+        plain: why each of the others, by the name of its parameters, gets the plain gradient.
         failed_inverses: how many decompositions failed and were tried again or left out.
         nonfinite_factors: how many times a layer's batch was left out of the averages for not being finite.
         steps, skipped_steps: see :class:`Baseline`.
@@ -70,6 +61,7 @@ class KroneckerFactored(Baseline):
     """
 
     COUNTERS = (*Baseline.COUNTERS, "failed_inverses", "nonfinite_factors")
+    SETTINGS = ("factor_dtype", "fisher")
     failed_inverses: int
     nonfinite_factors: int
 
@@ -89,36 +81,28 @@ class KroneckerFactored(Baseline):
         inverse_interval: int = 10,
         warmup: int = 10,
         kl_clip: float | None = None,
-        loss_weight: float = 1.0,
         factor_dtype: torch.dtype | None = None,
-        max_dim: int = 8192,
-        outputs: Callable[[Any], Tensor] | None = None,
-        seed: int = 0,
     ) -> None:
-        self.model = checks.module("model", model)
+        self.model = model
         self.likelihood = likelihood_named(likelihood)
-        self.decay = checks.fraction("decay", decay)
+        self.decay = checks.number("decay", decay, below=1)
         checks.one_of("fisher", fisher, FISHERS)
         self.fisher = fisher
         self.factor_interval = checks.integer("factor_interval", factor_interval, least=1)
         self.inverse_interval = checks.integer("inverse_interval", inverse_interval, least=1)
         self.warmup = checks.integer("warmup", warmup, least=0)
         self.kl_clip = None if kl_clip is None else checks.number("kl_clip", kl_clip, above=True)
-        self.loss_weight = checks.number("loss_weight", loss_weight, above=True)
         checks.one_of("factor_dtype", factor_dtype, DTYPES)
         self.factor_dtype = factor_dtype
-        self.max_dim = checks.integer("max_dim", max_dim, least=1)
-        self.outputs = outputs
-        checks.integer("seed", seed, least=0)
         self.layers: list[FactoredLayer] = []
-        self._treatment: list[tuple[FactoredLayer | None, Treatment]] = []
+        self.plain: dict[str, str] = {}
         self._init_counters()
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
         super().__init__(params, defaults)
         device = self.param_groups[0]["params"][0].device
-        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.generator = torch.Generator(device=device).manual_seed(0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model's, with their own settings."""
@@ -128,25 +112,11 @@ class KroneckerFactored(Baseline):
         except BaseException:
             self.param_groups.pop()
             raise
-        for view, layer, reason in sort_out(self.model, views, len(self.param_groups) - 1, self.max_dim):
-            if layer is not None:
-                self.layers.append(layer)
-            kind = "plain gradient" if layer is None else type(self).__name__
-            detail = reason or f"F_A {view.n} x {view.n}, F_B {view.m} x {view.m}"
-            self._treatment.append((layer, Treatment(view.name, view.shape, kind, detail)))
-
-    def treatment(self) -> list[Treatment]:
-        """What each parameter of the model gets; the frozen ones come last."""
-        rows = []
-        for layer, row in self._treatment:
-            if layer is not None and self.steps > 0 and "F_A" not in self.state[layer.view.weight]:
-                row = Treatment(row.name, row.shape, "plain gradient", "the layer has not been called so far")
-            rows.append(row)
-        held = {id(p) for group in self.param_groups for p in group["params"]}
-        for name, p in self.model.named_parameters():
-            if id(p) not in held:
-                rows.append(Treatment(name, tuple(p.shape), "not trained", "frozen or in no param group"))
-        return rows
+        for view, found in sort_out(self.model, views, len(self.param_groups) - 1):
+            if isinstance(found, str):
+                self.plain[view.name] = found
+            else:
+                self.layers.append(found)
 
     def step(self, closure: Closure | None = None) -> Any:
         """One step; the loss that the closure returned.
@@ -157,11 +127,10 @@ class KroneckerFactored(Baseline):
         """
         if closure is None:
             raise ValueError("closure must be given: the factors come from the forward and backward that it runs")
-        checks.closure(closure)
         capture = None
         with torch.enable_grad():
             if self._due(self.factor_interval):
-                capture = Capture(self.model, self.layers, self.likelihood, self.outputs, self.fisher, self.generator)
+                capture = Capture(self.model, self.layers, self.likelihood, self.fisher, self.generator)
                 with capture:
                     loss = closure()
                 if capture.terms == 0:
@@ -203,11 +172,10 @@ class KroneckerFactored(Baseline):
     def _positions(self, layer: FactoredLayer, capture: Capture) -> list[tuple[Tensor, Tensor]]:
         """``ā`` and ``Ds`` of each call, ``Ds`` so scaled that the sum of ``Ds Dsᵀ`` is ``F_B``.
 
-        Drawn: the loss's Fisher matrix is ``loss_weight / M`` times the sum over terms. Empirical: what the
-        backward gave is ``loss_weight / M`` times the gradient of ``−log p``.
+        Drawn: the loss's Fisher matrix is the sum over its M terms, divided by M. Empirical: what the backward gave
+        is the gradient of ``−log p``, divided by M.
         """
-        ratio = self.loss_weight / capture.terms
-        scale = math.sqrt(ratio if self.fisher == "sampled" else 1 / ratio)
+        scale = capture.terms ** (-0.5 if self.fisher == "sampled" else 0.5)
         return [layer.positions(wide(inputs), wide(grad) * scale) for inputs, grad in capture.calls.get(layer, [])]
 
     def _update_factors(self, capture: Capture) -> None:
@@ -265,7 +233,7 @@ class KroneckerFactored(Baseline):
                     directions[p] = part
                     factored.append(part)
             if self.kl_clip is not None:
-                sizes.append(get_rate(self.param_groups[layer.group]) ** 2 * (P * G).sum())
+                sizes.append(float(self.param_groups[layer.group]["lr"]) ** 2 * (P * G).sum())
         if self.kl_clip is not None and sizes:
             # indefinite after rounding to 16 bits, it can come out negative: its size is bounded all the same
             size = abs(torch.stack(sizes).sum().item())
@@ -273,11 +241,12 @@ class KroneckerFactored(Baseline):
                 torch._foreach_mul_(factored, math.sqrt(self.kl_clip / size))
         return directions
 
-    def _settings(self) -> dict[str, Any]:
-        return {"factor_dtype": str(self.factor_dtype), "fisher": self.fisher}
+    def state_dict(self) -> dict[str, Any]:
+        """With the state of the generator that targets are drawn with."""
+        return {**super().state_dict(), "generator": self.generator.get_state()}
 
-    def _extra_state(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
-
-    def _load_extra_state(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"].cpu())
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state_dict = dict(state_dict)
+        drawn = state_dict.pop("generator", None)
+        super().load_state_dict(state_dict)
+        self.generator.set_state(drawn.cpu())

@@ -23,20 +23,8 @@ from torch import Tensor, nn
 from apo.matrix_view import MatrixView
 
 KINDS = (nn.Linear, nn.Conv2d)
+MAX_DIM = 8192
 CHUNK = 1 << 24  # numbers in the per-example gradients that are held at a time
-
-
-@dataclass(frozen=True)
-class Treatment:
-    """What a parameter, or a weight joined by its bias, gets. ``detail`` gives the shapes or the reason."""
-
-    name: str
-    shape: tuple[int, ...]
-    treatment: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.name} ({' x '.join(map(str, self.shape))}): {self.treatment}, {self.detail}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +70,9 @@ def second_moment_of_gradients(a: Tensor, Ds: Tensor, Q_A: Tensor, Q_B: Tensor) 
 
 
 def sort_out(
-    model: nn.Module, views: Iterable[MatrixView], group: int, max_dim: int
-) -> Iterator[tuple[MatrixView, FactoredLayer | None, str]]:
-    """Each view with its layer, or with None and why it has none."""
+    model: nn.Module, views: Iterable[MatrixView], group: int
+) -> Iterator[tuple[MatrixView, FactoredLayer | str]]:
+    """Each view with its layer, or with the reason why it has none."""
     users: dict[int, list[tuple[str, nn.Module]]] = {}
     for _, module in model.named_modules():
         for name, p in module._parameters.items():
@@ -93,12 +81,11 @@ def sort_out(
     uncalled = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for view in views:
         using = users[id(view.weight)]
-        reason = _reason(view, using, uncalled, max_dim)
-        layer = None if reason else FactoredLayer(view, tuple(module for _, module in using), group)
-        yield view, layer, reason
+        reason = _reason(view, using, uncalled)
+        yield view, reason or FactoredLayer(view, tuple(module for _, module in using), group)
 
 
-def _reason(view: MatrixView, using: list[tuple[str, nn.Module]], uncalled: set[int], max_dim: int) -> str:
+def _reason(view: MatrixView, using: list[tuple[str, nn.Module]], uncalled: set[int]) -> str:
     """Why a matrix gets the plain gradient; empty where it needn't."""
     kinds = {type(module) if not isinstance(module, nn.Linear) else nn.Linear for _, module in using}
     for name, module in using:
@@ -112,8 +99,8 @@ def _reason(view: MatrixView, using: list[tuple[str, nn.Module]], uncalled: set[
             return "its bias is frozen, tied otherwise or in another param group"
     if len(kinds) > 1:
         return "a weight tied between layers of different kinds"
-    if max(view.shape) > max_dim:
-        return f"a side longer than max_dim={max_dim}"
+    if max(view.shape) > MAX_DIM:
+        return f"a side longer than {MAX_DIM}"
     return ""
 
 

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from apo import checks
+from benchmarks.common import checks
+from benchmarks.common.damping import wide
 
 
 class Likelihood(Protocol):
@@ -35,7 +36,7 @@ class Categorical:
         return outputs.numel() // outputs.shape[-1]
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        p = _wide(outputs).softmax(-1).flatten(0, -2)
+        p = wide(outputs.detach()).softmax(-1).flatten(0, -2)
         y = torch.multinomial(p, 1, generator=generator)
         return p.scatter_add(1, y, p.new_full((), -1).expand(y.shape)).reshape(outputs.shape)
 
@@ -50,7 +51,7 @@ class Gaussian:
         return len(outputs)
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        z = _wide(outputs)
+        z = wide(outputs.detach())
         return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
 
 
@@ -64,7 +65,7 @@ class Bernoulli:
         return len(outputs)
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        p = _wide(outputs).sigmoid()
+        p = wide(outputs.detach()).sigmoid()
         return p - torch.bernoulli(p, generator=generator)
 
 
@@ -82,8 +83,3 @@ def likelihood_named(likelihood: str | Likelihood) -> Likelihood:
             f"but got {likelihood!r} ({type(likelihood).__name__})"
         )
     return likelihood
-
-
-def _wide(outputs: Tensor) -> Tensor:
-    detached = outputs.detach()
-    return detached.to(torch.promote_types(detached.dtype, torch.float32))

