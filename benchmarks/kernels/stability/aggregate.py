@@ -13,22 +13,9 @@ DTYPE_NAMES = tuple(short_name(dtype) for dtype in DTYPES)
 LABELS = {LIMIT: "limit of the dtype", **{method.key: method.label for method in METHODS}}
 
 
-def select(
-    rows: Iterable[Row],
-    *,
-    source: str | None = None,
-    dtype: str | None = None,
-    method: str | None = None,
-    damping: float | None = None,
-) -> list[Row]:
-    return [
-        row
-        for row in rows
-        if (source is None or row.source == source)
-        and (dtype is None or row.dtype == dtype)
-        and (method is None or row.method == method)
-        and (damping is None or row.damping == damping)
-    ]
+def select(rows: Iterable[Row], **wanted: object) -> list[Row]:
+    """The rows whose attributes have these values."""
+    return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
 
 
 def dampings(rows: Iterable[Row]) -> list[float]:
@@ -76,6 +63,7 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
         for method in METHODS:
             own = select(reachable, dtype=dtype, method=method.key)
             ratios = sorted(row.error / limit for row in own if row.error and (limit := limits[row.pair]))
+            arithmetic = [row.arithmetic for row in own if row.arithmetic is not None]
             records.append(
                 {
                     "dtype": dtype,
@@ -85,9 +73,7 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "saved_from": saved_from(own),
                     "median_over_limit": ratios[len(ratios) // 2] if ratios else None,
                     "worst_over_limit": ratios[-1] if ratios else None,
-                    "worst_arithmetic": max(
-                        (row.arithmetic for row in own if row.arithmetic is not None), default=None
-                    ),
+                    "worst_arithmetic": max(arithmetic, default=None),
                 }
             )
     return records

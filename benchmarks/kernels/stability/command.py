@@ -11,7 +11,7 @@ from typing import Any
 from rich.markup import escape
 
 from benchmarks.common import results
-from benchmarks.common.console import console, progress
+from benchmarks.common.console import console, progress, wrote
 from benchmarks.kernels.stability.aggregate import LABELS, select, summarise
 from benchmarks.kernels.stability.findings import findings
 from benchmarks.kernels.stability.measure import DTYPES, Row, limit, measure
@@ -30,37 +30,24 @@ QUICK_CONDITIONS = CONDITIONS[::2]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this part."""
+    many: dict[str, Any] = {"nargs": "+", "default": None}
     parser.add_argument(
         "--dampings",
-        type=_above_0,
-        nargs="+",
-        default=list(DAMPINGS),
-        metavar="γ",
+        **{**many, "type": _above_0, "metavar": "γ", "default": list(DAMPINGS)},
         help="dampings to sweep; synthetic factors are also taken without any (default: 1e-12 to 1)",
     )
+    default = f"{_list(MOMENTS)}; with --quick {_list(QUICK_MOMENTS)}"
     parser.add_argument(
-        "--moments",
-        type=int,
-        nargs="+",
-        default=None,
-        metavar="STEP",
-        help=f"training steps to record at (default: {_list(MOMENTS)}; with --quick {_list(QUICK_MOMENTS)})",
+        "--moments", **many, type=int, metavar="STEP", help=f"training steps to record at (default: {default})"
     )
     parser.add_argument(
-        "--conditions",
-        type=float,
-        nargs="+",
-        default=None,
-        metavar="κ",
+        "--conditions", **many, type=float, metavar="κ",
         help="condition numbers of the synthetic factors (default: 1e2 to 1e10)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--average",
-        choices=AVERAGES,
-        default=AVERAGES[0],
+        "--average", choices=AVERAGES, default=AVERAGES[0],
         help="how recorded factors are averaged over batches (default: %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of nets, batches and synthetic factors")
 
 
@@ -94,9 +81,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "summary": {source: summarise(select(rows, source=source)) for source in ("recorded", "synthetic")},
         "rows": [_plain(row) for row in rows],
     }
-    paths = [*plot(rows, options.out), results.write(options.out, "stability", options.device, payload)]
-    for path in paths:
-        console.print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)
+    wrote(*plot(rows, options.out), results.write(options.out, "stability", options.device, payload))
     return payload
 
 

@@ -69,43 +69,47 @@ def measure(problem: Damped, method: Method, dtype: torch.dtype) -> Row:
     stored = operands.to(dtype)
     trace, failure = _attempt(method, stored)
     wide, _ = _attempt(method, stored.to(torch.float64))
-    exact_trace, _ = _attempt(method, operands)
-    result = trace.result if trace else None
-    error = relative_error(result, problem.result)
-    intermediates = {}
-    if trace:
-        for name, values in trace.intermediates.items():
-            exact = exact_trace.intermediates[name] if exact_trace else None
-            intermediates[name] = count_range(values, exact)
-    return _row(
-        problem,
-        method.key,
-        dtype,
-        error=error,
-        arithmetic=relative_error(result, wide.result if wide else None),
-        representation=relative_error(wide.result if wide else None, problem.result),
-        breakdown=failure or _breakdown(stored.G, result, error),
-        result=count_range(result, problem.result) if result is not None else Counts(),
-        intermediates=intermediates,
-    )
+    exact, _ = _attempt(method, operands)
+    intermediates = {
+        name: count_range(values, exact.intermediates[name] if exact else None)
+        for name, values in (trace.intermediates if trace else {}).items()
+    }
+    results = trace.result if trace else None, wide.result if wide else None
+    return _row(problem, method.key, stored.G, *results, failure, intermediates)
 
 
 def limit(problem: Damped, dtype: torch.dtype) -> Row:
     """The exact operator on the rounded gradient, rounded to ``dtype``: see the module's docstring."""
     G = problem.case.G.to(dtype)
     wide = problem.exact(G.double())
-    result = wide.to(dtype)
+    return _row(problem, LIMIT, G, wide.to(dtype), wide, None, {})
+
+
+def _row(
+    problem: Damped,
+    method: str,
+    G: Tensor,
+    result: Tensor | None,
+    wide: Tensor | None,
+    failure: str | None,
+    intermediates: dict[str, Counts],
+) -> Row:
+    """``G`` is the rounded gradient, ``wide`` the result in float64 of the same operands."""
     error = relative_error(result, problem.result)
-    return _row(
-        problem,
-        LIMIT,
-        dtype,
+    return Row(
+        case=problem.case.name,
+        source=problem.case.source,
+        condition=problem.case.condition,
+        damping=problem.damping,
+        method=method,
+        dtype=short_name(G.dtype),
         error=error,
         arithmetic=relative_error(result, wide),
         representation=relative_error(wide, problem.result),
-        breakdown=_breakdown(G, result, error),
-        result=count_range(result, problem.result),
-        intermediates={},
+        breakdown=failure or _breakdown(G, result, error),
+        entries=G.numel(),
+        result=count_range(result, problem.result) if result is not None else Counts(),
+        intermediates=intermediates,
     )
 
 
@@ -157,33 +161,3 @@ def _breakdown(G: Tensor, result: Tensor | None, error: float | None) -> str | N
     if error is None or error > 1:
         return "error above 1"  # further off than a step of zero
     return None
-
-
-def _row(
-    problem: Damped,
-    method: str,
-    dtype: torch.dtype,
-    *,
-    error: float | None,
-    arithmetic: float | None,
-    representation: float | None,
-    breakdown: str | None,
-    result: Counts,
-    intermediates: dict[str, Counts],
-) -> Row:
-    case = problem.case
-    return Row(
-        case=case.name,
-        source=case.source,
-        condition=case.condition,
-        damping=problem.damping,
-        method=method,
-        dtype=short_name(dtype),
-        error=error,
-        arithmetic=arithmetic,
-        representation=representation,
-        breakdown=breakdown,
-        entries=case.G.numel(),
-        result=result,
-        intermediates=intermediates,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,23 +22,19 @@ GREY = "#DDDDDD"
 EXPLAINED = "Above: against unrounded float64. Below: against float64 on the same rounded operands."
 
 
-class Style(NamedTuple):
-    colour: str
-    marker: str
-    size: float
-    width: float
-    dashes: str
-    order: float
+def _style(colour: str, marker: str, size: float, width: float, dashes: str, order: float) -> dict[str, Any]:
+    line = {"linewidth": width, "linestyle": dashes, "zorder": order}
+    return {"color": colour, "marker": marker, "markersize": size, **line}
 
 
 # Okabe and Ito's colours, which every kind of eye tells apart. Thin over thick, where lines coincide.
 STYLES = {
-    "inverse": Style("#D55E00", "s", 5, 1.6, "-", 4),
-    "eigen": Style("#CC79A7", "D", 4.5, 1.6, "-", 4),
-    "chain": Style("#009E73", "v", 5, 1.4, "--", 5),
-    "chain_balanced": Style("#009E73", ".", 5, 1.2, ":", 6),
-    "ours": Style("#0072B2", "o", 6.5, 3, "-", 3),
-    "ours_balanced": Style("#0072B2", ".", 6.5, 2, ":", 2),
+    "inverse": _style("#D55E00", "s", 5, 1.6, "-", 4),
+    "eigen": _style("#CC79A7", "D", 4.5, 1.6, "-", 4),
+    "chain": _style("#009E73", "v", 5, 1.4, "--", 5),
+    "chain_balanced": _style("#009E73", ".", 5, 1.2, ":", 6),
+    "ours": _style("#0072B2", "o", 6.5, 3, "-", 3),
+    "ours_balanced": _style("#0072B2", ".", 6.5, 2, ":", 2),
 }
 
 
@@ -68,7 +64,7 @@ def _breakdowns(rows: Sequence[Row], out: Path) -> Path:
             lines[key] = [broken_share(group) for group in groups]
         axes.fill_between(xs, lines[LIMIT], color=GREY, lw=0, zorder=0)
         for key, style in STYLES.items():
-            axes.plot(xs, lines[key], **_line(style))
+            axes.plot(xs, lines[key], **style)
         axes.set(xscale="log", title=title, xlabel="damping", ylim=(-0.04, 1.04))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     grid[0][0].set_ylabel("broken down")
@@ -122,8 +118,8 @@ def _errors(xs: list[float], groups: list[list[Row]], xlabel: str, titles: tuple
 def _curves(axes: Axes, xs: list[float], lines: dict[str, list[float]]) -> None:
     crossed: dict[str, set[float]] = {}
     for key, ys in lines.items():
-        colour = STYLES[key].colour
-        axes.plot(xs, [y if math.isfinite(y) else math.nan for y in ys], **_line(STYLES[key]))
+        colour = STYLES[key]["color"]
+        axes.plot(xs, [y if math.isfinite(y) else math.nan for y in ys], **STYLES[key])
         missing = {x for x, y in zip(xs, ys, strict=True) if math.isinf(y)}
         if fresh := sorted(missing - crossed.get(colour, set())):  # one cross for both forms of a method
             crossed[colour] = missing | crossed.get(colour, set())
@@ -149,20 +145,9 @@ def _figure(rows: int, title: str, subtitle: str) -> tuple[Figure, list[list[Axe
 
 def _save(figure: Figure, path: Path, *, crosses: bool) -> Path:
     handles: list[Any] = [Line2D([], [], color=GREY, lw=9, label="beyond any method in this dtype")]
-    handles += [Line2D([], [], label=LABELS[key], **_line(style)) for key, style in STYLES.items()]
+    handles += [Line2D([], [], label=LABELS[key], **style) for key, style in STYLES.items()]
     if crosses:
         handles.append(Line2D([], [], color="#444444", ls="", marker="x", mew=1.8, label="no finite result"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)
     return path
-
-
-def _line(style: Style) -> dict[str, Any]:
-    return {
-        "color": style.colour,
-        "marker": style.marker,
-        "markersize": style.size,
-        "linewidth": style.width,
-        "linestyle": style.dashes,
-        "zorder": style.order,
-    }

@@ -5,16 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from rich import box
 from rich.table import Table
 
-from benchmarks.kernels.stability.aggregate import (
-    DTYPE_NAMES,
-    dampings,
-    median_error,
-    select,
-    summarise,
-)
+from benchmarks.common.console import table
+from benchmarks.kernels.stability.aggregate import DTYPE_NAMES, dampings, median_error, select, summarise
 from benchmarks.kernels.stability.measure import LIMIT, Counts, Row
 from benchmarks.kernels.stability.methods import METHODS
 
@@ -33,142 +27,102 @@ CODES = {"Cholesky": "chol", "eigen": "eigh", "not finite": "inf", "indefinite":
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """Every table of the study, in the order of its argument."""
-    recorded = select(rows, source="recorded")
-    synthetic = select(rows, source="synthetic")
+    recorded, synthetic = (select(rows, source=source) for source in ("recorded", "synthetic"))
     if recorded:
-        cases = len({row.case for row in recorded})
-        columns = dampings(recorded)
-        heads = [_short(x) for x in columns]
-        per_damping = [select(recorded, damping=x) for x in columns]
+        groups = {_short(x): select(recorded, damping=x) for x in dampings(recorded)}
         yield _grid(
-            f"Recorded: how many of {cases} cases break down, by damping",
+            f"Recorded: how many of {len({row.case for row in recorded})} cases break down, by damping",
             "Limit: the exact operator, only G and P(G) rounded. What breaks there is beyond any method.",
-            heads,
-            per_damping,
+            groups,
             lambda group: _count_cell(sum(row.breakdown is not None for row in group), len(group)),
         )
         yield _grid(
             "Recorded: median error against unrounded float64, by damping",
             "inf: at least half of the cases have no result to compare.",
-            heads,
-            per_damping,
+            groups,
             lambda group: _error_cell(median_error(group)),
         )
         yield _grid(
             "Recorded: median error of the arithmetic alone, by damping",
             "Against float64 on the same rounded operands. inf: half of the cases have no result in either.",
-            heads,
-            per_damping,
+            groups,
             lambda group: _error_cell(median_error(group, "arithmetic")),
         )
     if synthetic:
         least = dampings(synthetic)[0]
-        conditions = sorted({row.condition for row in synthetic})
         undamped = select(synthetic, damping=least)
         yield _grid(
             f"Synthetic: error at damping {_short(least)}, by condition number",
             "chol: Cholesky failed. inf: not finite. indef: not a direction of descent.",
-            [_short(x) for x in conditions],
-            [[row for row in undamped if row.condition == x] for x in conditions],
+            {_short(x): select(undamped, condition=x) for x in sorted({row.condition for row in undamped})},
             lambda group: _outcome_cell(group[0]),
         )
     yield _range_table(rows)
     yield _summary_table(rows)
 
 
-def _grid(
-    title: str,
-    caption: str,
-    heads: Sequence[str],
-    groups: Sequence[list[Row]],
-    cell: Callable[[list[Row]], str],
-) -> Table:
+def _grid(title: str, caption: str, groups: dict[str, list[Row]], cell: Callable[[list[Row]], str]) -> Table:
     """Dtypes and methods down, ``groups`` across."""
-    table = _table(title, caption)
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
+    shown = _table(title, caption, *groups)
     for dtype in DTYPE_NAMES:
         for method in ROWS:
-            found = [select(group, dtype=dtype, method=method) for group in groups]
+            found = [select(group, dtype=dtype, method=method) for group in groups.values()]
             if any(found):
-                _add_row(table, dtype, method, [cell(rows) if rows else "" for rows in found])
-    return table
+                _add_row(shown, dtype, method, [cell(rows) if rows else "" for rows in found])
+    return shown
 
 
 def _summary_table(rows: Sequence[Row]) -> Table:
     """The whole study, a line for each dtype and method: only problems that the dtype itself allows for."""
-    table = _table(
+    shown = _table(
         "In sum, over the problems that aren't beyond any method",
         "Recorded and synthetic. Saved: the damping from which on nothing breaks down. Error over that of "
         "the limit, and of the arithmetic alone, where there is a result.",
+        *("broken\ndown", "of", "saved\nfrom", "error/limit\nmedian", "\nworst", "arithm.\nworst"),
     )
-    for head in ("broken\ndown", "of", "saved\nfrom", "error/limit\nmedian", "\nworst", "arithm.\nworst"):
-        table.add_column(head, justify="right", no_wrap=True)
     for record in summarise(rows):
-        method, worst = record["method"], record["worst_over_limit"]
+        worst, arithmetic = record["worst_over_limit"], record["worst_arithmetic"]
         if not record["problems"]:
             continue
-        table.add_row(
-            record["dtype"] if method == ROWS[1] else "",
-            SHORT[method],
+        cells = [
             _count_cell(record["broken"], record["problems"]),
             str(record["problems"]),
             _short(record["saved_from"]) if record["broken"] else "",
             "" if worst is None else f"{record['median_over_limit']:.2g}",
             "" if worst is None else _short(worst) if worst >= 100 else f"{worst:.2g}",
-            "" if record["worst_arithmetic"] is None else _short(record["worst_arithmetic"]),
-            style=_style(method),
-            end_section=method == ROWS[-1],
-        )
-    return table
+            "" if arithmetic is None else _short(arithmetic),
+        ]
+        _add_row(shown, record["dtype"], record["method"], cells, first=ROWS[1])
+    return shown
 
 
 def _range_table(rows: Sequence[Row]) -> Table:
     """Entries lost to the range of the 16-bit formats, over all cases and dampings."""
     entries = sum(row.entries for row in select(rows, dtype=DTYPE_NAMES[0], method=LIMIT))
-    table = _table(
+    shown = _table(
         f"Range: what is lost of the {entries:,} entries of all results, and inside",
         "Entries that float64 holds. Inside: inverses, S², BᵀGA and whatever else a method lets be seen.",
+        *("result\ninf/nan", "\nto zero", "\nsubnormal", "inside\ninf/nan", "\nto zero"),
     )
-    for head in ("result\ninf/nan", "\nto zero", "\nsubnormal", "inside\ninf/nan", "\nto zero"):
-        table.add_column(head, justify="right", no_wrap=True)
     for dtype in DTYPE_NAMES:
         for method in ROWS:
             found = select(rows, dtype=dtype, method=method)
-            if not found:
-                continue
-            result = sum((row.result for row in found), Counts())
-            inside = sum((counts for row in found for counts in row.intermediates.values()), Counts())
-            lost = (result.overflow, result.zero, result.subnormal, inside.overflow, inside.zero)
-            _add_row(table, dtype, method, [f"{count:,}" if count else "·" for count in lost])
-    return table
+            if found:
+                result = sum((row.result for row in found), Counts())
+                inside = sum((counts for row in found for counts in row.intermediates.values()), Counts())
+                lost = (result.overflow, result.zero, result.subnormal, inside.overflow, inside.zero)
+                _add_row(shown, dtype, method, [f"{count:,}" if count else "·" for count in lost])
+    return shown
 
 
-def _add_row(table: Table, dtype: str, method: str, cells: Sequence[str]) -> None:
+def _table(title: str, caption: str, *heads: str) -> Table:
+    return table(title, ("", "method", *heads), caption=caption, text=("method",))
+
+
+def _add_row(shown: Table, dtype: str, method: str, cells: Sequence[str], first: str = LIMIT) -> None:
     """A method's row; the dtype stands before the first of its methods."""
-    table.add_row(
-        dtype if method == LIMIT else "",
-        SHORT[method],
-        *cells,
-        style=_style(method),
-        end_section=method == ROWS[-1],
-    )
-
-
-def _table(title: str, caption: str) -> Table:
-    table = Table(
-        title=title,
-        caption=caption,
-        box=box.SIMPLE,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
-    )
-    table.add_column("")
-    table.add_column("", no_wrap=True)
-    return table
+    labels = dtype if method == first else "", SHORT[method]
+    shown.add_row(*labels, *cells, style=_style(method), end_section=method == ROWS[-1])
 
 
 def _style(method: str) -> str | None:
