@@ -30,24 +30,14 @@ QUICK_CONDITIONS = CONDITIONS[::2]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    many: dict[str, Any] = {"nargs": "+", "default": None}
-    parser.add_argument(
-        "--dampings",
-        **{**many, "type": _above_0, "metavar": "γ", "default": list(DAMPINGS)},
-        help="dampings to sweep; synthetic factors are also taken without any (default: 1e-12 to 1)",
-    )
-    default = f"{_list(MOMENTS)}; with --quick {_list(QUICK_MOMENTS)}"
-    parser.add_argument(
-        "--moments", **many, type=int, metavar="STEP", help=f"training steps to record at (default: {default})"
-    )
-    parser.add_argument(
-        "--conditions", **many, type=float, metavar="κ",
-        help="condition numbers of the synthetic factors (default: 1e2 to 1e10)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--average", choices=AVERAGES, default=AVERAGES[0],
-        help="how recorded factors are averaged over batches (default: %(default)s)",
-    )  # fmt: skip
+    dampings = "dampings to sweep; synthetic factors are also taken without any (default: 1e-12 to 1)"
+    parser.add_argument("--dampings", type=_above_0, nargs="+", default=list(DAMPINGS), metavar="γ", help=dampings)
+    moments = f"training steps to record at (default: {_list(MOMENTS)}; with --quick {_list(QUICK_MOMENTS)})"
+    parser.add_argument("--moments", type=int, nargs="+", metavar="STEP", help=moments)
+    conditions = "condition numbers of the synthetic factors (default: 1e2 to 1e10)"
+    parser.add_argument("--conditions", type=float, nargs="+", metavar="κ", help=conditions)
+    average = "how recorded factors are averaged over batches (default: %(default)s)"
+    parser.add_argument("--average", choices=AVERAGES, default=AVERAGES[0], help=average)
     parser.add_argument("--seed", type=int, default=0, help="seed of nets, batches and synthetic factors")
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rich import box
 from rich.table import Table
 
+from benchmarks.common.console import table
 from benchmarks.kernels.shapes import MODELS
 from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, FULL
 
@@ -45,23 +45,22 @@ def ratios(rows: list[Row]) -> list[Row]:
 
 def model_table(model: str, rows: list[Row]) -> Table:
     """Every figure of one model."""
-    table = _table(f"{model}: medians of interleaved rounds")
-    for heading in ("", "dtype", "contestant"):
-        table.add_column(heading, no_wrap=True)
-    table.caption = "\n".join(dict.fromkeys(f"– {row['note']}" for row in rows if "note" in row)) or None
-    table.caption_justify = "left"
-    for heading in ("ms", "±", "GFLOP/s", "of mm", "of copy", "÷ chain"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    shown = table(
+        f"{model}: medians of interleaved rounds",
+        ("", "dtype", "contestant", "ms", "±", "GFLOP/s", "of mm", "of copy", "÷ chain"),
+        text=("dtype", "contestant"),
+        caption="\n".join(dict.fromkeys(f"– {row['note']}" for row in rows if "note" in row)),
+    )
     base = {(r["operation"], r["dtype"]): r.get("median_ms") for r in rows if r["contestant"] == CHAIN}
     previous = None
     for row in rows:
         section = (row["operation"], row["dtype"])
         if previous and section != previous:
-            table.add_section()
+            shown.add_section()
         labels = ("", "") if section == previous else section
         previous = section
-        table.add_row(*labels, row["contestant"], *_cells(row, base.get(section)))
-    return table
+        shown.add_row(*labels, row["contestant"], *_cells(row, base.get(section)))
+    return shown
 
 
 def _cells(row: Row, chain_ms: float | None) -> list[str]:
@@ -80,23 +79,18 @@ def _cells(row: Row, chain_ms: float | None) -> list[str]:
 
 def ratio_table(found: list[Row]) -> Table:
     """:func:`ratios` as a table."""
-    table = _table("Ratios of medians")
-    table.caption = (
-        "forward, with VJP: ours ÷ plain chain (and autograd through it), fp32. In bf16, in fp16: ours ÷ ours in "
-        "fp32. chain bf16, chain fp16: the plain chain ÷ itself in fp32. full/blocks: how many times faster "
-        "block-diagonal blocks are."
+    return table(
+        "Ratios of medians",
+        found[0] if found else (),
+        ([row["model"], *(_ratio(value) for key, value in row.items() if key != "model")] for row in found),
+        caption="forward, with VJP: ours ÷ plain chain (and autograd through it), fp32. In bf16, in fp16: ours ÷ ours "
+        "in fp32. chain bf16, chain fp16: the plain chain ÷ itself in fp32. full/blocks: how many times faster "
+        "block-diagonal blocks are.",
     )
-    table.caption_justify = "left"
-    for heading in found[0] if found else ():
-        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
-    for row in found:
-        cells = (value for key, value in row.items() if key != "model")
-        table.add_row(row["model"], *(f"{value:.2f}" if value is not None else "" for value in cells))
-    return table
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _ms(value: float) -> str:
