@@ -6,44 +6,31 @@ from pathlib import Path
 
 import torch
 from sklearn.datasets import load_diabetes, load_digits
+from torch import Tensor
 
-from benchmarks.paper.data.examples import Dataset, Examples, standardised
+from benchmarks.paper.data.examples import Dataset, Examples, reconstruction, split, standardised
 from benchmarks.paper.data.source import Source
 
 
-def _digits(_: Path | None) -> Dataset:
-    """1,437 and 360 images of 8 × 8, scaled to [0, 1], shuffled once and for all."""
-    train, test, t, test_t = _split(*load_digits(return_X_y=True))
-    return Dataset("digits", Examples((train / 16,), t.long()), Examples((test / 16,), test_t.long()))
+def _digits(_: Path) -> Dataset:
+    """1,437 and 360 images of 8 × 8, scaled to [0, 1]."""
+    x, test_x, t, test_t = _parts(*load_digits(return_X_y=True))
+    return Dataset("digits", Examples((x / 16,), t.long()), Examples((test_x / 16,), test_t.long()))
 
 
-def _digits_images(folder: Path | None) -> Dataset:
-    """The same with the images for targets."""
-    found = _digits(folder)
-    return Dataset(
-        found.name,
-        Examples(found.train.inputs, found.train.inputs[0]),
-        Examples(found.test.inputs, found.test.inputs[0]),
-    )
-
-
-def _diabetes(_: Path | None) -> Dataset:
+def _diabetes(_: Path) -> Dataset:
     """353 and 89 patients of 10 features, both sides standardised by the training examples."""
-    train, test, t, test_t = _split(*load_diabetes(return_X_y=True))
-    train, test = standardised(train, test)
+    x, test_x, t, test_t = _parts(*load_diabetes(return_X_y=True))
+    x, test_x = standardised(x, test_x)
     t, test_t = standardised(t[:, None], test_t[:, None])
-    return Dataset("diabetes", Examples((train,), t), Examples((test,), test_t))
+    return Dataset("diabetes", Examples((x,), t), Examples((test_x,), test_t))
 
 
-def _split(inputs: object, targets: object) -> tuple[torch.Tensor, ...]:
-    """A fifth to test on."""
-    x = torch.tensor(inputs, dtype=torch.float64).float()
-    t = torch.tensor(targets, dtype=torch.float64).float()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    train, test = order[: len(x) * 4 // 5], order[len(x) * 4 // 5 :]
-    return x[train], x[test], t[train], t[test]
+def _parts(inputs: object, targets: object) -> list[Tensor]:
+    both = [torch.tensor(values, dtype=torch.float64).float() for values in (inputs, targets)]
+    return [values[chosen] for values in both for chosen in split(len(values))]
 
 
 DIGITS = Source("scikit-learn's digits", _digits, stand_in="MNIST")
-DIGITS_IMAGES = Source("scikit-learn's digits", _digits_images, stand_in="MNIST")
+DIGITS_IMAGES = Source(DIGITS.name, lambda _: reconstruction(_digits(_)), stand_in="MNIST")
 DIABETES = Source("scikit-learn's diabetes", _diabetes, stand_in="UCI regression")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,42 +24,16 @@ from benchmarks.paper.data.source import MissingData, Source
 PIXELS = 3 * 32 * 32
 
 
-class Files(NamedTuple):
-    """One form of one data set: where it lies, its training files and its test file."""
+PUBLISHED = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
-    places: Sequence[str]
+
+class Version(NamedTuple):
+    """One of the forms that a data set is published in."""
+
+    folder: str
     train: Sequence[str]
     test: str
-
-
-class Form(NamedTuple):
-    """CIFAR-10 or CIFAR-100."""
-
-    name: str
-    published: str
-    label_bytes: int
-    labels: bytes
-    binary: Files
-    pickled: Files
-
-
-PUBLISHED = "https://www.cs.toronto.edu/~kriz/cifar.html"
-TEN = Form(
-    "CIFAR-10",
-    PUBLISHED,
-    1,
-    b"labels",
-    Files(("cifar-10-batches-bin", "."), [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin"),
-    Files(("cifar-10-batches-py", "."), [f"data_batch_{i}" for i in range(1, 6)], "test_batch"),
-)
-HUNDRED = Form(
-    "CIFAR-100",
-    PUBLISHED,
-    2,
-    b"fine_labels",
-    Files(("cifar-100-binary", "."), ["train.bin"], "test.bin"),
-    Files(("cifar-100-python", "."), ["train"], "test"),
-)
+    read: Callable[[Path], tuple[Tensor, Tensor]]
 
 
 def read_binary(path: Path, label_bytes: int = 1) -> tuple[Tensor, Tensor]:
@@ -100,35 +75,31 @@ class _Arrays(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
 
 
-def _read(folder: Path | None, form: Form) -> Dataset:
-    """The version that is there. A missing training file makes the data a part, which their label says."""
-    assert folder is not None
-    for files in (form.binary, form.pickled):
-        for place in files.places:
-            there = [folder / place / name for name in files.train if (folder / place / name).is_file()]
-            test = folder / place / files.test
-            if not there or not test.is_file():
-                continue
-            if files is form.binary:
-                batches = [read_binary(path, form.label_bytes) for path in (*there, test)]
-            else:
-                batches = [read_pickled(path, form.labels) for path in (*there, test)]
-            images, labels = (torch.cat(parts) for parts in zip(*batches[:-1], strict=True))
-            x, test_x = normalised(images, batches[-1][0])
-            return Dataset(
-                form.name, Examples((x,), labels), Examples((test_x,), batches[-1][1]), published=(50_000, 10_000)
-            )
-    binary, pickled = form.binary, form.pickled
-    raise MissingData(
-        f"{form.name} is missing in {folder}: it needs {binary.places[0]}/{binary.train[0]} and {binary.test}, or "
-        f"{pickled.places[0]}/{pickled.train[0]} and {pickled.test}. It is published at {form.published}"
-    )
+def _source(name: str, *versions: Version) -> Source:
+    def read(folder: Path) -> Dataset:
+        """The version that is there. A missing training file makes the data a part, which their label says."""
+        for version in versions:
+            for place in (folder / version.folder, folder):
+                there = [place / part for part in version.train if (place / part).is_file()]
+                if there and (place / version.test).is_file():
+                    images, labels = (torch.cat(parts) for parts in zip(*map(version.read, there), strict=True))
+                    test_images, test_labels = version.read(place / version.test)
+                    x, test_x = normalised(images, test_images)
+                    return Dataset(name, Examples((x,), labels), Examples((test_x,), test_labels), (50_000, 10_000))
+        needed = ", or ".join(f"{each.folder}/{each.train[0]} and {each.test}" for each in versions)
+        raise MissingData(f"{name} is missing in {folder}: it needs {needed}. It is published at {PUBLISHED}")
+
+    first = versions[0]
+    return Source(name, read, [f"{first.folder}/{part}" for part in (first.train[0], first.test)], PUBLISHED)
 
 
-def _source(form: Form) -> Source:
-    files = [f"{form.binary.places[0]}/{name}" for name in (form.binary.train[0], form.binary.test)]
-    return Source(form.name, lambda folder: _read(folder, form), files, form.published)
-
-
-CIFAR10 = _source(TEN)
-CIFAR100 = _source(HUNDRED)
+CIFAR10 = _source(
+    "CIFAR-10",
+    Version("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", read_binary),
+    Version("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", read_pickled),
+)
+CIFAR100 = _source(
+    "CIFAR-100",
+    Version("cifar-100-binary", ["train.bin"], "test.bin", partial(read_binary, label_bytes=2)),
+    Version("cifar-100-python", ["train"], "test", partial(read_pickled, labels=b"fine_labels")),
+)

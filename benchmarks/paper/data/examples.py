@@ -85,6 +85,18 @@ class Dataset:
         )
 
 
+def reconstruction(data: Dataset) -> Dataset:
+    """The same with the inputs for targets."""
+    (x,), (test_x,) = data.train.inputs, data.test.inputs
+    return replace(data, train=Examples((x,), x), test=Examples((test_x,), test_x))
+
+
+def split(count: int) -> tuple[Tensor, Tensor]:
+    """Which examples are trained on and which, a fifth, are tested on; always the same."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[: count * 4 // 5], order[count * 4 // 5 :]
+
+
 def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Both by the mean and deviation of each column of ``train``; a constant column becomes 0."""
     mean, deviation = train.mean(0), train.std(0)

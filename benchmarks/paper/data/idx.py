@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.paper.data.examples import Dataset, Examples
+from benchmarks.paper.data.examples import Dataset, Examples, reconstruction
 from benchmarks.paper.data.source import Source, find
 
 PUBLISHED = "http://yann.lecun.com/exdb/mnist (copies: https://ossci-datasets.s3.amazonaws.com/mnist)"
@@ -37,24 +37,13 @@ def read_idx(path: Path) -> Tensor:
     return torch.tensor(values.reshape(shape))
 
 
-def _mnist(folder: Path | None) -> Dataset:
+def _mnist(folder: Path) -> Dataset:
     """Images as rows of 784 in [0, 1]."""
-    assert folder is not None
     images, labels, test_images, test_labels = (read_idx(find(folder, PLACES, name, PUBLISHED)) for name in FILES)
-    return Dataset(
-        "MNIST",
-        Examples((images.flatten(1) / 255,), labels.long()),
-        Examples((test_images.flatten(1) / 255,), test_labels.long()),
-        published=(60_000, 10_000),
-    )
-
-
-def _mnist_images(folder: Path | None) -> Dataset:
-    """The images are the targets too."""
-    found = _mnist(folder)
-    (x,), (test_x,) = found.train.inputs, found.test.inputs
-    return Dataset("MNIST", Examples((x,), x), Examples((test_x,), test_x), published=found.published)
+    train = Examples((images.flatten(1) / 255,), labels.long())
+    test = Examples((test_images.flatten(1) / 255,), test_labels.long())
+    return Dataset("MNIST", train, test, published=(60_000, 10_000))
 
 
 MNIST = Source("MNIST", _mnist, FILES, PUBLISHED)
-MNIST_IMAGES = Source("MNIST", _mnist_images, FILES, PUBLISHED)
+MNIST_IMAGES = Source("MNIST", lambda folder: reconstruction(_mnist(folder)), FILES, PUBLISHED)

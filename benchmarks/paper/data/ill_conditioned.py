@@ -23,7 +23,7 @@ def ill_conditioned_map(generator: torch.Generator) -> Tensor:
     return A
 
 
-def _made(_: Path | None) -> Dataset:
+def _made(_: Path) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     A = ill_conditioned_map(generator)
     train, test = (torch.randn(SAMPLES, INPUTS, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -47,11 +47,6 @@ def read_lines(path: Path) -> list[str]:
         return [line.strip().replace("@@ ", "") for line in file]
 
 
-def _read(folder: Path | None, corpus: Corpus) -> Dataset:
-    assert folder is not None
-    return _encoded(folder.resolve(), corpus)
-
-
 @lru_cache(maxsize=2)  # learning the words takes seconds, and every run of a search reads the same
 def _encoded(folder: Path, corpus: Corpus) -> Dataset:
     (german, english), (test_german, test_english) = (
@@ -63,18 +58,11 @@ def _encoded(folder: Path, corpus: Corpus) -> Dataset:
             raise ValueError(f"{part}.de and {part}.en must have as many lines, but have {[*map(len, sides)]}")
     words = Vocabulary([*german, *english], WORDS)
     pairs = [(words.encode(de), words.encode(en)) for de, en in zip(german, english, strict=True)]
-    pairs = [(de, en) for de, en in pairs if 0 < len(de) < LONGEST and 0 < len(en) < LONGEST]
-    test = [
-        (words.encode(de)[: LONGEST - 1], words.encode(en)[: LONGEST - 1])
-        for de, en in zip(test_german, test_english, strict=True)
-    ]
-    return Dataset(
-        corpus.name,
-        _examples(pairs),
-        _examples(test),
-        published=corpus.sizes,
-        extra=Translation(words, tuple(test_english)),
-    )
+    train = [(de, en) for de, en in pairs if 0 < len(de) < LONGEST and 0 < len(en) < LONGEST]
+    pairs = [(words.encode(de), words.encode(en)) for de, en in zip(test_german, test_english, strict=True)]
+    test = [(de[: LONGEST - 1], en[: LONGEST - 1]) for de, en in pairs]
+    extra = Translation(words, tuple(test_english))
+    return Dataset(corpus.name, _examples(train), _examples(test), published=corpus.sizes, extra=extra)
 
 
 def _examples(pairs: Sequence[tuple[list[int], list[int]]]) -> Examples:
@@ -94,26 +82,26 @@ def _padded(sentences: Sequence[list[int]]) -> Tensor:
 
 def _source(corpus: Corpus) -> Source:
     files = [f"{corpus.places[0]}/{part}.{side}" for part in (corpus.train, corpus.test) for side in ("de", "en")]
-    return Source(corpus.name, lambda folder: _read(folder, corpus), files, corpus.published)
+    return Source(corpus.name, lambda folder: _encoded(folder.resolve(), corpus), files, corpus.published)
 
 
 MULTI30K = _source(
     Corpus(
-        "Multi30k German–English",
-        ("multi30k", "."),
-        "train",
-        "test_2016_flickr",
-        "https://github.com/multi30k/dataset (data/task1/raw)",
-        (29_000, 1_000),
+        name="Multi30k German–English",
+        places=("multi30k", "."),
+        train="train",
+        test="test_2016_flickr",
+        published="https://github.com/multi30k/dataset (data/task1/raw)",
+        sizes=(29_000, 1_000),
     )
 )
 IWSLT14 = _source(
     Corpus(
-        "IWSLT'14 German–English",
-        ("iwslt14.tokenized.de-en", "iwslt14", "."),
-        "train",
-        "test",
-        "https://wit3.fbk.eu (as prepared by fairseq's examples/translation/prepare-iwslt14.sh)",
-        (160_239, 6_750),
+        name="IWSLT'14 German–English",
+        places=("iwslt14.tokenized.de-en", "iwslt14", "."),
+        train="train",
+        test="test",
+        published="https://wit3.fbk.eu (as prepared by fairseq's examples/translation/prepare-iwslt14.sh)",
+        sizes=(160_239, 6_750),
     )
 )

@@ -21,14 +21,14 @@ class Source:
 
     Args:
         name: as people call it.
-        read: the reader. It gets the folder of ``--data``; None for data that come with a package or are made up.
+        read: the reader. It gets the folder of ``--data``, which data that need no file ignore.
         files: what the folder must hold, for the error without ``--data``.
         published: where these files are.
         stand_in: for what this stands in, where it is bundled data in place of the paper's.
     """
 
     name: str
-    read: Callable[[Path | None], Dataset]
+    read: Callable[[Path], Dataset]
     files: Sequence[str] = ()
     published: str = ""
     stand_in: str = ""
@@ -51,7 +51,7 @@ class Source:
             )
         if folder is not None and self.files and not folder.is_dir():
             raise MissingData(f"--data must be a folder, but {folder} is not")
-        return replace(self.read(folder), name=self.label)
+        return replace(self.read(folder or Path()), name=self.label)
 
 
 def find(folder: Path, places: Sequence[str], name: str, published: str) -> Path:

@@ -32,8 +32,7 @@ def read_mat(path: Path) -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(y.astype(np.int64)).flatten() % 10
 
 
-def _read(folder: Path | None) -> Dataset:
-    assert folder is not None
+def _read(folder: Path) -> Dataset:
     (images, t), (test, test_t) = (read_mat(find(folder, ("SVHN", "svhn", "."), name, PUBLISHED)) for name in FILES)
     x, test_x = normalised(images, test)
     return Dataset("SVHN", Examples((x,), t), Examples((test_x,), test_t), published=(73_257, 26_032))

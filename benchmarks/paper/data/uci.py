@@ -5,25 +5,12 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.paper.data.examples import Dataset, Examples, standardised
+from benchmarks.paper.data.examples import Dataset, Examples, split, standardised
 from benchmarks.paper.data.source import Source, find, open_text
-
-
-class Table(NamedTuple):
-    """A file: its name, where it is published, how many rows it has, the target and what is no feature."""
-
-    name: str
-    file: str
-    published: str
-    rows: int
-    target: str
-    left_out: Sequence[str] = ()
-
 
 ARCHIVE = "https://archive.ics.uci.edu/dataset/"
 
@@ -63,29 +50,22 @@ def read_table(path: Path, target: str, left_out: Sequence[str] = ()) -> tuple[T
     return table[:, features], table[:, [names.index(target)]]
 
 
-def _source(table: Table) -> Source:
-    def read(folder: Path | None) -> Dataset:
-        assert folder is not None
-        x, t = read_table(find(folder, ("uci", "."), table.file, table.published), table.target, table.left_out)
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-        x, t = x[order], t[order]
-        split = len(x) * 4 // 5
-        x, test_x = standardised(x[:split], x[split:])
-        t, test_t = standardised(t[:split], t[split:])
-        whole = table.rows * 4 // 5
-        return Dataset(
-            table.name,
-            Examples((x.float(),), t.float()),
-            Examples((test_x.float(),), test_t.float()),
-            published=(whole, table.rows - whole),
-        )
+def _source(name: str, file: str, number: int, rows: int, target: str, left_out: Sequence[str] = ()) -> Source:
+    """``rows``: how many the published file has."""
+    published = f"{ARCHIVE}{number}"
 
-    return Source(table.name, read, (table.file,), table.published)
+    def read(folder: Path) -> Dataset:
+        inputs, targets = read_table(find(folder, ("uci", "."), file, published), target, left_out)
+        chosen, held_out = split(len(inputs))
+        x, test_x = standardised(inputs[chosen], inputs[held_out])
+        t, test_t = standardised(targets[chosen], targets[held_out])
+        train, test = Examples((x.float(),), t.float()), Examples((test_x.float(),), test_t.float())
+        return Dataset(name, train, test, published=(rows * 4 // 5, rows - rows * 4 // 5))
+
+    return Source(name, read, (file,), published)
 
 
-PROTEIN = _source(Table("UCI Protein", "CASP.csv", ARCHIVE + "265", 45_730, "RMSD"))
+PROTEIN = _source("UCI Protein", "CASP.csv", 265, 45_730, "RMSD")
 # Of a person's voice: neither who it is nor the other score may be looked at.
-PARKINSONS = _source(
-    Table("UCI Parkinsons", "parkinsons_updrs.data", ARCHIVE + "189", 5_875, "total_UPDRS", ("subject#", "motor_UPDRS"))
-)
-SLICE = _source(Table("UCI Slice", "slice_localization_data.csv", ARCHIVE + "206", 53_500, "reference", ("patientId",)))
+PARKINSONS = _source("UCI Parkinsons", "parkinsons_updrs.data", 189, 5_875, "total_UPDRS", ("subject#", "motor_UPDRS"))
+SLICE = _source("UCI Slice", "slice_localization_data.csv", 206, 53_500, "reference", ("patientId",))
