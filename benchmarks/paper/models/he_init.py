@@ -9,7 +9,7 @@ from torch import nn
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def he_(model: Module) -> Module:
+def he_init_(model: Module) -> Module:
     """He et al.'s (2015) normal weights for convolutions, biases 0: without batch norm a deep network needs it.
 
     Weights on the meta device, which are there to be counted, are left: drawing them costs seconds of imports.

@@ -6,14 +6,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-Kept = tuple[Tensor, Tensor]
-"""Keys and values."""
 
 
 class Attention(nn.Module):
@@ -26,23 +22,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor, allowed: Tensor | None) -> Tensor:
         """``x (N, T, D)``, ``memory (N, M, D)``; ``allowed`` broadcasts to ``(N, heads, T, M)``, None: all."""
-        return self.attend(x, self.keys_and_values(memory), allowed)
-
-    def keys_and_values(self, memory: Tensor) -> Kept:
-        """Both ``(N, heads, M, D / heads)``."""
-        return self._by_head(self.key(memory)), self._by_head(self.value(memory))
-
-    def attend(self, x: Tensor, kept: Kept, allowed: Tensor | None) -> Tensor:
-        """To keys and values that are there already."""
-        y = F.scaled_dot_product_attention(self._by_head(self.query(x)), *kept, attn_mask=allowed)
+        query, key, value = (
+            projected.reshape(*projected.shape[:2], self.heads, -1).transpose(1, 2)
+            for projected in (self.query(x), self.key(memory), self.value(memory))
+        )
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return out
 
-    def _by_head(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
-
-class Layer(nn.Module):
+class TransformerLayer(nn.Module):
     """Self-attention, attention to the encoder (in a decoder), feed-forward; each normed after its residual sum."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float, *, decoder: bool) -> None:
@@ -54,27 +43,13 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, allowed: Tensor | None, memory: Kept | None = None, memory_allowed: Tensor | None = None
+        self, x: Tensor, allowed: Tensor | None, memory: Tensor | None = None, memory_allowed: Tensor | None = None
     ) -> Tensor:
-        """``memory``: keys and values of the encoder's output (:meth:`look_at`)."""
-        return self._rest(x, self.own(x, x, allowed), memory, memory_allowed)
-
-    def next(self, x: Tensor, past: Kept | None, memory: Kept, memory_allowed: Tensor) -> tuple[Tensor, Kept]:
-        """The same for one more word ``x (N, 1, D)``, with the keys and values of those before it, and its own."""
-        kept = self.own.keys_and_values(x)
-        if past is not None:
-            kept = torch.cat([past[0], kept[0]], 2), torch.cat([past[1], kept[1]], 2)
-        return self._rest(x, self.own.attend(x, kept, None), memory, memory_allowed), kept
-
-    def look_at(self, memory: Tensor) -> Kept:
-        assert self.cross is not None
-        return self.cross.keys_and_values(memory)
-
-    def _rest(self, x: Tensor, attended: Tensor, memory: Kept | None, memory_allowed: Tensor | None) -> Tensor:
-        x = self.norms[0](x + self.dropout(attended))
+        """``memory``: the encoder's output."""
+        x = self.norms[0](x + self.dropout(self.own(x, x, allowed)))
         if self.cross is not None:
             assert memory is not None
-            x = self.norms[1](x + self.dropout(self.cross.attend(x, memory, memory_allowed)))
+            x = self.norms[1](x + self.dropout(self.cross(x, memory, memory_allowed)))
         y = self.down(self.dropout(F.relu(self.up(x))))
         out: Tensor = self.norms[-1](x + self.dropout(y))
         return out
@@ -113,8 +88,10 @@ class Transformer(nn.Module):
         self.pad, self.width = pad, width
         weight = torch.empty(vocabulary, width)
         self.embedding = nn.Embedding(vocabulary, width, padding_idx=pad, _weight=weight)
-        self.encoder = nn.ModuleList(Layer(width, heads, hidden, dropout, decoder=False) for _ in range(layers))
-        self.decoder = nn.ModuleList(Layer(width, heads, hidden, dropout, decoder=True) for _ in range(layers))
+        self.encoder, self.decoder = (
+            nn.ModuleList(TransformerLayer(width, heads, hidden, dropout, decoder=decoder) for _ in range(layers))
+            for decoder in (False, True)
+        )
         self.dropout = nn.Dropout(dropout)
         self.places: Tensor
         self.register_buffer("places", _sinusoids(longest, width), persistent=False)
@@ -143,37 +120,13 @@ class Transformer(nn.Module):
         T = target.shape[1]
         earlier = torch.ones(T, T, dtype=torch.bool, device=target.device).tril()
         x = self._embedded(target)
-        for layer in self._decoders:
-            x = layer(x, earlier, layer.look_at(memory), allowed)
+        for layer in self.decoder:
+            x = layer(x, earlier, memory, allowed)
         return F.linear(x, self.embedding.weight)
 
-    def decode_one_by_one(self, memory: Tensor, allowed: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function that is given each sentence's next word ``(N,)`` and returns the logits ``(N, V)`` of the next.
-
-        As :meth:`decode` of all words so far, of which nothing is computed twice.
-        """
-        decoders = self._decoders
-        looked = [layer.look_at(memory) for layer in decoders]
-        past: list[Kept | None] = [None] * len(decoders)
-        place = 0
-
-        def following(word: Tensor) -> Tensor:
-            nonlocal place
-            x = self._embedded(word[:, None], place)
-            place += 1
-            for i, layer in enumerate(decoders):
-                x, past[i] = layer.next(x, past[i], looked[i], allowed)
-            return F.linear(x[:, 0], self.embedding.weight)
-
-        return following
-
-    @property
-    def _decoders(self) -> list[Layer]:
-        return [layer for layer in self.decoder if isinstance(layer, Layer)]
-
-    def _embedded(self, words: Tensor, first: int = 0) -> Tensor:
+    def _embedded(self, words: Tensor) -> Tensor:
         x = self.embedding(words) * math.sqrt(self.width)
-        out: Tensor = self.dropout(x + self.places[first : first + words.shape[1]].to(x.dtype))
+        out: Tensor = self.dropout(x + self.places[: words.shape[1]].to(x.dtype))
         return out
 
 

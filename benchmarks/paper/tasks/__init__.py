@@ -1,4 +1,4 @@
-"""The paper's tasks, and small ones that need no files. A file a task or a family of them.
+"""The paper's tasks, and small ones that need no files. A file for each family of tasks.
 
 >>> task = named("diabetes")
 >>> data, model = task.data(), task.model(seed=0)
@@ -10,27 +10,16 @@
 
 from __future__ import annotations
 
-from benchmarks.paper.tasks import colour_images, diabetes, digits, ill_conditioned, mnist, translation, uci
+from benchmarks.paper.tasks import colour_images, digit_images, regression, translation
 from benchmarks.paper.tasks.batches import Batches
 from benchmarks.paper.tasks.losses import Loss
 from benchmarks.paper.tasks.task import StepSchedule, Task
 
 __all__ = ["TASKS", "Batches", "Loss", "StepSchedule", "Task", "named"]
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        ill_conditioned.TASK,
-        diabetes.TASK,
-        digits.CLASSIFIER,
-        digits.AUTOENCODER,
-        *uci.TASKS,
-        mnist.AUTOENCODER,
-        mnist.CLASSIFIER,
-        *colour_images.TASKS,
-        *translation.TASKS,
-    )
-}
+_SMALL = (*regression.SMALL, *digit_images.SMALL)
+_PAPERS = (*regression.UCI, *digit_images.PAPER, *colour_images.TASKS, *translation.TASKS)
+TASKS: dict[str, Task] = {task.name: task for task in (*_SMALL, *_PAPERS)}
 
 
 def named(name: str) -> Task:

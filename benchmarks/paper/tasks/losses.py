@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from benchmarks.common.damping import wide
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,6 @@ class Loss:
     metric: str
     measure: Callable[[Tensor, Tensor], Tensor]
     higher_is_better: bool
-
-    def better(self, a: float, b: float) -> bool:
-        """Whether metric ``a`` is better than ``b``."""
-        return a > b if self.higher_is_better else a < b
-
-
-def wide(x: Tensor) -> Tensor:
-    """Losses of 16-bit outputs are computed in float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -26,11 +26,11 @@ def _words(targets: Tensor) -> Tensor:
 @torch.no_grad()
 def translate(model: Transformer, source: Tensor, longest: int = LONGEST) -> Tensor:
     """The likeliest next word each time, until all sentences are closed: ``(N, T)`` from OPEN on."""
-    following = model.decode_one_by_one(*model.encode(source))
+    memory, allowed = model.encode(source)
     said = torch.full((len(source), 1), OPEN, device=source.device)
     closed = torch.zeros(len(source), dtype=torch.bool, device=source.device)
     while said.shape[1] < longest and not closed.all():
-        word = following(said[:, -1]).argmax(-1)
+        word = model.decode(said, memory, allowed)[:, -1].argmax(-1)
         word = torch.where(closed, PAD, word)
         said = torch.cat([said, word[:, None]], 1)
         closed |= word == CLOSE
