@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich.table import Table
-
 from benchmarks.common.console import console, progress, wrote
+from benchmarks.paper.report.searches import HEADER, found
+from benchmarks.paper.report.table import Table
 from benchmarks.paper.tasks import Task
 from benchmarks.paper.training.command_options import (
     add_shared,
@@ -21,7 +21,6 @@ from benchmarks.paper.training.command_options import (
 )
 from benchmarks.paper.training.run_spec import RunSpec
 from benchmarks.paper.training.search import Search
-from benchmarks.paper.training.search_files import best
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Search every task; the contents of the files, by task. What a file already holds isn't run again."""
-    found = {}
+    contents = {}
     with refusing("search"):
         for task in tasks_of(options.tasks):
             with threads_for(task, options.threads):
-                found[task.name] = _search(task, options)
-    return found
+                contents[task.name] = _search(task, options)
+    return contents
 
 
 def _search(task: Task, options: argparse.Namespace) -> dict[str, Any]:
@@ -73,25 +72,8 @@ def _search(task: Task, options: argparse.Namespace) -> dict[str, Any]:
             bar.update(entry, description=f"{task.name} {optimizer} loss {trial['loss']:.4g} {trial['hyper']}")
 
         content = search.run(optimizers, task.data(options.data), fixed, tell)
-    console.print(_table(task, content, optimizers))
+    by = "training loss" if content["judged_by"] == "loss" else f"{task.loss.metric}, held out"
+    rows = found(task.name, content)
+    console.print(Table(f"{task.name}: best by {by}", HEADER, rows, content["data"]).shown())
     wrote(search.path)
     return content
-
-
-def _table(task: Task, content: dict[str, Any], optimizers: list[str]) -> Table:
-    by = "training loss" if content["judged_by"] == "loss" else f"{task.loss.metric}, held out"
-    table = Table(title=f"{task.name}: best by {by}", caption=content["data"])
-    for column in ("optimizer", "trials", "diverged", "loss", task.loss.metric, "seconds", "hyperparameters"):
-        table.add_column(
-            column, justify="left" if column in ("optimizer", "hyperparameters") else "right", overflow="fold"
-        )
-    for optimizer in optimizers:
-        trials, chosen = content["trials"][optimizer], best(content, optimizer)
-        diverged = sum(trial["status"] == "diverged" for trial in trials)
-        row = [optimizer, str(len(trials)), str(diverged)]
-        if chosen is None:
-            table.add_row(*row, "–", "–", "–", "none came through")
-            continue
-        hyper = ", ".join(f"{key}={value}" for key, value in chosen["hyper"].items())
-        table.add_row(*row, f"{chosen['loss']:.4g}", f"{chosen['metric']:.4g}", f"{chosen['seconds']:.3g}", hyper)
-    return table

@@ -65,7 +65,7 @@ def _train(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
             if done[place] is None:
                 done[place] = _one(spec, data, options, bar)
     outcomes = [each for each in done if each is not None]
-    console.print(comparison(outcomes))
+    console.print(comparison(outcomes).shown())
     path = draw(outcomes, options.out / "runs" / task.name / f"{task.name}.png")
     console.print(f"wrote {path} and {path.parent}/*.json, *.csv", soft_wrap=True)
     return outcomes

@@ -1,4 +1,4 @@
-"""The networks of the paper's experiments. A file for each kind; each function names the published count of parameters."""
+"""The networks of the paper's experiments. Each function names the published count of parameters."""
 
 from benchmarks.paper.models.convolutional import alexnet, lenet, vgg16
 from benchmarks.paper.models.mlp import autoencoder, linear_network, mlp

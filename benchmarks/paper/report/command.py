@@ -6,32 +6,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import rich.table
-from rich.markup import escape
-
-from benchmarks.common import markdown
-from benchmarks.common.console import console
+from benchmarks.common.console import console, wrote
 from benchmarks.paper.report.collect import Found, collect, described
-from benchmarks.paper.report.comparison import COLUMNS, rows
+from benchmarks.paper.report.comparison import comparison
 from benchmarks.paper.report.curves import draw
 from benchmarks.paper.report.figures import figures
 from benchmarks.paper.report.searches import searches, sweep
-from benchmarks.paper.report.tables import Table, table_2, table_3, table_4
+from benchmarks.paper.report.table import Table
+from benchmarks.paper.report.tables import table_2, table_3, table_4
 from benchmarks.paper.training.search_files import COMMITTED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--from",
-        type=Path,
-        action="append",
-        metavar="DIR",
-        dest="folders",
-        help="folders that train and search wrote to; may be given more than once "
-        "(default: those that come with the project, and --out)",
-    )
+    text = "folders that train and search wrote to (default: those that come with the project, and --out); repeatable"
+    parser.add_argument("--from", type=Path, action="append", metavar="DIR", dest="folders", help=text)
 
 
 def run(options: argparse.Namespace) -> list[Table]:
@@ -43,36 +32,18 @@ def run(options: argparse.Namespace) -> list[Table]:
             "python -m benchmarks report: --from must be folders that train has written to, but there is no run in "
             f"{', '.join(map(str, folders))}"
         )
-    tables = [*(_compared(found[task]) for task in found), table_2(found), table_3(found), table_4(found)]
-    swept = sweep(folders, "ill-conditioned")
-    tables += [searches(folders), *([swept] if swept else [])]
+    made = [*map(comparison, found.values()), table_2(found), table_3(found), table_4(found)]
+    made += [searches(folders), *([swept] if (swept := sweep(folders, "ill-conditioned")) else [])]
+    tables = [table for table in made if table.rows]
     for table in tables:
-        if table.rows:
-            console.print(_shown(table))
+        console.print(table.shown())
     out = options.out / "report"
     pictures = [draw(runs, out / f"{task}.png") for task, runs in found.items()]
     pictures += figures(found, out)
     path = out / "report.md"
     path.write_text(_markdown(found, tables, [picture.name for picture in pictures]))
-    console.print(f"wrote {path} and {len(pictures)} figures", soft_wrap=True)
+    wrote(path, *pictures)
     return tables
-
-
-def _compared(runs: Sequence[dict[str, Any]]) -> Table:
-    cells, caption = rows(runs)
-    header = [runs[0]["metric_name"] if column == "metric" else column for column in COLUMNS]
-    return Table(f"{runs[0]['task']}: {runs[0]['title']}", header, cells, caption)
-
-
-def _shown(table: Table) -> rich.table.Table:
-    shown = rich.table.Table(
-        title=escape(table.title), title_justify="left", caption=escape(table.note), caption_justify="left"
-    )
-    for name in table.header:
-        shown.add_column(escape(name))
-    for row in table.rows:
-        shown.add_row(*map(escape, row))
-    return shown
 
 
 def _markdown(found: Found, tables: Sequence[Table], pictures: Sequence[str]) -> str:
@@ -85,9 +56,6 @@ def _markdown(found: Found, tables: Sequence[Table], pictures: Sequence[str]) ->
     if stand_ins:
         parts += ["Stand-ins, which are not the paper's data:", "", *stand_ins, ""]
     parts += ["What was run:", "", *(f"- `{task}`: {described(runs)}" for task, runs in found.items()), ""]
-    for table in tables:
-        if table.rows:
-            note = [table.note, ""] if table.note else []
-            parts += [f"## {table.title}", "", *note, markdown.table(table.header, table.rows), ""]
+    parts += [table.markdown() for table in tables]
     parts += [f"![{name}]({name})" for name in pictures]
     return "\n".join(parts) + "\n"

@@ -7,48 +7,43 @@ from math import isfinite
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from benchmarks.paper.report.aggregate import Group, grouped
+from benchmarks.paper.report.table import Table
 
-from benchmarks.common.console import console
-from benchmarks.paper.report.aggregate import grouped
-
-SPREAD = "of the seeds"
-COLUMNS = ("optimizer", "seeds", "loss, steps", SPREAD, "loss, time", "metric", "rate", "s", "ms/step")
+COLUMNS = ("optimizer", "seeds", "loss, steps", "of the seeds", "loss, time", "metric", "rate", "s", "ms/step")
 
 
-def rows(runs: Sequence[dict[str, Any]]) -> tuple[list[list[str]], str]:
-    """Cells by optimizer (:data:`COLUMNS`), and a caption that says what is equal."""
-    groups = grouped(runs)
+def comparison(runs: Sequence[dict[str, Any]]) -> Table:
+    """A row for each optimizer (:data:`COLUMNS`), and a note that says what is equal."""
+    first, groups = runs[0], grouped(runs)
     lasting = [g for g in groups if not g.diverged] or groups
     step = min(min(g.last("step")) for g in lasting)
     seconds = min(median(g.last("seconds")) for g in lasting)
-    cells = []
-    for group in groups:
-        first, losses = group.first, group.at_step(step)
-        steps = max(sum(group.last("step")), 1)
-        cells.append(
-            [
-                group.name,
-                f"{len(group.runs) - group.diverged}/{len(group.runs)}",
-                _loss(losses),
-                f"{min(losses):.2g} … {max(losses):.2g}" if len(losses) > 1 else "",
-                _loss(group.at_time(seconds)) if group.judged_within(seconds) else "–",
-                f"{median(group.last('metric')):.4g}",
-                f"{median(group.last('rate')):.2g}",
-                _short(median(group.last("seconds"))),
-                _short(1000 * sum(group.last("seconds")) / steps),
-            ]
-        )
-    first = runs[0]
-    scores = [f"{run['optimizer']} {name} {value:.2f}" for run in runs for name, value in run["scores"].items()]
-    caption = (
+    epochs = step * first["epochs"] / max(first["total_steps"], 1)
+    note = (
         f"{first['data']}. Loss: {first['loss_name']} of {first['judged_on']:,} training examples, median over seeds, "
-        f"after {step:,.0f} steps ({step * first['epochs'] / max(first['total_steps'], 1):.3g} epochs) and after "
-        f"{seconds:.3g} s of training (–: not judged before then). Seeds: those that came through. "
-        f"Hyperparameters: {_origins(runs)}."
+        f"after {step:,.0f} steps ({epochs:.3g} epochs) and after {seconds:.3g} s of training (–: not judged before "
+        f"then). Seeds: those that came through. Hyperparameters: {_origins(runs)}."
     )
-    return cells, " ".join([caption, *([f"{'; '.join(scores)}."] if scores else [])])
+    scores = [f"{run['optimizer']} {name} {value:.2f}" for run in runs for name, value in run["scores"].items()]
+    header = [first["metric_name"] if column == "metric" else column for column in COLUMNS]
+    rows = [_row(group, step, seconds) for group in groups]
+    return Table(f"{first['task']}: {first['title']}", header, rows, f"{note} {'; '.join(scores)}.".removesuffix(" ."))
+
+
+def _row(group: Group, step: float, seconds: float) -> list[str]:
+    losses = group.at_step(step)
+    return [
+        group.name,
+        f"{len(group.runs) - group.diverged}/{len(group.runs)}",
+        _loss(losses),
+        f"{min(losses):.2g} … {max(losses):.2g}" if len(losses) > 1 else "",
+        _loss(group.at_time(seconds)) if group.judged_within(seconds) else "–",
+        f"{median(group.last('metric')):.4g}",
+        f"{median(group.last('rate')):.2g}",
+        _short(median(group.last("seconds"))),
+        _short(1000 * sum(group.last("seconds")) / max(sum(group.last("step")), 1)),
+    ]
 
 
 def _short(value: float) -> str:
@@ -62,26 +57,9 @@ def _loss(losses: Sequence[float]) -> str:
 
 def _origins(runs: Sequence[dict[str, Any]]) -> str:
     """Where hyperparameters come from, said once where it is the same for all."""
-    where: dict[str, list[str]] = {}
+    where: dict[str, dict[str, None]] = {}
     for run in runs:
-        names = where.setdefault(run["hyper_from"], [])
-        if run["optimizer"] not in names:
-            names.append(run["optimizer"])
+        where.setdefault(run["hyper_from"], {})[run["optimizer"]] = None
     if len(where) == 1:
         return next(iter(where))
     return "; ".join(f"{', '.join(names)}: {origin}" for origin, names in where.items())
-
-
-def comparison(runs: Sequence[dict[str, Any]]) -> Table:
-    """The same for the terminal."""
-    cells, caption = rows(runs)
-    title = f"{runs[0]['task']}: {runs[0]['title']}"
-    table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    spread = console.width >= 100 and any(row[COLUMNS.index(SPREAD)] for row in cells)
-    shown = [i for i, column in enumerate(COLUMNS) if column != SPREAD or spread]
-    for i in shown:
-        heading = runs[0]["metric_name"].partition(",")[0] if COLUMNS[i] == "metric" else COLUMNS[i]
-        table.add_column(heading, justify="left" if COLUMNS[i] == "optimizer" else "right", no_wrap=True)
-    for row in cells:
-        table.add_row(*(row[i] for i in shown))
-    return table

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import results
-from benchmarks.paper.report.tables import Table
+from benchmarks.paper.report.table import Table
 from benchmarks.paper.training.search_files import best
+
+HEADER = ["task", "optimizer", "trials", "diverged", "loss of the best", "its hyperparameters", "of"]
 
 
 def searches(folders: Sequence[Path]) -> Table:
     """A row for each task and optimizer."""
+    rows = [row for path in _files(folders) for row in found(path.stem, results.load(path))]
+    return Table("Searches", HEADER, rows)
+
+
+def found(name: str, content: dict[str, Any]) -> list[list[str]]:
+    """The rows of one search: its best trial for each optimizer."""
+    length = f"{content['steps']} steps" if content["steps"] else f"{content['epochs']} epochs"
     rows = []
-    for path in _files(folders):
-        content = results.load(path)
-        for optimizer, trials in content["trials"].items():
-            chosen = best(content, optimizer)
-            hyper = "none came through" if chosen is None else ", ".join(f"{k}={v}" for k, v in chosen["hyper"].items())
-            diverged = sum(trial["status"] == "diverged" for trial in trials)
-            loss = "–" if chosen is None else f"{float(chosen['loss']):.4g}"
-            length = f"{content['steps']} steps" if content["steps"] else f"{content['epochs']} epochs"
-            rows.append([path.stem, optimizer, str(len(trials)), str(diverged), loss, hyper, length])
-    header = ["task", "optimizer", "trials", "diverged", "loss of the best", "its hyperparameters", "of"]
-    return Table("Searches", header, rows)
+    for optimizer, trials in content["trials"].items():
+        chosen = best(content, optimizer)
+        hyper = "none came through" if chosen is None else ", ".join(f"{k}={v}" for k, v in chosen["hyper"].items())
+        loss = "–" if chosen is None else f"{float(chosen['loss']):.4g}"
+        diverged = sum(trial["status"] == "diverged" for trial in trials)
+        rows.append([name, optimizer, str(len(trials)), str(diverged), loss, hyper, length])
+    return rows
 
 
 def sweep(folders: Sequence[Path], task: str) -> Table | None:
@@ -32,7 +38,6 @@ def sweep(folders: Sequence[Path], task: str) -> Table | None:
         content = results.load(path)
         trials = content["trials"].get("kfac")
         if content["task"] == task and trials:
-            ordered = sorted(trials, key=lambda trial: float(trial["hyper"]["damping"]))
             rows = [
                 [
                     f"{t['hyper']['damping']:.2g}",
@@ -40,7 +45,7 @@ def sweep(folders: Sequence[Path], task: str) -> Table | None:
                     str(t["hyper"].get("kl_clip")),
                     "diverged" if t["status"] == "diverged" else f"{float(t['loss']):.3g}",
                 ]
-                for t in ordered
+                for t in sorted(trials, key=lambda trial: float(trial["hyper"]["damping"]))
             ]
             return Table(f"KFAC on {task}, every trial", ["damping", "lr", "kl_clip", "loss"], rows)
     return None

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.paper.report import published
 from benchmarks.paper.report.aggregate import Group, grouped
 from benchmarks.paper.report.collect import SIXTEEN_BITS, Found, described
+from benchmarks.paper.report.table import Table
 from benchmarks.paper.tasks import TASKS, named
 
 SMALLER = {"multi30k": "iwslt14", "multi30k-narrow": "iwslt14"}
 """Tasks that stand in Table 2 below the one of the paper that they are a smaller form of."""
-
-
-class Table(NamedTuple):
-    """A table for the terminal and for Markdown."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    note: str = ""
 
 
 def table_2(found: Found) -> Table:
@@ -43,25 +35,21 @@ def table_2(found: Found) -> Table:
 def table_3(found: Found) -> Table:
     """Test accuracy of 16-bit networks, and KFAC's damping."""
     optimizers = ("sgdm", "kfac", "apo")
-    header = [
-        "task",
-        "precision",
-        *(f"{published.LABELS[n]}: ours / paper" for n in optimizers),
-        "KFAC's damping",
-        "ours on",
-    ]
+    figures = [f"{published.LABELS[name]}: ours / paper" for name in optimizers]
+    header = ["task", "precision", *figures, "KFAC's damping", "ours on"]
     rows = []
     for task, theirs in published.TABLE_3.items():
-        present = False
-        for precision in SIXTEEN_BITS:
-            runs = [run for run in found.get(task, []) if run["precision"] == precision]
+        by_precision = {
+            precision: [run for run in found.get(task, []) if run["precision"] == precision]
+            for precision in SIXTEEN_BITS
+        }
+        for precision, runs in by_precision.items():
             if not runs:
                 continue
-            present = True
             damping = sorted({f"{run['hyper']['damping']:g}" for run in runs if run["optimizer"] == "kfac"})
             cells = [_pair(_ours(runs, (name,)), theirs[name]) for name in optimizers]
             rows.append([_title(task), precision, *cells, ", ".join(damping) or "–", described(runs)])
-        if not present:
+        if not any(by_precision.values()):
             rows.append([_title(task), "16 bits", *(_pair("–", theirs[n]) for n in optimizers), "–", "not run"])
     return Table("Table 3: test accuracy in % of 16-bit networks", header, rows)
 

@@ -14,7 +14,7 @@ from benchmarks.common.results import load
 from benchmarks.paper.report import published
 from benchmarks.paper.report.aggregate import grouped
 from benchmarks.paper.report.collect import collect
-from benchmarks.paper.report.comparison import COLUMNS, rows
+from benchmarks.paper.report.comparison import COLUMNS, comparison
 from benchmarks.paper.report.figures import figures
 from benchmarks.paper.report.tables import table_2, table_3, table_4
 from benchmarks.paper.tasks import TASKS, named
@@ -162,17 +162,17 @@ def result(task: str, optimizer: str, seed: int, losses: list[float], **changes:
 def test_losses_at_equal_steps_and_at_equal_times() -> None:
     slow = [result("digits", "kfac", seed, [2.0, 0.5, 0.1 + seed, 0.01], second=3.0) for seed in range(3)]
     quick = [result("digits", "sgdm", seed, [2.0, 1.0, 0.9, 0.8]) for seed in range(3)]
-    cells, caption = rows([*slow, *quick])
+    _, _, cells, caption = comparison([*slow, *quick])
     by_name = {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in cells}
     assert by_name["kfac"]["loss, steps"] == "0.01"
     assert by_name["kfac"]["loss, time"] == "0.5"  # after SGDm's 3 s: one row of KFAC's
     assert by_name["sgdm"]["loss, time"] == "0.8"
     assert "after 30 steps (3 epochs) and after 3 s" in caption
-    cells, _ = rows([*quick, result("digits", "shampoo", 0, [2.0, 0.1], second=3.5)])
+    cells = comparison([*quick, result("digits", "shampoo", 0, [2.0, 0.1], second=3.5)]).rows
     assert [row[COLUMNS.index("loss, time")] for row in cells] == ["0.8", "–"]  # what it began with is no result
     assert grouped(slow)[0].at_step(20) == pytest.approx([0.1, 1.1, 2.1])
     lost = result("digits", "adam", 0, [2.0, float("inf")], status="diverged")
-    cells, _ = rows([*quick, lost])
+    cells = comparison([*quick, lost]).rows
     assert [row[1] for row in cells] == ["3/3", "0/1"]
     assert cells[1][2] == "diverged"
 
