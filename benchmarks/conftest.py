@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.common.dtypes import DTYPES
 from benchmarks.common.timing import device_timer
 from benchmarks.kernels import machine_peaks
 from benchmarks.kernels.shapes import MODELS, QUICK_MODELS
-from benchmarks.kernels.throughput.command import DTYPES
 from benchmarks.kernels.throughput.contestants import Workload
 
 

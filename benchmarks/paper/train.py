@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.markup import escape
-from rich.table import Table
 
-from benchmarks.common.console import console, progress
+from benchmarks.common.console import console, progress, table, wrote
 from benchmarks.paper.report.comparison import comparison
 from benchmarks.paper.report.curves import draw
 from benchmarks.paper.tasks import TASKS, Task
@@ -67,7 +65,7 @@ def _train(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     outcomes = [each for each in done if each is not None]
     console.print(comparison(outcomes).shown())
     path = draw(outcomes, options.out / "runs" / task.name / f"{task.name}.png")
-    console.print(f"wrote {path} and {path.parent}/*.json, *.csv", soft_wrap=True)
+    wrote(path, path.parent / "*.json", path.parent / "*.csv")
     return outcomes
 
 
@@ -108,25 +106,17 @@ def _one(spec: RunSpec, data: Any, options: argparse.Namespace, bar: Any) -> dic
 
 
 def _list() -> None:
-    table = Table(title="tasks", title_justify="left", box=SIMPLE, pad_edge=False)
-    table.add_column("task", no_wrap=True)
-    for column in ("data", "model"):
-        table.add_column(column, overflow="fold")
-    for column in ("weights", "epochs"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("in the paper")
+    rows = []
     for task in TASKS.values():
         data = task.source.label + (", by --data" if task.source.files else "")
-        weights = _short(task.parameters())
-        table.add_row(task.name, data, task.model_name, weights, str(task.epochs), task.place or "–")
-    console.print(table)
-    known = Table(title="optimizers", title_justify="left", box=SIMPLE, pad_edge=False)
-    for column in ("optimizer", "defaults", "searched"):
-        known.add_column(column)
-    for name in METHODS:
-        defaults = ", ".join(f"{k}={v}" for k, v in METHODS[name].defaults.items())
-        known.add_row(name, defaults, ", ".join(METHODS[name].ranges))
-    console.print(known)
+        rows.append([task.name, data, task.model_name, _short(task.parameters()), str(task.epochs), task.place or "–"])
+    columns = ("task", "data", "model", "weights", "epochs", "in the paper")
+    console.print(table("tasks", columns, rows, text=("data", "model", "in the paper")))
+    rows = []
+    for name, method in METHODS.items():
+        rows.append([name, ", ".join(f"{k}={v}" for k, v in method.defaults.items()), ", ".join(method.ranges)])
+    shown = ("optimizer", "defaults", "searched")
+    console.print(table("optimizers", shown, rows, text=shown))
     others = ", ".join(name for name in names() if name not in METHODS)
     console.print(f"also {others} (AdaptiveLR over them), and with a manual schedule:")
     for name, text in SCHEDULES.items():

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.kernels.stability.measure import DTYPES, LIMIT, Row, short_name
+from benchmarks.common.dtypes import SHORT_NAMES
+from benchmarks.kernels.stability.measure import LIMIT, Row
 from benchmarks.kernels.stability.methods import METHODS
 
-DTYPE_NAMES = tuple(short_name(dtype) for dtype in DTYPES)
+DTYPE_NAMES = tuple(SHORT_NAMES.values())
 LABELS = {LIMIT: "limit of the dtype", **{method.key: method.label for method in METHODS}}
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.kernels.stability.measure import DTYPES, short_name
+from benchmarks.common.dtypes import SHORT_NAMES
+from benchmarks.kernels.stability.measure import DTYPES
 from benchmarks.kernels.stability.methods import METHODS, Method
 from benchmarks.kernels.stability.problem import Damped
 from benchmarks.kernels.stability.recording import record
@@ -26,10 +27,10 @@ def problem() -> Damped:
     return Damped(list(record(("mlp",), (10,)))[1], DAMPING)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT_NAMES.get)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.key)
 def test_method(benchmark: BenchmarkFixture, method: Method, dtype: torch.dtype) -> None:
     operands = method.prepare(problem()).to(dtype)
-    benchmark.group = f"stability: {short_name(dtype)}, 64×129"
+    benchmark.group = f"stability: {SHORT_NAMES[dtype]}, 64×129"
     trace = benchmark(method.apply, operands)
     assert trace.result.isfinite().all()

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.common.dtypes import SHORT_NAMES
 from benchmarks.kernels.stability.methods import Breakdown, Method, Operands, Trace
 from benchmarks.kernels.stability.problem import Damped
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = tuple(SHORT_NAMES)
 LIMIT = "limit"
-_SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _row(
         condition=problem.case.condition,
         damping=problem.damping,
         method=method,
-        dtype=short_name(G.dtype),
+        dtype=SHORT_NAMES[G.dtype],
         error=error,
         arithmetic=relative_error(result, wide),
         representation=relative_error(wide, problem.result),
@@ -139,10 +139,6 @@ def count_range(values: Tensor, exact: Tensor | None) -> Counts:
         zero=int(zero.sum()),
         subnormal=int(small.sum() - zero.sum()),
     )
-
-
-def short_name(dtype: torch.dtype) -> str:
-    return _SHORT[dtype]
 
 
 def _attempt(method: Method, operands: Operands) -> tuple[Trace | None, str | None]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.common.dtypes import DTYPES
 from benchmarks.kernels.shapes import MODELS
-from benchmarks.kernels.throughput.command import DTYPES
 from benchmarks.kernels.throughput.contestants import NAMES, OPERATIONS, Workload, contestants, estimate
 
 LIMIT = 2.0  # seconds a call

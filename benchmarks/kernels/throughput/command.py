@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from benchmarks.common import results
 from benchmarks.common.console import console, progress, wrote
+from benchmarks.common.dtypes import DTYPES
 from benchmarks.common.machine import device_name
 from benchmarks.common.threads import cpu_threads
 from benchmarks.common.timing import Sample, interleave
@@ -30,8 +31,6 @@ from benchmarks.kernels.throughput.contestants import (
     contestants,
     estimate,
 )
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Row = dict[str, Any]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.dtypes import DTYPES
 from benchmarks.common.threads import cpu_threads
 from benchmarks.paper.data import MissingData
 from benchmarks.paper.tasks import TASKS, Task, named
@@ -19,27 +20,16 @@ from benchmarks.paper.training.optimizers import method
 
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the files of data sets")
-    parser.add_argument("--epochs", type=_count, help="passes through the data (default: the task's)")
-    parser.add_argument("--steps", type=_count, help="steps to take instead of epochs")
-    parser.add_argument(
-        "--precision",
-        choices=("fp32", "bf16", "fp16"),
-        default="fp32",
-        help="of parameters, activations and gradients (default: %(default)s, or the task's own)",
-    )
-    parser.add_argument(
-        "--limit-seconds", type=float, metavar="S", help="stop each run after so many seconds of training"
-    )
-    parser.add_argument("--threads", type=_count, help="of torch (default: 1 for networks under 200,000 weights)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="settings",
-        help="a hyperparameter of the optimizers that have it; OPTIMIZER.KEY=VALUE for one alone",
-    )
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", help="folder with the files of data sets")
+    add("--epochs", type=_count, help="passes through the data (default: the task's)")
+    add("--steps", type=_count, help="steps to take instead of epochs")
+    precision = "of parameters, activations and gradients (default: %(default)s, or the task's own)"
+    add("--precision", choices=DTYPES, default="fp32", help=precision)
+    add("--limit-seconds", type=float, metavar="S", help="stop each run after so many seconds of training")
+    add("--threads", type=_count, help="of torch (default: 1 for networks under 200,000 weights)")
+    setting = "a hyperparameter of the optimizers that have it; OPTIMIZER.KEY=VALUE for one alone"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=setting)
 
 
 def _count(text: str) -> int:

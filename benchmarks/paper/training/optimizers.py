@@ -71,104 +71,70 @@ class Method:
         return found
 
 
-def _torch(kind: type[Optimizer]) -> Callable[[Setting, Hyper], Optimizer]:
-    return lambda setting, hyper: kind(setting.model.parameters(), **hyper)
+def _torch(label: str, kind: type[Optimizer], low: float, high: float, **defaults: float) -> Method:
+    """One of torch's, of which the rate is searched. One that divides by a second moment has an ``eps``."""
+    hyper = {**defaults, "weight_decay": defaults.get("weight_decay", 0.0)}
+    eps = 1e-4 if "eps" in defaults else None
+    make = lambda setting, hyper: kind(setting.model.parameters(), **hyper)  # noqa: E731
+    return Method(label, make, hyper, {"lr": Range(low, high)}, eps_of_fp16=eps)
 
 
-def _kfac(kind: type[KFAC] | type[EKFAC]) -> Callable[[Setting, Hyper], Optimizer]:
-    return lambda setting, hyper: kind(setting.model, likelihood=setting.task.loss.likelihood, **hyper)
-
-
-def _shampoo(setting: Setting, hyper: Hyper) -> Optimizer:
-    return Shampoo(setting.model.parameters(), **hyper)
-
-
-_OBJECTIVE = ("fsd_weight", "wsd_weight")
-
-
-def _split(hyper: Hyper) -> tuple[Hyper, Any]:
-    """Those of the optimizer, and those of the objective. A λ of None is left to the front end."""
-    return (
-        {key: value for key, value in hyper.items() if key not in _OBJECTIVE},
-        {key: hyper[key] for key in _OBJECTIVE},
+def _kronecker_factored(label: str, kind: type[KFAC] | type[EKFAC]) -> Method:
+    curvature = {"damping": 0.1, "decay": 0.95, "fisher": "sampled", "factor_interval": 1, "inverse_interval": 10}
+    return Method(
+        label,
+        lambda setting, hyper: kind(setting.model, likelihood=setting.task.loss.likelihood, **hyper),
+        {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.0, **curvature, "kl_clip": 1e-2},
+        # without a clip nearly all of the other two's ranges diverge
+        {"lr": Range(1e-3, 1.0), "damping": Range(1e-6, 1.0), "kl_clip": Range(1e-4, 1e-1)},
     )
 
 
-def _apo(setting: Setting, hyper: Hyper) -> Optimizer:
-    own, terms = _split(hyper)
-    objective = setting.task.objective(setting.model, setting.batches.other, **terms)
-    settings: dict[str, Any] = own
-    return apo.APO(setting.model, objective, **settings)
+def _shampoo() -> Method:
+    statistics = {"damping": 1e-4, "decay": 0.95, "interval": 10, "block_size": None}
+    return Method(
+        "Shampoo",
+        lambda setting, hyper: Shampoo(setting.model.parameters(), **hyper),
+        {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, **statistics},
+        {"lr": Range(3e-4, 0.3), "damping": Range(1e-8, 1e-2)},
+    )
 
 
-def _normalised(label: str, kind: type[Optimizer], **own: float) -> Method:
-    """A method that divides by the root of a running second moment."""
-    return Method(label, _torch(kind), {"lr": 1e-3, **own}, {"lr": Range(1e-5, 1e-1)}, eps_of_fp16=1e-4)
+def _apo() -> Method:
+    def make(setting: Setting, hyper: Hyper) -> Optimizer:
+        own, terms = _split(hyper)
+        return apo.APO(setting.model, setting.task.objective(setting.model, setting.batches.other, **terms), **own)
+
+    meta = {"block_size": 64, "interval": 1, "warmup": 300, "meta_lr": 0.05, "lr_meta_lr": 0.03}
+    return Method(
+        "APO-Precond",
+        make,
+        {"lr": 0.1, "momentum": 0.75, "weight_decay": 0.0, **meta, "fsd_weight": None, "wsd_weight": None},
+        {"fsd_weight": Range(0.1, 30.0), "wsd_weight": Range(choices=(0.0, 1e-3))},
+    )
 
 
-_RATES = Range(1e-4, 1.0)
-_SECOND_ORDER: dict[str, Range] = {
-    "lr": Range(1e-3, 1.0),
-    "damping": Range(1e-6, 1.0),
-    "kl_clip": Range(1e-4, 1e-1),  # without a clip nearly all of the other two's ranges diverge
-}
-_KFAC_DEFAULTS: Hyper = {
-    "lr": 0.03,
-    "momentum": 0.9,
-    "weight_decay": 0.0,
-    "damping": 0.1,
-    "decay": 0.95,
-    "fisher": "sampled",
-    "factor_interval": 1,
-    "inverse_interval": 10,
-    "kl_clip": 1e-2,
-}
+def _split(hyper: Hyper) -> tuple[Hyper, Hyper]:
+    """Those of the optimizer, and those of the objective. A λ of None is left to the front end."""
+    terms = {key: hyper[key] for key in ("fsd_weight", "wsd_weight")}
+    return {key: value for key, value in hyper.items() if key not in terms}, terms
+
 
 METHODS: dict[str, Method] = {
-    "sgd": Method("SGD", _torch(torch.optim.SGD), {"lr": 0.1, "weight_decay": 0.0}, {"lr": Range(1e-3, 10.0)}),
-    "sgdm": Method("SGDm", _torch(torch.optim.SGD), {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}, {"lr": _RATES}),
-    "rmsprop": _normalised("RMSprop", torch.optim.RMSprop, alpha=0.99, eps=1e-8, weight_decay=0.0),
-    "adam": _normalised("Adam", torch.optim.Adam, eps=1e-8, weight_decay=0.0),
-    "adamw": _normalised("AdamW", torch.optim.AdamW, eps=1e-8, weight_decay=0.01),
-    "kfac": Method("KFAC", _kfac(KFAC), _KFAC_DEFAULTS, _SECOND_ORDER),
-    "ekfac": Method("EKFAC", _kfac(EKFAC), _KFAC_DEFAULTS, _SECOND_ORDER),
-    "shampoo": Method(
-        "Shampoo",
-        _shampoo,
-        {
-            "lr": 0.01,
-            "momentum": 0.9,
-            "weight_decay": 0.0,
-            "damping": 1e-4,
-            "decay": 0.95,
-            "interval": 10,
-            "block_size": None,
-        },
-        {"lr": Range(3e-4, 0.3), "damping": Range(1e-8, 1e-2)},
-    ),
-    "apo": Method(
-        "APO-Precond",
-        _apo,
-        {
-            "lr": 0.1,
-            "momentum": 0.75,
-            "weight_decay": 0.0,
-            "block_size": 64,
-            "interval": 1,
-            "warmup": 300,
-            "meta_lr": 0.05,
-            "lr_meta_lr": 0.03,
-            "fsd_weight": None,
-            "wsd_weight": None,
-        },
-        {"fsd_weight": Range(0.1, 30.0), "wsd_weight": Range(choices=(0.0, 1e-3))},
-    ),
+    "sgd": _torch("SGD", torch.optim.SGD, 1e-3, 10.0, lr=0.1),
+    "sgdm": _torch("SGDm", torch.optim.SGD, 1e-4, 1.0, lr=0.1, momentum=0.9),
+    "rmsprop": _torch("RMSprop", torch.optim.RMSprop, 1e-5, 1e-1, lr=1e-3, alpha=0.99, eps=1e-8),
+    "adam": _torch("Adam", torch.optim.Adam, 1e-5, 1e-1, lr=1e-3, eps=1e-8),
+    "adamw": _torch("AdamW", torch.optim.AdamW, 1e-5, 1e-1, lr=1e-3, eps=1e-8, weight_decay=0.01),
+    "kfac": _kronecker_factored("KFAC", KFAC),
+    "ekfac": _kronecker_factored("EKFAC", EKFAC),
+    "shampoo": _shampoo(),
+    "apo": _apo(),
 }
 """The optimizers at a fixed rate, and APO. :func:`method` knows their other forms too."""
 
 _FIRST_ORDER = ("sgd", "sgdm", "rmsprop", "adam", "adamw")
 _WITHOUT_MOMENTUM = ("sgd", "rmsprop")
-_META: Hyper = {"interval": 10, "warmup": 50, "meta_lr": 0.1, "fsd_weight": None, "wsd_weight": 0.0}
 
 
 def names() -> list[str]:
@@ -199,17 +165,18 @@ def method(name: str) -> Method:
 def _adaptive(base: str) -> Method:
     """AdaptiveLR over a first-order method, with the loss on B′. Its initial rate hardly matters and isn't searched."""
     inner, momentum = METHODS[base], base not in _WITHOUT_MOMENTUM
+    meta: Hyper = {"interval": 10, "warmup": 50, "meta_lr": 0.1, "reach": 1.0 if momentum else 0.4}
 
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
         own, terms = _split(hyper)
-        meta: dict[str, Any] = {key: own.pop(key) for key in ("interval", "warmup", "meta_lr", "reach")}
+        chosen = {key: own.pop(key) for key in meta}
         objective = setting.task.objective_on_others(setting.model, setting.batches.other_labelled, **terms)
-        return apo.AdaptiveLR(inner.make(setting, own), objective, **meta)
+        return apo.AdaptiveLR(inner.make(setting, own), objective, **chosen)
 
     return Method(
         f"{inner.label}-APO",
         make,
-        {**inner.defaults, **_META, "reach": 1.0 if momentum else 0.4},
+        {**inner.defaults, **meta, "fsd_weight": None, "wsd_weight": 0.0},
         # At a short reach λ_WSD is what decays the rate: below 1e-3 it was measured to do too little.
         {"fsd_weight": Range(3e-3, 1.0), "wsd_weight": Range(1e-4 if momentum else 1e-3, 0.1)},
         eps_of_fp16=inner.eps_of_fp16,

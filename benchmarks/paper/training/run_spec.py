@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.dtypes import DTYPES
 from benchmarks.paper.tasks import Task, named
 from benchmarks.paper.training.optimizers import Method, method
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class RunSpec:
 
     @property
     def dtype(self) -> torch.dtype:
-        return PRECISIONS.get(self.precision, self.definition.dtype)
+        return DTYPES.get(self.precision, self.definition.dtype)
 
     @property
     def file_name(self) -> str:
