@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.common.damping import eigenbasis, wide
+from benchmarks.common.damping import eigenbasis
 from benchmarks.paper.baselines.base import all_finite
 from benchmarks.paper.baselines.capture import Capture
 from benchmarks.paper.baselines.kronecker import KroneckerFactored
@@ -25,35 +25,33 @@ class EKFAC(KroneckerFactored):
     """
 
     def _decompose(self, layer: FactoredLayer) -> None:
-        state = self.state[layer.view.weight]
+        state = self.state[layer.weight]
         eigen_A, eigen_B = (eigenbasis(state[name], retry=True) for name in ("F_A", "F_B"))
         self.failed_inverses += (eigen_A is None) + (eigen_B is None)
         if eigen_A is None or eigen_B is None:
             return
-        dtype = self._dtype(wide(state["F_A"]))
-        state["Q_A"], state["Q_B"] = eigen_A[1].to(dtype), eigen_B[1].to(dtype)
-        state["S"] = torch.outer(eigen_B[0], eigen_A[0]).clamp(max=torch.finfo(dtype).max).to(dtype)
+        state["Q_A"], state["Q_B"] = (eigen[1].to(state["F_A"].dtype) for eigen in (eigen_A, eigen_B))
+        state["S"] = torch.outer(eigen_B[0], eigen_A[0]).to(state["F_A"].dtype)
         state["S_batches"] = 1
 
     def _after_factors(self, capture: Capture) -> None:
         for layer in self.layers:
-            state = self.state[layer.view.weight]
+            state = self.state[layer.weight]
             if "S" not in state or not capture.finite:
                 continue
-            Q_A, Q_B = wide(state["Q_A"]), wide(state["Q_B"])
             calls = self._positions(layer, capture)
             if calls:
-                found = [second_moment_of_gradients(a, Ds, Q_A, Q_B) for a, Ds in calls]
+                found = [second_moment_of_gradients(a, Ds, state["Q_A"], state["Q_B"]) for a, Ds in calls]
                 new = torch.stack(found).sum(0)
                 if all_finite([new]):
                     state["S_batches"] += 1
                     self._average(state, "S", new, state["S_batches"])
 
     def _precondition(self, layer: FactoredLayer, G: Tensor) -> Tensor | None:
-        state = self.state[layer.view.weight]
+        state = self.state[layer.weight]
         if "S" not in state:
             return None
-        Q_A, Q_B, S = (wide(state[name]) for name in ("Q_A", "Q_B", "S"))
+        Q_A, Q_B, S = (state[name] for name in ("Q_A", "Q_B", "S"))
         damping = self.param_groups[layer.group]["damping"]
         P: Tensor = Q_B @ ((Q_B.T @ G @ Q_A) / (S + damping)) @ Q_A.T
         return P

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.common.damping import damped_inverse, tikhonov, wide
+from benchmarks.common.damping import damped_inverse, tikhonov
 from benchmarks.paper.baselines.kronecker import KroneckerFactored
 from benchmarks.paper.baselines.layers import FactoredLayer
 
@@ -23,33 +23,32 @@ class KFAC(KroneckerFactored):
     """
 
     def _decompose(self, layer: FactoredLayer) -> None:
-        state = self.state[layer.view.weight]
-        F_A, F_B = wide(state["F_A"]), wide(state["F_B"])
-        shifts = tikhonov(F_A, F_B, self.param_groups[layer.group]["damping"])
-        for name, factor, shift in zip("AB", (F_A, F_B), shifts, strict=True):
-            inverse, failed = inverse_by_attempts(factor, shift, self._dtype(factor))
+        state = self.state[layer.weight]
+        shifts = tikhonov(state["F_A"], state["F_B"], self.param_groups[layer.group]["damping"])
+        for name, shift in zip("AB", shifts, strict=True):
+            inverse, failed = inverse_by_attempts(state[f"F_{name}"], shift)
             self.failed_inverses += failed
             if inverse is not None:
                 state[f"inverse_{name}"] = inverse
 
     def _precondition(self, layer: FactoredLayer, G: Tensor) -> Tensor | None:
-        state = self.state[layer.view.weight]
+        state = self.state[layer.weight]
         if "inverse_A" not in state or "inverse_B" not in state:
             return None
-        return wide(state["inverse_B"]) @ G @ wide(state["inverse_A"])
+        P: Tensor = state["inverse_B"] @ G @ state["inverse_A"]
+        return P
 
 
-def inverse_by_attempts(F: Tensor, shift: float, dtype: torch.dtype) -> tuple[Tensor | None, int]:
-    """``((F + δ I)⁻¹ rounded to dtype, how often it failed)``.
+def inverse_by_attempts(F: Tensor, shift: float) -> tuple[Tensor | None, int]:
+    """``((F + δ I)⁻¹, how often it failed)``.
 
-    An attempt fails where the factorisation does, or where the inverse isn't finite in ``dtype``. δ is then multiplied
-    by ten. None where every attempt failed.
+    An attempt fails where the factorisation does, or where the inverse isn't finite. δ is then multiplied by ten. None
+    where every attempt failed.
     """
-    work = wide(F)
-    least = torch.finfo(work.dtype).eps * (work.diagonal().mean().item() or 1.0)
+    least = torch.finfo(F.dtype).eps * (F.diagonal().mean().item() or 1.0)
     for failed in range(ATTEMPTS):
-        inverse = damped_inverse(work, shift)
-        if inverse is not None and bool(inverse.to(dtype).isfinite().all()):
-            return inverse.to(dtype), failed
+        inverse = damped_inverse(F, shift)
+        if inverse is not None and bool(inverse.isfinite().all()):
+            return inverse, failed
         shift = max(10 * shift, least)
     return None, ATTEMPTS

@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apo.matrix_view import matrix_views
 from benchmarks.common import checks
 from benchmarks.common.damping import wide
 from benchmarks.paper.baselines.base import Baseline, Closure, all_finite
 from benchmarks.paper.baselines.capture import FISHERS, Capture, Fisher
-from benchmarks.paper.baselines.layers import FactoredLayer, sort_out
+from benchmarks.paper.baselines.layers import FactoredLayer, factored_layers
 from benchmarks.paper.baselines.likelihood import Likelihood, likelihood_named
-
-DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class KroneckerFactored(Baseline):
@@ -41,8 +38,6 @@ class KroneckerFactored(Baseline):
         warmup: and do both at each of the first so many.
         kl_clip: κ: the step is scaled down to ``lr² Σ ⟨P(G), G⟩ ≤ κ``, the sum over all layers with factors (Ba et
             al. 2017). None: no clipping.
-        factor_dtype: what the factors and what is made of them are kept in. They are formed, decomposed and applied
-            in float32 (float64 for float64 weights) and rounded once each. None: float32 (or float64).
 
     The loss must be the mean of ``−log p`` over its terms. Dimension 0 of what a layer is given counts the examples.
     Everything but Linear and Conv2d (norms, embeddings, attention's packed projections, lone parameters) gets its
@@ -50,7 +45,6 @@ class KroneckerFactored(Baseline):
 
     Attributes:
         layers: those with factors.
-        plain: why each of the others, by the name of its parameters, gets the plain gradient.
         failed_inverses: how many decompositions failed and were tried again or left out.
         nonfinite_factors: how many times a layer's batch was left out of the averages for not being finite.
         steps, skipped_steps: see :class:`Baseline`.
@@ -61,7 +55,7 @@ class KroneckerFactored(Baseline):
     """
 
     COUNTERS = (*Baseline.COUNTERS, "failed_inverses", "nonfinite_factors")
-    SETTINGS = ("factor_dtype", "fisher")
+    SETTINGS = ("fisher",)
     failed_inverses: int
     nonfinite_factors: int
 
@@ -81,7 +75,6 @@ class KroneckerFactored(Baseline):
         inverse_interval: int = 10,
         warmup: int = 10,
         kl_clip: float | None = None,
-        factor_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.likelihood = likelihood_named(likelihood)
@@ -92,10 +85,7 @@ class KroneckerFactored(Baseline):
         self.inverse_interval = checks.integer("inverse_interval", inverse_interval, least=1)
         self.warmup = checks.integer("warmup", warmup, least=0)
         self.kl_clip = None if kl_clip is None else checks.number("kl_clip", kl_clip, above=True)
-        checks.one_of("factor_dtype", factor_dtype, DTYPES)
-        self.factor_dtype = factor_dtype
         self.layers: list[FactoredLayer] = []
-        self.plain: dict[str, str] = {}
         self._init_counters()
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
@@ -108,15 +98,11 @@ class KroneckerFactored(Baseline):
         """Add parameters of the model's, with their own settings."""
         super().add_param_group(param_group)
         try:
-            views = matrix_views(self.model, self.param_groups[-1]["params"])
+            group = len(self.param_groups) - 1
+            self.layers += factored_layers(self.model, self.param_groups[group]["params"], group)
         except BaseException:
             self.param_groups.pop()
             raise
-        for view, found in sort_out(self.model, views, len(self.param_groups) - 1):
-            if isinstance(found, str):
-                self.plain[view.name] = found
-            else:
-                self.layers.append(found)
 
     def step(self, closure: Closure | None = None) -> Any:
         """One step; the loss that the closure returned.
@@ -142,7 +128,7 @@ class KroneckerFactored(Baseline):
                 self._update_factors(capture)
             if self._due(self.inverse_interval):
                 for layer in self.layers:
-                    if {"F_A", "F_B"} <= self.state[layer.view.weight].keys():
+                    if {"F_A", "F_B"} <= self.state[layer.weight].keys():
                         self._decompose(layer)
             if capture is not None:
                 self._after_factors(capture)
@@ -195,23 +181,14 @@ class KroneckerFactored(Baseline):
             if not all_finite([F_A, F_B]):
                 self.nonfinite_factors += 1
                 continue
-            state = self.state[layer.view.weight]
+            state = self.state[layer.weight]
             state["batches"] = state.get("batches", 0) + 1
             self._average(state, "F_A", F_A, state["batches"])
             self._average(state, "F_B", F_B, state["batches"])
 
     def _average(self, state: dict[str, Any], name: str, new: Tensor, batches: int) -> None:
         """Take ``new`` into a running average as its batch of this number."""
-        if name in state:
-            new = wide(state[name]).lerp(new, 1 - min(1 - 1 / batches, self.decay))
-        rounded = new.to(self._dtype(new))
-        if rounded.dtype == torch.float16 and not bool(rounded.isfinite().all()):
-            self.nonfinite_factors += 1  # out of range: what was there stays
-        else:
-            state[name] = rounded
-
-    def _dtype(self, work: Tensor) -> torch.dtype:
-        return self.factor_dtype or work.dtype
+        state[name] = state[name].lerp(new, 1 - min(1 - 1 / batches, self.decay)) if name in state else new
 
     def _directions(self) -> dict[Tensor, Tensor]:
         """``P(G)`` or the plain gradient of each parameter that has one."""
@@ -221,14 +198,13 @@ class KroneckerFactored(Baseline):
         factored: list[Tensor] = []
         sizes: list[Tensor] = []
         for layer in self.layers:
-            view = layer.view
-            if view.weight.grad is None:
+            if layer.weight.grad is None:
                 continue
-            G = wide(view.gather(p.grad for p in view.parameters))
+            G = layer.gradient()
             P = self._precondition(layer, G)
             if P is None:
                 continue
-            for p, part in zip(view.parameters, view.scatter(P), strict=True):
+            for p, part in zip(layer.parameters, layer.parts(P), strict=True):
                 if p.grad is not None:
                     directions[p] = part
                     factored.append(part)

@@ -13,33 +13,49 @@ in ``F_A``: the product, and what factored damping makes of it, is the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apo.matrix_view import MatrixView
+from benchmarks.common.damping import wide
 
-KINDS = (nn.Linear, nn.Conv2d)
 MAX_DIM = 8192
 CHUNK = 1 << 24  # numbers in the per-example gradients that are held at a time
 
 
 @dataclass(frozen=True, eq=False)
 class FactoredLayer:
-    """A weight with its bias, and the modules that use it.
+    """A weight with its bias, read as a matrix ``(m, n)`` of which the bias is the last column.
 
     Attributes:
-        view: how they are read as one matrix.
         modules: Linear or Conv2d; more than one where the weight is tied.
         group: index of the param group.
     """
 
-    view: MatrixView
+    name: str
+    weight: Tensor
+    bias: Tensor | None
     modules: tuple[nn.Module, ...]
     group: int
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def gradient(self) -> Tensor:
+        """``G (m, n)``, in at least float32; a bias without a gradient counts as zero."""
+        G, bias = wide(_grad(self.weight).flatten(1)), self.bias
+        return G if bias is None else torch.cat([G, wide(_grad(bias))[:, None]], 1)
+
+    def parts(self, matrix: Tensor) -> list[Tensor]:
+        """What of a matrix belongs to each of the parameters."""
+        if self.bias is None:
+            return [matrix.reshape(self.weight.shape)]
+        return [matrix[:, :-1].reshape(self.weight.shape), matrix[:, -1]]
 
     def positions(self, inputs: Tensor, Ds: Tensor) -> tuple[Tensor, Tensor]:
         """``ā (N, T, n)`` and ``Ds (N, T, m)`` of one call: N examples (dimension 0) with T positions each."""
@@ -51,7 +67,7 @@ class FactoredLayer:
         else:
             a = inputs.reshape(len(inputs) if inputs.ndim > 1 else 1, -1, inputs.shape[-1])
             Ds = Ds.reshape(len(a), -1, Ds.shape[-1])
-        if self.view.bias is not None:
+        if self.bias is not None:
             a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1)
         return a, Ds
 
@@ -69,39 +85,43 @@ def second_moment_of_gradients(a: Tensor, Ds: Tensor, Q_A: Tensor, Q_B: Tensor) 
     return total
 
 
-def sort_out(
-    model: nn.Module, views: Iterable[MatrixView], group: int
-) -> Iterator[tuple[MatrixView, FactoredLayer | str]]:
-    """Each view with its layer, or with the reason why it has none."""
-    users: dict[int, list[tuple[str, nn.Module]]] = {}
-    for _, module in model.named_modules():
-        for name, p in module._parameters.items():
+def factored_layers(model: nn.Module, params: Sequence[Tensor], group: int) -> list[FactoredLayer]:
+    """Those whose weights are among ``params``, each with its bias.
+
+    A layer is left out whose weight the model uses otherwise than by calling the layer, or whose bias isn't trained
+    with it; so are convolutions with groups, and sides longer than :data:`MAX_DIM`.
+
+    Raises:
+        ValueError: one of ``params`` isn't a parameter of the model.
+    """
+    users: dict[int, list[tuple[str, str, nn.Module]]] = {}
+    for prefix, module in model.named_modules():
+        for own, p in module._parameters.items():
             if p is not None:
-                users.setdefault(id(p), []).append((name, module))
+                users.setdefault(id(p), []).append((prefix, own, module))
+    wanted = {id(p): users[id(p)] for p in params if id(p) in users}
+    if len(wanted) < len(params):
+        raise ValueError("params must be parameters of the model")
     uncalled = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    for view in views:
-        using = users[id(view.weight)]
-        reason = _reason(view, using, uncalled)
-        yield view, reason or FactoredLayer(view, tuple(module for _, module in using), group)
+    layers = []
+    for p in params:
+        using = wanted[id(p)]
+        modules = tuple(module for _, _, module in using)
+        bias: Any = getattr(modules[0], "bias", None)
+        alike = len({(isinstance(m, nn.Conv2d), id(getattr(m, "bias", None))) for m in modules}) == 1
+        if (
+            all(own == "weight" and isinstance(m, (nn.Linear, nn.Conv2d)) for _, own, m in using)
+            and not any(id(m) in uncalled or getattr(m, "groups", 1) > 1 for m in modules)
+            and (bias is None or len(wanted.get(id(bias), ())) == len(using))
+            and alike
+            and max(len(p), p[0].numel() + 1) <= MAX_DIM
+        ):
+            layers.append(FactoredLayer(f"{using[0][0]}.weight".lstrip("."), p, bias, modules, group))
+    return layers
 
 
-def _reason(view: MatrixView, using: list[tuple[str, nn.Module]], uncalled: set[int]) -> str:
-    """Why a matrix gets the plain gradient; empty where it needn't."""
-    kinds = {type(module) if not isinstance(module, nn.Linear) else nn.Linear for _, module in using}
-    for name, module in using:
-        if not isinstance(module, KINDS) or name != "weight":
-            return f"{type(module).__name__}.{name} has no factors here"
-        if id(module) in uncalled:
-            return "the attention uses its weight without calling the layer"
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
-            return "a convolution with groups"
-        if (module.bias is None) != (view.bias is None):
-            return "its bias is frozen, tied otherwise or in another param group"
-    if len(kinds) > 1:
-        return "a weight tied between layers of different kinds"
-    if max(view.shape) > MAX_DIM:
-        return f"a side longer than {MAX_DIM}"
-    return ""
+def _grad(p: Tensor) -> Tensor:
+    return torch.zeros_like(p) if p.grad is None else p.grad
 
 
 def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:

@@ -220,7 +220,7 @@ def test_the_calls_of_a_tied_weight_are_positions() -> None:
     F_A, F_B = factors(opt, model.first)
     assert relative(F_A, a.T @ a / 12) < 1e-12
     assert relative(F_B, (inner.T @ inner + cotangent.T @ cotangent) / 6) < 1e-12
-    assert (len(opt.layers), opt.plain) == (1, {})
+    assert len(opt.layers) == 1
 
 
 def test_the_empirical_fisher_is_that_of_the_examples_own_gradients() -> None:
@@ -350,37 +350,17 @@ def test_damping_does_not_depend_on_which_factor_holds_the_scale() -> None:
 def test_a_factor_that_rounding_made_indefinite_is_damped_more_and_counted(least: float, failures: int) -> None:
     Q = torch.linalg.qr(torch.randn(6, 6).double())[0]
     factor = (Q * torch.tensor([least, 0.1, 0.2, 0.5, 1.0, 2.0]).double()) @ Q.T
-    inverse, failed = inverse_by_attempts(factor, 1e-5, torch.float64)
+    inverse, failed = inverse_by_attempts(factor, 1e-5)
     assert failed == failures
     damped = factor + 1e-5 * 10**failures * torch.eye(6).double()
     assert torch.linalg.eigvalsh(inverse).min() > 0
     assert relative(inverse, torch.linalg.inv(damped)) < 1e-9
 
 
-def test_an_inverse_that_float16_cannot_hold_is_damped_until_it_can() -> None:
-    inverse, failed = inverse_by_attempts(torch.diag(torch.tensor([1e-7, 1.0])), 1e-8, torch.float16)
-    assert inverse.dtype == torch.float16
-    assert inverse.isfinite().all()
-    assert failed > 0
-    zero, failed = inverse_by_attempts(torch.zeros(3, 3), 0.0, torch.float32)
+def test_a_factor_of_zeros_is_damped_by_rounding() -> None:
+    zero, failed = inverse_by_attempts(torch.zeros(3, 3), 0.0)
     assert zero.isfinite().all()
     assert failed == 1
-
-
-def test_bfloat16_factors_are_kept_so_and_their_failures_counted() -> None:
-    """Rounding pushes small eigenvalues below zero by more than a tiny damping lifts them."""
-    x, t = torch.randn(40, 30) @ torch.diag(torch.logspace(0, -3, 30)), torch.randint(3, (40,))
-    counts = []
-    for dtype in (None, torch.bfloat16):
-        model = nn.Linear(30, 3)
-        opt = KFAC(model, "categorical", lr=1e-3, damping=1e-9, factor_dtype=dtype)
-        for _ in range(5):
-            opt.step(closure_of(opt, lambda: F.cross_entropy(model(x), t)))  # noqa: B023
-        held = [v for k, v in opt.state[model.weight].items() if k[:2] in ("F_", "in")]
-        assert len(held) == 4
-        assert {v.dtype for v in held} == {dtype or torch.float32}
-        counts.append(opt.failed_inverses)
-    assert counts[1] > counts[0]
 
 
 @BOTH
@@ -410,10 +390,7 @@ def test_a_factor_out_of_range_is_left_out_and_counted() -> None:
     held = opt.state[model.weight]["F_A"].clone()
     opt.step(closure_of(opt, lambda: F.cross_entropy(model(x * 1e30), t)))
     assert torch.equal(opt.state[model.weight]["F_A"], held)
-    half = KFAC(model, "categorical", lr=0.0, factor_dtype=torch.float16)
-    half.step(closure_of(half, lambda: F.cross_entropy(model(x * 1e4), t)))
-    assert (opt.nonfinite_factors, half.nonfinite_factors) == (1, 1)
-    assert "F_A" not in half.state[model.weight]
+    assert opt.nonfinite_factors == 1
 
 
 # ---- the step
@@ -473,21 +450,18 @@ class Everything(nn.Module):
 
 
 @BOTH
-def test_every_parameter_is_listed_and_what_has_no_factors_steps_like_sgd(baseline: type[KFAC]) -> None:
+def test_what_has_no_factors_steps_like_sgd(baseline: type[KFAC]) -> None:
     model, x = Everything(), torch.randint(11, (4, 6))
     model.out.bias.requires_grad_(False)
     opt = baseline(model, "categorical", lr=0.1, momentum=0.9)
     loss = lambda: F.cross_entropy(model(x).flatten(0, 1), x.flatten())  # noqa: E731
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     opt.step(closure_of(opt, loss))
-    factored = {layer.view.name for layer in opt.layers}
-    assert factored == {"encoder.linear1.weight + bias", "encoder.linear2.weight + bias", "unused.weight + bias"}
-    parts = [(name.rpartition(".")[0], name.rpartition(".")[2].split(" + ")) for name in (*factored, *opt.plain)]
-    listed = {f"{layer}.{own}" if layer else own for layer, names in parts for own in names}
-    assert listed == before.keys() - {"out.bias"}
-    assert "bias is frozen" in opt.plain["out.weight"]
-    assert "without calling" in opt.plain["encoder.self_attn.out_proj.weight + bias"]
-    assert "Embedding" in opt.plain["embed.weight"]
+    assert {layer.name for layer in opt.layers} == {
+        "encoder.linear1.weight",
+        "encoder.linear2.weight",
+        "unused.weight",
+    }
     for name, p in model.named_parameters():
         if name.startswith(("encoder.linear", "unused", "out.bias")):
             continue
@@ -549,7 +523,6 @@ def test_the_closure_runs_once_undisturbed_and_no_hook_stays(fisher: str) -> Non
         ({"decay": 1.0}, "decay must be"),
         ({"inverse_interval": 0}, "inverse_interval must be"),
         ({"kl_clip": 0.0}, "kl_clip must be"),
-        ({"factor_dtype": torch.int8}, "factor_dtype must be"),
         ({"params": [torch.zeros(2, requires_grad=True)]}, "params must be parameters of the model"),
     ],
 )
