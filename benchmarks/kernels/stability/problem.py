@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.common.damping import tikhonov
+from benchmarks.common.fisher.damping import tikhonov
 
 
 class Eigen(NamedTuple):

@@ -21,13 +21,16 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.common import checks
+from benchmarks.common.fisher.capture import Capture
+from benchmarks.common.fisher.layers import FactoredLayer, factored_layers, sums_of_squares
+from benchmarks.common.fisher.likelihood import Categorical
 from benchmarks.common.steps import take_steps
 from benchmarks.kernels.stability.problem import Case
 
 AVERAGES = ("exponential", "plain")
 DECAY = 0.95
 BATCH = 64
-Layer = nn.Linear | nn.Conv2d
 
 
 def mlp() -> nn.Module:
@@ -56,40 +59,24 @@ class Recorder:
     """
 
     def __init__(self, model: nn.Module, average: str = "exponential") -> None:
-        if average not in AVERAGES:
-            raise ValueError(f"average must be one of {', '.join(AVERAGES)}, but got {average!r}")
+        checks.one_of("average", average, AVERAGES)
         self.model, self.average = model, average
-        self.layers: dict[str, Layer] = {
-            name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))
-        }
-        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.layers = factored_layers(model, list(model.parameters()), 0)
+        self.factors: dict[FactoredLayer, tuple[Tensor, Tensor]] = {}
         self.batches = 0
 
     def update(self, x: Tensor, generator: torch.Generator) -> None:
         """Take one batch ``x`` into the averages."""
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
-        hooks = [layer.register_forward_hook(_keep(name, seen)) for name, layer in self.layers.items()]
-        try:
-            logits = self.model(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        sampled = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
-        loss = F.cross_entropy(logits, sampled, reduction="sum")
-        gradients = torch.autograd.grad(loss, [seen[name][1] for name in self.layers])
+        with Capture(self.model, self.layers, Categorical(), "sampled", generator) as capture:
+            self.model(x)
         self.batches += 1
         keep = min(1 - 1 / self.batches, DECAY if self.average == "exponential" else 1.0)
-        for (name, layer), Ds in zip(self.layers.items(), gradients, strict=True):
-            new = _second_moments(layer, seen[name][0].detach(), Ds)
-            old = self.factors.get(name, new)
-            self.factors[name] = (old[0].lerp(new[0], 1 - keep), old[1].lerp(new[1], 1 - keep))
-
-    def gradients(self, x: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """``G (m, n)`` of every layer for the mean loss of one batch, the bias as the last column."""
-        loss = F.cross_entropy(self.model(x), targets)
-        pairs = {name: (layer.weight, _bias(layer)) for name, layer in self.layers.items()}
-        flat = iter(torch.autograd.grad(loss, [p for pair in pairs.values() for p in pair]))
-        return {name: torch.cat([next(flat).flatten(1), next(flat)[:, None]], 1) for name in pairs}
+        for layer in self.layers:
+            a, Ds = layer.positions(*capture.calls[layer][0])
+            sum_A, sum_B, count = sums_of_squares(a, Ds)
+            new = sum_A / len(a), sum_B / count
+            old = self.factors.get(layer, new)
+            self.factors[layer] = old[0].lerp(new[0], 1 - keep), old[1].lerp(new[1], 1 - keep)
 
 
 def record(
@@ -118,20 +105,18 @@ def _record_net(net: str, moments: Sequence[int], average: str, seed: int, lr: f
         model = _NETS[net]().double()
     generator = torch.Generator().manual_seed(seed)
     recorder = Recorder(model, average)
-    cases: list[Case] = []
 
     def loss_at(step: int) -> Callable[[], Tensor]:
         batch = torch.randint(len(x), (BATCH,), generator=generator)
         recorder.update(x[batch], generator)
-        if step in moments:
-            for number, (name, G) in enumerate(recorder.gradients(x[batch], y[batch]).items(), 1):
-                cases.append(Case(f"{net} layer {number}, step {step}", "recorded", G, *recorder.factors[name]))
         return lambda: F.cross_entropy(model(x[batch]), y[batch])
 
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    for _ in take_steps(optimizer, loss_at, range(1, max(moments) + 1)):
-        yield from cases
-        cases.clear()
+    for step, _ in enumerate(take_steps(optimizer, loss_at, range(1, max(moments) + 1)), 1):
+        if step in moments:
+            for number, layer in enumerate(recorder.layers, 1):
+                G = layer.gradient().clone()
+                yield Case(f"{net} layer {number}, step {step}", "recorded", G, *recorder.factors[layer])
 
 
 _NETS = {"mlp": mlp, "conv": conv_net}
@@ -141,29 +126,3 @@ def _digits() -> tuple[Tensor, Tensor]:
     """1,797 images ``(1, 8, 8)`` of values in [0, 1], and their classes."""
     digits = load_digits()
     return torch.from_numpy(digits.images)[:, None] / 16, torch.from_numpy(digits.target)
-
-
-def _keep(name: str, seen: dict[str, tuple[Tensor, Tensor]]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name] = (inputs[0], output)
-
-    return hook
-
-
-def _second_moments(layer: Layer, a: Tensor, Ds: Tensor) -> tuple[Tensor, Tensor]:
-    """``(F_A, F_B)`` of one batch; ``Ds`` per example, not averaged."""
-    examples, positions = len(a), 1
-    if isinstance(layer, nn.Conv2d):
-        if isinstance(layer.padding, str):
-            raise ValueError(f"padding of a convolution must be given in numbers, but got {layer.padding!r}")
-        a = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT.flatten(0, 1)
-        positions = Ds.shape[2:].numel()
-        Ds = Ds.flatten(2).mT.flatten(0, 1)
-    a = torch.cat([a, a.new_ones(len(a), 1)], 1)
-    return a.T @ a / examples, Ds.T @ Ds / (examples * positions)
-
-
-def _bias(layer: Layer) -> Tensor:
-    if layer.bias is None:
-        raise ValueError(f"layer must have a bias, but got {layer}")
-    return layer.bias

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import apo_kernels as ak
-from benchmarks.common.damping import damped_inverse, eigenbasis
+from benchmarks.common.fisher.damping import damped_inverse, eigenbasis
 from benchmarks.kernels.shapes import Shape
 
 OPERATIONS = ("apply", "refresh", "step")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.common.damping import eigenbasis
-from benchmarks.paper.baselines.base import all_finite
-from benchmarks.paper.baselines.capture import Capture
+from benchmarks.common.finite import all_finite
+from benchmarks.common.fisher.capture import Capture
+from benchmarks.common.fisher.damping import eigenbasis
+from benchmarks.common.fisher.layers import FactoredLayer, second_moment_of_gradients
 from benchmarks.paper.baselines.kronecker import KroneckerFactored
-from benchmarks.paper.baselines.layers import FactoredLayer, second_moment_of_gradients
 
 
 class EKFAC(KroneckerFactored):

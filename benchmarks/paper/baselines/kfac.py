@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.common.damping import damped_inverse, tikhonov
+from benchmarks.common.fisher.damping import damped_inverse, tikhonov
+from benchmarks.common.fisher.layers import FactoredLayer
 from benchmarks.paper.baselines.kronecker import KroneckerFactored
-from benchmarks.paper.baselines.layers import FactoredLayer
 
 ATTEMPTS = 24
 

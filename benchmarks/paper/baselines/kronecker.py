@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import checks
-from benchmarks.common.damping import wide
-from benchmarks.paper.baselines.base import Baseline, Closure, all_finite
-from benchmarks.paper.baselines.capture import FISHERS, Capture, Fisher
-from benchmarks.paper.baselines.layers import FactoredLayer, factored_layers
-from benchmarks.paper.baselines.likelihood import Likelihood, likelihood_named
+from benchmarks.common.finite import all_finite
+from benchmarks.common.fisher.capture import FISHERS, Capture, Fisher
+from benchmarks.common.fisher.damping import wide
+from benchmarks.common.fisher.layers import FactoredLayer, factored_layers, sums_of_squares
+from benchmarks.common.fisher.likelihood import Likelihood, likelihood_named
+from benchmarks.paper.baselines.base import Baseline, Closure
 
 
 class KroneckerFactored(Baseline):
@@ -169,15 +170,11 @@ class KroneckerFactored(Baseline):
             if not capture.finite:
                 self.nonfinite_factors += 1
                 continue
-            count, F_A, F_B = 0, None, None
-            for a, Ds in self._positions(layer, capture):
-                a, Ds = a.flatten(0, 1), Ds.flatten(0, 1)
-                count += len(a)
-                F_A = a.T @ a if F_A is None else F_A.addmm_(a.T, a)
-                F_B = Ds.T @ Ds if F_B is None else F_B.addmm_(Ds.T, Ds)
-            if F_A is None or F_B is None:
+            sums = [sums_of_squares(a, Ds) for a, Ds in self._positions(layer, capture)]
+            if not sums:
                 continue
-            F_A /= count
+            F_A, F_B, count = (sum(parts[1:], parts[0]) for parts in zip(*sums, strict=True))
+            F_A = F_A / count
             if not all_finite([F_A, F_B]):
                 self.nonfinite_factors += 1
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.common.damping import eigenbasis
+from benchmarks.common.fisher.damping import eigenbasis
 
 
 def inverse_root(H: Tensor, damping: float, exponent: float) -> Tensor | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common.damping import wide
+from benchmarks.common.fisher.damping import wide
 
 
 @dataclass(frozen=True)

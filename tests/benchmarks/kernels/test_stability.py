@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common import results
-from benchmarks.common.damping import tikhonov
+from benchmarks.common.fisher.damping import tikhonov
 from benchmarks.kernels.stability.aggregate import broken_share, median_error, saved_from, within_reach
 from benchmarks.kernels.stability.command import add_arguments, measure_all, run
 from benchmarks.kernels.stability.findings import findings
@@ -163,10 +163,11 @@ class TestRecording:
         sampled = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(7)).squeeze(-1)
         Ds = p - F.one_hot(sampled, 3)
         a = torch.cat([x, torch.ones(40, 1)], 1)
-        F_A, F_B = recorder.factors["0"]
+        F_A, F_B = recorder.factors[recorder.layers[0]]
         torch.testing.assert_close(F_A, sum(torch.outer(v, v) for v in a) / 40)
         torch.testing.assert_close(F_B, sum(torch.outer(v, v) for v in Ds) / 40)
-        G = recorder.gradients(x, targets)["0"]
+        F.cross_entropy(layer(x), targets).backward()
+        G = recorder.layers[0].gradient()
         torch.testing.assert_close(G, (p - F.one_hot(targets, 3)).T @ a / 40)
 
     def test_convolution_patch_by_patch(self) -> None:
@@ -191,9 +192,10 @@ class TestRecording:
                     F_A = F_A + torch.outer(a, a) / 6
                     F_B = F_B + torch.outer(g, g) / (6 * 4)
                     G = G + torch.outer(g, a) / 6
-        torch.testing.assert_close(recorder.factors["0"][0], F_A)
-        torch.testing.assert_close(recorder.factors["0"][1], F_B)
-        torch.testing.assert_close(recorder.gradients(x, sampled)["0"], G)  # a's order is the weight's
+        torch.testing.assert_close(recorder.factors[recorder.layers[0]][0], F_A)
+        torch.testing.assert_close(recorder.factors[recorder.layers[0]][1], F_B)
+        F.cross_entropy(model(x), sampled).backward()
+        torch.testing.assert_close(recorder.layers[0].gradient(), G)  # a's order is the weight's
 
     def test_targets_are_sampled_from_the_model(self) -> None:
         """With zero weights every class has p = ¼, and E[Ds Dsᵀ] = diag(p) − p pᵀ."""
@@ -204,7 +206,7 @@ class TestRecording:
         generator = torch.Generator().manual_seed(0)
         recorder.update(normal(20_000, 2), generator)
         expected = torch.eye(4).double() / 4 - 1 / 16
-        torch.testing.assert_close(recorder.factors["0"][1], expected, rtol=0, atol=5e-3)
+        torch.testing.assert_close(recorder.factors[recorder.layers[0]][1], expected, rtol=0, atol=5e-3)
 
     @pytest.mark.parametrize(("average", "weights"), [("plain", [1 / 40] * 40), ("exponential", None)])
     def test_averages(self, average: str, weights: list[float] | None) -> None:
@@ -218,7 +220,7 @@ class TestRecording:
             recorder.update(x, torch.Generator().manual_seed(0))
             expected += weight * a.T @ a / 4
         assert sum(weights) == pytest.approx(1)
-        torch.testing.assert_close(recorder.factors["0"][0], expected)
+        torch.testing.assert_close(recorder.factors[recorder.layers[0]][0], expected)
 
     def test_recorded_cases_are_what_they_claim(self) -> None:
         before = torch.random.get_rng_state()
@@ -243,7 +245,7 @@ class TestRecording:
         assert not torch.equal(cases[0].G, cases[3].G)  # it has trained
 
     def test_bad_arguments_are_named(self) -> None:
-        with pytest.raises(ValueError, match="average must be one of exponential, plain, but got 'median'"):
+        with pytest.raises(ValueError, match="average must be one of 'exponential', 'plain', but got 'median'"):
             Recorder(nn.Sequential(nn.Linear(1, 1)), "median")
         with pytest.raises(ValueError, match=r"moments must be steps of at least 1, but got \(0,\)"):
             next(record(moments=(0,)))

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.common.fisher import layers as layers_module
 from benchmarks.paper.baselines import EKFAC
-from benchmarks.paper.baselines import layers as layers_module
 from tests.benchmarks.paper.baseline_helpers import (
     Fixed,
     Listed,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common.damping import tikhonov
+from benchmarks.common.fisher.damping import tikhonov
 from benchmarks.paper.baselines import EKFAC, KFAC, Bernoulli, Categorical, Gaussian
 from benchmarks.paper.baselines.kfac import inverse_by_attempts
 from tests.benchmarks.paper.baseline_helpers import (

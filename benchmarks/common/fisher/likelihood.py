@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import checks
-from benchmarks.common.damping import wide
+from benchmarks.common.fisher.damping import wide
 
 
 class Likelihood(Protocol):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common.damping import wide
+from benchmarks.common.fisher.damping import wide
 
 MAX_DIM = 8192
 CHUNK = 1 << 24  # numbers in the per-example gradients that are held at a time
@@ -70,6 +70,12 @@ class FactoredLayer:
         if self.bias is not None:
             a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1)
         return a, Ds
+
+
+def sums_of_squares(a: Tensor, Ds: Tensor) -> tuple[Tensor, Tensor, int]:
+    """``Σ ā āᵀ``, ``Σ Ds Dsᵀ``, both over all positions of one call, and how many there are."""
+    a, Ds = a.flatten(0, 1), Ds.flatten(0, 1)
+    return a.T @ a, Ds.T @ Ds, len(a)
 
 
 def second_moment_of_gradients(a: Tensor, Ds: Tensor, Q_A: Tensor, Q_B: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from benchmarks.paper.baselines.base import all_finite
-from benchmarks.paper.baselines.layers import FactoredLayer
-from benchmarks.paper.baselines.likelihood import Likelihood
+from benchmarks.common.finite import all_finite
+from benchmarks.common.fisher.layers import FactoredLayer
+from benchmarks.common.fisher.likelihood import Likelihood
 
 Fisher = Literal["sampled", "empirical"]
 FISHERS = ("sampled", "empirical")
