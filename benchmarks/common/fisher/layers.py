@@ -29,18 +29,13 @@ CHUNK = 1 << 24  # numbers in the per-example gradients that are held at a time
 
 @dataclass(frozen=True, eq=False)
 class FactoredLayer:
-    """A weight with its bias, read as a matrix ``(m, n)`` of which the bias is the last column.
-
-    Attributes:
-        modules: Linear or Conv2d; more than one where the weight is tied.
-        group: index of the param group.
-    """
+    """A weight with its bias, read as a matrix ``(m, n)`` of which the bias is the last column."""
 
     name: str
     weight: Tensor
     bias: Tensor | None
-    modules: tuple[nn.Module, ...]
-    group: int
+    modules: tuple[nn.Module, ...]  # Linear or Conv2d; more than one where the weight is tied
+    group: int  # index of the param group
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -96,9 +91,6 @@ def factored_layers(model: nn.Module, params: Sequence[Tensor], group: int) -> l
 
     A layer is left out whose weight the model uses otherwise than by calling the layer, or whose bias isn't trained
     with it; so are convolutions with groups, and sides longer than :data:`MAX_DIM`.
-
-    Raises:
-        ValueError: one of ``params`` isn't a parameter of the model.
     """
     users: dict[int, list[tuple[str, str, nn.Module]]] = {}
     for prefix, module in model.named_modules():

@@ -43,60 +43,51 @@ def plot(rows: Sequence[Row], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     if recorded := select(rows, source="recorded"):
-        paths += [_breakdowns(recorded, out), _errors_by_damping(recorded, out)]
+        groups = {x: select(recorded, damping=x) for x in dampings(recorded)}
+        snapshots = f"{len({row.case for row in recorded})} snapshots of layers in training"
+        paths.append(_breakdowns(groups, snapshots, out / "stability-breakdowns.png"))
+        titles = "Error by damping, on recorded layers", f"Median over {snapshots}. {EXPLAINED}"
+        paths.append(_errors(groups, "damping", titles, out / "stability-damping.png"))
     if synthetic := select(rows, source="synthetic"):
-        paths.append(_errors_by_condition(synthetic, out))
+        least = dampings(synthetic)[0]
+        here = select(synthetic, damping=least)
+        groups = {x: select(here, condition=x) for x in sorted({row.condition for row in here})}
+        damped = f"damping {least:g}" if least else "no damping"
+        titles = f"Error by condition number, on synthetic factors with {damped}", EXPLAINED
+        paths.append(_errors(groups, "condition number of each factor", titles, out / "stability-condition.png"))
     return paths
 
 
-def _breakdowns(rows: Sequence[Row], out: Path) -> Path:
-    layers, xs = len({row.case for row in rows}), dampings(rows)
+def _breakdowns(groups: dict[float, list[Row]], snapshots: str, path: Path) -> Path:
     figure, grid = _figure(
         1,
         "Breakdowns by damping, on recorded layers",
-        f"{layers} snapshots of layers in training. Broken down: decomposition failed, entries not finite, "
-        "not a direction of descent, or error above 100%",
+        f"{snapshots}. Broken down: decomposition failed, entries not finite, not a direction of descent, or error "
+        "above 100%",
     )
     for axes, (dtype, title) in zip(grid[0], PANELS.items(), strict=True):
-        lines = {}
-        for key in LABELS:
-            groups = [select(rows, dtype=dtype, method=key, damping=x) for x in xs]
-            lines[key] = [broken_share(group) for group in groups]
-        axes.fill_between(xs, lines[LIMIT], color=GREY, lw=0, zorder=0)
+        lines = {
+            key: [broken_share(select(group, dtype=dtype, method=key)) for group in groups.values()] for key in LABELS
+        }
+        axes.fill_between([*groups], lines[LIMIT], color=GREY, lw=0, zorder=0)
         for key, style in STYLES.items():
-            axes.plot(xs, lines[key], **style)
+            axes.plot([*groups], lines[key], **style)
         axes.set(xscale="log", title=title, xlabel="damping", ylim=(-0.04, 1.04))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     grid[0][0].set_ylabel("broken down")
-    return _save(figure, out / "stability-breakdowns.png", crosses=False)
+    return _save(figure, path, crosses=False)
 
 
-def _errors_by_damping(rows: Sequence[Row], out: Path) -> Path:
-    layers, xs = len({row.case for row in rows}), dampings(rows)
-    groups = [[row for row in rows if row.damping == x] for x in xs]
-    titles = (
-        "Error by damping, on recorded layers",
-        f"Median over {layers} snapshots of layers in training. {EXPLAINED}",
-    )
-    return _errors(xs, groups, "damping", titles, out / "stability-damping.png")
-
-
-def _errors_by_condition(rows: Sequence[Row], out: Path) -> Path:
-    least = dampings(rows)[0]
-    here = select(rows, damping=least)
-    xs = sorted({row.condition for row in here})
-    groups = [[row for row in here if row.condition == x] for x in xs]
-    damped = f"damping {least:g}" if least else "no damping"
-    titles = f"Error by condition number, on synthetic factors with {damped}", EXPLAINED
-    return _errors(xs, groups, "condition number of each factor", titles, out / "stability-condition.png")
-
-
-def _errors(xs: list[float], groups: list[list[Row]], xlabel: str, titles: tuple[str, str], path: Path) -> Path:
+def _errors(groups: dict[float, list[Row]], xlabel: str, titles: tuple[str, str], path: Path) -> Path:
     """Total error above, error of the arithmetic below; a cross at the top where there is no result."""
     figure, grid = _figure(2, *titles)
+    xs = [*groups]
     for axes_row, kind in zip(grid, ("error", "arithmetic"), strict=True):
         for axes, dtype in zip(axes_row, PANELS, strict=True):
-            lines = {key: [median_error(select(g, dtype=dtype, method=key), kind) for g in groups] for key in LABELS}
+            lines = {
+                key: [median_error(select(group, dtype=dtype, method=key), kind) for group in groups.values()]
+                for key in LABELS
+            }
             if kind == "error":
                 floor = [min(y, 10 * HIGHEST) for y in lines[LIMIT]]
                 axes.fill_between(xs, floor, LOWEST, color=GREY, lw=0, zorder=0)

@@ -81,10 +81,8 @@ class Damped:
 
     def exact(self, G: Tensor) -> Tensor:
         """``P(G)`` by LU solves: an algorithm that none of the methods uses, so it takes nobody's side."""
-        shifted_A = self.case.F_A + self.delta_A * _eye(self.case.F_A)
-        shifted_B = self.case.F_B + self.delta_B * _eye(self.case.F_B)
-        half: Tensor = torch.linalg.solve(shifted_B, G)
-        whole: Tensor = torch.linalg.solve(shifted_A, half, left=False)
+        half: Tensor = torch.linalg.solve(_shifted(self.case.F_B, self.delta_B), G)
+        whole: Tensor = torch.linalg.solve(_shifted(self.case.F_A, self.delta_A), half, left=False)
         return whole
 
     @cached_property
@@ -109,5 +107,5 @@ def _condition(values: Tensor) -> float:
     return high / low if low > noise else math.inf
 
 
-def _eye(F: Tensor) -> Tensor:
-    return torch.eye(len(F), dtype=F.dtype, device=F.device)
+def _shifted(F: Tensor, delta: float) -> Tensor:
+    return F + delta * torch.eye(len(F), dtype=F.dtype, device=F.device)

@@ -82,11 +82,7 @@ class Baseline(Optimizer):
         return {**super().state_dict(), "baseline": {**self._form(), "counters": counters}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a :meth:`state_dict` of the same baseline on the same parameters.
-
-        Raises:
-            ValueError: it isn't one. Nothing has been loaded then.
-        """
+        """Take up the state of the same baseline; ValueError, and nothing is loaded, where it is another's."""
         own, extra = self._form(), state_dict.get("baseline", {})
         theirs = {key: extra.get(key) for key in own}
         if theirs != own:

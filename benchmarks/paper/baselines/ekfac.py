@@ -21,7 +21,7 @@ class EKFAC(KroneckerFactored):
     fails the old basis stays, and ``failed_inverses`` counts it. γ is added to the whole block, not to the factors: the
     same γ damps less than KFAC's, and the best one is larger.
 
-    Arguments, attributes and errors: :class:`~benchmarks.paper.baselines.kronecker.KroneckerFactored`.
+    Arguments and attributes: :class:`~benchmarks.paper.baselines.kronecker.KroneckerFactored`.
     """
 
     def _decompose(self, layer: FactoredLayer) -> None:

@@ -19,7 +19,7 @@ class KFAC(KroneckerFactored):
     Where one fails, that factor's δ is multiplied by ten until it succeeds, for this refresh, and ``failed_inverses``
     counts each time. Where none succeeds the old inverse stays.
 
-    Arguments, attributes and errors: :class:`~benchmarks.paper.baselines.kronecker.KroneckerFactored`.
+    Arguments and attributes: :class:`~benchmarks.paper.baselines.kronecker.KroneckerFactored`.
     """
 
     def _decompose(self, layer: FactoredLayer) -> None:

@@ -49,10 +49,6 @@ class KroneckerFactored(Baseline):
         failed_inverses: how many decompositions failed and were tried again or left out.
         nonfinite_factors: how many times a layer's batch was left out of the averages for not being finite.
         steps, skipped_steps: see :class:`Baseline`.
-
-    Raises:
-        TypeError, ValueError: an argument isn't as above; at a step: no closure, or a closure that didn't call the
-            model.
     """
 
     COUNTERS = (*Baseline.COUNTERS, "failed_inverses", "nonfinite_factors")

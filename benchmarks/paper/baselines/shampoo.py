@@ -44,9 +44,6 @@ class Shampoo(Baseline):
     Attributes:
         failed_roots: how many roots failed; the old one stays, the identity where there is none.
         steps, skipped_steps: see :class:`Baseline`.
-
-    Raises:
-        TypeError, ValueError: an argument isn't as above.
     """
 
     COUNTERS = (*Baseline.COUNTERS, "failed_roots")

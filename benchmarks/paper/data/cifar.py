@@ -39,8 +39,7 @@ class Version(NamedTuple):
 def read_binary(path: Path, label_bytes: int = 1) -> tuple[Tensor, Tensor]:
     """``(images (N, 3, 32, 32) uint8, labels (N))`` of a binary file; of two labels the second, the fine one.
 
-    Raises:
-        ValueError: its length is no whole number of records.
+    ValueError where its length is no whole number of records.
     """
     content = np.fromfile(path, np.uint8)
     record = label_bytes + PIXELS
@@ -51,11 +50,7 @@ def read_binary(path: Path, label_bytes: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def read_pickled(path: Path, labels: bytes = b"labels") -> tuple[Tensor, Tensor]:
-    """The same of a file of the python version.
-
-    Raises:
-        ValueError: it isn't a dictionary of arrays. Nothing else is unpickled: a pickle could run any program.
-    """
+    """The same of a file of the python version; ValueError where it isn't a dictionary of arrays."""
     try:
         content = _Arrays(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         images, classes = content[b"data"], content[labels]
@@ -65,7 +60,7 @@ def read_pickled(path: Path, labels: bytes = b"labels") -> tuple[Tensor, Tensor]
 
 
 class _Arrays(pickle.Unpickler):
-    """Arrays, and what plain dictionaries hold."""
+    """Arrays, and what plain dictionaries hold. Nothing else: a pickle could run any program."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module.split(".")[0], name) in {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}:

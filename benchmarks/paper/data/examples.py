@@ -11,17 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Examples:
-    """N examples.
+    """N examples."""
 
-    Attributes:
-        inputs: what the model is called with, one tensor ``(N, ...)`` an argument.
-        targets: ``(N, ...)``.
-        pad: of sequences: the number that fills them up. A batch is cut to its longest sequence.
-    """
-
-    inputs: tuple[Tensor, ...]
-    targets: Tensor
-    pad: int | None = None
+    inputs: tuple[Tensor, ...]  # what the model is called with, one tensor ``(N, ...)`` an argument
+    targets: Tensor  # ``(N, ...)``
+    pad: int | None = None  # of sequences: the number that fills them up. A batch is cut to its longest sequence.
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -52,16 +46,14 @@ class Dataset:
     """Examples to train and to test on.
 
     Attributes:
-        name: as people call it, what it stands in for included.
         published: how many training and test examples it has where it is whole, where that is known.
-        extra: what a task needs beside tensors, such as the sentences that translations are scored against.
     """
 
-    name: str
+    name: str  # as people call it, what it stands in for included
     train: Examples
     test: Examples
     published: tuple[int, int] | None = None
-    extra: Any = None
+    extra: Any = None  # what a task needs beside tensors, such as the sentences that translations are scored against
 
     @property
     def label(self) -> str:

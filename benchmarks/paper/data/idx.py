@@ -20,11 +20,7 @@ UNSIGNED_BYTES = 8
 
 
 def read_idx(path: Path) -> Tensor:
-    """The tensor of unsigned bytes in an idx file, gzipped or not.
-
-    Raises:
-        ValueError: it isn't such a file, or is cut off.
-    """
+    """The tensor of unsigned bytes in an idx file, gzipped or not; ValueError where it isn't one."""
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != UNSIGNED_BYTES:
         raise ValueError(f"{path} must be an idx file of unsigned bytes, but starts with {content[:4]!r}")

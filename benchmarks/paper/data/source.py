@@ -20,18 +20,14 @@ class Source:
     """A data set.
 
     Args:
-        name: as people call it.
         read: the reader. It gets the folder of ``--data``, which data that need no file ignore.
-        files: what the folder must hold, for the error without ``--data``.
-        published: where these files are.
-        stand_in: for what this stands in, where it is bundled data in place of the paper's.
     """
 
-    name: str
+    name: str  # as people call it
     read: Callable[[Path], Dataset]
-    files: Sequence[str] = ()
-    published: str = ""
-    stand_in: str = ""
+    files: Sequence[str] = ()  # what the folder must hold, for the error without ``--data``
+    published: str = ""  # where these files are
+    stand_in: str = ""  # for what this stands in, where it is bundled data in place of the paper's
 
     @property
     def label(self) -> str:
@@ -39,11 +35,7 @@ class Source:
         return f"{self.name}, a stand-in for {self.stand_in}" if self.stand_in else self.name
 
     def load(self, folder: Path | None) -> Dataset:
-        """Read it.
-
-        Raises:
-            MissingData: there is no folder, or a file is missing in it.
-        """
+        """Read it; :class:`MissingData` where there is no folder, or a file is missing in it."""
         if self.files and folder is None:
             raise MissingData(
                 f"{self.name} is read from files: give the folder that holds {', '.join(self.files)} by --data DIR. "
@@ -55,11 +47,7 @@ class Source:
 
 
 def find(folder: Path, places: Sequence[str], name: str, published: str) -> Path:
-    """``name`` or ``name.gz`` in the first of ``places`` below ``folder`` that has it.
-
-    Raises:
-        MissingData: none has.
-    """
+    """``name`` or ``name.gz`` in the first of ``places`` below ``folder``; :class:`MissingData` where none has it."""
     for place in places:
         for candidate in (folder / place / name, folder / place / f"{name}.gz"):
             if candidate.is_file():

@@ -17,11 +17,7 @@ FILES = ("train_32x32.mat", "test_32x32.mat")
 
 
 def read_mat(path: Path) -> tuple[Tensor, Tensor]:
-    """``(images (N, 3, 32, 32) uint8, labels (N) from 0 to 9)``.
-
-    Raises:
-        ValueError: it holds no ``X`` and ``y`` of such shapes.
-    """
+    """``(images (N, 3, 32, 32) uint8, labels (N) from 0 to 9)``; ValueError where it holds no such arrays."""
     from scipy.io import loadmat  # comes with scikit-learn
 
     content = loadmat(str(path))

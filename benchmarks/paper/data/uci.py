@@ -22,9 +22,6 @@ def read_table(path: Path, target: str, left_out: Sequence[str] = ()) -> tuple[T
         path: the file, whose first line names the columns.
         target: the column to predict.
         left_out: columns that are neither.
-
-    Raises:
-        ValueError: a column is missing, or a row isn't of as many numbers; the line is named.
     """
     with open_text(path) as file:
         lines = csv.reader(file)

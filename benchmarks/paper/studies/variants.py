@@ -23,25 +23,18 @@ class Variant:
     """APO with one thing done otherwise.
 
     Attributes:
-        what: in words, for the table.
-        settings: of :class:`apo.APO`, over its defaults.
         fsd_weight, wsd_weight: λ_FSD and λ_WSD; None: APO's.
-        decay: every meta-rate is multiplied by this after each step.
-        other: which batch B′ is: ``"fresh"``, ``"same"`` as B, or ``"large"``, four fresh ones.
-        learned: which of ``"ABS"`` are learned; the others stay the identity.
-        moments: start A and B from the second moments of ten gradients.
-        by_length: relative steps by their length alone.
     """
 
-    what: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    what: str  # in words, for the table
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of :class:`apo.APO`, over its defaults
     fsd_weight: float | None = None
     wsd_weight: float | None = None
-    decay: float = 1.0
-    other: str = "fresh"
-    learned: str = "ABS"
-    moments: bool = False
-    by_length: bool = False
+    decay: float = 1.0  # every meta-rate is multiplied by this after each step
+    other: str = "fresh"  # which batch B′ is: ``"fresh"``, ``"same"`` as B, or ``"large"``, four fresh ones
+    learned: str = "ABS"  # which of ``"ABS"`` are learned; the others stay the identity
+    moments: bool = False  # start A and B from the second moments of ten gradients
+    by_length: bool = False  # relative steps by their length alone
 
     def make(self, setting: Setting) -> Optimizer:
         task, model, batches = setting.task, setting.model, setting.batches
@@ -105,14 +98,12 @@ class Baseline:
     """An optimizer to compare with.
 
     Attributes:
-        method: its name among :data:`METHODS`.
         grid: the settings that are tried. What they don't set has the optimizer's own default.
-        fixed: what all of them share.
     """
 
-    method: str
+    method: str  # its name among :data:`METHODS`
     grid: tuple[dict[str, float], ...]
-    fixed: Mapping[str, float] = field(default_factory=dict)
+    fixed: Mapping[str, float] = field(default_factory=dict)  # what all of them share
 
     def make(self, setting: Setting, hyper: Mapping[str, float]) -> Optimizer:
         return METHODS[self.method].make(setting, {**self.fixed, **hyper})

@@ -23,11 +23,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (*_SMALL, *_PAPERS)}
 
 
 def named(name: str) -> Task:
-    """The task of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The task of that name; ValueError where there is none."""
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, but got {name!r}")
     return TASKS[name]

@@ -27,9 +27,6 @@ class Batches:
 
     Attributes:
         latest: the inputs of the last B that was asked for.
-
-    Raises:
-        ValueError: there are fewer examples than ``size``.
     """
 
     def __init__(self, examples: Examples, size: int, seed: int, augment: Augment | None = None) -> None:

@@ -20,22 +20,16 @@ class Loss:
     """A loss.
 
     Attributes:
-        name: as outputs call it.
         function: ``(outputs, targets) -> scalar``, the mean over examples, in at least float32.
-        discrepancy: of ``apo.ProximalObjective``.
-        likelihood: of ``benchmarks.paper.baselines.KFAC``.
-        metric: the name of ``measure``, with its unit.
-        measure: ``(outputs, targets) -> scalar``, the mean over examples.
-        higher_is_better: of the metric.
     """
 
-    name: str
+    name: str  # as outputs call it
     function: Callable[[Tensor, Tensor], Tensor]
-    discrepancy: str
-    likelihood: str
-    metric: str
-    measure: Callable[[Tensor, Tensor], Tensor]
-    higher_is_better: bool
+    discrepancy: str  # of ``apo.ProximalObjective``
+    likelihood: str  # of ``benchmarks.paper.baselines.KFAC``
+    metric: str  # the name of ``measure``, with its unit
+    measure: Callable[[Tensor, Tensor], Tensor]  # ``(outputs, targets) -> scalar``, the mean over examples
+    higher_is_better: bool  # of the metric
 
 
 def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

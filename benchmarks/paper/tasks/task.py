@@ -30,44 +30,29 @@ class Task:
     """One of the paper's tasks, or a small one that needs no files.
 
     Attributes:
-        name: on the command line and in files.
-        title: what it is, in a line.
-        place: where the paper shows it; empty for the small ones.
-        model_name: as the paper calls the network.
-        build: makes the network, from torch's random state.
-        source: the data.
-        loss: with its discrepancy, likelihood and metric.
-        batch_size: of B and of B′.
-        epochs: how long the paper trains, or as long as a small task needs.
-        quick_epochs: with ``--quick``.
-        schedule: the manual decay that the paper compares with.
-        dtype: of weights and activations in full precision.
-        precisions: what ``--precision`` may be.
         forward: ``(model, inputs) -> outputs``, which loss and discrepancy take.
-        targets: what of the targets the loss takes.
         augment: ``(inputs, generator) -> inputs`` of training batches.
-        evaluated: on how many training examples the loss is taken at most after an epoch.
         judged_by: what a search picks by: ``"loss"``, the training loss, or ``"metric"``, on held-out examples.
         score: a slower judgement at the end of a run: ``(model, data) -> {name: value}``.
     """
 
-    name: str
-    title: str
-    model_name: str
-    build: Callable[[], nn.Module]
-    source: Source
-    loss: Loss
-    batch_size: int
-    epochs: int
-    quick_epochs: int = 1
-    place: str = ""
-    schedule: StepSchedule = StepSchedule()
-    dtype: torch.dtype = torch.float32
-    precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")
+    name: str  # on the command line and in files
+    title: str  # what it is, in a line
+    model_name: str  # as the paper calls the network
+    build: Callable[[], nn.Module]  # makes the network, from torch's random state
+    source: Source  # the data
+    loss: Loss  # with its discrepancy, likelihood and metric
+    batch_size: int  # of B and of B′
+    epochs: int  # how long the paper trains, or as long as a small task needs
+    quick_epochs: int = 1  # with ``--quick``
+    place: str = ""  # where the paper shows it; empty for the small ones
+    schedule: StepSchedule = StepSchedule()  # the manual decay that the paper compares with
+    dtype: torch.dtype = torch.float32  # of weights and activations in full precision
+    precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")  # what ``--precision`` may be
     forward: Callable[[nn.Module, Inputs], Tensor] = lambda model, inputs: model(*inputs)
-    targets: Callable[[Tensor], Tensor] = lambda targets: targets
+    targets: Callable[[Tensor], Tensor] = lambda targets: targets  # what of the targets the loss takes
     augment: Callable[[Inputs, torch.Generator], Inputs] | None = None
-    evaluated: int = 10_000
+    evaluated: int = 10_000  # on how many training examples the loss is taken at most after an epoch
     judged_by: str = "loss"
     score: Callable[[nn.Module, Dataset], dict[str, float]] | None = None
 

@@ -40,11 +40,7 @@ def _count(text: str) -> int:
 
 
 def given(settings: list[str], optimizers: list[str]) -> dict[str, dict[str, Any]]:
-    """What ``--set`` says, by optimizer.
-
-    Raises:
-        ValueError: an entry is no KEY=VALUE, or no optimizer has that key.
-    """
+    """What ``--set`` says, by optimizer; ValueError where it is no KEY=VALUE, or no optimizer has the key."""
     found: dict[str, dict[str, Any]] = {name: {} for name in optimizers}
     for entry in settings:
         key, equals, text = entry.partition("=")

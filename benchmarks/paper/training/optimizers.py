@@ -41,27 +41,19 @@ class Method:
     """An optimizer that can be named.
 
     Attributes:
-        label: as the paper calls it.
-        make: ``(setting, hyperparameters) -> optimizer``.
         defaults: every hyperparameter with the value it has where neither a search nor ``--set`` says another.
-        ranges: those that a search draws. The others stay at their defaults.
-        schedule: the manual schedule, or empty.
     """
 
-    label: str
-    make: Callable[[Setting, Hyper], Optimizer]
+    label: str  # as the paper calls it
+    make: Callable[[Setting, Hyper], Optimizer]  # ``(setting, hyperparameters) -> optimizer``
     defaults: Mapping[str, Any]
-    ranges: Mapping[str, Range]
-    schedule: str = ""
+    ranges: Mapping[str, Range]  # those that a search draws. The others stay at their defaults.
+    schedule: str = ""  # the manual schedule, or empty
     eps_of_fp16: float | None = None
     """The ε that float16 needs: 1e-8 is 0 there."""
 
     def hyper(self, given: Mapping[str, Any], precision: str) -> Hyper:
-        """All hyperparameters: the given ones over the defaults.
-
-        Raises:
-            ValueError: a given one isn't among them.
-        """
+        """All hyperparameters: the given ones over the defaults; ValueError where one isn't among them."""
         unknown = given.keys() - self.defaults.keys()
         if unknown:
             raise ValueError(f"{self.label} has no {', '.join(sorted(unknown))}; it has {', '.join(self.defaults)}")
@@ -143,11 +135,7 @@ def names() -> list[str]:
 
 
 def method(name: str) -> Method:
-    """The method of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The method of that name; ValueError where there is none."""
     base, plus, schedule = name.partition("+")
     kind, colon, inner = base.partition(":")
     if kind == "apo-lr" and not plus and (inner in _FIRST_ORDER or not colon):

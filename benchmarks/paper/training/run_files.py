@@ -49,11 +49,7 @@ def save_checkpoint(spec: RunSpec, out: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(spec: RunSpec, out: Path) -> dict[str, Any] | None:
-    """The checkpoint of this run; None where there is none.
-
-    Raises:
-        ValueError: there is one of another run of that name; what differs is named.
-    """
+    """The checkpoint of this run, None where there is none; ValueError where it is another run's."""
     path = folder(spec, out) / f"{spec.file_name}.pt"
     if not path.is_file():
         return None

@@ -14,34 +14,18 @@ from benchmarks.paper.training.optimizers import Method, method
 
 @dataclass(frozen=True)
 class RunSpec:
-    """The same specification gives the same numbers.
+    """The same specification gives the same numbers."""
 
-    Args:
-        task: its name.
-        optimizer: its name (:mod:`benchmarks.paper.training.optimizers`).
-        hyper: hyperparameters other than the defaults.
-        hyper_from: where they come from, for the reader.
-        seed: of weights and batches.
-        epochs: passes through the training examples.
-        steps: steps to take instead; None: ``epochs`` of them.
-        precision: of parameters, activations and gradients alike: one of the task's ``precisions``.
-        device: a torch device.
-        held_out: train on 90% of the training examples and test on the rest, as a search does.
-
-    Raises:
-        ValueError: a name isn't known, or the precision isn't one that the task can be trained in.
-    """
-
-    task: str
-    optimizer: str
-    hyper: dict[str, Any]
-    hyper_from: str = "given"
-    seed: int = 0
-    epochs: int = 1
-    steps: int | None = None
-    precision: str = "fp32"
-    device: str = "cpu"
-    held_out: bool = False
+    task: str  # its name
+    optimizer: str  # its name (:mod:`benchmarks.paper.training.optimizers`)
+    hyper: dict[str, Any]  # hyperparameters other than the defaults
+    hyper_from: str = "given"  # where they come from, for the reader
+    seed: int = 0  # of weights and batches
+    epochs: int = 1  # passes through the training examples
+    steps: int | None = None  # steps to take instead; None: ``epochs`` of them
+    precision: str = "fp32"  # of parameters, activations and gradients alike: one of the task's ``precisions``
+    device: str = "cpu"  # a torch device
+    held_out: bool = False  # train on 90% of the training examples and test on the rest, as a search does
 
     def __post_init__(self) -> None:
         task = named(self.task)

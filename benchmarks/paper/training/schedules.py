@@ -18,11 +18,7 @@ SCHEDULES = {
 
 
 def factor(name: str, total: int, step_schedule: StepSchedule, *, decay: float, warmup: float) -> Factor:
-    """The schedule of that name for a run of ``total`` steps.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """The schedule of that name for a run of ``total`` steps; ValueError where there is none."""
     if name == "step":
         return lambda step: decay ** sum(step >= round(m * total) for m in step_schedule.milestones)
     rise = max(round(warmup * total), 1)

@@ -39,24 +39,18 @@ class Search:
     """A search of a task's hyperparameters.
 
     Args:
-        task: its name.
-        out: the file is ``search/TASK.json`` in it.
-        trials: of each optimizer.
-        epochs: of each trial; ``steps`` instead, where given.
-        seeds: of each trial. Losses and metrics are means over them, and one that diverged spoils the trial.
         precision, device: of the runs.
-        limit_seconds: of training in a run; a trial that is cut off is judged by what it reached.
     """
 
-    task: str
-    out: Path
-    trials: int
-    epochs: int
+    task: str  # its name
+    out: Path  # the file is ``search/TASK.json`` in it
+    trials: int  # of each optimizer
+    epochs: int  # of each trial; ``steps`` instead, where given
     steps: int | None = None
-    seeds: int = 1
+    seeds: int = 1  # of each trial. Losses and metrics are means over them, and one that diverged spoils the trial.
     precision: str = "fp32"
     device: str = "cpu"
-    limit_seconds: float | None = None
+    limit_seconds: float | None = None  # of training in a run; a trial that is cut off is judged by what it reached
 
     @property
     def definition(self) -> Task:
@@ -80,9 +74,6 @@ class Search:
             data: the task's examples. A task that is judged by its metric is judged on a tenth held out of them.
             fixed: hyperparameters that all trials of an optimizer share, by its name.
             tell: told of each trial.
-
-        Raises:
-            ValueError: the file is of a search of another length or other ranges: trials must be comparable.
         """
         content = self._begun(data)
         for optimizer in optimizers:
