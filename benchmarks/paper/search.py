@@ -8,60 +8,38 @@ from typing import Any
 from benchmarks.common.console import console, progress, wrote
 from benchmarks.paper.report.searches import HEADER, found
 from benchmarks.paper.report.table import Table
-from benchmarks.paper.tasks import Task
-from benchmarks.paper.training.command_options import (
-    add_shared,
-    epochs_of,
-    given,
-    names,
-    precision_for,
-    refusing,
-    tasks_of,
-    threads_for,
-)
+from benchmarks.paper.training.command_options import Request, add_shared, for_each_task
 from benchmarks.paper.training.run_spec import RunSpec
 from benchmarks.paper.training.search import Search
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tasks", metavar="TASK[,TASK…]", help="see train --list")
-    parser.add_argument(
-        "--optimizer",
-        default="sgdm,adam,kfac,shampoo,apo,apo-lr",
-        metavar="NAME[,NAME…]",
-        help="(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--trials", type=int, help="of each optimizer, those of earlier calls included (default: 8, with --quick 2)"
-    )
+    optimizers = "sgdm,adam,kfac,shampoo,apo,apo-lr"
+    parser.add_argument("--optimizer", default=optimizers, metavar="NAME[,NAME…]", help="(default: %(default)s)")
+    trials = "of each optimizer, those of earlier calls included (default: 8, with --quick 2)"
+    parser.add_argument("--trials", type=int, help=trials)
     parser.add_argument("--seeds", type=int, default=1, help="of each trial (default: %(default)s)")
     add_shared(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Search every task; the contents of the files, by task. What a file already holds isn't run again."""
-    contents = {}
-    with refusing("search"):
-        for task in tasks_of(options.tasks):
-            with threads_for(task, options.threads):
-                contents[task.name] = _search(task, options)
-    return contents
+    return for_each_task("search", options, lambda asked: _search(asked, options))
 
 
-def _search(task: Task, options: argparse.Namespace) -> dict[str, Any]:
-    optimizers = names(options.optimizer)
-    precision = precision_for(task, options.precision)
-    fixed = given(options.settings, optimizers)
-    for optimizer in optimizers:  # refuse all before running one
-        RunSpec(task.name, optimizer, fixed[optimizer], precision=precision)
+def _search(asked: Request, options: argparse.Namespace) -> dict[str, Any]:
+    task = asked.task
+    for optimizer in asked.optimizers:  # refuse all before running one
+        RunSpec(task.name, optimizer, asked.settings[optimizer], precision=asked.precision)
     search = Search(
         task.name,
         options.out,
         trials=options.trials or (2 if options.quick else 8),
-        epochs=epochs_of(task, options),
+        epochs=asked.epochs,
         steps=options.steps,
         seeds=options.seeds,
-        precision=precision,
+        precision=asked.precision,
         device=options.device,
         limit_seconds=options.limit_seconds,
     )
@@ -71,7 +49,7 @@ def _search(task: Task, options: argparse.Namespace) -> dict[str, Any]:
         def tell(optimizer: str, trial: dict[str, Any]) -> None:
             bar.update(entry, description=f"{task.name} {optimizer} loss {trial['loss']:.4g} {trial['hyper']}")
 
-        content = search.run(optimizers, task.data(options.data), fixed, tell)
+        content = search.run(asked.optimizers, task.data(options.data), asked.settings, tell)
     by = "training loss" if content["judged_by"] == "loss" else f"{task.loss.metric}, held out"
     rows = found(task.name, content)
     console.print(Table(f"{task.name}: best by {by}", HEADER, rows, content["data"]).shown())

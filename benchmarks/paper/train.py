@@ -10,17 +10,8 @@ from rich.markup import escape
 from benchmarks.common.console import console, progress, table, wrote
 from benchmarks.paper.report.comparison import comparison
 from benchmarks.paper.report.curves import draw
-from benchmarks.paper.tasks import TASKS, Task
-from benchmarks.paper.training.command_options import (
-    add_shared,
-    epochs_of,
-    given,
-    precision_for,
-    refusing,
-    tasks_of,
-    threads_for,
-)
-from benchmarks.paper.training.command_options import names as listed
+from benchmarks.paper.tasks import TASKS
+from benchmarks.paper.training.command_options import Request, add_shared, for_each_task
 from benchmarks.paper.training.optimizers import METHODS, names
 from benchmarks.paper.training.run import Run
 from benchmarks.paper.training.run_files import finished
@@ -45,44 +36,32 @@ def run(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     if options.list or not options.tasks:
         _list()
         return {}
-    everything: dict[str, list[dict[str, Any]]] = {}
-    with refusing("train"):
-        for task in tasks_of(options.tasks):
-            with threads_for(task, options.threads):
-                everything[task.name] = _train(task, options)
-    return everything
+    return for_each_task("train", options, lambda asked: _train(asked, options))
 
 
-def _train(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
-    specs = _specs(task, options)
+def _train(asked: Request, options: argparse.Namespace) -> list[dict[str, Any]]:
+    task, specs = asked.task, _specs(asked, options)
     done = [finished(spec, options.out) if options.resume else None for spec in specs]
     data = task.data(options.data)
     console.print(f"[bold]{escape(task.title)}[/]\n{escape(data.label)}; {task.parameters():,} parameters")
     with progress() as bar:
-        for place, spec in enumerate(specs):
-            if done[place] is None:
-                done[place] = _one(spec, data, options, bar)
-    outcomes = [each for each in done if each is not None]
+        outcomes = [held or _one(spec, data, options, bar) for spec, held in zip(specs, done, strict=True)]
     console.print(comparison(outcomes).shown())
     path = draw(outcomes, options.out / "runs" / task.name / f"{task.name}.png")
     wrote(path, path.parent / "*.json", path.parent / "*.csv")
     return outcomes
 
 
-def _specs(task: Task, options: argparse.Namespace) -> list[RunSpec]:
+def _specs(asked: Request, options: argparse.Namespace) -> list[RunSpec]:
     """Every optimizer and seed. All are checked before the first is run."""
-    optimizers = listed(options.optimizer)
-    precision = precision_for(task, options.precision)
-    own = given(options.settings, optimizers)
-    epochs = epochs_of(task, options)
     specs = []
-    for optimizer in optimizers:
-        hyper, source = found(options.out, task.name, optimizer, precision)
-        hyper.update(own[optimizer])
-        if own[optimizer]:
-            source += "; --set " + ", ".join(f"{k}={v}" for k, v in own[optimizer].items())
+    for optimizer in asked.optimizers:
+        hyper, source = found(options.out, asked.task.name, optimizer, asked.precision)
+        if own := asked.settings[optimizer]:
+            source += "; --set " + ", ".join(f"{key}={value}" for key, value in own.items())
+        length = asked.epochs, options.steps, asked.precision, options.device
         specs += [
-            RunSpec(task.name, optimizer, hyper, source, seed, epochs, options.steps, precision, options.device)
+            RunSpec(asked.task.name, optimizer, {**hyper, **own}, source, seed, *length)
             for seed in range(options.seeds)
         ]
     return specs

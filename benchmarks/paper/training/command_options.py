@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,36 +60,36 @@ def given(settings: list[str], optimizers: list[str]) -> dict[str, dict[str, Any
     return found
 
 
-def precision_for(task: Task, asked: str) -> str:
-    """``fp32`` means the task's own precision; 16 bits are passed on, to be refused where they can't be had."""
-    return task.precisions[0] if asked == "fp32" else asked
-
-
-def names(text: str) -> list[str]:
+def listed(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def tasks_of(text: str) -> list[Task]:
-    if text == "all":
-        return list(TASKS.values())
-    return [named(name) for name in names(text)]
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks of a task."""
+
+    task: Task
+    optimizers: list[str]
+    settings: dict[str, dict[str, Any]]  # of ``--set``, by optimizer
+    epochs: int
+    precision: str
 
 
-def epochs_of(task: Task, options: argparse.Namespace) -> int:
-    return options.epochs or (task.quick_epochs if options.quick else task.epochs)
-
-
-def threads_for(task: Task, asked: int | None) -> AbstractContextManager[None]:
-    """One thread for a small network, which is faster."""
-    return cpu_threads(asked or (1 if task.parameters() < 200_000 else torch.get_num_threads()))
-
-
-@contextmanager
-def refusing(command: str) -> Iterator[None]:
-    """What the user got wrong ends the command with a line, and no traceback."""
+def for_each_task(command: str, options: argparse.Namespace, act: Callable[[Request], Any]) -> dict[str, Any]:
+    """What ``act`` returns, by task. What the user got wrong ends the command with a line, and no traceback."""
+    found = {}
     try:
-        yield
+        for task in TASKS.values() if options.tasks == "all" else map(named, listed(options.tasks)):
+            optimizers = listed(options.optimizer)
+            epochs = options.epochs or (task.quick_epochs if options.quick else task.epochs)
+            # fp32 means the task's own precision; 16 bits are passed on, to be refused where they can't be had
+            precision = task.precisions[0] if options.precision == "fp32" else options.precision
+            few = 1 if task.parameters() < 200_000 else torch.get_num_threads()
+            with cpu_threads(options.threads or few):
+                asked = Request(task, optimizers, given(options.settings, optimizers), epochs, precision)
+                found[task.name] = act(asked)
     except (MissingData, ValueError) as error:
         sys.exit(f"python -m benchmarks {command}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"python -m benchmarks {command}: interrupted; --resume goes on")
+    return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 
@@ -11,13 +9,6 @@ from benchmarks.paper.data import Examples
 from benchmarks.paper.tasks import Task
 
 CHUNK = 1000
-
-
-class Judgement(NamedTuple):
-    """Means over the examples."""
-
-    loss: float
-    metric: float
 
 
 def some(examples: Examples, count: int) -> Examples:
@@ -29,8 +20,8 @@ def some(examples: Examples, count: int) -> Examples:
 
 
 @torch.no_grad()
-def evaluate(task: Task, model: nn.Module, examples: Examples) -> Judgement:
-    """In eval mode; the random state and the modules' modes are left as they were."""
+def evaluate(task: Task, model: nn.Module, examples: Examples) -> tuple[float, float]:
+    """The mean loss and metric, in eval mode; the random state and the modules' modes are left as they were."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     loss = metric = torch.zeros((), dtype=torch.float64, device=examples.targets.device)
@@ -44,4 +35,4 @@ def evaluate(task: Task, model: nn.Module, examples: Examples) -> Judgement:
         total += len(targets)
     for module, mode in modes:
         module.training = mode
-    return Judgement(float(loss) / total, float(metric) / total)
+    return float(loss) / total, float(metric) / total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,22 @@ from benchmarks.paper.training.run_spec import RunSpec
 from benchmarks.paper.training.training import COLUMNS
 
 
-def folder(spec: RunSpec, out: Path) -> Path:
-    return out / "runs" / spec.task
+def _path(spec: RunSpec, out: Path, suffix: str) -> Path:
+    return out / "runs" / spec.task / f"{spec.file_name}{suffix}"
 
 
 def save_result(spec: RunSpec, out: Path, payload: dict[str, Any]) -> Path:
     """The JSON, with the environment, and the curve as CSV too. The path of the JSON."""
-    place = folder(spec, out)
-    path = results.write(place, spec.file_name, spec.device, payload)
-    with (place / f"{spec.file_name}.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(zip(*(payload["curve"][column] for column in COLUMNS), strict=True))
+    curve = payload["curve"]
+    path = results.write(_path(spec, out, "").parent, spec.file_name, spec.device, payload)
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *zip(*(curve[column] for column in COLUMNS), strict=True)])
     return path
 
 
 def finished(spec: RunSpec, out: Path) -> dict[str, Any] | None:
     """The result of this very run, if it came to an end."""
-    path = folder(spec, out) / f"{spec.file_name}.json"
+    path = _path(spec, out, ".json")
     if not path.is_file():
         return None
     content = results.load(path)
@@ -41,16 +38,15 @@ def finished(spec: RunSpec, out: Path) -> dict[str, Any] | None:
 
 def save_checkpoint(spec: RunSpec, out: Path, state: dict[str, Any]) -> None:
     """Whole or not at all: a run may be killed while it writes."""
-    place = folder(spec, out)
-    place.mkdir(parents=True, exist_ok=True)
-    path, new = place / f"{spec.file_name}.pt", place / f"{spec.file_name}.pt.new"
+    new = _path(spec, out, ".pt.new")
+    new.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"identity": spec.identity(), **state}, new)
-    os.replace(new, path)
+    new.replace(_path(spec, out, ".pt"))
 
 
 def load_checkpoint(spec: RunSpec, out: Path) -> dict[str, Any] | None:
     """The checkpoint of this run, None where there is none; ValueError where it is another run's."""
-    path = folder(spec, out) / f"{spec.file_name}.pt"
+    path = _path(spec, out, ".pt")
     if not path.is_file():
         return None
     state: dict[str, Any] = torch.load(path, map_location=spec.device, weights_only=True)
@@ -65,4 +61,4 @@ def load_checkpoint(spec: RunSpec, out: Path) -> dict[str, Any] | None:
 
 
 def discard_checkpoint(spec: RunSpec, out: Path) -> None:
-    (folder(spec, out) / f"{spec.file_name}.pt").unlink(missing_ok=True)
+    _path(spec, out, ".pt").unlink(missing_ok=True)

@@ -18,21 +18,13 @@ def file_of(out: Path, task: str, precision: str) -> Path:
     return out / "search" / (f"{task}-{precision}.json" if precision in ("bf16", "fp16") else f"{task}.json")
 
 
-def value_of(task: str, trial: dict[str, Any], judged_by: str) -> float:
-    """What a trial is judged by, smaller being better; one that diverged is infinitely bad."""
-    value = float(trial[judged_by])  # "nan" and "inf" are strings in the file
-    if trial["status"] == "diverged" or not math.isfinite(value):
-        return math.inf
-    return -value if judged_by == "metric" and named(task).loss.higher_is_better else value
-
-
 def best(content: dict[str, Any], optimizer: str) -> dict[str, Any] | None:
     """The best trial of an optimizer; None where it has none that came through."""
-    trials = content["trials"].get(optimizer, [])
-    if not trials:
-        return None
-    chosen: dict[str, Any] = min(trials, key=lambda t: value_of(content["task"], t, content["judged_by"]))
-    return chosen if value_of(content["task"], chosen, content["judged_by"]) < math.inf else None
+    by = content["judged_by"]
+    sign = -1 if by == "metric" and named(content["task"]).loss.higher_is_better else 1
+    trials = content["trials"].get(optimizer, [])  # "nan" and "inf" are strings in the file
+    sound = [trial for trial in trials if trial["status"] != "diverged" and math.isfinite(float(trial[by]))]
+    return min(sound, key=lambda trial: sign * float(trial[by]), default=None)
 
 
 def found(out: Path, task: str, optimizer: str, precision: str) -> tuple[dict[str, Any], str]:
@@ -41,12 +33,8 @@ def found(out: Path, task: str, optimizer: str, precision: str) -> tuple[dict[st
     Looked for in ``out`` first, then among those that come with the project; in 16 bits, where there is no search of
     its own, full precision's is taken, as the paper does with the λs. The defaults where there is none.
     """
-    precisions = [precision] if precision not in ("bf16", "fp16") else [precision, "fp32"]
-    for each in precisions:
-        for folder in (out, COMMITTED):
-            path = file_of(folder, task, each)
-            if not path.is_file():
-                continue
+    for each in (precision, "fp32") if precision in ("bf16", "fp16") else (precision,):
+        for path in filter(Path.is_file, (file_of(out, task, each), file_of(COMMITTED, task, each))):
             content = results.load(path)
             trial = best(content, optimizer)
             if trial is not None:
