@@ -189,7 +189,7 @@ def _tasks() -> str:
 
 
 def _loss(group: Group, step: float) -> str:
-    loss = median(group.at_step(step))
+    loss = median(group.loss_at("step", step))
     if not isfinite(loss):
         return "diverged"
     return f"{loss:.3g} ({group.diverged} of {len(group.runs)} diverged)" if group.diverged else f"{loss:.3g}"

@@ -27,17 +27,20 @@ class Group:
         name, precision = self.first["optimizer"], self.first["precision"]
         return f"{name} {precision}" if precision in ("bf16", "fp16") else str(name)
 
-    def at_step(self, step: float) -> list[float]:
-        """Each seed's loss at the last row up to ``step``; infinite for one that diverged before."""
-        return [_at(run, "step", step) for run in self.runs]
+    def losses_up_to(self, axis: str, limit: float) -> list[list[float]]:
+        """Each seed's losses up to a step, or a time in seconds. The first is that before the first step."""
+        return [
+            [
+                float(loss)
+                for x, loss in zip(run["curve"][axis], run["curve"]["loss"], strict=True)
+                if float(x) <= limit * (1 + 1e-9)
+            ]
+            for run in self.runs
+        ]
 
-    def at_time(self, seconds: float) -> list[float]:
-        """Likewise after so many seconds of training."""
-        return [_at(run, "seconds", seconds) for run in self.runs]
-
-    def judged_within(self, seconds: float) -> bool:
-        """Whether every seed has a row by then besides the one before the first step."""
-        return all(len(_reached(run, "seconds", seconds)) > 1 for run in self.runs)
+    def loss_at(self, axis: str, limit: float) -> list[float]:
+        """Each seed's last loss up to there; infinite for one that diverged before."""
+        return [losses[-1] if losses else math.nan for losses in self.losses_up_to(axis, limit)]
 
     def last(self, column: str) -> list[float]:
         """Each seed's last value."""
@@ -61,14 +64,3 @@ def grouped(runs: Sequence[Result]) -> list[Group]:
     for run in runs:
         groups.setdefault((run["optimizer"], run["precision"]), []).append(run)
     return [Group(each) for each in groups.values()]
-
-
-def _at(run: Result, axis: str, limit: float) -> float:
-    reached = _reached(run, axis, limit)
-    return reached[-1] if reached else math.nan
-
-
-def _reached(run: Result, axis: str, limit: float) -> list[float]:
-    """The losses up to there; the first is that before the first step."""
-    pairs = zip(run["curve"][axis], run["curve"]["loss"], strict=True)
-    return [float(loss) for x, loss in pairs if float(x) <= limit * (1 + 1e-9)]

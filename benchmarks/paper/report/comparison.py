@@ -32,13 +32,14 @@ def comparison(runs: Sequence[dict[str, Any]]) -> Table:
 
 
 def _row(group: Group, step: float, seconds: float) -> list[str]:
-    losses = group.at_step(step)
+    losses = group.loss_at("step", step)
+    judged = all(len(reached) > 1 for reached in group.losses_up_to("seconds", seconds))
     return [
         group.name,
         f"{len(group.runs) - group.diverged}/{len(group.runs)}",
         _loss(losses),
         f"{min(losses):.2g} … {max(losses):.2g}" if len(losses) > 1 else "",
-        _loss(group.at_time(seconds)) if group.judged_within(seconds) else "–",
+        _loss(group.loss_at("seconds", seconds)) if judged else "–",
         f"{median(group.last('metric')):.4g}",
         f"{median(group.last('rate')):.2g}",
         _short(median(group.last("seconds"))),

@@ -1,4 +1,4 @@
-"""The figure of one task: loss by step and by time, metric, rate."""
+"""Curves of runs: a line for each optimizer, and the figure of one task."""
 
 from __future__ import annotations
 
@@ -10,40 +10,57 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.paper.report.aggregate import Group, grouped
-from benchmarks.paper.report.colours import colour, dashes
+from benchmarks.paper.report.aggregate import grouped
+
+Runs = Sequence[dict[str, Any]]
+
+COLOURS = {
+    "sgd": "#999999",
+    "sgdm": "#E69F00",
+    "rmsprop": "#56B4E9",
+    "adam": "#009E73",
+    "adamw": "#009E73",
+    "kfac": "#D55E00",
+    "ekfac": "#CC79A7",
+    "shampoo": "#F0E442",
+    "apo": "#0072B2",
+}
+"""Okabe and Ito's, which every kind of eye tells apart. Learned and scheduled forms share that of their base."""
 
 
-def draw(runs: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Write the PNG. Lines are medians over seeds, bands go from the least to the greatest."""
-    first, groups = runs[0], grouped(runs)
+def draw(runs: Runs, path: Path) -> Path:
+    """Write the figure of one task: loss by step and by time, metric, rate."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    by_step, by_time, metric, rate = figure.subplots(1, 4)
-    lines(by_step, groups, "step", "loss")
-    lines(by_time, groups, "seconds", "loss")
-    lines(metric, groups, "epoch", "metric")
-    lines(rate, groups, "step", "rate")
-    by_step.set(xlabel="step", ylabel=f"training loss ({first['loss_name']})", yscale="log")
-    by_time.set(xlabel="seconds of training", yscale="log")
-    metric.set(xlabel="epoch", ylabel=f"test {first['metric_name']}")
-    rate.set(xlabel="step", ylabel="learning rate", yscale="log")
-    if not first["higher_is_better"]:
-        metric.set_yscale("log")
-    figure.suptitle(f"{first['title']}\n{first['data']}", fontsize=9)
-    figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    grid = figure.subplots(1, 4)
+    columns = (("step", "loss"), ("seconds", "loss"), ("epoch", "metric"), ("step", "rate"))
+    for axes, (x, y) in zip(grid, columns, strict=True):
+        panel(axes, runs, x, y)
+    figure.suptitle(f"{runs[0]['title']}\n{runs[0]['data']}", fontsize=9)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
 
 
-def lines(axes: Axes, groups: Sequence[Group], x: str, y: str) -> None:
-    """A line and a band each. What isn't finite is left out."""
-    for group in groups:
+def panel(axes: Axes, runs: Runs, x: str, y: str) -> None:
+    """A line and a band for each optimizer: the median over the seeds, from the least to the greatest.
+
+    Solid at a fixed rate, dashed where the rate is learned, dotted under a manual schedule. What isn't finite is left
+    out.
+    """
+    first = runs[0]
+    for group in grouped(runs):
         xs, middle, low, high = group.band(x, y)
         keep = [i for i in range(len(xs)) if all(map(math.isfinite, (middle[i], low[i], high[i])))]
         xs, middle, low, high = ([v[i] for i in keep] for v in (xs, middle, low, high))
-        shade = colour(group.first["optimizer"])
-        axes.plot(xs, middle, label=group.name, lw=1.4, color=shade, ls=dashes(group.first["optimizer"]))
+        base, plus, _ = str(group.first["optimizer"]).partition("+")
+        learned = base.startswith("apo-lr")
+        colour = COLOURS.get((base.partition(":")[2] or "sgdm") if learned else base, "black")
+        axes.plot(xs, middle, label=group.name, lw=1.4, color=colour, ls="--" if learned else ":" if plus else "-")
         if len(group.runs) > 1:
-            axes.fill_between(xs, low, high, color=shade, alpha=0.15, lw=0)
+            axes.fill_between(xs, low, high, color=colour, alpha=0.15, lw=0)
+    names = {"loss": f"training loss ({first['loss_name']})", "metric": f"test {first['metric_name']}"}
+    axes.set(xlabel="seconds of training" if x == "seconds" else x, ylabel=names.get(y, "learning rate"))
+    if y != "metric" or not first["higher_is_better"]:
+        axes.set_yscale("log")
     axes.grid(alpha=0.25)

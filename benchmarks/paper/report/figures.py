@@ -11,12 +11,12 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.paper.report.aggregate import grouped
 from benchmarks.paper.report.collect import Found, described
-from benchmarks.paper.report.curves import lines
+from benchmarks.paper.report.curves import Runs, panel
 from benchmarks.paper.tasks import named
 
 UCI = ("slice", "protein", "parkinsons")
+FOURTH = (("ill-conditioned",), ("mnist-autoencoder", "digits-autoencoder"), ("mnist", "digits"))
 RATES = ("sgdm", "rmsprop")
 
 
@@ -26,13 +26,13 @@ def figures(found: Found, out: Path) -> list[Path]:
     paths = []
     third = [task for task in UCI if task in found] or [task for task in ("diabetes",) if task in found]
     if third:
-        paths.append(_losses(found, third, "Figure 3: regression", out / "figure3.png"))
-    fourth = [
-        next((task for task in panel if task in found), None)
-        for panel in (("ill-conditioned",), ("mnist-autoencoder", "digits-autoencoder"), ("mnist", "digits"))
-    ]
+        panels = [_learning_no_rate(found[task]) for task in third]
+        paths.append(_losses(panels, "epoch", "Figure 3: regression", out / "figure3.png"))
+    fourth: list[Runs] = [next((found[task] for task in tasks if task in found), []) for tasks in FOURTH]
     if any(fourth):
-        paths.append(_fourth(found, fourth, out / "figure4.png"))
+        panels = [*map(_learning_no_rate, fourth[:2]), _with_rates(fourth[2], RATES) or fourth[2]]
+        title = "Figure 4: poorly-conditioned regression, autoencoder, learning rates"
+        paths.append(_losses(panels, "step", title, out / "figure4.png"))
     if "cifar10-wrn-28-10" in found:
         paths.append(_rates(found["cifar10-wrn-28-10"], "Figure 5", out / "figure5.png"))
     for task in ("mnist", "digits"):
@@ -42,69 +42,51 @@ def figures(found: Found, out: Path) -> list[Path]:
     return paths
 
 
-def _losses(found: Found, tasks: Sequence[str], title: str, path: Path) -> Path:
-    figure = Figure(figsize=(4.6 * len(tasks) + 1, 6.4), layout="constrained")
-    grid = figure.subplots(2, len(tasks), squeeze=False)
-    for place, task in enumerate(tasks):
-        runs = [run for run in found[task] if not _learns_rate(run)] or found[task]
-        _panel(grid[0][place], runs, "epoch", "loss")
-        _panel(grid[1][place], runs, "seconds", "loss")
-        grid[0][place].set_title(_caption(runs), fontsize=8)
+def _losses(panels: Sequence[Runs], x: str, title: str, path: Path) -> Path:
+    """A column for each task: the loss by ``x`` above, by time below."""
+    figure = Figure(figsize=(4.6 * len(panels) + 1, 6.4), layout="constrained")
+    grid = figure.subplots(2, len(panels), squeeze=False)
+    for column, runs in zip(grid.T, panels, strict=True):
+        for axes, by in zip(column, (x, "seconds"), strict=True):
+            if runs:
+                panel(axes, runs, by, "loss")
+            else:
+                axes.set_axis_off()
+                axes.text(0.5, 0.5, "not run", ha="center", transform=axes.transAxes)
+        column[0].set_title(_caption(runs) if runs else "", fontsize=8)
     return _save(figure, grid[0], title, path)
 
 
-def _fourth(found: Found, tasks: Sequence[str | None], path: Path) -> Path:
-    figure = Figure(figsize=(14, 6.4), layout="constrained")
-    grid = figure.subplots(2, 3)
-    for place, task in enumerate(tasks):
-        if task is None:
-            for axes in grid[:, place]:
-                axes.set_axis_off()
-                axes.text(0.5, 0.5, "not run", ha="center", transform=axes.transAxes)
-            continue
-        runs = found[task]
-        if place == 2:
-            runs = [r for r in runs if _learns_rate(r) or r["optimizer"].partition("+")[0] in RATES] or runs
-        else:
-            runs = [run for run in runs if not _learns_rate(run)] or runs
-        _panel(grid[0][place], runs, "step", "loss")
-        _panel(grid[1][place], runs, "seconds", "loss")
-        grid[0][place].set_title(_caption(runs), fontsize=8)
-    return _save(figure, grid[0], "Figure 4: poorly-conditioned regression, autoencoder, learning rates", path)
-
-
-def _rates(runs: Sequence[dict[str, Any]], title: str, path: Path) -> Path:
+def _rates(runs: Runs, title: str, path: Path) -> Path:
     """Training loss, test accuracy and the rates, as Figure 5 has them."""
-    runs = [r for r in runs if _learns_rate(r) or r["optimizer"].partition("+")[0] in ("sgd", "adam", *RATES)]
+    runs = _with_rates(runs, ("sgd", "adam", *RATES))
     figure = Figure(figsize=(14, 3.8), layout="constrained")
     grid = figure.subplots(1, 3)
     for axes, column in zip(grid, ("loss", "metric", "rate"), strict=True):
-        _panel(axes, runs, "epoch", column)
+        panel(axes, runs, "epoch", column)
     return _save(figure, grid, f"{title}: {_caption(runs)}", path)
 
 
-def _panel(axes: Axes, runs: Sequence[dict[str, Any]], x: str, y: str) -> None:
-    first = runs[0]
-    lines(axes, grouped(runs), x, y)
-    names = {"loss": f"training loss ({first['loss_name']})", "metric": f"test {first['metric_name']}"}
-    axes.set(xlabel="seconds of training" if x == "seconds" else x, ylabel=names.get(y, "learning rate"))
-    if y != "metric":
-        axes.set_yscale("log")
+def _learning_no_rate(runs: Runs) -> Runs:
+    return [run for run in runs if not _learns_rate(run)] or runs
 
 
-def _caption(runs: Sequence[dict[str, Any]]) -> str:
-    return fill(f"{runs[0]['model']} on {described(runs)}", 70)
+def _with_rates(runs: Runs, bases: Sequence[str]) -> Runs:
+    return [run for run in runs if _learns_rate(run) or run["optimizer"].partition("+")[0] in bases]
 
 
 def _learns_rate(run: dict[str, Any]) -> bool:
     return str(run["optimizer"]).startswith("apo-lr")
 
 
+def _caption(runs: Runs) -> str:
+    return fill(f"{runs[0]['model']} on {described(runs)}", 70)
+
+
 def _save(figure: Figure, labelled: Sequence[Axes], title: str, path: Path) -> Path:
     handles: dict[str, Artist] = {}
     for axes in labelled:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.suptitle(title, fontsize=10)
     figure.legend(handles=list(handles.values()), labels=list(handles), loc="outside lower center", ncols=8, fontsize=8)
     figure.savefig(path, dpi=120)

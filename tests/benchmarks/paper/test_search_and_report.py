@@ -170,7 +170,7 @@ def test_losses_at_equal_steps_and_at_equal_times() -> None:
     assert "after 30 steps (3 epochs) and after 3 s" in caption
     cells = comparison([*quick, result("digits", "shampoo", 0, [2.0, 0.1], second=3.5)]).rows
     assert [row[COLUMNS.index("loss, time")] for row in cells] == ["0.8", "–"]  # what it began with is no result
-    assert grouped(slow)[0].at_step(20) == pytest.approx([0.1, 1.1, 2.1])
+    assert grouped(slow)[0].loss_at("step", 20) == pytest.approx([0.1, 1.1, 2.1])
     lost = result("digits", "adam", 0, [2.0, float("inf")], status="diverged")
     cells = comparison([*quick, lost]).rows
     assert [row[1] for row in cells] == ["3/3", "0/1"]
