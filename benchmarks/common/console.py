@@ -8,14 +8,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
 console = Console(soft_wrap=False)
@@ -58,12 +51,5 @@ def table(
 
 def progress() -> Progress:
     """A progress bar for anything that takes over two seconds; it leaves no trace when it is done."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
+    columns = SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn()
+    return Progress(*columns, console=console, transient=True)

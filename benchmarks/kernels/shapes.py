@@ -16,14 +16,6 @@ def conv(inputs: int, outputs: int, kernel: int = 3) -> Shape:
     return outputs, inputs * kernel**2 + 1
 
 
-def _mlp() -> list[Shape]:
-    return [linear(784, 1000), linear(1000, 1000), linear(1000, 10)]
-
-
-def _lenet() -> list[Shape]:
-    return [conv(3, 6, 5), conv(6, 16, 5), linear(400, 120), linear(120, 84), linear(84, 10)]
-
-
 def _vgg16() -> list[Shape]:
     widths = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
     return [conv(i, o) for i, o in zip([3, *widths], widths, strict=False)] + [linear(512, 10)]
@@ -36,15 +28,14 @@ def _resnet18() -> list[Shape]:
     return [*layers, linear(512, 10)]
 
 
-def _transformer(width: int = 512, hidden: int = 2048, depth: int = 6) -> list[Shape]:
-    attention = [linear(width, width)] * 4
-    feedforward = [linear(width, hidden), linear(hidden, width)]
-    return [*attention, *feedforward] * depth + [*attention, *attention, *feedforward] * depth
+def _transformer() -> list[Shape]:
+    attention, feedforward = [linear(512, 512)] * 4, [linear(512, 2048), linear(2048, 512)]
+    return [*attention, *feedforward] * 6 + [*attention, *attention, *feedforward] * 6
 
 
 MODELS: dict[str, list[Shape]] = {
-    "mlp": _mlp(),
-    "lenet": _lenet(),
+    "mlp": [linear(784, 1000), linear(1000, 1000), linear(1000, 10)],
+    "lenet": [conv(3, 6, 5), conv(6, 16, 5), linear(400, 120), linear(120, 84), linear(84, 10)],
     "vgg16": _vgg16(),
     "resnet18": _resnet18(),
     "transformer": _transformer(),

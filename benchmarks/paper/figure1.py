@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from apo import SquaredError
@@ -25,7 +26,7 @@ PANELS: dict[str, tuple[tuple[float, float], ...]] = {
     "both": ((100.0, 0.01), (10.0, 0.01), (1.0, 0.01), (0.1, 0.01)),
 }
 """``(λ_FSD, λ_WSD)`` of each curve, from red to blue. The function-space panel keeps a trace of the weight-space term,
-for without it the minimum isn't one point."""
+because without it the minimum isn't one point."""
 
 POINT = (0.6, 1.5)
 """The batch of one: ``(x, t)``."""
@@ -40,7 +41,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with progress() as bar:
         task = bar.add_task("figure 1", total=sum(map(len, PANELS.values())))
         curves = updates(lambda: bar.advance(task))
-    path = draw(curves, options.out)
+    path = options.out / "figure1.png"
+    draw(curves, path)
     wrote(path)
     return {"figure": str(path), **{k: v for k, v in curves.items() if k != "grid"}}
 
@@ -72,27 +74,17 @@ def updates(advance: Any = lambda: None) -> dict[str, Any]:
     for panel, weights in PANELS.items():
         curves[panel] = {}
         for fsd_weight, wsd_weight in weights:
-            new = proximal_step(
-                theta,
-                lambda u: rho(f(u, here), target),
-                lambda u: rho(f(u, x), before),
-                fsd_weight=fsd_weight,
-                wsd_weight=wsd_weight,
-                tolerance=1e-6,
-                iterations=60,
-            )
+            weight: dict[str, Any] = {"fsd_weight": fsd_weight, "wsd_weight": wsd_weight}
+            terms = (lambda u: rho(f(u, here), target), lambda u: rho(f(u, x), before))
+            new = proximal_step(theta, *terms, **weight, tolerance=1e-6, iterations=60)
             curves[panel][f"λ_FSD={fsd_weight:g}, λ_WSD={wsd_weight:g}"] = f(new, grid).flatten().tolist()
             advance()
     return curves
 
 
-def draw(curves: dict[str, Any], out: Path) -> Path:
+def draw(curves: dict[str, Any], path: Path) -> None:
     """Three panels, red to blue."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(13, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(1, 3, sharey=True), PANELS, strict=True):
         axes.plot(curves["grid"], curves["before"], color="black", label="before")
         for i, (label, curve) in enumerate(curves[panel].items()):
@@ -102,7 +94,5 @@ def draw(curves: dict[str, Any], out: Path) -> Path:
         axes.set_title(panel)
         axes.set_ylim(-1.2, 2.2)
         axes.legend(fontsize=7, loc="upper left")
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "figure1.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    return path

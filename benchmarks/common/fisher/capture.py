@@ -8,13 +8,11 @@ forward more, the same dropout masks, no running statistic moved twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
 
 from benchmarks.common.finite import all_finite
 from benchmarks.common.fisher.layers import FactoredLayer
@@ -51,7 +49,7 @@ class Capture:
         self.terms = 0
         self.finite = True
         self._open: list[tuple[FactoredLayer, Tensor, GradientEdge]] = []
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[Any] = []
 
     def __enter__(self) -> Capture:
         for layer in self.layers:
@@ -60,9 +58,7 @@ class Capture:
         self._hooks.append(self.model.register_forward_hook(self._model_hook))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

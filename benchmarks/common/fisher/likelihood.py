@@ -6,9 +6,6 @@ draws (Martens & Grosse 2015, section 2). Only the gradient by the outputs is ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -16,17 +13,19 @@ from benchmarks.common import checks
 from benchmarks.common.fisher.damping import wide
 
 
-class Likelihood(Protocol):
+class Likelihood:
     """``p(y|z)`` of outputs ``z``."""
 
     def terms(self, outputs: Tensor) -> int:
-        """Of how many terms ``−log p`` the loss of these outputs is the mean."""
+        """Of how many terms ``−log p`` the loss of these outputs is the mean: one per example."""
+        return len(outputs)
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """``−∂ Σ log p(y|z) / ∂z`` with ``y ~ p(·|z)``, in the shape of the outputs; float32 or wider."""
+        raise NotImplementedError
 
 
-class Categorical:
+class Categorical(Likelihood):
     """Logits ``(*, C)``: a term for all but the last dimension, as ``F.cross_entropy`` of ``(N, C)`` has it.
 
     A draw's gradient is ``softmax(z) − onehot(y)``.
@@ -41,45 +40,28 @@ class Categorical:
         return p.scatter_add(1, y, p.new_full((), -1).expand(y.shape)).reshape(outputs.shape)
 
 
-class Gaussian:
-    """Means ``(N, *)`` of unit variance: a term an example, ``½ ‖z − y‖²`` summed over its outputs.
-
-    A draw's gradient is standard normal. Other scales of the squared error are told by ``loss_weight``.
-    """
-
-    def terms(self, outputs: Tensor) -> int:
-        return len(outputs)
+class Gaussian(Likelihood):
+    """Means ``(N, *)`` of unit variance: ``½ ‖z − y‖²``, summed over outputs. A draw's gradient is standard normal."""
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         z = wide(outputs.detach())
         return torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
 
 
-class Bernoulli:
-    """Logits ``(N, *)``: a term an example, the binary cross-entropies summed over its outputs.
-
-    A draw's gradient is ``σ(z) − y``.
-    """
-
-    def terms(self, outputs: Tensor) -> int:
-        return len(outputs)
+class Bernoulli(Likelihood):
+    """Logits ``(N, *)``: binary cross-entropies, summed over outputs. A draw's gradient is ``σ(z) − y``."""
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         p = wide(outputs.detach()).sigmoid()
         return p - torch.bernoulli(p, generator=generator)
 
 
-_NAMED: dict[str, Callable[[], Likelihood]] = {"categorical": Categorical, "gaussian": Gaussian, "bernoulli": Bernoulli}
+_NAMED = {"categorical": Categorical, "gaussian": Gaussian, "bernoulli": Bernoulli}
 
 
 def likelihood_named(likelihood: str | Likelihood) -> Likelihood:
     """``"categorical"``, ``"gaussian"`` or ``"bernoulli"`` as an object; an object as it is."""
-    if isinstance(likelihood, str):
-        checks.one_of("likelihood", likelihood, _NAMED)
-        return _NAMED[likelihood]()
-    if not (hasattr(likelihood, "terms") and hasattr(likelihood, "sample")):
-        raise TypeError(
-            f"likelihood must be one of {', '.join(map(repr, _NAMED))} or have methods terms and sample, "
-            f"but got {likelihood!r} ({type(likelihood).__name__})"
-        )
-    return likelihood
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    checks.one_of("likelihood", likelihood, _NAMED)
+    return _NAMED[likelihood]()

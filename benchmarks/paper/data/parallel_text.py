@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,39 +29,26 @@ class Translation:
     references: Sequence[str]
 
 
-class Corpus(NamedTuple):
-    """Files of a corpus: folders, the names of the training and test parts, and where they are published."""
-
-    name: str
-    places: Sequence[str]
-    train: str
-    test: str
-    published: str
-    sizes: tuple[int, int]
-
-
 def read_lines(path: Path) -> list[str]:
     """The lines, with subword marks of other tools (``"@@ "``) taken out."""
     with open_text(path) as file:
         return [line.strip().replace("@@ ", "") for line in file]
 
 
-@lru_cache(maxsize=2)  # learning the words takes seconds, and every run of a search reads the same
-def _encoded(folder: Path, corpus: Corpus) -> Dataset:
-    (german, english), (test_german, test_english) = (
-        [read_lines(find(folder, corpus.places, f"{part}.{side}", corpus.published)) for side in ("de", "en")]
-        for part in (corpus.train, corpus.test)
-    )
-    for part, sides in ((corpus.train, (german, english)), (corpus.test, (test_german, test_english))):
+def _read(name: str, paths: Sequence[Path], sizes: tuple[int, int]) -> Dataset:
+    """``paths``: German and English to train on, then to test on."""
+    german, english, test_german, test_english = map(read_lines, paths)
+    for i, sides in ((0, (german, english)), (2, (test_german, test_english))):
         if len(sides[0]) != len(sides[1]):
-            raise ValueError(f"{part}.de and {part}.en must have as many lines, but have {[*map(len, sides)]}")
+            names = " and ".join(path.name for path in paths[i : i + 2])
+            raise ValueError(f"{names} must have as many lines, but have {[*map(len, sides)]}")
     words = Vocabulary([*german, *english], WORDS)
     pairs = [(words.encode(de), words.encode(en)) for de, en in zip(german, english, strict=True)]
     train = [(de, en) for de, en in pairs if 0 < len(de) < LONGEST and 0 < len(en) < LONGEST]
     pairs = [(words.encode(de), words.encode(en)) for de, en in zip(test_german, test_english, strict=True)]
     test = [(de[: LONGEST - 1], en[: LONGEST - 1]) for de, en in pairs]
     extra = Translation(words, tuple(test_english))
-    return Dataset(corpus.name, _examples(train), _examples(test), published=corpus.sizes, extra=extra)
+    return Dataset(name, _examples(train), _examples(test), published=sizes, extra=extra)
 
 
 def _examples(pairs: Sequence[tuple[list[int], list[int]]]) -> Examples:
@@ -80,28 +66,19 @@ def _padded(sentences: Sequence[list[int]]) -> Tensor:
     return out
 
 
-def _source(corpus: Corpus) -> Source:
-    files = [f"{corpus.places[0]}/{part}.{side}" for part in (corpus.train, corpus.test) for side in ("de", "en")]
-    return Source(corpus.name, lambda folder: _encoded(folder.resolve(), corpus), files, corpus.published)
+def _source(name: str, places: Sequence[str], test: str, published: str, sizes: tuple[int, int]) -> Source:
+    """``places``: folders where the files may lie; ``test``: what those to test on are called."""
+    files = [f"{part}.{side}" for part in ("train", test) for side in ("de", "en")]
+
+    @lru_cache(maxsize=1)  # learning the words takes seconds, and every run of a search reads the same
+    def read(folder: Path) -> Dataset:
+        return _read(name, [find(folder, places, file, published) for file in files], sizes)
+
+    return Source(name, lambda folder: read(folder.resolve()), [f"{places[0]}/{file}" for file in files], published)
 
 
-MULTI30K = _source(
-    Corpus(
-        name="Multi30k German–English",
-        places=("multi30k", "."),
-        train="train",
-        test="test_2016_flickr",
-        published="https://github.com/multi30k/dataset (data/task1/raw)",
-        sizes=(29_000, 1_000),
-    )
-)
-IWSLT14 = _source(
-    Corpus(
-        name="IWSLT'14 German–English",
-        places=("iwslt14.tokenized.de-en", "iwslt14", "."),
-        train="train",
-        test="test",
-        published="https://wit3.fbk.eu (as prepared by fairseq's examples/translation/prepare-iwslt14.sh)",
-        sizes=(160_239, 6_750),
-    )
-)
+_MULTI30K = "https://github.com/multi30k/dataset (data/task1/raw)"
+_IWSLT14 = "https://wit3.fbk.eu (as prepared by fairseq's examples/translation/prepare-iwslt14.sh)"
+_IWSLT14_PLACES = ("iwslt14.tokenized.de-en", "iwslt14", ".")
+MULTI30K = _source("Multi30k German–English", ("multi30k", "."), "test_2016_flickr", _MULTI30K, (29_000, 1_000))
+IWSLT14 = _source("IWSLT'14 German–English", _IWSLT14_PLACES, "test", _IWSLT14, (160_239, 6_750))

@@ -16,12 +16,9 @@ ARCHIVE = "https://archive.ics.uci.edu/dataset/"
 
 
 def read_table(path: Path, target: str, left_out: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
-    """``(features (N, d), targets (N, 1))`` float64 of a csv file, gzipped or not.
+    """``(features (N, d), targets (N, 1))`` float64 of a csv file, gzipped or not, whose first line names the columns.
 
-    Args:
-        path: the file, whose first line names the columns.
-        target: the column to predict.
-        left_out: columns that are neither.
+    ``target`` is to be predicted; those ``left_out`` are no features.
     """
     with open_text(path) as file:
         lines = csv.reader(file)

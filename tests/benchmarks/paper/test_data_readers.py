@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from benchmarks.paper.data import Dataset, Examples, MissingData, parallel_text, standardised
+from benchmarks.paper.data import Dataset, Examples, MissingData, standardised
 from benchmarks.paper.data.cifar import CIFAR10, CIFAR100, read_binary, read_pickled
 from benchmarks.paper.data.idx import FILES, MNIST, MNIST_IMAGES, read_idx
 from benchmarks.paper.data.ill_conditioned import CONDITION, ill_conditioned_map
@@ -235,10 +236,10 @@ def test_parallel_text(tmp_path: Path) -> None:
     (x, y), t = data.train.batch(torch.tensor([0]))
     assert x.shape[1] == int((source[0] != PAD).sum())
     assert y.shape == t.shape == (1, length)
-    (tmp_path / "train.de").write_text("one line")
-    parallel_text._encoded.cache_clear()
-    with pytest.raises(ValueError, match=r"as many lines, but have \[1, 3\]"):
-        MULTI30K.load(tmp_path)
+    other = shutil.copytree(tmp_path, tmp_path / "other")
+    (other / "train.de").write_text("one line")
+    with pytest.raises(ValueError, match=r"train.de and train.en.gz must have as many lines, but have \[1, 3\]"):
+        MULTI30K.load(other)
 
 
 def test_the_map_is_as_ill_conditioned_as_it_says() -> None:
