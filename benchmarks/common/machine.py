@@ -40,18 +40,14 @@ def device_name(device: str) -> str:
 
 
 def _cpu() -> str:
-    model, flags = platform.processor() or platform.machine(), ""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            elif key.strip() == "flags":
-                flags = value
-                break
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        pass
-    notable = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_fp16") if name in flags.split()]
+        first = ""
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    model = found.get("model name") or platform.processor() or platform.machine()
+    flags = found.get("flags", "").split()
+    notable = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_fp16") if name in flags]
     return f"{model} ({', '.join(notable)})" if notable else model
 
 
@@ -75,14 +71,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    root = Path(__file__).parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with changes"]
+    command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
-        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

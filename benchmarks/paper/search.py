@@ -30,19 +30,11 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def _search(asked: Request, options: argparse.Namespace) -> dict[str, Any]:
     task = asked.task
-    for optimizer in asked.optimizers:  # refuse all before running one
-        RunSpec(task.name, optimizer, asked.settings[optimizer], precision=asked.precision)
-    search = Search(
-        task.name,
-        options.out,
-        trials=options.trials or (2 if options.quick else 8),
-        epochs=asked.epochs,
-        steps=options.steps,
-        seeds=options.seeds,
-        precision=asked.precision,
-        device=options.device,
-        limit_seconds=options.limit_seconds,
-    )
+    alike = asked.epochs, options.steps, asked.precision, options.device
+    # all of them, to refuse what is wrong before one runs
+    likes = [RunSpec(task.name, name, asked.settings[name], "given", 0, *alike) for name in asked.optimizers]
+    trials = options.trials or (2 if options.quick else 8)
+    search = Search(likes[0], options.out, trials, options.seeds, options.limit_seconds)
     with progress() as bar:
         entry = bar.add_task(f"search {task.name}", total=None)
 

@@ -20,6 +20,8 @@ Closure = Callable[[], Any]
 class Baseline(Optimizer):
     """Steps by ``v ← μ v + d``, ``θ ← (1 − lr·λ) θ − lr·v`` along directions ``d`` that a subclass finds.
 
+    Keys of its param groups: ``lr``; ``momentum`` μ, in [0, 1); ``weight_decay`` λ, decoupled; ``damping``.
+
     Attributes:
         steps: how many steps were taken, skipped ones counted.
         skipped_steps: how many were left out because a gradient or a direction wasn't finite. Weights and momentum

@@ -25,12 +25,9 @@ class KroneckerFactored(Baseline):
     Args:
         model: whose layers are to be captured. The closure must call it, or a wrapper that calls it.
         likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"`` or a :class:`Likelihood`.
-        params: parameters of the model's or param groups of them (keys: ``lr``, ``momentum``, ``weight_decay``,
-            ``damping``); by default all that require grad. A weight and its bias belong in one group.
-        lr: learning rate, >= 0.
-        momentum: μ, of the preconditioned gradient, in [0, 1).
-        weight_decay: λ, decoupled, >= 0.
-        damping: γ, >= 0.
+        params: parameters of the model's or param groups of them; by default all that require grad. A weight and its
+            bias belong in one group.
+        lr, momentum, weight_decay, damping: see :class:`Baseline`; the damping is γ.
         decay: of the running averages, in [0, 1): after k batches the old average keeps ``min(1 − 1/k, decay)``.
         fisher: ``"sampled"`` from the model's predictions, at the price of a second backward on those steps, or
             ``"empirical"``, from the closure's own.

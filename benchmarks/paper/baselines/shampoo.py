@@ -25,11 +25,8 @@ class Shampoo(Baseline):
     matrix ``L^(−1/4) G R^(−1/4)``, for a vector full-matrix AdaGrad, for a convolution four small matrices.
 
     Args:
-        params: parameters or param groups (keys: ``lr``, ``momentum``, ``weight_decay``, ``damping``).
-        lr: learning rate, >= 0.
-        momentum: μ, of the preconditioned gradient, in [0, 1).
-        weight_decay: λ, decoupled, >= 0.
-        damping: ε, >= 0.
+        params: parameters or param groups.
+        lr, momentum, weight_decay, damping: see :class:`Baseline`; the damping is ε.
         decay: of ``H ← decay·H + (1 − decay)·GGᵀ``, divided by ``1 − decayᵗ`` because it starts at zero; 1.0 for the
             paper's sum.
         interval: compute the roots every so many steps,

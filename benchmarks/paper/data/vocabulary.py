@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 PAD, OPEN, CLOSE, UNKNOWN = range(4)
 SPECIAL = ("<pad>", "<open>", "<close>", "<unknown>")
@@ -33,8 +33,7 @@ class Vocabulary:
         counts = Counter(part for sentence in sentences for part in _parts(sentence))
         letters = Counter[str]()
         for word, count in counts.items():
-            for letter in word:
-                letters[letter] += count
+            letters.update({letter: count * word.count(letter) for letter in word})
         kept = [letter for letter, _ in letters.most_common(size - len(SPECIAL))]
         self.merges = {pair: rank for rank, pair in enumerate(_learned(counts, size - len(SPECIAL) - len(kept)))}
         self.pieces = list(dict.fromkeys([*SPECIAL, *kept, *(a + b for a, b in self.merges)]))
@@ -50,12 +49,8 @@ class Vocabulary:
 
     def decode(self, numbers: Sequence[int]) -> str:
         """The sentence, up to the first CLOSE."""
-        pieces = []
-        for number in numbers:
-            if number == CLOSE:
-                break
-            if number not in (PAD, OPEN):
-                pieces.append(self.pieces[number] if number != UNKNOWN else "?")
+        said = takewhile(lambda number: number != CLOSE, numbers)
+        pieces = ("?" if number == UNKNOWN else self.pieces[number] for number in said if number not in (PAD, OPEN))
         return "".join(pieces).replace(SPACE, " ").strip()
 
     def _cut_word(self, word: str) -> tuple[str, ...]:

@@ -37,11 +37,8 @@ def translate(model: Transformer, source: Tensor, longest: int = LONGEST) -> Ten
     return said
 
 
-def bleu(model: nn.Module, data: Dataset, limit: int | None = None) -> dict[str, float]:
-    """``{"BLEU": …}`` by sacrebleu of greedy translations of the test (its first ``limit`` sentences).
-
-    Empty where the data hold no references (a held-out part) or sacrebleu isn't installed.
-    """
+def bleu(model: nn.Module, data: Dataset) -> dict[str, float]:
+    """``{"BLEU": …}`` of greedy translations of the test; empty without references (a held-out part) or sacrebleu."""
     found = data.extra
     if not isinstance(found, Translation) or not isinstance(model, Transformer):
         return {}
@@ -51,14 +48,13 @@ def bleu(model: nn.Module, data: Dataset, limit: int | None = None) -> dict[str,
         return {}
     was_training = model.training
     model.eval()
-    count = min(limit or len(data.test), len(data.test))
     said: list[str] = []
-    for chosen in torch.split(torch.arange(count, device=data.test.targets.device), 100):
+    for chosen in torch.split(torch.arange(len(data.test), device=data.test.targets.device), 100):
         (source, _), _ = data.test.batch(chosen)
         longest = min(LONGEST, source.shape[1] + 20)
         said += [found.vocabulary.decode(row) for row in translate(model, source, longest).tolist()]
     model.train(was_training)
-    return {"BLEU": float(corpus_bleu(said, [list(found.references[:count])]).score)}
+    return {"BLEU": float(corpus_bleu(said, [list(found.references)]).score)}
 
 
 def _task(name: str, title: str, source: Source, epochs: int, place: str, width: int, hidden: int) -> Task:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,19 +38,14 @@ class Range:
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer that can be named.
-
-    Attributes:
-        defaults: every hyperparameter with the value it has where neither a search nor ``--set`` says another.
-    """
+    """An optimizer that can be named."""
 
     label: str  # as the paper calls it
     make: Callable[[Setting, Hyper], Optimizer]  # ``(setting, hyperparameters) -> optimizer``
-    defaults: Mapping[str, Any]
+    defaults: Mapping[str, Any]  # every hyperparameter, where neither a search nor ``--set`` says another
     ranges: Mapping[str, Range]  # those that a search draws. The others stay at their defaults.
     schedule: str = ""  # the manual schedule, or empty
-    eps_of_fp16: float | None = None
-    """The ε that float16 needs: 1e-8 is 0 there."""
+    eps_of_fp16: float | None = None  # the ε that float16 needs: 1e-8 is 0 there
 
     def hyper(self, given: Mapping[str, Any], precision: str) -> Hyper:
         """All hyperparameters: the given ones over the defaults; ValueError where one isn't among them."""
@@ -161,13 +156,13 @@ def _adaptive(base: str) -> Method:
         objective = setting.task.objective_on_others(setting.model, setting.batches.other_labelled, **terms)
         return apo.AdaptiveLR(inner.make(setting, own), objective, **chosen)
 
-    return Method(
-        f"{inner.label}-APO",
-        make,
-        {**inner.defaults, **meta, "fsd_weight": None, "wsd_weight": 0.0},
+    return replace(
+        inner,
+        label=f"{inner.label}-APO",
+        make=make,
+        defaults={**inner.defaults, **meta, "fsd_weight": None, "wsd_weight": 0.0},
         # At a short reach λ_WSD is what decays the rate: below 1e-3 it was measured to do too little.
-        {"fsd_weight": Range(3e-3, 1.0), "wsd_weight": Range(1e-4 if momentum else 1e-3, 0.1)},
-        eps_of_fp16=inner.eps_of_fp16,
+        ranges={"fsd_weight": Range(3e-3, 1.0), "wsd_weight": Range(1e-4 if momentum else 1e-3, 0.1)},
     )
 
 
@@ -178,11 +173,11 @@ def _scheduled(inner: Method, schedule: str) -> Method:
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
         return inner.make(setting, {key: value for key, value in hyper.items() if key not in own})
 
-    return Method(
-        f"{inner.label}, {schedule.replace('-', ' then ')}",
-        make,
-        {**inner.defaults, **own},
-        {**inner.ranges, **drawn},
+    return replace(
+        inner,
+        label=f"{inner.label}, {schedule.replace('-', ' then ')}",
+        make=make,
+        defaults={**inner.defaults, **own},
+        ranges={**inner.ranges, **drawn},
         schedule=schedule,
-        eps_of_fp16=inner.eps_of_fp16,
     )

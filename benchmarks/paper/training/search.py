@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch.quasirandom import SobolEngine
 
 from benchmarks.common import results
 from benchmarks.paper.data import Dataset
-from benchmarks.paper.tasks import Task, named
 from benchmarks.paper.training.optimizers import method
 from benchmarks.paper.training.run import Run
 from benchmarks.paper.training.run_spec import RunSpec
@@ -36,29 +35,17 @@ def drawn(optimizer: str, count: int) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Search:
-    """A search of a task's hyperparameters.
+    """A search of a task's hyperparameters; its file is ``search/TASK.json`` in ``out``."""
 
-    Args:
-        precision, device: of the runs.
-    """
-
-    task: str  # its name
-    out: Path  # the file is ``search/TASK.json`` in it
+    like: RunSpec  # all runs are like this one, but for the optimizer, its hyperparameters and the seed
+    out: Path
     trials: int  # of each optimizer
-    epochs: int  # of each trial; ``steps`` instead, where given
-    steps: int | None = None
-    seeds: int = 1  # of each trial. Losses and metrics are means over them, and one that diverged spoils the trial.
-    precision: str = "fp32"
-    device: str = "cpu"
-    limit_seconds: float | None = None  # of training in a run; a trial that is cut off is judged by what it reached
-
-    @property
-    def definition(self) -> Task:
-        return named(self.task)
+    seeds: int = 1  # of each trial. Losses and metrics are means over them, and one that diverged spoils the trial
+    limit_seconds: float | None = None  # of training in a run; one that is cut off is judged by what it reached
 
     @property
     def path(self) -> Path:
-        return file_of(self.out, self.task, self.precision)
+        return file_of(self.out, self.like.task, self.like.precision)
 
     def run(
         self,
@@ -83,22 +70,23 @@ class Search:
                 trial = self._trial(optimizer, {**hyper, **(fixed or {}).get(optimizer, {})}, data)
                 done.append(trial)
                 saved = {key: value for key, value in content.items() if key not in ("benchmark", "environment")}
-                results.write(self.path.parent, self.path.stem, self.device, saved)
+                results.write(self.path.parent, self.path.stem, self.like.device, saved)
                 if tell is not None:
                     tell(optimizer, trial)
         return content
 
     def _begun(self, data: Dataset) -> dict[str, Any]:
         """What the file holds, or an empty search."""
+        like, task = self.like, self.like.definition
         settings = {
-            "task": self.task,
+            "task": like.task,
             "data": data.label,
-            "stand_in": self.definition.source.stand_in,
-            "judged_by": self.definition.judged_by,
-            "epochs": self.epochs,
-            "steps": self.steps,
+            "stand_in": task.source.stand_in,
+            "judged_by": task.judged_by,
+            "epochs": like.epochs,
+            "steps": like.steps,
             "seeds": self.seeds,
-            "precision": self.precision,
+            "precision": like.precision,
         }
         if not self.path.is_file():
             return {**settings, "trials": {}}
@@ -120,8 +108,10 @@ class Search:
             )
 
     def _trial(self, optimizer: str, hyper: dict[str, Any], data: Dataset) -> dict[str, Any]:
-        runs = [Run(self._spec(optimizer, hyper, seed), data).go(limit_seconds=self.limit_seconds)
-                for seed in range(self.seeds)]  # fmt: skip
+        held_out = self.like.definition.judged_by == "metric"
+        alike = replace(self.like, optimizer=optimizer, hyper=hyper, held_out=held_out)
+        specs = [replace(alike, seed=seed) for seed in range(self.seeds)]
+        runs = [Run(spec, data).go(limit_seconds=self.limit_seconds) for spec in specs]
         statuses = [run["status"] for run in runs]
         return {
             "hyper": hyper,
@@ -131,16 +121,3 @@ class Search:
             "seconds": sum(run["seconds"] for run in runs),
             "steps": runs[0]["steps"],
         }
-
-    def _spec(self, optimizer: str, hyper: dict[str, Any], seed: int) -> RunSpec:
-        return RunSpec(
-            self.task,
-            optimizer,
-            hyper,
-            seed=seed,
-            epochs=self.epochs,
-            steps=self.steps,
-            precision=self.precision,
-            device=self.device,
-            held_out=self.definition.judged_by == "metric",
-        )

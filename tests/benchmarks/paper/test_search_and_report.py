@@ -20,6 +20,7 @@ from benchmarks.paper.report.tables import table_2, table_3, table_4
 from benchmarks.paper.tasks import TASKS, named
 from benchmarks.paper.training import search as searching
 from benchmarks.paper.training.optimizers import METHODS, Range, method
+from benchmarks.paper.training.run_spec import RunSpec
 from benchmarks.paper.training.search import Search, drawn
 from benchmarks.paper.training.search_files import best, found
 
@@ -68,27 +69,31 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return specs
 
 
+def spec_of(task: str, epochs: int) -> RunSpec:
+    return RunSpec(task, "sgdm", {}, epochs=epochs)
+
+
 def test_each_optimizer_gets_as_many_equal_trials(
     tmp_path: Path, counted: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = named("digits").data()
     names = ["sgdm", "kfac", "apo"]
-    content = Search("digits", tmp_path, trials=4, epochs=3, seeds=2).run(names, data)
+    content = Search(spec_of("digits", 3), tmp_path, trials=4, seeds=2).run(names, data)
     assert [len(content["trials"][name]) for name in names] == [4, 4, 4]
     for name in names:
         own = [spec for spec in counted if spec.optimizer == name]
         assert [spec.seed for spec in own] == [0, 1] * 4
         assert {(spec.epochs, spec.steps, spec.precision) for spec in own} == {(3, None, "fp32")}
     counted.clear()
-    Search("digits", tmp_path, trials=6, epochs=3, seeds=2).run(names, data)
+    Search(spec_of("digits", 3), tmp_path, trials=6, seeds=2).run(names, data)
     assert len(counted) == 3 * 2 * 2  # only what was missing
     with pytest.raises(ValueError, match="holds a search whose epochs is 3 and not 5"):
-        Search("digits", tmp_path, trials=6, epochs=5, seeds=2).run(names, data)
+        Search(spec_of("digits", 5), tmp_path, trials=6, seeds=2).run(names, data)
     narrower = replace(METHODS["sgdm"], ranges={"lr": Range(0.01, 0.1)})
     with monkeypatch.context() as patch:
         patch.setitem(METHODS, "sgdm", narrower)
         with pytest.raises(ValueError, match="holds a search of sgdm in other ranges"):
-            Search("digits", tmp_path, trials=6, epochs=3, seeds=2).run(names, data)
+            Search(spec_of("digits", 3), tmp_path, trials=6, seeds=2).run(names, data)
     stored = load(tmp_path / "search" / "digits.json")
     chosen = best(stored, "sgdm")
     assert chosen is not None
@@ -105,8 +110,8 @@ def test_each_optimizer_gets_as_many_equal_trials(
 def test_a_metric_is_judged_on_held_out_examples(tmp_path: Path, counted: list[Any]) -> None:
     assert {task.judged_by for task in TASKS.values() if task.place.startswith("Table")} == {"metric"}
     data = named("digits").data()
-    Search("cifar10-lenet", tmp_path, trials=1, epochs=1).run(["sgdm"], data)
-    Search("digits", tmp_path, trials=1, epochs=1).run(["sgdm"], data)
+    Search(spec_of("cifar10-lenet", 1), tmp_path, trials=1).run(["sgdm"], data)
+    Search(spec_of("digits", 1), tmp_path, trials=1).run(["sgdm"], data)
     assert [spec.held_out for spec in counted] == [True, False]
 
 
