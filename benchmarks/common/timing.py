@@ -18,7 +18,7 @@ WINDOW = 0.005  # seconds: what is shorter would be timed with cold caches and t
 
 
 def device_timer() -> float:
-    """Seconds, read after the device has finished all that was asked of it (for pytest-benchmark and here)."""
+    """Seconds, read after the device has finished all that was asked of it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
