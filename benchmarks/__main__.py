@@ -16,10 +16,7 @@ from benchmarks.common.console import console
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "environment": ("common.environment", "machine, versions and commit that figures are taken with"),
-    "throughput": (
-        "kernels.throughput.command",
-        "milliseconds, GFLOP/s and ratios on the layers of named models",
-    ),
+    "throughput": ("kernels.throughput.command", "milliseconds, GFLOP/s and ratios on the layers of named models"),
     "stability": ("kernels.stability.command", "errors and breakdowns in low precision, against KFAC's inverse"),
     "overhead": ("paper.overhead", "what a training step costs with each front end, over plain momentum SGD"),
     "learning_rates": ("paper.learning_rates", "learned against fixed learning rates on digits"),
@@ -27,14 +24,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "search": ("paper.search", "hyperparameters of every optimizer on a task, by as many trials for each"),
     "report": (
         "paper.report.command",
-        "the paper's Figures 3, 4, 5 and Tables 2, 3, 4 with our figures, from result files",
+        "the paper's Figures 3 to 5 and Tables 2 to 4 with ours, from results files",
     ),
     "studies": ("paper.studies.command", "ways of learning the preconditioner, on four small tasks"),
     "figure1": ("paper.figure1", "Figure 1 of the paper, from the exact proximal point"),
-    "targets": (
-        "kernels.targets",
-        "registers, spills and shared memory of every kernel, compiled for GPUs that need not be here",
-    ),
+    "targets": ("kernels.targets", "registers, spills and shared memory of every kernel, compiled for absent GPUs"),
     "tune": ("kernels.tune", "time configurations of the kernels on the GPU at hand, and keep the best"),
 }
 """Each command's module and what it shows. The module has ``add_arguments(parser)`` and ``run(options)``."""

@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.common import results
-from benchmarks.common.markdown import table
+from benchmarks.common.tables import markdown
 from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, FULL, NAMES
 from benchmarks.paper.report.aggregate import Group, grouped
 from benchmarks.paper.report.collect import collect
@@ -61,7 +61,7 @@ def _ratios() -> str:
         [TITLES[row["model"]], *("–" if row[key] is None else f"{row[key]:.2f}" for key in keys)]
         for row in results.load(RESULTS / "throughput.json")["ratios"]
     ]
-    return table(header, rows, numbers=True)
+    return markdown(header, rows, numbers=True)
 
 
 def _times() -> str:
@@ -72,7 +72,7 @@ def _times() -> str:
         for model in TITLES
         for operation in ("apply", "refresh", "step")
     ]
-    return table(["ms, fp32", "", *NAMES], rows, numbers=True)
+    return markdown(["ms, fp32", "", *NAMES], rows, numbers=True)
 
 
 def _milliseconds(row: dict[str, Any]) -> str:
@@ -90,7 +90,7 @@ def _shapes() -> str:
         chain, full, blocks = (cells[m, n, name] for name in (CHAIN, FULL, BLOCKS))
         rows.append([f"{m}×{n}", *(f"{x:,.1f}" for x in (chain, full, blocks)), f"{full / blocks:.1f}×"])
     header = ["layer", "chain, ms", "full, ms", "blocks of 64, ms", "blocks faster than full by"]
-    return table(header, rows, numbers=True)
+    return markdown(header, rows, numbers=True)
 
 
 def _stability() -> str:
@@ -102,7 +102,7 @@ def _stability() -> str:
             found = [records[dtype, method] for dtype in ("fp32", "bf16", "fp16")]
             rows.append([label, *map(_breakdowns, found), *(f"{each['worst_arithmetic']:.0e}" for each in found)])
     header = ["recorded layers", "breakdowns in fp32", "in bf16", "in fp16", "worst arithmetic error in fp32", "bf16"]
-    return table([*header, "fp16"], rows, numbers=True)
+    return markdown([*header, "fp16"], rows, numbers=True)
 
 
 def _breakdowns(record: dict[str, Any]) -> str:
@@ -124,7 +124,7 @@ def _learning_rates() -> str:
         ]
         rows.append([name, *cells])
     header = ["optimizer", "loss, best fixed rate", "loss, learned from 1e-4 … 1e-1", "accuracy, best fixed rate, %"]
-    return table([*header, "accuracy, learned, %", "from 1000 × the best rate"], rows, numbers=True)
+    return markdown([*header, "accuracy, learned, %", "from 1000 × the best rate"], rows, numbers=True)
 
 
 def _by_rate(outcomes: list[dict[str, Any]]) -> dict[float, tuple[float, float]]:
@@ -141,7 +141,7 @@ def _by_rate(outcomes: list[dict[str, Any]]) -> dict[float, tuple[float, float]]
 def _overhead() -> str:
     contestants = results.load(RESULTS / "overhead.json")["contestants"]
     rows = [[name, f"{1e3 * row['step_seconds']:.1f}", f"{row['ratio']:.2f}"] for name, row in contestants.items()]
-    return table(["optimizer", "ms a step", "÷ SGDm"], rows, numbers=True)
+    return markdown(["optimizer", "ms a step", "÷ SGDm"], rows, numbers=True)
 
 
 KERNELS = {
@@ -164,7 +164,7 @@ def _targets() -> str:
         for dtype in ("bfloat16", "float16", "float32"):
             of_all = [row for row in rows if row["stage"] in stages and row["dtype"] == dtype]
             lines.append([title, dtype, *(_worst([row for row in of_all if row["target"] == name]) for name in names)])
-    return table(["", "", *names], lines, numbers=True)
+    return markdown(["", "", *names], lines, numbers=True)
 
 
 def _worst(rows: list[dict[str, Any]]) -> str:
@@ -185,7 +185,7 @@ def _tasks() -> str:
         seeds = len(shown[0].runs)
         what = f"{task}, {runs[0]['epochs']:.3g} epochs, {seeds} seed{'s'[: seeds - 1]}"
         rows.append([what, *(f"{_loss(group, step)}, {_step_ms(group):.3g}" for group in shown)])
-    return table(["task", *(f"{METHODS[name].label}: loss, ms a step" for name in names)], rows, numbers=True)
+    return markdown(["task", *(f"{METHODS[name].label}: loss, ms a step" for name in names)], rows, numbers=True)
 
 
 def _loss(group: Group, step: float) -> str:
@@ -209,7 +209,7 @@ def _rates() -> str:
         cells = [f"{fmean(each):.4f} ({each[0]:.4f} to {each[-1]:.4f})" for each in losses]
         rows.append([METHODS[base].label, *cells, " / ".join(f"{fmean(group.last('metric')):.2f}" for group in found)])
     header = ["", "best fixed rate", "best step schedule", "AdaptiveLR", "test accuracy of the three, %"]
-    return table(header, rows, numbers=True)
+    return markdown(header, rows, numbers=True)
 
 
 STUDIED = {
@@ -233,7 +233,7 @@ def _study() -> str:
     for name, label in STUDIED.items():
         cells = (found[name].get(task) for task in tasks)
         rows.append([label, *("" if cell is None else f"{cell[0]:#.3g} ({cell[3]})" for cell in cells)])
-    return table(["training loss (seeds)", *tasks], rows, numbers=True)
+    return markdown(["training loss (seeds)", *tasks], rows, numbers=True)
 
 
 TABLES: dict[str, Callable[[], str]] = {

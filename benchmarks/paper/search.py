@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from benchmarks.common.console import console, progress, wrote
+from benchmarks.common.tables import Table
 from benchmarks.paper.report.searches import HEADER, found
-from benchmarks.paper.report.table import Table
 from benchmarks.paper.training.command_options import Request, add_shared, for_each_task
 from benchmarks.paper.training.run_spec import RunSpec
 from benchmarks.paper.training.search import Search

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +11,7 @@ from rich.markup import escape
 
 from benchmarks.common import results
 from benchmarks.common.console import console, progress, wrote
+from benchmarks.common.options import above_0
 from benchmarks.kernels.stability.aggregate import LABELS, select, summarise
 from benchmarks.kernels.stability.findings import findings
 from benchmarks.kernels.stability.measure import DTYPES, Row, limit, measure
@@ -31,7 +31,7 @@ QUICK_CONDITIONS = CONDITIONS[::2]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     dampings = "dampings to sweep; synthetic factors are also taken without any (default: 1e-12 to 1)"
-    parser.add_argument("--dampings", type=_above_0, nargs="+", default=list(DAMPINGS), metavar="γ", help=dampings)
+    parser.add_argument("--dampings", type=above_0, nargs="+", default=list(DAMPINGS), metavar="γ", help=dampings)
     moments = f"training steps to record at (default: {_list(MOMENTS)}; with --quick {_list(QUICK_MOMENTS)})"
     parser.add_argument("--moments", type=int, nargs="+", metavar="STEP", help=moments)
     conditions = "condition numbers of the synthetic factors (default: 1e2 to 1e10)"
@@ -115,13 +115,6 @@ def _plain(row: Row) -> dict[str, Any]:
 
 def _nonzero(counts: dict[str, int]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
-
-
-def _above_0(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, but got {text}")
-    return value
 
 
 def _list(values: Sequence[int]) -> str:

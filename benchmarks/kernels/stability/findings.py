@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -40,7 +41,7 @@ def _breakdowns(rows: Sequence[Row], dtype: str) -> Iterator[str]:
     broken, sound = [], []
     for method in METHODS:
         own = select(reachable, method=method.key)
-        reasons = Counter(_reason(row.breakdown) for row in own if row.breakdown)
+        reasons = Counter(re.sub(" of F_.", "", row.breakdown) for row in own if row.breakdown)
         if not reasons:
             sound.append(method.label)
             continue
@@ -91,7 +92,3 @@ def _against_us(rows: Sequence[Row], dtype: str) -> Iterator[str]:
 
 def _ratio(ours: Row, other: Row) -> float:
     return ours.error / other.error if ours.error and other.error else math.nan
-
-
-def _reason(breakdown: str) -> str:
-    return breakdown.replace(" of F_A", "").replace(" of F_B", "")

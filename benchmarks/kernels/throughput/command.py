@@ -15,6 +15,7 @@ from benchmarks.common import results
 from benchmarks.common.console import console, progress, wrote
 from benchmarks.common.dtypes import DTYPES
 from benchmarks.common.machine import device_name
+from benchmarks.common.options import names_of
 from benchmarks.common.threads import cpu_threads
 from benchmarks.common.timing import Sample, interleave
 from benchmarks.kernels import account, machine_peaks
@@ -37,7 +38,7 @@ Row = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, known in (("--models", MODELS), ("--dtypes", DTYPES), ("--operations", OPERATIONS)):
-        parser.add_argument(option, type=_names(known), metavar="NAME,…", help=f"of {', '.join(known)}")
+        parser.add_argument(option, type=names_of(known), metavar="NAME,…", help=f"of {', '.join(known)}")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; 1 compares best (default: %(default)s)")
     parser.add_argument("--seconds", type=float, help="to time each contestant for (default: 4, with --quick 0.25)")
     limit = "leave out calls that may take more seconds (default: 60, with --quick 1)"
@@ -199,14 +200,3 @@ def _figures(row: Row, sample: Sample, roof: float, bandwidth: float | None) -> 
     if bandwidth is not None and row.get("mb") is not None:
         figures["share_of_copy"] = row["mb"] * 1e6 / sample.median / bandwidth
     return figures
-
-
-def _names(known: Any) -> Any:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
-        return names
-
-    return parse

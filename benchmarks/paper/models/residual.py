@@ -40,11 +40,8 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """A first convolution, stages of :class:`ResidualBlock`, the mean over the image, a linear layer.
 
-    Args:
-        depths: blocks of each stage. All but the first halve the image's sides.
-        widths: channels of each stage.
-        classes: outputs.
-        projection: shortcuts by projection where the shape changes (as for ImageNet); otherwise option A (CIFAR).
+    Stages are of so many blocks, ``depths``, and channels, ``widths``; all but the first halve the image's sides.
+    ``projection``: shortcuts by projection where the shape changes (as for ImageNet); otherwise option A (CIFAR).
     """
 
     def __init__(self, depths: Sequence[int], widths: Sequence[int], classes: int, *, projection: bool) -> None:

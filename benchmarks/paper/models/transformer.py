@@ -63,14 +63,9 @@ class Transformer(nn.Module):
     hold the 44,138,496 of the base model (65M with its 37,000 words of embeddings).
 
     Args:
-        vocabulary: number of words.
-        width: of embeddings and hidden vectors.
+        vocabulary: number of words; ``pad`` is that of the padding word, ``longest`` the most in a sentence.
+        width: of embeddings and hidden vectors; ``hidden`` is that of the feed-forward part.
         layers: of the encoder, and of the decoder.
-        heads: of attention.
-        hidden: width of the feed-forward part.
-        dropout: probability.
-        longest: most words in a sentence.
-        pad: the number of the padding word.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import results
-from benchmarks.paper.report.table import Table
+from benchmarks.common.tables import Table
 from benchmarks.paper.training.search_files import best
 
 HEADER = ["task", "optimizer", "trials", "diverged", "loss of the best", "its hyperparameters", "of"]

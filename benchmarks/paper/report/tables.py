@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+from benchmarks.common.tables import Table
 from benchmarks.paper.report import published
 from benchmarks.paper.report.aggregate import Group, grouped
 from benchmarks.paper.report.collect import SIXTEEN_BITS, Found, described
-from benchmarks.paper.report.table import Table
 from benchmarks.paper.tasks import TASKS, named
 
 SMALLER = {"multi30k": "iwslt14", "multi30k-narrow": "iwslt14"}

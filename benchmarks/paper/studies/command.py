@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.common import results
 from benchmarks.common.console import console
+from benchmarks.common.options import names_of
 from benchmarks.paper.studies.running import TASKS, one_run
 from benchmarks.paper.studies.tables import markdown
 from benchmarks.paper.studies.variants import BASELINES, VARIANTS
@@ -23,9 +22,9 @@ FINALISTS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--study-tasks", default=",".join(TASKS), help="names, by comma (default: %(default)s)")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="names, by comma, or none (default: all)")
-    parser.add_argument("--against", default=",".join(BASELINES), help="baselines, by comma, or none (default: all)")
+    for option, known in (("--study-tasks", TASKS), ("--variants", VARIANTS), ("--against", BASELINES)):
+        text = "names by comma, or none (default: all)"
+        parser.add_argument(option, type=names_of(known), default=",".join(known), help=text)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: %(default)s)")
 
 
@@ -43,24 +42,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         value = float(runs[key]["losses"][-1])
         return value if math.isfinite(value) else math.inf
 
-    for task in _chosen(options.study_tasks, TASKS):
-        for name in _chosen(options.against, BASELINES):
+    for task in options.study_tasks:
+        for name in options.against:
             ranked = sorted(BASELINES[name].grid, key=lambda setting: loss_of(task, name, 0, setting))
             for setting in ranked[:FINALISTS]:
                 for seed in range(1, options.seeds):
                     loss_of(task, name, seed, setting)
-        for name in _chosen(options.variants, VARIANTS):
+        for name in options.variants:
             for seed in range(options.seeds):
                 loss_of(task, name, seed)
     table = markdown(runs)
     (options.out / "meta-update.md").write_text(table)
     console.print(table, markup=False)
     return {"runs": runs}
-
-
-def _chosen(text: str, known: Iterable[str]) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip() and text != "none"]
-    for name in names:
-        if name not in known:
-            sys.exit(f"python -m benchmarks studies: must be of {', '.join(known)}, but got {name!r}")
-    return names

@@ -6,7 +6,7 @@ import math
 from statistics import median
 from typing import Any
 
-from benchmarks.common.markdown import table
+from benchmarks.common import tables
 from benchmarks.paper.studies.variants import BASELINES, VARIANTS
 
 Cell = tuple[float, float, float, int]
@@ -42,7 +42,7 @@ def markdown(runs: dict[str, Any]) -> str:
         what = VARIANTS[name].what if name in VARIANTS else f"best of {len(BASELINES[name].grid)} settings"
         cells = [_cell(rows[name].get(task)) for task in tasks] + [_seconds(runs, name, task) for task in tasks]
         lines.append([name, what, *cells])
-    return table(header, lines) + "\n"
+    return tables.markdown(header, lines) + "\n"
 
 
 def _cell(cell: Cell | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.dtypes import DTYPES
+from benchmarks.common.options import at_least_1
 from benchmarks.common.threads import cpu_threads
 from benchmarks.paper.data import MissingData
 from benchmarks.paper.tasks import TASKS, Task, named
@@ -22,21 +23,14 @@ from benchmarks.paper.training.optimizers import method
 def add_shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="folder with the files of data sets")
-    add("--epochs", type=_count, help="passes through the data (default: the task's)")
-    add("--steps", type=_count, help="steps to take instead of epochs")
+    add("--epochs", type=at_least_1, help="passes through the data (default: the task's)")
+    add("--steps", type=at_least_1, help="steps to take instead of epochs")
     precision = "of parameters, activations and gradients (default: %(default)s, or the task's own)"
     add("--precision", choices=DTYPES, default="fp32", help=precision)
     add("--limit-seconds", type=float, metavar="S", help="stop each run after so many seconds of training")
-    add("--threads", type=_count, help="of torch (default: 1 for networks under 200,000 weights)")
+    add("--threads", type=at_least_1, help="of torch (default: 1 for networks under 200,000 weights)")
     setting = "a hyperparameter of the optimizers that have it; OPTIMIZER.KEY=VALUE for one alone"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=setting)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be >= 1, but got {value}")
-    return value
 
 
 def given(settings: list[str], optimizers: list[str]) -> dict[str, dict[str, Any]]:

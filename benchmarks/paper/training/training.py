@@ -48,12 +48,9 @@ class Training:
     """A network, its batches and its optimizer.
 
     Args:
-        task: what to train.
-        data: its examples.
         make: makes the optimizer.
         seed: of the weights and the batches.
-        epochs: passes through the training examples.
-        steps: steps to take instead; None: ``epochs``.
+        epochs: passes through the training examples; ``steps`` instead, where given.
         every: steps between two rows of the curve; None: an epoch, or less where there would be few rows.
         device, dtype: of the weights; None: the task's dtype.
 
