@@ -54,13 +54,10 @@ def run(options: Namespace) -> dict[str, Any]:
         for dtype in dtypes
         for at in range(len(list(cases(TARGETS[target], getattr(torch, dtype), options.precision))))
     ]
-    rows: list[dict[str, Any]] = []
     # A process of its own, also where there is one: it must know nothing of this one's device.
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool, progress() as bar:
-        task = bar.add_task("compiling", total=len(work))
-        for row in pool.map(compile_one, *zip(*work, strict=True)):
-            rows.append(row)
-            bar.update(task, description=f"compiled {row['stage']} for {row['target']}", advance=1)
+        compiled = pool.map(compile_one, *zip(*work, strict=True))
+        rows = list(bar.track(compiled, total=len(work), description="compiling"))
     for name in names:
         console.print(_table(TARGETS[name], [row for row in rows if row["target"] == name]))
     faults = [f"{row['target']} {row['dtype']} {row['stage']} {row['size']}: {'; '.join(row['faults'])}"

@@ -64,14 +64,12 @@ def run(options: Namespace) -> dict[str, Any]:
             times = {"default": _time(call)}
             tried = list(candidates(stage, dtype))
             with progress() as bar:
-                task = bar.add_task(f"{name} {stage}", total=len(tried))
-                for changes in tried:
+                for changes in bar.track(tried, description=f"{name} {stage}"):
                     if _compiles(target, dtype, stage, size, changes):
                         with config.override(**{stage: changes}):
                             times[str(changes)] = _time(call)
-                    bar.advance(task)
             fastest = min(times, key=lambda key: times[key])
-            chosen = default if fastest == "default" else _with(default, tried, fastest)
+            chosen = replace(default, **next((each for each in tried if str(each) == fastest), {}))
             best[f"{stage}/{name}/{precision}/{size}"] = chosen
             rows.append({"dtype": name, "stage": stage, "seconds": times, "chosen": asdict(chosen)})
     path = config.write_tuned(target, torch.cuda.get_device_name(options.device), best)
@@ -125,10 +123,6 @@ def _compiles(target: Any, dtype: torch.dtype, stage: str, size: str, changes: C
 
 def _time(call: Call) -> float:
     return interleave({"call": call}, seconds=0.2)["call"].median
-
-
-def _with(default: Any, tried: list[Changes], fastest: str) -> Any:
-    return replace(default, **next(changes for changes in tried if str(changes) == fastest))
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from benchmarks.common.finite import all_finite
 from benchmarks.common.fisher.layers import FactoredLayer
 from benchmarks.common.fisher.likelihood import Likelihood
 
@@ -85,7 +84,7 @@ class Capture:
         self.terms += self.likelihood.terms(z)
         if self.fisher == "empirical":
             return
-        if all_finite([z.detach()]):
+        if bool(z.detach().isfinite().all()):
             Ds = self.likelihood.sample(z, self.generator).to(z.dtype)
             edges = [edge for _, _, edge in self._open]
             found = torch.autograd.grad(z, edges, Ds, retain_graph=True, allow_unused=True) if edges else ()

@@ -1,13 +1,9 @@
 """Gradients and KFAC factors of nets that train on scikit-learn's digits.
 
-For a layer with inputs ``ā`` (a one appended for the bias) and outputs ``s``, per example::
-
-    F_A = E[ā āᵀ]  (n, n),    F_B = E[Ds Dsᵀ]  (m, m),    Ds = −∂ log p(ŷ|x) / ∂s,  ŷ ~ p(·|x)
-
-The targets ``ŷ`` are sampled from the model's own predictions: with the data's targets it would be the
-empirical Fisher (Martens & Grosse 2015). A convolution is summed over positions ``t ∈ T`` (Grosse & Martens
-2016): ``F_A = E[Σ_t ā_t ā_tᵀ]`` and ``F_B = E[Σ_t Ds_t Ds_tᵀ] / |T|``. ``G`` is the mini-batch's gradient of
-the mean loss on the data's targets, the bias as the last column.
+The factors are those of :mod:`benchmarks.common.fisher.layers`, with targets sampled from the model's own predictions,
+in the scale of Grosse & Martens (2016): for a convolution ``F_A = E[Σ_t ā_t ā_tᵀ]`` and
+``F_B = E[Σ_t Ds_t Ds_tᵀ] / |T|``, over its positions ``t ∈ T``. ``G`` is the mini-batch's gradient of the mean loss
+on the data's targets.
 
 The nets train in float64, so that nothing that is recorded has been rounded to less before it is compared.
 """

@@ -46,14 +46,11 @@ def chain(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> Tensor:
 
 @dataclass
 class Contestant:
-    """A call to time, and how many FLOPs of matrix products it takes (None: not counted in products).
-
-    ``bytes``: the least that it can read and write, where that is known: each operand read and each result written.
-    """
+    """A call to time."""
 
     call: Callable[[], object]
-    flops: int | None
-    bytes: int | None = None
+    flops: int | None  # of matrix products; None: not counted in products
+    bytes: int | None = None  # each operand read and each result written once, where that is known
 
 
 class Workload:
@@ -226,8 +223,8 @@ def _differentiate(foreach_chain: Callable[..., list[Tensor]], work: Workload) -
 
 
 def _step(work: Workload, As: list[Tensor], Bs: list[Tensor]) -> None:
-    settings: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
-    ak.foreach_precondition_step_(work.thetas, work.Gs, As, Bs, work.Ss, momentum_buffers=work.buffers, **settings)
+    held: dict[str, Any] = {"momentum": MOMENTUM, "momentum_buffers": work.buffers, "weight_decay": WEIGHT_DECAY}
+    ak.foreach_precondition_step_(work.thetas, work.Gs, As, Bs, work.Ss, lr=LR, **held)
 
 
 def _update(work: Workload, directions: list[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from benchmarks.common import checks
-from benchmarks.common.finite import all_finite
 
 Closure = Callable[[], Any]
 """Clears the gradients, runs forward and backward, returns the loss."""
@@ -103,6 +103,15 @@ class Baseline(Optimizer):
                 self.state[p] = _copied(state_dict["state"][place], p.device)
         for name in self.COUNTERS:
             setattr(self, name, extra["counters"][name])
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether every entry is finite; one synchronisation."""
+    if not tensors:
+        return True
+    # 0·x is NaN where x isn't finite; its sum can't overflow as that of x could
+    sums = torch.stack([(tensor * 0).sum(dtype=torch.float32) for tensor in tensors])
+    return math.isfinite(sums.sum().item())
 
 
 def _copied(value: Any, device: torch.device) -> Any:

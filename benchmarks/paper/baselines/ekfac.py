@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.common.finite import all_finite
 from benchmarks.common.fisher.capture import Capture
 from benchmarks.common.fisher.damping import eigenbasis
 from benchmarks.common.fisher.layers import FactoredLayer, second_moment_of_gradients
+from benchmarks.paper.baselines.base import all_finite
 from benchmarks.paper.baselines.kronecker import KroneckerFactored
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import checks
-from benchmarks.common.finite import all_finite
 from benchmarks.common.fisher.capture import FISHERS, Capture, Fisher
 from benchmarks.common.fisher.damping import wide
 from benchmarks.common.fisher.layers import FactoredLayer, factored_layers, sums_of_squares
 from benchmarks.common.fisher.likelihood import Likelihood, likelihood_named
-from benchmarks.paper.baselines.base import Baseline, Closure
+from benchmarks.paper.baselines.base import Baseline, Closure, all_finite
 
 
 class KroneckerFactored(Baseline):
@@ -108,15 +108,12 @@ class KroneckerFactored(Baseline):
         if closure is None:
             raise ValueError("closure must be given: the factors come from the forward and backward that it runs")
         capture = None
-        with torch.enable_grad():
-            if self._due(self.factor_interval):
-                capture = Capture(self.model, self.layers, self.likelihood, self.fisher, self.generator)
-                with capture:
-                    loss = closure()
-                if capture.terms == 0:
-                    raise ValueError("closure must call the model, with gradients, but its forward was not seen")
-            else:
-                loss = closure()
+        if self._due(self.factor_interval):
+            capture = Capture(self.model, self.layers, self.likelihood, self.fisher, self.generator)
+        with torch.enable_grad(), capture or nullcontext():
+            loss = closure()
+        if capture is not None and capture.terms == 0:
+            raise ValueError("closure must call the model, with gradients, but its forward was not seen")
         with torch.no_grad():
             if capture is not None:
                 self._update_factors(capture)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import checks
-from benchmarks.common.finite import all_finite
 from benchmarks.common.fisher.damping import wide
-from benchmarks.paper.baselines.base import Baseline, Closure
+from benchmarks.paper.baselines.base import Baseline, Closure, all_finite
 from benchmarks.paper.baselines.roots import inverse_root
 
 MAX_DIM = 8192

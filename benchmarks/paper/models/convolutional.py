@@ -17,18 +17,9 @@ def lenet(classes: int = 10, channels: int = 3) -> nn.Sequential:
     62,006 parameters with 10 classes and colour, 61,706 for grey images: the count commonly given for LeNet-5.
     """
     return nn.Sequential(
-        nn.Conv2d(channels, 6, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(400, 120),
-        nn.ReLU(),
-        nn.Linear(120, 84),
-        nn.ReLU(),
-        nn.Linear(84, classes),
+        *(nn.Conv2d(channels, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes)),
     )
 
 
@@ -41,25 +32,14 @@ def alexnet(classes: int = 10, width: float = 1.0) -> nn.Sequential:
     ``width`` scales the channels.
     """
     a, b, c, d, e = (max(int(width * channels), 1) for channels in (64, 192, 384, 256, 256))
-    return he_init_(
-        nn.Sequential(
-            nn.Conv2d(3, a, 11, stride=4, padding=5),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(a, b, 5, padding=2),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(b, c, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(c, d, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(d, e, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(e, classes),
-        )
-    )
+    layers = [
+        *(nn.Conv2d(3, a, 11, stride=4, padding=5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(a, b, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(b, c, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(c, d, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(d, e, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+    ]
+    return he_init_(nn.Sequential(*layers, nn.Flatten(), nn.Linear(e, classes)))
 
 
 def vgg16(classes: int = 10, width: float = 1.0) -> nn.Sequential:

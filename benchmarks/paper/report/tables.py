@@ -61,16 +61,12 @@ def table_4(found: Found) -> Table:
     for column, task in enumerate(published.TABLE_4_COLUMNS):
         runs = _full_precision(found.get(task, []))
         for base, theirs in published.TABLE_4.items():
-            ours = [_ours(runs, forms) for forms in _forms(base)]
+            learned = (f"apo-lr:{base}", *(["apo-lr"] if base == "sgdm" else []))
+            ours = [_ours(runs, forms) for forms in ((base,), (f"{base}+step",), learned)]
             cells = [_pair(mine, their) for mine, their in zip(ours, theirs[column], strict=True)]
             where = described(runs) if any(cell != "–" for cell in ours) else "not run"
             rows.append([_title(task), base, *cells, where])
     return Table("Table 4: test accuracy in % with the learning rate fixed, decayed and learned", header, rows)
-
-
-def _forms(base: str) -> tuple[tuple[str, ...], ...]:
-    learned = (f"apo-lr:{base}", "apo-lr") if base == "sgdm" else (f"apo-lr:{base}",)
-    return (base,), (f"{base}+step",), learned
 
 
 def _full_precision(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import apo
 from apo import preconditioner
 from benchmarks.__main__ import main
 from benchmarks.paper.studies import command
-from benchmarks.paper.studies.running import one_run
+from benchmarks.paper.studies.command import one_run
 from benchmarks.paper.studies.start_from_moments import DAMPING, blocks_from_moments
 from benchmarks.paper.studies.tables import markdown, summary
 from benchmarks.paper.studies.variants import BASELINES, VARIANTS, Variant
