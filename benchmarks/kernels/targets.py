@@ -35,8 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> dict[str, Any]:
-    """Compile, print one table a target, and write ``targets.json``: the rows (``"kernels"``) and what is wrong
-    (``"faults"``), which ends the process with an error.
+    """Compile, print a table per target, and write ``targets.json``. A fault ends the process with an error.
 
     With ``--quick`` in bfloat16 alone: about a minute on two cores.
     """

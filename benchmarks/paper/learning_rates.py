@@ -91,14 +91,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             learned = {lr: runs(name, lr, True) for lr in (*INITIAL, 1000 * best)}
             found[name] = {"best_fixed": best, "fixed": fixed, "learned": learned}
     console.print(_table(found, f"digits, {epochs} epochs, mean of {seeds} seeds"))
-    payload = {"epochs": epochs, "seeds": seeds, "optimizers": {name: _plain(each) for name, each in found.items()}}
+    for each in found.values():
+        for kind in ("fixed", "learned"):
+            each[kind] = [asdict(outcome) for outcomes in each[kind].values() for outcome in outcomes]
+    payload = {"epochs": epochs, "seeds": seeds, "optimizers": found}
     wrote(results.write(options.out, "learning_rates", "cpu", payload))
     return payload
-
-
-def _plain(each: dict[str, Any]) -> dict[str, Any]:
-    outcomes = {kind: [asdict(o) for runs in each[kind].values() for o in runs] for kind in ("fixed", "learned")}
-    return {"best_fixed": each["best_fixed"], **outcomes}
 
 
 def _mean(outcomes: list[Outcome], what: str) -> float:

@@ -104,5 +104,4 @@ def _list() -> None:
 
 def _short(count: int) -> str:
     """``11.2M``, ``62.0K``."""
-    scaled, unit = (count / 1e6, "M") if count >= 1e6 else (count / 1e3, "K")
-    return f"{scaled:.3g}{unit}"
+    return f"{count / 1e6:.3g}M" if count >= 1e6 else f"{count / 1e3:.3g}K"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.kernels.shapes import MODELS
@@ -55,10 +56,7 @@ def _relative(payload: dict[str, Any], dtype: str, out: Path) -> Path:
         ax.set_xticks(range(len(models)), models)
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-        ax.grid(axis="y", which="major", alpha=0.3)
-        ax.set_axisbelow(True)
-        ax.set_title(TITLES[operation], fontsize=11)
-        ax.spines[["top", "right"]].set_visible(False)
+        _style(ax, TITLES[operation])
     axes[0].set_ylabel("speed against the plain chain")
     figure.suptitle(f"Speed in {dtype}, {payload['device_name']}, {payload['threads']} thread(s)", fontsize=12)
     handles = [matplotlib.patches.Patch(color=COLOURS[name], label=name) for name in present]
@@ -81,13 +79,16 @@ def _by_shape(payload: dict[str, Any], out: Path) -> Path:
         rates = [row["gflop_per_s"] for row in rows if row["contestant"] == name]
         ax.plot(labels, rates, "o-", color=COLOURS[name], label=name, markersize=4)
     ax.tick_params(axis="x", labelrotation=90)
-    ax.set_ylim(bottom=0)
-    ax.set_ylabel("GFLOP/s")
-    ax.set_xlabel("layer, m×n, by size")
-    ax.grid(axis="y", alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set_title(f"Rate by shape, fp32, {payload['device_name']}, {payload['threads']} thread(s)", fontsize=11)
+    ax.set(xlabel="layer, m×n, by size", ylabel="GFLOP/s", ylim=(0, None))
+    _style(ax, f"Rate by shape, fp32, {payload['device_name']}, {payload['threads']} thread(s)")
     ax.legend(frameon=False)
     path = out / "throughput-shapes.png"
     figure.savefig(path)
     return path
+
+
+def _style(ax: Axes, title: str) -> None:
+    ax.grid(axis="y", which="major", alpha=0.3)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(title, fontsize=11)

@@ -36,15 +36,17 @@ def collect(folders: Sequence[Path]) -> Found:
             own = [(len(runs), key[2], runs) for key, runs in kinds.items() if key[0] == precision]
             chosen += max(own, key=lambda each: each[:2])[2]
         if chosen:
-            chosen.sort(key=lambda run: (run["precision"] in SIXTEEN_BITS, _place(run["optimizer"]), run["seed"]))
+            chosen.sort(key=_place)
             found[task] = chosen
     return found
 
 
-def _place(optimizer: str) -> tuple[int, str]:
-    """First-order methods first, each with its scheduled form after it."""
-    known, base = names(), optimizer.partition("+")[0]
-    return (known.index(base) if base in known else len(known)), optimizer
+def _place(run: dict[str, Any]) -> tuple[Any, ...]:
+    """First-order methods first, each with its scheduled form after it; 16 bits last."""
+    known, optimizer = names(), run["optimizer"]
+    base = optimizer.partition("+")[0]
+    place = known.index(base) if base in known else len(known)
+    return run["precision"] in SIXTEEN_BITS, place, optimizer, run["seed"]
 
 
 def described(runs: Sequence[dict[str, Any]]) -> str:

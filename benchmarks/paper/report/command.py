@@ -48,12 +48,9 @@ def run(options: argparse.Namespace) -> list[Table]:
 
 def _markdown(found: Found, tables: Sequence[Table], pictures: Sequence[str]) -> str:
     parts = ["# The paper's tasks", "", "Written by `python -m benchmarks report` from results files.", ""]
-    stand_ins = [
-        f"- `{task}`: {runs[0]['data']}, in place of {runs[0]['stand_in']}"
-        for task, runs in found.items()
-        if runs[0]["stand_in"]
-    ]
-    if stand_ins:
+    absent = {task: runs[0] for task, runs in found.items() if runs[0]["stand_in"]}
+    if absent:
+        stand_ins = [f"- `{task}`: {run['data']}, in place of {run['stand_in']}" for task, run in absent.items()]
         parts += ["Stand-ins, which are not the paper's data:", "", *stand_ins, ""]
     parts += ["What was run:", "", *(f"- `{task}`: {described(runs)}" for task, runs in found.items()), ""]
     parts += [table.markdown() for table in tables]

@@ -38,15 +38,11 @@ def sweep(folders: Sequence[Path], task: str) -> Table | None:
         content = results.load(path)
         trials = content["trials"].get("kfac")
         if content["task"] == task and trials:
-            rows = [
-                [
-                    f"{t['hyper']['damping']:.2g}",
-                    f"{t['hyper']['lr']:.2g}",
-                    str(t["hyper"].get("kl_clip")),
-                    "diverged" if t["status"] == "diverged" else f"{float(t['loss']):.3g}",
-                ]
-                for t in sorted(trials, key=lambda trial: float(trial["hyper"]["damping"]))
-            ]
+            rows = []
+            for trial in sorted(trials, key=lambda trial: float(trial["hyper"]["damping"])):
+                hyper, loss = trial["hyper"], float(trial["loss"])
+                cells = [f"{hyper['damping']:.2g}", f"{hyper['lr']:.2g}", str(hyper.get("kl_clip"))]
+                rows.append([*cells, "diverged" if trial["status"] == "diverged" else f"{loss:.3g}"])
             return Table(f"KFAC on {task}, every trial", ["damping", "lr", "kl_clip", "loss"], rows)
     return None
 

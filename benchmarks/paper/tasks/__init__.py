@@ -13,9 +13,9 @@ from __future__ import annotations
 from benchmarks.paper.tasks import colour_images, digit_images, regression, translation
 from benchmarks.paper.tasks.batches import Batches
 from benchmarks.paper.tasks.losses import Loss
-from benchmarks.paper.tasks.task import StepSchedule, Task
+from benchmarks.paper.tasks.task import Task
 
-__all__ = ["TASKS", "Batches", "Loss", "StepSchedule", "Task", "named"]
+__all__ = ["TASKS", "Batches", "Loss", "Task", "named"]
 
 _SMALL = (*regression.SMALL, *digit_images.SMALL)
 _PAPERS = (*regression.UCI, *digit_images.PAPER, *colour_images.TASKS, *translation.TASKS)

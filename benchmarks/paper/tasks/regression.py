@@ -40,10 +40,7 @@ def _mlp(name: str, data: str, source: Source, features: int, **settings: int | 
     )
 
 
-SMALL = (
-    _ILL_CONDITIONED,
-    _mlp("diabetes", "diabetes", DIABETES, 10, batch_size=64, epochs=100, quick_epochs=10),
-)
+SMALL = (_ILL_CONDITIONED, _mlp("diabetes", "diabetes", DIABETES, 10, batch_size=64, epochs=100, quick_epochs=10))
 UCI = tuple(
     _mlp(name, source.name, source, features, place="Figure 3", batch_size=100, epochs=500, evaluated=50_000)
     for name, source, features in (("protein", PROTEIN, 9), ("parkinsons", PARKINSONS, 19), ("slice", SLICE, 384))

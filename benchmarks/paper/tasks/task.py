@@ -18,14 +18,6 @@ Inputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class StepSchedule:
-    """The rate is multiplied by ``factor`` at each of ``milestones``, given as shares of the run."""
-
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    factor: float = 0.1
-
-
-@dataclass(frozen=True)
 class Task:
     """One of the paper's tasks, or a small one that needs no files.
 
@@ -46,7 +38,7 @@ class Task:
     epochs: int  # how long the paper trains, or as long as a small task needs
     quick_epochs: int = 1  # with ``--quick``
     place: str = ""  # where the paper shows it; empty for the small ones
-    schedule: StepSchedule = StepSchedule()  # the manual decay that the paper compares with
+    milestones: tuple[float, ...] = (0.5, 0.75)  # where a manual schedule decays the rate, as shares of the run
     dtype: torch.dtype = torch.float32  # of weights and activations in full precision
     precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")  # what ``--precision`` may be
     forward: Callable[[nn.Module, Inputs], Tensor] = lambda model, inputs: model(*inputs)
@@ -74,14 +66,8 @@ class Task:
         return self.loss.function(outputs, self.targets(targets))
 
     def objective(self, model: nn.Module, inputs: Callable[[], Any], **settings: Any) -> apo.ProximalObjective:
-        """Eq. 8 with the task's discrepancy; ``inputs`` returns B′, ``settings`` are those of the objective."""
+        """Eq. 8 with the task's discrepancy; ``inputs`` returns B′ (with its targets, if the loss is on B′ too)."""
         return apo.ProximalObjective(model, inputs, self.loss.discrepancy, forward=self.forward, **settings)
-
-    def objective_on_others(
-        self, model: nn.Module, pairs: Callable[[], tuple[Inputs, Tensor]], **settings: Any
-    ) -> apo.ProximalObjective:
-        """The same with the loss on B′ too; ``pairs`` returns it with its targets."""
-        return self.objective(model, pairs, loss=self.loss_from, **settings)
 
     def parameters(self) -> int:
         """How many weights the network has; no memory is taken for them."""

@@ -153,7 +153,8 @@ def _adaptive(base: str) -> Method:
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
         own, terms = _split(hyper)
         chosen = {key: own.pop(key) for key in meta}
-        objective = setting.task.objective_on_others(setting.model, setting.batches.other_labelled, **terms)
+        task, others = setting.task, setting.batches.other_labelled
+        objective = task.objective(setting.model, others, loss=task.loss_from, **terms)
         return apo.AdaptiveLR(inner.make(setting, own), objective, **chosen)
 
     return replace(

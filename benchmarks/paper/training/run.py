@@ -37,7 +37,7 @@ class Run(Training):
         )
         if spec.method.schedule:
             decay, warmup = self.hyper.get("factor", 1.0), self.hyper.get("warmup", 0.0)
-            share = factor(spec.method.schedule, self.total, self.task.schedule, decay=decay, warmup=warmup)
+            share = factor(spec.method.schedule, self.total, self.task.milestones, decay=decay, warmup=warmup)
             self.rate_at = lambda step: self.hyper["lr"] * share(step)
 
     def resume(self) -> bool:

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-
-from benchmarks.paper.tasks import StepSchedule
-
-Factor = Callable[[int], float]
-"""Of the rate at a step."""
+from collections.abc import Callable, Sequence
 
 SCHEDULES = {
     "step": "multiplied by `factor` at the task's milestones (Table 4's Decay)",
@@ -17,10 +12,12 @@ SCHEDULES = {
 }
 
 
-def factor(name: str, total: int, step_schedule: StepSchedule, *, decay: float, warmup: float) -> Factor:
-    """The schedule of that name for a run of ``total`` steps; ValueError where there is none."""
+def factor(
+    name: str, total: int, milestones: Sequence[float], *, decay: float, warmup: float
+) -> Callable[[int], float]:
+    """What the rate is multiplied by at each step of a run of ``total`` steps; ValueError where there is none."""
     if name == "step":
-        return lambda step: decay ** sum(step >= round(m * total) for m in step_schedule.milestones)
+        return lambda step: decay ** sum(step >= round(m * total) for m in milestones)
     rise = max(round(warmup * total), 1)
     if name == "warmup":
         return lambda step: min((step + 1) / rise, 1.0)

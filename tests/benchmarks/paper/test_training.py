@@ -13,7 +13,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.common.results import load
 from benchmarks.paper.data import Examples
-from benchmarks.paper.tasks import TASKS, Batches, StepSchedule, named
+from benchmarks.paper.tasks import TASKS, Batches, named
 from benchmarks.paper.training.command_options import given
 from benchmarks.paper.training.evaluate import evaluate, some
 from benchmarks.paper.training.optimizers import METHODS, method
@@ -161,7 +161,7 @@ def test_a_time_limit_stops_a_run_that_can_go_on(tmp_path: Path) -> None:
 
 
 def test_schedules() -> None:
-    steps = StepSchedule((0.5, 0.75), 0.1)
+    steps = (0.5, 0.75)
     by_step = factor("step", 100, steps, decay=0.2, warmup=0)
     assert [by_step(s) for s in (0, 49, 50, 74, 75, 99)] == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.04])
     rising = factor("warmup", 100, steps, decay=1, warmup=0.1)
