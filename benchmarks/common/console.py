@@ -27,7 +27,7 @@ def table(
     text: Container[str] = (),
     caption: str = "",
 ) -> Table:
-    """A table. Columns are figures, to the right and never broken, but for the first and those named in ``text``."""
+    """A table. Columns hold figures, aligned right and never broken, except the first and those named in ``text``."""
     found = Table(
         title=title,
         caption=caption or None,

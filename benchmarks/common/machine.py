@@ -33,7 +33,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """The name that a person knows the device by."""
+    """The device's name, as people call it."""
     if torch.device(device).type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
     return _cpu() if torch.device(device).type == "cpu" else device

@@ -1,4 +1,4 @@
-"""One JSON file a run: where it was taken, and every number."""
+"""One JSON file per run: where it was taken, and every number."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Six digits of a number; and JSON has no infinities: as strings they survive every reader."""
+    """Numbers to six digits. Infinities and NaN become strings, because JSON has none."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

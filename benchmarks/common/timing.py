@@ -18,7 +18,7 @@ WINDOW = 0.005  # seconds: what is shorter would be timed with cold caches and t
 
 
 def device_timer() -> float:
-    """Seconds, read after the device has finished all that was asked of it."""
+    """Seconds, read after the device has finished all queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -91,7 +91,7 @@ def interleave(
 
 
 def _time(call: Call, repeats: int) -> float:
-    """Seconds of one call: the mean over so many, one after the other."""
+    """Seconds of one call: the mean over ``repeats``."""
     start = device_timer()
     for _ in range(repeats):
         call()

@@ -26,7 +26,7 @@ FORMS = {"full blocks": None, "blocks of 64": 64}
 
 
 def rows(models: Sequence[str], dtype: torch.dtype) -> list[dict[str, Any]]:
-    """One row a launch of each model, form of blocks and operation."""
+    """One row per launch, for each model, form of blocks and operation."""
     rate = H100_RATES[dtype]
     return [
         {

@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured: figures are given as shares of it."""
+"""What this machine reaches at best, measured. Figures are given as shares of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.common.timing import interleave
 
 
 def matmul_rates(device: str, dtypes: list[torch.dtype], *, seconds: float = 1.0) -> dict[torch.dtype, float]:
-    """FLOP/s of ``torch.mm`` on square matrices, a dtype: the best of some sizes."""
+    """FLOP/s of ``torch.mm`` on square matrices, per dtype: the best of some sizes."""
     sizes = (128, 256, 512, 1024) if torch.device(device).type == "cpu" else (2048, 4096, 8192)
     rates = dict.fromkeys(dtypes, 0.0)
     for dtype in dtypes:

@@ -26,7 +26,7 @@ from benchmarks.paper.baselines import EKFAC, KFAC, Shampoo
 from benchmarks.paper.models import mlp
 
 BOUNDS = {"AdaptiveLR on SGDm": 1.35, "APO, blocks of 64": 5.0, "APO, full blocks": 17.0}
-"""Times the cost of plain SGDm, at interval 10: what the project holds itself to on a CPU."""
+"""Upper bounds on the cost over plain SGDm, at interval 10 on a CPU."""
 
 Make = Callable[[nn.Module, Callable[[], Tensor]], Optimizer]
 """Makes an optimizer of a model, and of what returns the inputs of B′."""

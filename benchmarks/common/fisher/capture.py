@@ -1,8 +1,8 @@
 """What the layers see while a closure runs: their inputs and the gradients of their outputs.
 
-Hooks stand only while the closure runs; nothing is left on the model. Targets are drawn, and their gradients taken,
-at the end of the model's own forward, on the graph that the closure's backward uses next: one backward more, no
-forward more, the same dropout masks, no running statistic moved twice.
+Hooks stay only while the closure runs. Targets are drawn, and their gradients taken,
+at the end of the model's own forward, on the graph that the closure's backward uses next. So it takes one more
+backward but no more forward, with the same dropout masks, and no running statistic is updated twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows to figures: selections, medians and shares that tables, plots and findings have in common."""
+"""Selections, medians and shares of rows, for tables, plots and findings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def saved_from(rows: Sequence[Row]) -> float:
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One record a dtype below float64 and a method, over the problems that the dtype itself allows for.
+    """One record per method and dtype below float64, over the problems that the dtype itself allows for.
 
     ``broken`` of ``problems`` break down, none from the damping ``saved_from`` on; ``median_over_limit`` and
     ``worst_over_limit`` are of the error over that of the limit, ``worst_arithmetic`` of the arithmetic alone,

@@ -1,4 +1,4 @@
-"""What a run shows, in sentences that are filled in from its rows and from nothing else."""
+"""What a run shows, in sentences made from its rows alone."""
 
 from __future__ import annotations
 

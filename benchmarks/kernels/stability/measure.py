@@ -1,14 +1,14 @@
 """Errors, breakdowns and losses of range of one method on one problem in one dtype.
 
-Three errors, relative and in the Frobenius norm, tell apart where accuracy is lost. With ``x`` the method's
+Three errors, relative and in the Frobenius norm, show where accuracy is lost. With ``x`` the method's
 operands, ``x̂`` the same in the storage dtype, and ``f`` the method::
 
     error           f(x̂) in the dtype     against the float64 result of unrounded factors and gradient
     arithmetic      f(x̂) in the dtype     against f(x̂) in float64
     representation  f(x̂) in float64       against the float64 result of unrounded factors and gradient
 
-The **limit** stands beside the methods: the exact operator on the rounded gradient, its result rounded once.
-No method that is given, and gives, matrices of this dtype can be expected to do better.
+The **limit** is the exact operator on the rounded gradient, its result rounded once. No method that takes and
+returns matrices of this dtype can be expected to do better.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ method sees. What they are differs, and that is the point of the comparison:
   So this measures how well a preconditioner can be *held and applied*, not how well APO finds it.
 * ``chain_balanced`` and ``ours_balanced`` are given the same blocks after powers of two have been moved
   from S to A and B, until all three have about the same spectral norm. APO starts its blocks so, as one
-  multiple of the identity each. It makes no difference but where a dtype runs out of range: in fp16.
+  multiple of the identity each. It makes a difference only where a dtype runs out of range: in fp16.
 
 In favour of the factors, all methods are told the float64 damping shifts ``δ_A`` and ``δ_B``, the shifts are
 added after widening, and eigenvalues that came out negative are taken as zero. No gradient is scaled before
@@ -106,7 +106,7 @@ def eigen(x: Operands) -> Trace:
 
 
 def ours(x: Operands) -> Trace:
-    """``B (S² ⊙ BᵀGA) Aᵀ`` by :func:`apo_kernels.precondition`, which has nothing inside it to look at."""
+    """``B (S² ⊙ BᵀGA) Aᵀ`` by :func:`apo_kernels.precondition`, whose intermediates can't be seen."""
     A, B, S = x.held["A"], x.held["B"], x.held["S"]
     return Trace(ak.precondition(x.G, A, B, S), {"S": S})
 

@@ -1,4 +1,4 @@
-"""A gradient, the two factors of its Fisher block, and the damped inverse that every method is held to.
+"""A gradient, the two factors of its Fisher block, and the damped inverse that every method should give.
 
 KFAC (Martens & Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate curvature")
 takes the Fisher block of a weight ``(m, n)`` to be ``F_A ⊗ F_B``, with ``F_A (n, n)`` the second moment of
@@ -80,7 +80,7 @@ class Damped:
         self.delta_A, self.delta_B = tikhonov(case.F_A, case.F_B, damping)
 
     def exact(self, G: Tensor) -> Tensor:
-        """``P(G)`` by LU solves: an algorithm that none of the methods uses, so it takes nobody's side."""
+        """``P(G)`` by LU solves, an algorithm that none of the methods uses."""
         half: Tensor = torch.linalg.solve(_shifted(self.case.F_B, self.delta_B), G)
         whole: Tensor = torch.linalg.solve(_shifted(self.case.F_A, self.delta_A), half, left=False)
         return whole

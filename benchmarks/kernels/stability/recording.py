@@ -75,14 +75,7 @@ class Recorder:
             self.factors[layer] = old[0].lerp(new[0], 1 - keep), old[1].lerp(new[1], 1 - keep)
 
 
-def record(
-    nets: Sequence[str] = ("mlp", "conv"),
-    moments: Sequence[int] = (1, 60, 600),
-    *,
-    average: str = "exponential",
-    seed: int = 0,
-    lr: float = 0.05,
-) -> Iterator[Case]:
+def record(moments: Sequence[int] = (1, 60, 600), *, average: str = "exponential", seed: int = 0) -> Iterator[Case]:
     """The cases of each net's layers at the given training steps (SGD, momentum 0.9, batches of 64).
 
     The factors are averages over the batches up to that step, each at the weights of its own time; the
@@ -90,11 +83,11 @@ def record(
     """
     if not moments or min(moments) < 1:
         raise ValueError(f"moments must be steps of at least 1, but got {tuple(moments)}")
-    for net in nets:
-        yield from _record_net(net, moments, average, seed, lr)
+    for net in _NETS:
+        yield from _record_net(net, moments, average, seed)
 
 
-def _record_net(net: str, moments: Sequence[int], average: str, seed: int, lr: float) -> Iterator[Case]:
+def _record_net(net: str, moments: Sequence[int], average: str, seed: int) -> Iterator[Case]:
     x, y = _digits()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -107,7 +100,7 @@ def _record_net(net: str, moments: Sequence[int], average: str, seed: int, lr: f
         recorder.update(x[batch], generator)
         return lambda: F.cross_entropy(model(x[batch]), y[batch])
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step, _ in enumerate(take_steps(optimizer, loss_at, range(1, max(moments) + 1)), 1):
         if step in moments:
             for number, layer in enumerate(recorder.layers, 1):

@@ -1,4 +1,4 @@
-"""Factors with a condition number of one's choice."""
+"""Factors with a given condition number."""
 
 from __future__ import annotations
 
@@ -10,16 +10,11 @@ from torch import Tensor
 from benchmarks.kernels.stability.problem import Case
 
 
-def factor(size: int, condition: float, generator: torch.Generator) -> Tensor:
-    """``Q diag(λ) Qᵀ (size, size)``: ``Q`` Haar-distributed, ``λ`` log-spaced from 1 down to 1/condition."""
-    return _power(*_spectrum(size, condition, generator), 1.0)
-
-
 def synthetic_case(condition: float, *, m: int = 64, n: int = 96, seed: int = 0) -> Case:
     """Both factors of the given condition number, and ``G = F_B^½ Z F_A^½`` with ``Z`` standard normal.
 
-    Such a gradient has the covariance ``F_A ⊗ F_B`` that the factors claim: it is small where they are small,
-    as a real gradient is. Noise of one size in all directions would ask more of an inverse than training.
+    Such a gradient has the covariance ``F_A ⊗ F_B``: it is small where the factors are small, as a real gradient is.
+    Noise of one size in all directions would be harder on an inverse than training is.
     """
     if not (condition >= 1 and math.isfinite(condition)):
         raise ValueError(f"condition must be finite and at least 1, but got {condition}")
@@ -31,9 +26,10 @@ def synthetic_case(condition: float, *, m: int = 64, n: int = 96, seed: int = 0)
 
 
 def _spectrum(size: int, condition: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """``λ``, log-spaced from 1 down to 1/condition, and ``Q``, Haar-distributed."""
     Q, R = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
     values = torch.logspace(0, -math.log10(condition), size, dtype=torch.float64)
-    return values, Q * R.diagonal().sign()  # with R's diagonal positive Q is Haar-distributed
+    return values, Q * R.diagonal().sign()  # R's diagonal made positive
 
 
 def _power(values: Tensor, Q: Tensor, exponent: float) -> Tensor:

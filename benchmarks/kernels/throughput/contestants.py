@@ -1,9 +1,9 @@
-"""Who is timed against whom: each contestant is an operation on all layers of a model, in one dtype.
+"""What is timed: each contestant is an operation on all layers of a model, in one dtype.
 
 Three operations, apart:
 
 * **apply**: the preconditioned gradients of all layers.
-* **refresh**: what a method does to keep its preconditioner current. Ours: the forward and the derivatives of
+* **refresh**: what a method does to update its preconditioner. Ours: the forward and the derivatives of
   the blocks (the meta-gradient). The chain: the same by autograd. KFAC: the damped inverses or the
   eigendecompositions of its factors (which it has been given; their statistics aren't timed).
 * **step**: apply, and the update of all weights with momentum and weight decay.

@@ -1,4 +1,4 @@
-"""The throughput as pictures: each model's times beside the plain chain's, and the rate by the size of a layer."""
+"""The throughput as pictures: each model's speed relative to the plain chain, and the rate by the size of a layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TITLES = {
 
 
 def draw(payload: dict[str, Any], out: Path) -> list[Path]:
-    """Write one PNG a dtype, and one of single layers, into ``out``; return the paths."""
+    """Write one PNG per dtype, and one of single layers, into ``out``; return the paths."""
     matplotlib.use("Agg")
     out.mkdir(parents=True, exist_ok=True)
     dtypes = dict.fromkeys(row["dtype"] for row in payload["rows"])
@@ -36,7 +36,7 @@ def draw(payload: dict[str, Any], out: Path) -> list[Path]:
 
 
 def _relative(payload: dict[str, Any], dtype: str, out: Path) -> Path:
-    """Time over that of the plain chain, a panel an operation: models across, contestants as bars."""
+    """Speed relative to the plain chain: a panel per operation, models across, contestants as bars."""
     rows = [row for row in payload["rows"] if row["dtype"] == dtype]
     operations = sorted({row["operation"] for row in rows}, key=OPERATIONS.index)
     models = sorted({row["model"] for row in rows}, key=list(MODELS).index)

@@ -15,13 +15,13 @@ Row = dict[str, Any]
 
 
 def machine(name: str, threads: int, rates: dict[torch.dtype, float], bandwidth: float) -> str:
-    """What everything is measured against, in two lines."""
+    """The machine and its rates, in two lines."""
     each = ", ".join(f"{str(dtype).removeprefix('torch.')} {rate / 1e9:.0f}" for dtype, rate in rates.items())
     return f"{name}, {threads} thread(s)\nmatrix products in GFLOP/s: {each}; copies {bandwidth / 1e9:.0f} GB/s\n"
 
 
 def ratios(rows: list[Row]) -> list[Row]:
-    """What is asked most: how our times stand to others', a model. Below 1 is faster; None where one isn't there."""
+    """Our times over others', per model. Below 1 is faster; None where a time is missing."""
     times = {(r["model"], r["operation"], r["dtype"], r["contestant"]): r.get("median_ms") for r in rows}
 
     def ratio(model: str, ours: tuple[str, str, str], other: tuple[str, str, str]) -> float | None:

@@ -29,11 +29,11 @@ class KroneckerFactored(Baseline):
             bias belong in one group.
         lr, momentum, weight_decay, damping: see :class:`Baseline`; the damping is γ.
         decay: of the running averages, in [0, 1): after k batches the old average keeps ``min(1 − 1/k, decay)``.
-        fisher: ``"sampled"`` from the model's predictions, at the price of a second backward on those steps, or
+        fisher: ``"sampled"`` from the model's predictions, which costs a second backward on those steps, or
             ``"empirical"``, from the closure's own.
-        factor_interval: take the batch into the averages every so many steps.
-        inverse_interval: decompose anew every so many steps,
-        warmup: and do both at each of the first so many.
+        factor_interval: update the averages every N steps.
+        inverse_interval: decompose every N steps.
+        warmup: do both at each of the first N steps.
         kl_clip: κ: the step is scaled down to ``lr² Σ ⟨P(G), G⟩ ≤ κ``, the sum over all layers with factors (Ba et
             al. 2017). None: no clipping.
 
@@ -44,7 +44,7 @@ class KroneckerFactored(Baseline):
     Attributes:
         layers: those with factors.
         failed_inverses: how many decompositions failed and were tried again or left out.
-        nonfinite_factors: how many times a layer's batch was left out of the averages for not being finite.
+        nonfinite_factors: how many times a layer's batch was left out of the averages because it wasn't finite.
         steps, skipped_steps: see :class:`Baseline`.
     """
 

@@ -28,8 +28,8 @@ class Shampoo(Baseline):
         lr, momentum, weight_decay, damping: see :class:`Baseline`; the damping is ε.
         decay: of ``H ← decay·H + (1 − decay)·GGᵀ``, divided by ``1 − decayᵗ`` because it starts at zero; 1.0 for the
             paper's sum.
-        interval: compute the roots every so many steps,
-        warmup: and at each of the first so many. ``H`` takes in every gradient.
+        interval: compute the roots every N steps. ``H`` takes in every gradient.
+        warmup: compute them at each of the first N steps.
         block_size: tensors are cut into blocks of at most this side, each preconditioned by itself (Anil et al.
             2020); None: uncut.
         grafting: give each parameter's step the length of the plain gradient's.

@@ -63,9 +63,8 @@ class _Arrays(pickle.Unpickler):
     """Arrays, and what plain dictionaries hold. Nothing else: a pickle could run any program."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module.split(".")[0], name) in {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}:
-            return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 2's bytes were kept
+        arrays = module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype")
+        if arrays or (module, name) == ("_codecs", "encode"):  # the latter is how Python 2's bytes were kept
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
 

@@ -57,7 +57,7 @@ class Dataset:
 
     @property
     def label(self) -> str:
-        """What every output calls it: the name, and how many examples of how many."""
+        """The name, and how many examples there are."""
         sizes = len(self.train), len(self.test)
         have = "{:,} + {:,}".format(*sizes)
         if self.published is None or self.published == sizes:

@@ -26,7 +26,7 @@ class Vocabulary:
 
     Args:
         sentences: to learn from.
-        size: at most so many pieces, the four special ones included.
+        size: the most pieces, the four special ones included.
     """
 
     def __init__(self, sentences: Iterable[str], size: int) -> None:
@@ -70,7 +70,7 @@ def _parts(sentence: str) -> list[str]:
 
 
 def _learned(counts: Counter[str], pieces_wanted: int) -> list[Pair]:
-    """The most frequent pairs, one after the other, until so many new pieces are made.
+    """The most frequent pairs, one after the other, until ``pieces_wanted`` new pieces are made.
 
     Only words that hold the merged pair are counted again. The heap may hold a pair with a count it no longer has.
     """

@@ -40,7 +40,7 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """A first convolution, stages of :class:`ResidualBlock`, the mean over the image, a linear layer.
 
-    Stages are of so many blocks, ``depths``, and channels, ``widths``; all but the first halve the image's sides.
+    ``depths`` and ``widths`` are the blocks and channels per stage. All stages but the first halve the image's sides.
     ``projection``: shortcuts by projection where the shape changes (as for ImageNet); otherwise option A (CIFAR).
     """
 
@@ -122,7 +122,7 @@ def wide_resnet_28_10(classes: int = 10, width: float = 1.0) -> WideResNet:
 def _stages(
     n: int, depths: Sequence[int], widths: Sequence[int], block: Callable[[int, int, int], nn.Module]
 ) -> nn.Sequential:
-    """``block(channels in, channels out, stride)`` so many times per stage, from ``n`` channels to ``widths[-1]``."""
+    """``depths`` blocks per stage, of ``block(channels in, channels out, stride)``, from ``n`` channels on."""
     blocks: list[nn.Module] = []
     for stage, (depth, m) in enumerate(zip(depths, widths, strict=True)):
         for place in range(depth):

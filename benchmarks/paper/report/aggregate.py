@@ -1,4 +1,4 @@
-"""Runs over seeds: middles, bounds, and losses at equal steps and at equal times."""
+"""Runs over seeds: medians, bounds, and losses at equal steps and at equal times."""
 
 from __future__ import annotations
 

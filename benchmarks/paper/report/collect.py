@@ -50,7 +50,7 @@ def _place(run: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def described(runs: Sequence[dict[str, Any]]) -> str:
-    """What a row must name: the data, how long, where."""
+    """The data, the length and the machine of the runs."""
     machines = sorted({run["environment"]["device"] for run in runs})
     unfinished = sum(run["status"] == "unfinished" for run in runs)
     cut = f", {unfinished} cut off" if unfinished else ""

@@ -32,7 +32,7 @@ def summary(runs: dict[str, Any]) -> dict[str, dict[str, Cell]]:
 
 
 def markdown(runs: dict[str, Any]) -> str:
-    """Final training loss after equal steps, median (least to greatest; seeds), and seconds a run."""
+    """Final training loss after equal steps, median (least to greatest; seeds), and seconds per run."""
     rows, tasks = summary(runs), list(dict.fromkeys(key.split("/")[0] for key in runs))
     header = ["way", "what", *tasks, *(f"s, {task}" for task in tasks)]
     lines = []

@@ -1,4 +1,4 @@
-"""Which examples a step sees. All of it follows from the seed, so that runs can be compared and resumed to the bit."""
+"""The batches of a run. They follow from the seed, so that runs can be compared and resumed to the bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Batches:
 
     Args:
         examples: on the device to train on.
-        size: examples a batch.
+        size: examples per batch.
         seed: of everything.
         augment: of B and B′.
 
@@ -38,7 +38,7 @@ class Batches:
         self._order: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         return len(self.examples) // self.size
 
     def batch(self, step: int) -> tuple[Inputs, Tensor]:

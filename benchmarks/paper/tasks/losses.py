@@ -1,4 +1,4 @@
-"""What a task minimises, with the discrepancy and the likelihood that belong to it, and what it is judged by.
+"""The losses of tasks, each with its discrepancy, likelihood and metric.
 
 Every loss is summed over outputs and averaged over examples: a negative log-likelihood, whose Fisher matrix is the
 Hessian of the discrepancy. That makes λ_FSD and a damping mean the same on every task.

@@ -1,4 +1,4 @@
-"""A task: what to train on what, from what start, for how long, and how it is judged."""
+"""A task: network, data, loss, length, and how it is judged."""
 
 from __future__ import annotations
 

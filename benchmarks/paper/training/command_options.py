@@ -60,7 +60,7 @@ def listed(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks of a task."""
+    """A task with what the command line asks for."""
 
     task: Task
     optimizers: list[str]

@@ -12,7 +12,7 @@ CHUNK = 1000
 
 
 def some(examples: Examples, count: int) -> Examples:
-    """``count`` of them, always the same; all where there are fewer."""
+    """``count`` examples, always the same ones; all where there are fewer."""
     if len(examples) <= count:
         return examples
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))

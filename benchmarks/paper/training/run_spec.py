@@ -1,4 +1,4 @@
-"""What describes a run: a task, an optimizer with its hyperparameters, a seed, a length, a precision."""
+"""The specification of a run: task, optimizer and hyperparameters, seed, length, precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.paper.training.optimizers import Method, method
 
 @dataclass(frozen=True)
 class RunSpec:
-    """The same specification gives the same numbers."""
+    """All that determines a run's numbers."""
 
     task: str  # its name
     optimizer: str  # its name (:mod:`benchmarks.paper.training.optimizers`)

@@ -1,4 +1,4 @@
-"""Rates over a run: the manual schedules that learned rates are held against."""
+"""The manual schedules of the learning rate, which learned rates are compared with."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def drawn(optimizer: str, count: int) -> list[dict[str, Any]]:
 class Search:
     """A search of a task's hyperparameters; its file is ``search/TASK.json`` in ``out``."""
 
-    like: RunSpec  # all runs are like this one, but for the optimizer, its hyperparameters and the seed
+    like: RunSpec  # all runs are like this one, except for the optimizer, its hyperparameters and the seed
     out: Path
     trials: int  # of each optimizer
     seeds: int = 1  # of each trial. Losses and metrics are means over them, and one that diverged spoils the trial

@@ -1,4 +1,4 @@
-"""The file of a search, ``search/TASK.json``: every trial of every optimizer, and so the best."""
+"""The file of a search, ``search/TASK.json``: all trials, and the best of them."""
 
 from __future__ import annotations
 

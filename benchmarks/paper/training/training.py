@@ -26,10 +26,10 @@ Watch = Callable[[int, float, float, float], None]
 """Told of the progress: ``(step, loss of the batch, last metric, learning rate)``."""
 
 LOOK = 10
-"""A loss is read every so many steps. On a GPU that waits for it, and so does the clock."""
+"""Read a loss every N steps. Reading waits for the GPU, so the clock is read then too."""
 
 HOPELESS = 1000.0
-"""A loss of so many times the first counts as diverged, and the training ends."""
+"""Training ends as diverged where the loss exceeds the first one by this factor."""
 
 SAVE_SECONDS = 60.0
 FEWEST_ROWS = 8
