@@ -27,7 +27,7 @@ def table(
     text: Container[str] = (),
     caption: str = "",
 ) -> Table:
-    """A table. Columns hold figures, aligned right and never broken, except the first and those named in ``text``."""
+    """A table. Columns hold figures, aligned right (the first: left) and never broken, except those in ``text``."""
     found = Table(
         title=title,
         caption=caption or None,
@@ -38,12 +38,10 @@ def table(
         caption_justify="left",
     )
     for place, name in enumerate(columns):
-        if place == 0:
-            found.add_column(name, no_wrap=True)
-        elif name in text:
+        if name in text:
             found.add_column(name, overflow="fold")
         else:
-            found.add_column(name, justify="right", no_wrap=True)
+            found.add_column(name, justify="right" if place else "left", no_wrap=True)
     for row in rows:
         found.add_row(*row)
     return found

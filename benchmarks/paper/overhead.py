@@ -60,7 +60,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for name, sample in samples.items()
     }
     title = f"MLP 784-{options.width}-{options.width}-10, batch 100, a meta-update every {options.interval} steps"
-    console.print(table(title, ("optimizer", "ms a step", "quartiles", "x SGDm", "bound"), map(_row, found.items())))
+    columns = ("optimizer", "ms a step", "quartiles", "x SGDm", "bound")
+    console.print(table(title, columns, map(_row, found.items()), text=("optimizer",)))
     settings = {"interval": options.interval, "width": options.width, "threads": options.threads}
     payload = {**settings, "contestants": found}
     wrote(results.write(options.out, "overhead", options.device, payload))
