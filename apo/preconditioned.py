@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 import apo_kernels as ak
 from apo import checks, preconditioner
 from apo.held_parameters import HeldParameters
+from apo.inner_products import inner_products
 from apo.matrix_view import matrix_views
 from apo.meta_learner import MetaLearner, Trial
 from apo.meta_optimizer import MetaOptimizer
@@ -339,7 +340,8 @@ class APO(MetaLearner):
         if not layers or most == math.inf:
             return
         shares = [get_rate(self._group(x)) * self._carried(x) for x in layers]
-        total = _weighted_sum(shares, _inners(gradients, directions, layers[0].S.dtype))
+        promises = inner_products(gradients, directions)
+        total = torch.dot(promises, torch.tensor(shares, dtype=promises.dtype, device=promises.device))
         factor = (most / total.clamp_min(most)).to(directions[0].dtype)
         self._promise = factor
         if factor.device.type == "cpu" and factor.item() == 1:  # to look at it costs nothing there
@@ -471,14 +473,9 @@ class APO(MetaLearner):
             return sums
         decayed = [layer for layer in layers if self._decay(layer)]
         V_of = dict(zip(layers, cotangents, strict=True))
-        along = _inners(cotangents, directions, layers[0].S.dtype)
-        along += _inners(
-            [V_of[layer] for layer in decayed],
-            [layer.view.gather(layer.view.parameters) for layer in decayed],
-            layers[0].S.dtype,
-        )
+        thetas = [layer.view.gather(layer.view.parameters) for layer in decayed]
+        values = inner_products([*cotangents, *(V_of[layer] for layer in decayed)], [*directions, *thetas]).tolist()
         weights = [self._reach(layer) for layer in layers] + [self._decay(layer) for layer in decayed]
-        values = torch.stack(along).tolist()
         for layer, weight, value in zip([*layers, *decayed], weights, values, strict=True):
             sums[layer.group] -= get_rate(self._group(layer)) * weight * value
         return sums
@@ -564,19 +561,3 @@ def _check_group(group: dict[str, Any]) -> None:
         if group[name] is not None:
             checks.integer(name, group[name], least=1)
     checks.one_of("block_dtype", group["block_dtype"], (None, *_BLOCK_DTYPES))
-
-
-def _inners(xs: Sequence[Tensor], ys: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """``⟨x, y⟩`` of each pair of matrices, summed in ``dtype``."""
-    return [_inner(x, y, dtype) for x, y in zip(xs, ys, strict=True)]
-
-
-def _inner(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    if x.device.type == "cpu" and x.dtype == y.dtype == dtype and x.is_contiguous() and y.is_contiguous():
-        return torch.dot(x.flatten(), y.flatten())  # a pass and no copy
-    return torch.sum(x * y, dtype=dtype)
-
-
-def _weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    found = torch.stack(list(values))
-    return torch.dot(found, torch.tensor(weights, dtype=found.dtype, device=found.device))
