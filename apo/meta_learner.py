@@ -342,7 +342,7 @@ class MetaLearner(Optimizer):
         grads = [_values(p.grad) for p in self.parameters if p.grad is not None and p.grad.numel()]
         if not grads:
             return True
-        if bool(torch.stack([x.float() for x in torch._foreach_norm(grads)]).isfinite().all()):
+        if bool(torch.stack(torch._foreach_norm(grads)).isfinite().all()):
             return True
         # a norm may overflow where no entry does; to look at every entry takes ten times as long
         return all(bool(g.isfinite().all()) for g in grads)
