@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from apo.meta_optimizer import EPS
+from apo.meta_optimizer import EPS, Learned, count_updates
+from apo.shared_storage import Numbers, SharedScalings, SharedSquares, shared
 from apo_kernels.aten import aligned_product
 
 __all__ = ["RelativeSteps"]
@@ -30,11 +31,6 @@ class RelativeSteps:
     derivative: ``m n`` numbers learned from as many noisy ones. ``R`` is kept to a Frobenius norm of 2 in each
     square, r to 1. So no step changes a singular value by more than the share ``2 ε``, and any condition number is
     reached in a number of steps that goes with its logarithm.
-
-    Args:
-        tensors: φ, written in place by :meth:`step`.
-        rates: ε, one a tensor.
-        blocks: whether it is a block, one a tensor; S otherwise.
     """
 
     name = "relative"
@@ -47,87 +43,95 @@ class RelativeSteps:
     """Least size, over the mean size of the square."""
     S_FLOOR = 1e-3
 
-    def __init__(
-        self, tensors: Iterable[Tensor] = (), rates: Iterable[float] = (), blocks: Iterable[bool] = ()
-    ) -> None:
-        self.tensors: list[Tensor] = []
-        self.rates: list[float] = []
-        self.blocks: list[bool] = []
-        self.steps: list[int] = []
-        self.averages: list[Tensor | None] = []
-        self.sizes: list[Tensor | None] = []
-        self.add(tensors, rates, blocks)
+    def __init__(self) -> None:
+        self.learned: list[Learned] = []
+        self._shared: list[SharedSquares | SharedScalings] = []
 
-    def add(self, tensors: Iterable[Tensor], rates: Iterable[float], blocks: Iterable[bool]) -> None:
-        """Take in further tensors."""
-        for tensor, rate, block in zip(tensors, rates, blocks, strict=True):
-            self.tensors.append(tensor)
-            self.rates.append(rate)
-            self.blocks.append(block)
-            self.steps.append(0)
-            self.averages.append(None)
-            self.sizes.append(None)
+    def add(self, learned: Sequence[Learned]) -> None:
+        """Take in further tensors: they and their running means become views of storage that like ones share."""
+        for own in learned:
+            size = own.tensor.shape[:-1] if own.block else own.tensor.shape
+            own.buffers = {"slope": torch.zeros_like(own.tensor), "size": own.tensor.new_zeros(size)}
+        self.learned += learned
+        self._shared = shared(self.learned)
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor | None], sizes: Sequence[Tensor | None]) -> None:
-        """One step from the meta-gradients, one a tensor; None leaves it as it is.
+        """One step from the meta-gradients, one per tensor; None leaves it as it is.
 
         Args:
             grads: ``AᵀdA`` of a block A, ``dS`` of a scaling S.
             sizes: of a block's diagonal, in the shape of ``A[..., 0]``; of ``S dS``, in that of S. All >= 0.
         """
-        for i, (tensor, grad, size) in enumerate(zip(self.tensors, grads, sizes, strict=True)):
-            if grad is not None and size is not None:
-                self.steps[i] += 1
-                if self.blocks[i]:
-                    self._step_block(i, tensor, grad, size)
-                else:
-                    self._step_scaling(i, tensor, grad, size)
+        given = zip(self.learned, grads, sizes, strict=True)
+        found = {own: (grad, size) for own, grad, size in given if grad is not None and size is not None}
+        if not found:
+            return
+        count_updates(found)
+        counts = dict(zip(found, torch.stack([own.count for own in found]).tolist(), strict=True))
+        for each in self._shared:
+            self._step_alike(each, found, counts)
 
-    def _step_block(self, i: int, X: Tensor, R: Tensor, size: Tensor) -> None:
-        average, mean, unbias = self._means(i, R, size, self.BLOCK_BETAS)
-        least = self.BLOCK_FLOOR * mean.mean(-1, keepdim=True) + EPS[X.dtype]
-        scale = (mean + least).rsqrt_()
-        change = torch.add(average, average.mT).mul_((scale * (unbias / 2)).unsqueeze(-1)).mul_(scale.unsqueeze(-2))
-        length = torch.linalg.vector_norm(change, dim=(-2, -1), keepdim=True)
-        change.mul_(self.rates[i] * self.LONGEST / length.clamp_min_(self.LONGEST))
-        X.sub_(aligned_product(X, change))
+    def _step_alike(
+        self,
+        each: SharedSquares | SharedScalings,
+        found: Mapping[Learned, tuple[Tensor, Tensor]],
+        counts: Mapping[Learned, float],
+    ) -> None:
+        taking_part = [own for own in each.learned if own in found]
+        if not taking_part:
+            return
+        slopes, sizes = ([found[own][i] for own in taking_part] for i in (0, 1))
+        squares = isinstance(each, SharedSquares)
+        betas = self.BLOCK_BETAS if squares else self.S_BETAS
+        if not squares:
+            slopes = list(torch._foreach_mul(slopes, [own.tensor for own in taking_part]))
+        torch._foreach_lerp_([own.buffers["slope"] for own in taking_part], slopes, 1 - betas[0])
+        torch._foreach_lerp_([own.buffers["size"] for own in taking_part], sizes, 1 - betas[1])
+        unbias = each.each(lambda own: _unbias(counts[own], betas) if own in found else 1.0)
+        # a rate of 0 leaves a tensor that doesn't take part as it is
+        rate = each.each(lambda own: own.rate if own in found else 0.0)
+        if isinstance(each, SharedSquares):
+            self._step_squares(each, rate, unbias)
+        else:
+            self._step_scalings(each, rate, unbias)
 
-    def _step_scaling(self, i: int, S: Tensor, grad: Tensor, size: Tensor) -> None:
-        average, mean, unbias = self._means(i, S * grad, size, self.S_BETAS)
-        ratio = average / (mean + (self.S_FLOOR * mean.mean() + EPS[S.dtype]))
-        S.mul_(ratio.clamp_(-1 / unbias, 1 / unbias).mul_(-self.rates[i] * unbias).exp_())
+    def _step_squares(self, squares: SharedSquares, rate: Numbers, unbias: Numbers) -> None:
+        for part in squares.parts():
+            X, average, mean = squares.tensor[part], squares.slope[part], squares.size[part]
+            least = self.BLOCK_FLOOR * mean.mean(-1, keepdim=True) + EPS[X.dtype]
+            scale = (mean + least).rsqrt_()
+            change = torch.add(average, average.mT).mul_(scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2))
+            change.mul_(_part(unbias, part) / 2)
+            length = torch.linalg.vector_norm(change, dim=(-2, -1), keepdim=True)
+            change.mul_(_part(rate, part) * self.LONGEST / length.clamp_min_(self.LONGEST))
+            X.sub_(torch.bmm(X, change) if len(X) > 1 else aligned_product(X, change))
 
-    def _means(self, i: int, slope: Tensor, size: Tensor, betas: tuple[float, float]) -> tuple[Tensor, Tensor, float]:
-        """The running means of the derivative and of its size, and what takes the bias from their ratio."""
-        average, mean = self.averages[i], self.sizes[i]
-        if average is None or mean is None:
-            average = self.averages[i] = torch.zeros_like(slope)
-            mean = self.sizes[i] = torch.zeros_like(size)
-        average.lerp_(slope, 1 - betas[0])
-        mean.lerp_(size, 1 - betas[1])
-        of_average, of_mean = (1 - beta ** self.steps[i] for beta in betas)
-        return average, mean, of_mean / of_average
+    def _step_scalings(self, scalings: SharedScalings, rate: Numbers, unbias: Numbers) -> None:
+        floors = scalings.mean_sizes().mul_(self.S_FLOOR).add_(EPS[scalings.tensor.dtype])
+        for part, floor in scalings.parts(floors):
+            ratio = scalings.slope[part] / (scalings.size[part] + floor)
+            ratio.mul_(_part(unbias, part)).clamp_(-1, 1)
+            scalings.tensor[part].mul_(ratio.mul_(-_part(rate, part)).exp_())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"learned": self.learned}  # a pickle doesn't keep views of one storage together
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.learned = state["learned"]
+        self._shared = shared(self.learned)
 
     def scale_rates(self, factor: float) -> None:
-        """Multiply every meta-rate, for schedules of them."""
-        self.rates = [rate * factor for rate in self.rates]
+        """Multiply every ε, for schedules of them."""
+        for own in self.learned:
+            own.rate *= factor
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "steps": list(self.steps),
-            "rates": list(self.rates),
-            "averages": list(self.averages),
-            "sizes": list(self.sizes),
-        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up :meth:`state_dict`; tensors come to where φ is."""
+def _unbias(count: float, betas: tuple[float, float]) -> float:
+    """What takes the bias from the ratio of the two running means."""
+    of_average, of_mean = (1 - beta**count for beta in betas)
+    return float(of_mean / of_average)
 
-        def taken(held: Sequence[Tensor | None]) -> list[Tensor | None]:
-            pairs = zip(held, self.tensors, strict=True)
-            return [None if x is None else x.to(device=t.device, dtype=t.dtype, copy=True) for x, t in pairs]
 
-        self.steps = list(state["steps"])
-        self.rates = list(state["rates"])
-        self.averages, self.sizes = taken(state["averages"]), taken(state["sizes"])
+def _part(number: Numbers, part: slice) -> Numbers:
+    return number[part] if isinstance(number, Tensor) else number

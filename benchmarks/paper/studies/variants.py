@@ -11,7 +11,6 @@ import torch
 from torch.optim import Optimizer
 
 import apo
-from apo.relative_steps import RelativeSteps
 from benchmarks.paper.studies.start_from_moments import blocks_from_moments
 from benchmarks.paper.studies.steps_by_length import StepsByLength
 from benchmarks.paper.training.optimizers import METHODS
@@ -46,14 +45,11 @@ class Variant:
         objective = task.objective(model, draw[self.other], fsd_weight=self.fsd_weight, wsd_weight=self.wsd_weight)
         optimizer = apo.APO(model, objective, **self.settings)
         if self.by_length:
-            held = optimizer.meta
-            assert isinstance(held, RelativeSteps)
-            optimizer.meta = StepsByLength(held.tensors, held.rates, held.blocks)
-        if self.learned != "ABS":
-            assert isinstance(optimizer.meta, RelativeSteps)
-            names = [name for layer in optimizer.layers for name in layer.learned]
-            rates = zip(names, optimizer.meta.rates, strict=True)
-            optimizer.meta.rates = [rate if name in self.learned else 0.0 for name, rate in rates]
+            learned, optimizer.meta = optimizer.meta.learned, StepsByLength()
+            optimizer.meta.add(learned)
+        for layer in optimizer.layers:
+            for name, own in zip(layer.learned, layer.phi, strict=True):
+                own.rate *= name in self.learned
         if self.moments:
             blocks_from_moments(optimizer, setting)
         if self.decay != 1.0:

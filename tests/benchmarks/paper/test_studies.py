@@ -90,10 +90,10 @@ def test_the_meta_rate_decays_once_a_step() -> None:
     setting = setting_of("diabetes")
     optimizer = Variant("", {"interval": 2}, decay=0.5).make(setting)
     assert isinstance(optimizer, apo.APO)
-    before = list(optimizer.meta.rates)
+    before = [own.rate for own in optimizer.meta.learned]
     for place in range(3):
         optimizer.step(closure_of(optimizer, setting, place))
-    assert optimizer.meta.rates == pytest.approx([rate / 8 for rate in before])
+    assert [own.rate for own in optimizer.meta.learned] == pytest.approx([rate / 8 for rate in before])
 
 
 def test_the_same_batch_is_that_of_the_step() -> None:
