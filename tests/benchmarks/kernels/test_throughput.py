@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.__main__ import DEFAULT, main, module_of
+from benchmarks.__main__ import main
 from benchmarks.common import results
-from benchmarks.common.timing import interleave
 from benchmarks.kernels import machine_peaks, shapes
 from benchmarks.kernels.throughput import contestants as module
 from benchmarks.kernels.throughput import tables
@@ -186,50 +184,6 @@ def test_a_run_can_be_made_in_parts(tmp_path: Path) -> None:
     assert both["ratios"][0]["in bf16"] is not None
 
 
-BAD: list[tuple[list[str], str]] = [
-    (["throughput", "--models", "alexnet"], "alexnet"),
-    (["throughput", "--dtypes", "int8"], "int8"),
-    (["--device", "quantum"], "quantum"),
-    (["nonsense"], "nonsense"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "named"), BAD)
-def test_bad_options_are_named(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as raised:
-        main(arguments)
-    assert named in f"{raised.value}{capsys.readouterr().err}"
-
-
-@pytest.mark.parametrize("arguments", [[], ["throughput"], ["stability"], ["environment"]])
-def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as raised:
-        main([*arguments, "--help"])
-    assert raised.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(option in shown for option in ("--quick", "--device", "--out"))
-
-
-def test_the_account(capsys: pytest.CaptureFixture[str]) -> None:
-    """By formula, of any model, in no time; the MLP's right-hand products come to twice its gradients' sides."""
-    assert main(["throughput", "--account", "--models", "mlp", "--dtypes", "bf16"]) == 0
-    out = capsys.readouterr().out
-    assert "nothing here is a measurement" in out
-    flops = sum(2 * (-(-m // 8) * 8) * (-(-n // 8) * 8) ** 2 for m, n in shapes.MODELS["mlp"])
-    assert re.search(rf"forward\W+right\W+{flops / 1e9:.3f}", out)
-    assert re.search(r"step\W+tile_update.*memory|step\W+tile_update.*launch", out)
-
-
-def test_environment(tmp_path: Path) -> None:
-    main(["environment", "--out", str(tmp_path)])
-    assert results.load(tmp_path / "environment.json")["environment"]["cores"] >= 1
-
-
-def test_results_keep_infinities(tmp_path: Path) -> None:
-    path = results.write(tmp_path, "x", "cpu", {"rows": [float("inf"), float("nan"), 1.5]})
-    assert results.load(path)["rows"] == ["inf", "nan", 1.5]
-
-
 @pytest.mark.usefixtures("tiny")
 def test_a_contestant_of_ours_must_not_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Another's failure stands in the table; ours stops the run."""
@@ -246,21 +200,3 @@ def test_a_contestant_of_ours_must_not_fail(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(module.ak, "foreach_precondition", fail)
     with pytest.raises(RuntimeError, match="broken"):
         main(options)
-
-
-def test_roofs_are_rates_of_this_machine() -> None:
-    rates = machine_peaks.matmul_rates("cpu", [torch.float32], seconds=0.05)
-    X = torch.randn(256, 256)
-    sample = interleave({"mm": lambda: X @ X}, seconds=0.05)["mm"]
-    assert rates[torch.float32] > 0.05 * 2 * 256**3 / min(sample.times)
-    assert 1e8 < machine_peaks.copy_bandwidth("cpu", seconds=0.01) < 1e13
-
-
-def test_a_folder_may_have_a_parts_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a part, those that run have their options at their defaults, whatever else is said."""
-    ran: list[Any] = []
-    for name in DEFAULT:
-        monkeypatch.setattr(module_of(name), "run", ran.append)
-    assert main(["--quick", "--out", "targets"]) == 0
-    assert len(ran) == len(DEFAULT)
-    assert all((each.threads, each.seed, each.quick, str(each.out)) == (1, 0, True, "targets") for each in ran)
