@@ -24,10 +24,11 @@ def table(
     columns: Iterable[str],
     rows: Iterable[Sequence[str]] = (),
     *,
+    labels: Container[str] = (),
     text: Container[str] = (),
     caption: str = "",
 ) -> Table:
-    """A table. Columns hold figures, aligned right (the first: left) and never broken, except those in ``text``."""
+    """A table. Columns are aligned right, except the first and ``labels``, and never broken, except ``text``."""
     found = Table(
         title=title,
         caption=caption or None,
@@ -41,7 +42,7 @@ def table(
         if name in text:
             found.add_column(name, overflow="fold")
         else:
-            found.add_column(name, justify="right" if place else "left", no_wrap=True)
+            found.add_column(name, justify="right" if place and name not in labels else "left", no_wrap=True)
     for row in rows:
         found.add_row(*row)
     return found

@@ -26,7 +26,7 @@ class Table(NamedTuple):
 
     def shown(self) -> rich.table.Table:
         header, rows = [*map(escape, self.header)], [[*map(escape, row)] for row in self.rows]
-        return console.table(escape(self.title), header, rows, text=header, caption=escape(self.note))
+        return console.table(escape(self.title), header, rows, text=header[1:], caption=escape(self.note))
 
     def markdown(self) -> str:
         parts = [f"## {self.title}", *([self.note] if self.note else []), markdown(self.header, self.rows)]

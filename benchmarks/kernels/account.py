@@ -20,8 +20,7 @@ from benchmarks.kernels.shapes import MODELS
 H100_BANDWIDTH = 3.0e12
 H100_RATES = {torch.bfloat16: 798e12, torch.float16: 798e12, torch.float32: 133e12}
 """FLOP/s of products; float32 by three TensorFloat32 products."""
-LAUNCH = 4e-6
-"""Seconds that a launch takes if it has nothing to do."""
+LAUNCH = 4e-6  # seconds that an empty launch takes
 FORMS = {"full blocks": None, "blocks of 64": 64}
 
 

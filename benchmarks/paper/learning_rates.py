@@ -104,13 +104,12 @@ def _mean(outcomes: list[Outcome], what: str) -> float:
 
 
 def _table(found: dict[str, Any], title: str) -> Table:
-    shown = table(
-        title,
-        ("optimizer", "rate", "training loss", "test accuracy", "last rate", "failed trials"),
-        text=("rate",),
-        caption="A fixed rate's row: the best loss, and the best accuracy, of the seven. A one-step objective is "
-        "short-sighted: that is where a learned loss is above the best fixed one.",
+    columns = ("optimizer", "rate", "training loss", "test accuracy", "last rate", "failed trials")
+    caption = (
+        "A fixed rate's row: the best loss, and the best accuracy, of the seven. A one-step objective is "
+        "short-sighted: that is where a learned loss is above the best fixed one."
     )
+    shown = table(title, columns, labels=("rate",), caption=caption)
     for name, each in found.items():
         best = each["best_fixed"]
         accuracy = max(_mean(outcomes, "accuracy") for outcomes in each["fixed"].values())

@@ -116,7 +116,7 @@ def _range_table(rows: Sequence[Row]) -> Table:
 
 
 def _table(title: str, caption: str, *heads: str) -> Table:
-    return table(title, ("", "method", *heads), caption=caption, text=("method",))
+    return table(title, ("", "method", *heads), caption=caption, labels=("method",))
 
 
 def _add_row(shown: Table, dtype: str, method: str, cells: Sequence[str], first: str = LIMIT) -> None:

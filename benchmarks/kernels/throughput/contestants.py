@@ -101,8 +101,7 @@ class Workload:
 
     @cached_property
     def keeps(self) -> bool:
-        """Whether the derivatives use what the forward computed. Triton's kernels compute it anew: that is faster than
-        to store it in float32."""
+        """Whether the derivatives use what the forward computed. Triton's kernels compute it anew, which is faster."""
         return not ak.explain(None, self.Gs).startswith("triton")
 
     @cached_property

@@ -48,7 +48,7 @@ def model_table(model: str, rows: list[Row]) -> Table:
     shown = table(
         f"{model}: medians of interleaved rounds",
         ("", "dtype", "contestant", "ms", "±", "GFLOP/s", "of mm", "of copy", "÷ chain"),
-        text=("dtype", "contestant"),
+        labels=("dtype", "contestant"),
         caption="\n".join(dict.fromkeys(f"– {row['note']}" for row in rows if "note" in row)),
     )
     base = {(r["operation"], r["dtype"]): r.get("median_ms") for r in rows if r["contestant"] == CHAIN}

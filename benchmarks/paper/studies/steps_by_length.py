@@ -10,8 +10,7 @@ from torch import Tensor
 from apo.meta_optimizer import Learned, count_updates
 from apo.relative_steps import RelativeSteps
 
-SMALLEST = {torch.float32: 1e-18, torch.float64: 1e-150}
-"""Keeps squares that underflow from being divided by."""
+SMALLEST = {torch.float32: 1e-18, torch.float64: 1e-150}  # keeps squares that underflow from being divided by
 
 
 class StepsByLength(RelativeSteps):
@@ -20,8 +19,7 @@ class StepsByLength(RelativeSteps):
     S in its logarithm by Adam, β = (0.9, 0.99).
     """
 
-    S_SHARE = 0.3
-    """S's rate over ε."""
+    S_SHARE = 0.3  # S's rate over ε
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor | None], sizes: Sequence[Tensor | None]) -> None:
