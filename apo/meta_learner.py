@@ -199,7 +199,7 @@ class MetaLearner(Optimizer):
         anchor = None
         if objective.needs_inputs:
             with self._undisturbed(touched), autocast.back():
-                anchor = objective.anchor(batch)
+                anchor = objective.anchor(batch, self._look_at)
         with ExitStack() as undo:
             with Lookahead(parameters) as lookahead:
                 proposal = self._propose(lookahead, undo)
@@ -289,6 +289,9 @@ class MetaLearner(Optimizer):
         """
         base = self._sign() * trial.evaluation.base
         return trial.evaluation.objective <= base + abs(base) + 1  # False where Q is NaN
+
+    def _look_at(self, outputs: Any) -> None:
+        """What the anchor compares, with its graph, before it is let go."""
 
     @abstractmethod
     def _propose(self, lookahead: Lookahead, undo: ExitStack) -> Any:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
@@ -185,16 +186,18 @@ class ProximalObjective:
             )
         return batch
 
-    def anchor(self, batch: Any) -> Anchor:
+    def anchor(self, batch: Any, look: Callable[[Any], None] = lambda _: None) -> Anchor:
         """Evaluate B′ at the present weights, with gradients enabled as at the trial: some modules compute otherwise
-        without them."""
+        without them. ``look`` sees what the discrepancy compares, with its graph."""
         rng = random_state(self.module.parameters())
         returned = self._returned(batch)
         outputs, kept = None, None
         if self._weight:
             outputs = self._compared(returned)
             kept = kept_positions(self.mask, self.module, batch, self._targets(batch), outputs)
-            outputs = _apart(outputs if kept is None else select(outputs, kept), self._overwritten)
+            outputs = outputs if kept is None else select(outputs, kept)
+            look(outputs)
+            outputs = _apart(outputs, self._overwritten)
         loss = None if self.loss is None else self._own_loss(returned, batch).detach()
         return Anchor(batch, outputs, kept, loss, rng)
 
@@ -208,8 +211,17 @@ class ProximalObjective:
         new = self._compared(returned)
         if anchor.kept is not None:
             new = select(new, anchor.kept)
-        rho = KL() if self._classes_moved else self.discrepancy
-        return loss, _one_number("discrepancy", rho(new, anchor.outputs))
+        return loss, _one_number("discrepancy", self._rho(new, anchor.outputs))
+
+    def fisher_sample(self, outputs: Any, generator: torch.Generator) -> list[Tensor] | None:
+        """The discrepancy's :data:`~apo.discrepancy.FisherSample`, one cotangent per tensor of the outputs that
+        ``look`` of :meth:`anchor` saw; None where it has none."""
+        sample = getattr(self._rho, "fisher_sample", None)
+        return None if sample is None else list(sample(outputs, generator))
+
+    @property
+    def _rho(self) -> Discrepancy:
+        return KL() if self._classes_moved else self.discrepancy
 
     def _overwritten(self, output: Tensor) -> bool:
         """Whether evaluating the trial writes over an output: a view of the weights, or in a CUDA graph's memory."""
