@@ -82,6 +82,7 @@ def by_hand(
     *,
     loss_of: Callable[[nn.Module, Any], Tensor] = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
     clip: float | None = None,
+    clip_trials: bool = True,
     scheduler: Any = None,
 ) -> list[float]:
     """The loop as one writes it: a closure for each batch. Returns the losses."""
@@ -92,7 +93,7 @@ def by_hand(
             optimizer.zero_grad()
             loss = loss_of(model, batch)
             loss.backward()
-            if clip is not None:
+            if clip is not None and (clip_trials or not optimizer.in_trial):
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             return loss
 
