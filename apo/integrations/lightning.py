@@ -11,14 +11,17 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loops.optimization.automatic import Closure
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
 from apo.integrations import FrontEnd, front_end, prefixed_metrics
+
+try:
+    import lightning.pytorch as pl
+except ImportError:  # the same, by its older name
+    import pytorch_lightning as pl  # type: ignore[no-redef]
 
 __all__ = ["APOCallback"]
 
@@ -113,11 +116,9 @@ def _copied(state: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
 def _with_kept_result(closure: Callable[[], Any]) -> Iterator[None]:
     """Lightning passes on what the closure returned last: let that be the run at the real weights."""
     inner = closure.args[-1] if isinstance(closure, partial) and closure.args else closure
-    if not isinstance(inner, Closure):
-        yield
-        return
-    result = inner._result
+    result = getattr(inner, "_result", None)
     try:
         yield
     finally:
-        inner._result = result
+        if hasattr(inner, "_result"):
+            inner._result = result

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from apo.integrations import front_end
 from tests.integrations.helpers import (
@@ -185,21 +184,3 @@ def test_the_step_is_skipped_where_the_grad_scaler_says_so(name: str) -> None:
         assert moved == (step != 2)
         assert optimizer.step_was_skipped == (step == 2)
     assert accelerator.scaler.get_scale() == 2.0**7
-
-
-@each_front_end
-def test_a_prepared_loader_gives_fresh_batches(name: str) -> None:
-    accelerator = Accelerator(cpu=True)
-    model = net()
-    fresh = accelerator.prepare(DataLoader(data(), 16))
-    optimizer: Any = optimizer_of(name, model, [], F.cross_entropy)
-    optimizer.objective.inputs = fresh
-    model, optimizer = accelerator.prepare(model, optimizer)
-    x, t = data().tensors
-    losses = []
-    for _ in range(12):
-        losses.append(F.cross_entropy(model(x), t))
-        accelerator.backward(losses[-1])
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import pytorch_lightning
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -240,3 +241,31 @@ def test_a_scheduler_multiplies_what_was_learned(name: str) -> None:
     found = configure(model)
     by_hand(model, found["optimizer"], [*loader()] * 3, scheduler=found["lr_scheduler"]["scheduler"])
     assert same(module.net, model)
+
+
+@each_loss
+def test_the_older_name_of_lightning(loss: Loss) -> None:
+    class Old(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+            self.outputs: list[float] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            self.log("loss", loss)
+            return loss
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.outputs.append(float(outputs["loss"]))
+
+        def configure_optimizers(self) -> Any:
+            return make("APO", loss)(self.net)
+
+    module = Old()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    fit = pytorch_lightning.Trainer(max_epochs=3, accelerator="cpu", callbacks=[APOCallback()], **quiet)
+    fit.fit(module, loader())
+    model = net()
+    assert module.outputs == by_hand(model, make("APO", loss)(model), [*loader()] * 3)
+    assert any(key.startswith("apo/") for key in fit.callback_metrics)
