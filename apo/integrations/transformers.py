@@ -76,7 +76,7 @@ class APOTrainerMixin(_Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         optimizer = self._given
-        if optimizer is None or optimizer.in_trial or optimizer.objective.loss is not None:
+        if optimizer is None or optimizer.objective.loss is not None:
             return loss
         if self._complete:
             self._micro_batches = []  # those of a step that a GradScaler left out
@@ -111,7 +111,7 @@ class APOTrainerMixin(_Trainer):
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self._model_of(batch)):
-                losses.append(self.training_step(*batch.arguments, **batch.settings))
+                losses.append(super().training_step(*batch.arguments, **batch.settings))
         self._unscale(optimizer)
         return torch.stack(losses).sum()
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -114,3 +115,9 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def close(a: nn.Module, b: nn.Module, rtol: float = 1e-9) -> bool:
     return all(torch.allclose(x, y, rtol=rtol, atol=rtol) for x, y in zip(weights(a), weights(b), strict=True))
+
+
+def forget_accelerators() -> None:
+    """accelerate keeps its settings, and the Trainer's, for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

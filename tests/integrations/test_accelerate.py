@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from apo.integrations import front_end
@@ -21,6 +20,7 @@ from tests.integrations.helpers import (
     close,
     data,
     each_front_end,
+    forget_accelerators,
     loader,
     net,
     optimizer_of,
@@ -33,8 +33,7 @@ each_loss = pytest.mark.parametrize("loss", [None, F.cross_entropy], ids=["closu
 
 @pytest.fixture(autouse=True)
 def _anew() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerators()
 
 
 class Script:

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.integrations.ddp_worker import train
+from tests.integrations.helpers import forget_accelerators
+
 WORKER = Path(__file__).parent / "ddp_worker.py"
 RANKS = 2
 
@@ -28,6 +31,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results, Results]:
     """Of rank 0, of rank 1, and of a process alone."""
+    forget_accelerators()
     root = str(WORKER.parent.parent.parent)
     usual = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     usual["OMP_NUM_THREADS"] = "1"
@@ -39,26 +43,26 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results,
         "GROUP_RANK": "0",
         "TORCHELASTIC_RUN_ID": "test",
     }
-    together, alone = tmp_path_factory.mktemp("together"), tmp_path_factory.mktemp("alone")
-    each = [{**usual, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(RANKS)]
-    runs = [(together, environment) for environment in each] + [(alone, usual)]
+    folder = tmp_path_factory.mktemp("ranks")
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, str(WORKER), str(folder)],
+            env={**usual, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
         )
-        for folder, environment in runs
+        for rank in range(RANKS)
     ]
     try:
+        alone = train(tmp_path_factory.mktemp("alone"))
         for process in processes:
             _, errors = process.communicate(timeout=240)
             assert process.returncode == 0, errors.decode()
     finally:
         for process in processes:
             process.kill()
-    first, second, one = (
-        torch.load(path, weights_only=True) for path in (together / "0.pt", together / "1.pt", alone / "0.pt")
-    )
-    return first, second, one
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS))
+    return first, second, alone
 
 
 def test_ranks_are_equal_to_the_bit(results: tuple[Results, Results, Results]) -> None:

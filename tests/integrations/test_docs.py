@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from apo.integrations import front_end
+from tests.integrations.helpers import forget_accelerators
 
 TEXT = (Path(__file__).parent.parent.parent / "docs" / "trainers.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -24,8 +24,7 @@ def test_each_is_at_most_15_lines() -> None:
 
 def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerators()
     torch.manual_seed(0)
     scope: dict[str, Any] = {}
 

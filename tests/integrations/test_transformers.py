@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -195,29 +196,32 @@ def test_the_mixin_reaches_reporters_and_logs_nothing_in_trials(name: str, tmp_p
 
 
 @each_front_end
-@pytest.mark.parametrize("kind", ["constant", "linear"])
-def test_the_schedule_multiplies_what_was_learned(name: str, kind: str, tmp_path: Path) -> None:
+def test_a_constant_schedule_leaves_what_was_learned(name: str, tmp_path: Path) -> None:
+    """As if there were none, although it is a LambdaLR, which sets the rate from its own base after each step."""
+    model, other = language_model(torch.float64), language_model(torch.float64)
+    optimizer = make(name, model, own_loss)
+    trainer(tmp_path, optimizer, model, own_loss, lr_scheduler_type="constant").train()
+    free = make(name, other, own_loss)
+    by_hand(other.train(), free, batches() * 3, loss_of=counted_loss, clip=1.0)
+    assert close(model, other, rtol=1e-6)
+
+
+@each_front_end
+def test_a_linear_schedule_multiplies_what_was_learned(name: str, tmp_path: Path) -> None:
+    """Between meta-updates, at every other step, the rate goes with the schedule; the log holds the rates in use."""
     model = language_model()
-    settings = {"lr": 1e-4} if name == "APO" else {}
-    optimizer = (
-        make(name, model, own_loss, shared=True, **settings)
-        if name != "APO"
-        else make(name, model, own_loss, **settings)
-    )
+    optimizer = make(name, model, own_loss)
     start = optimizer.param_groups[0]["lr"]
-    rates = []
-
-    class Note(TrainerCallback):
-        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            rates.append(float(optimizer.param_groups[0]["lr"]))
-
-    trained = trainer(
-        tmp_path, optimizer, model, own_loss, num_train_epochs=6, lr_scheduler_type=kind, callbacks=[Note]
-    )
+    rates: list[float] = []
+    optimizer.register_step_post_hook(lambda *_: rates.append(float(optimizer.param_groups[0]["lr"])))
+    trained = trainer(tmp_path, optimizer, model, own_loss, num_train_epochs=6)
     trained.train()
-    learned = [line for line in trained.state.log_history if "loss" in line]
-    assert len(learned) == 24
-    assert max(rates[:8]) > 1.3 * start or min(rates[:8]) < start / 1.3
+    factors = [rate / (start * (1 - step / 24)) for step, rate in enumerate(rates)]
+    assert abs(math.log(factors[4])) > 0.3
+    for step in range(5, 24, 2):
+        assert factors[step] == pytest.approx(factors[step - 1], rel=1e-5)
+    assert len({round(factor, 5) for factor in factors[4::2]}) > 5
+    assert [line["apo/lr"] for line in trained.state.log_history if "loss" in line] == pytest.approx(rates)
 
 
 @each_front_end
