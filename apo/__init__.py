@@ -7,11 +7,11 @@
 """
 
 from apo import proximal
+from apo.adaptive_lr import AdaptiveLR
 from apo.discrepancy import KL, BernoulliKL, GaussianKL, SquaredError
 from apo.full_preconditioner import FullPreconditioner
-from apo.learning_rate import AdaptiveLR
 from apo.objective import Evaluation, ProximalObjective
-from apo.optimizer import APO
+from apo.preconditioned import APO
 
 __all__ = [
     "APO",

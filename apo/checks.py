@@ -9,7 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["closure", "fraction", "integer", "module", "number", "one_of", "parameters"]
+__all__ = [
+    "boolean",
+    "closure",
+    "fraction",
+    "grad_scaler",
+    "increasing_pair",
+    "integer",
+    "module",
+    "number",
+    "one_of",
+    "optimizer",
+    "parameters",
+]
 
 
 def number(name: str, value: object, *, least: float = 0.0, above: bool = False) -> float:
@@ -37,6 +49,22 @@ def integer(name: str, value: object, *, least: int) -> int:
     return value
 
 
+def boolean(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, but got {value!r} ({type(value).__name__})")
+    return value
+
+
+def increasing_pair(name: str, value: Any) -> tuple[float, float]:
+    """Two rates, ``0 < least < greatest``."""
+    if not (isinstance(value, (tuple, list)) and len(value) == 2):
+        raise TypeError(f"{name} must be a pair (least, greatest) of rates, but got {value!r}")
+    least, greatest = (number(name, x) for x in value)
+    if not 0 < least < greatest:
+        raise ValueError(f"{name} must be rates 0 < least < greatest, but got {value!r}")
+    return least, greatest
+
+
 def one_of(name: str, value: object, choices: Iterable[Any]) -> None:
     choices = list(choices)
     if value not in choices:
@@ -47,6 +75,16 @@ def module(name: str, value: object) -> nn.Module:
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module, but got {type(value).__name__}")
     return value
+
+
+def optimizer(name: str, value: object) -> None:
+    if not isinstance(value, torch.optim.Optimizer):
+        raise TypeError(f"{name} must be a torch.optim.Optimizer, but got {type(value).__name__}")
+
+
+def grad_scaler(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, torch.amp.GradScaler):
+        raise TypeError(f"{name} must be a torch.amp.GradScaler or None, but got {type(value).__name__}")
 
 
 def closure(value: object) -> None:
@@ -61,6 +99,11 @@ def parameters(params: Iterable[Tensor]) -> None:
     """Trial weights are written in place on one device: dense floating-point weights on one device."""
     devices = set()
     for p in params:
+        if hasattr(p, "placements"):
+            raise TypeError(
+                f"parameters must be plain tensors, but got a {type(p).__name__} placed as {p.placements}: sharded "
+                "models (fully_shard, parallelize_module) can't be served"
+            )
         if not p.is_floating_point() or p.layout != torch.strided:
             raise TypeError(
                 f"parameters must be dense floating-point tensors, but got one of {p.dtype}, {p.layout}, "

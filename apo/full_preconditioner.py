@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from apo import checks
-from apo.front_end import FrontEnd
-from apo.linearity import get_rate
-from apo.lookahead import Lookahead
+from apo.meta_learner import MetaLearner, Trial
 from apo.meta_optimizer import MetaOptimizer, MetaOptimizerName
-from apo.objective import Closure, ProximalObjective
+from apo.objective import ProximalObjective, check_objective
+from apo.rates import get_rate
+from apo.trial import Lookahead
 
 __all__ = ["FullPreconditioner"]
 
 LARGEST = 8192
 
 
-class FullPreconditioner(FrontEnd):
+class FullPreconditioner(MetaLearner):
     """``θ ← θ − lr · P ∇J_B(θ)`` with ``φ = P``, a free ``(d, d)`` matrix over all weights, which starts as I.
 
     Under the linearised loss and the quadratic FSD the best ``lr · P`` is ``(λ_FSD G + λ_WSD I)⁻¹`` (Theorem 1).
@@ -31,6 +33,7 @@ class FullPreconditioner(FrontEnd):
         interval, warmup: as for :class:`~apo.APO`.
         meta_lr: entrywise rate of the meta-optimizer.
         meta_optimizer: ``"adam"`` or ``"rmsprop"``.
+        process_group: as for :class:`~apo.AdaptiveLR`.
 
     Attributes:
         P: ``(d, d)``, in the order of the model's parameters.
@@ -49,10 +52,10 @@ class FullPreconditioner(FrontEnd):
         warmup: int = 0,
         meta_lr: float = 1e-2,
         meta_optimizer: MetaOptimizerName = "adam",
+        process_group: Any = None,
     ) -> None:
-        checks.module("model", model)
-        if not isinstance(objective, ProximalObjective):
-            raise TypeError(f"objective must be an apo.ProximalObjective, but got {type(objective).__name__}")
+        self.model = checks.module("model", model)
+        check_objective(objective)
         checks.number("lr", lr, above=True)
         checks.integer("interval", interval, least=0)
         checks.integer("warmup", warmup, least=0)
@@ -62,17 +65,26 @@ class FullPreconditioner(FrontEnd):
         size = sum(p.numel() for p in weights)
         if not 0 < size <= LARGEST:
             raise ValueError(f"model must have 1 to {LARGEST} trainable numbers, but has {size}")
+        self.meta = MetaOptimizer(meta_optimizer)
         super().__init__(weights, {"lr": lr})
         dtype = torch.promote_types(weights[0].dtype, torch.float32)
         self.P = torch.eye(size, dtype=dtype, device=weights[0].device)
-        self.meta = MetaOptimizer([self.P], [meta_lr], meta_optimizer)
-        self._init_front_end(objective.with_defaults(fsd_weight=1.0), interval, warmup, None)
+        self._count_of_updates = torch.zeros(())
+        self.meta.add([self.P], [meta_lr], self._count_of_updates)
+        self._prepare_group(self.param_groups[0])
+        self._show_state()
+        filled = objective.with_defaults(fsd_weight=1.0)
+        self._init_meta_learner(filled, interval, warmup, None, process_group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: P is of all the weights together."""
         if self.param_groups:
             raise ValueError("param_group can't be added: P is one matrix of all weights; build a new optimizer")
         super().add_param_group(param_group)
+
+    @property
+    def _models(self) -> list[nn.Module]:
+        return [self.model, self.objective.model]
 
     def _flat(self, tensors: list[Tensor | None]) -> Tensor:
         parts = [
@@ -81,46 +93,54 @@ class FullPreconditioner(FrontEnd):
         ]
         return torch.cat(parts)
 
-    def _write(self, step: Tensor) -> None:
+    def _take_step(self) -> Tensor:
+        """Subtract ``lr · P g`` from the weights; returns g."""
+        gradient = self._flat([p.grad for p in self.parameters])
+        step = get_rate(self.param_groups[0]) * (self.P @ gradient)
         for p, part in zip(self.parameters, torch.split(step, [p.numel() for p in self.parameters]), strict=True):
             p.sub_(part.view_as(p).to(p.dtype))
+        return gradient
 
     def _plain_step(self) -> None:
-        rate = get_rate(self.param_groups[0])
-        self._write(rate * (self.P @ self._flat([p.grad for p in self.parameters])))
+        self._take_step()
 
-    def _meta_step(self, closure: Closure, loss: Any, *, move: bool) -> None:
-        anchor = self.objective.anchor(self.parameters)
+    def _propose(self, lookahead: Lookahead, undo: ExitStack) -> Tensor:
+        return self._take_step()
+
+    def _learn(self, proposal: Tensor, trial: Trial) -> bool:
         rate = get_rate(self.param_groups[0])
-        gradient = self._flat([p.grad for p in self.parameters])
-        with Lookahead(self.parameters) as lookahead:
-            self._write(rate * (self.P @ gradient))
-            V, passed = self._evaluate(closure, loss, lookahead.start, anchor)
-        slope = torch.outer(self._flat(list(V)), gradient).mul_(-rate)  # dQ/dP = −lr · V gᵀ
-        finite = bool(slope.isfinite().all())
-        if not (passed and finite):
-            self.failed_trials += 1
-        if not passed:
-            self.P.div_(torch.e)
-            return
-        if finite:
-            self.meta.step([slope])
-        if move:
-            self._plain_step()
+        slope = torch.outer(self._flat(list(trial.V)), proposal).mul_(-rate)  # dQ/dP = −lr · V gᵀ
+        if not bool(slope.isfinite().all()):
+            return False
+        self.meta.step([slope])
+        return True
+
+    def _shrink(self) -> None:
+        self.P.div_(torch.e)
 
     def _settings(self) -> dict[str, Any]:
         return {"meta_optimizer": self.meta.name}
 
-    def _meta_state(self) -> dict[str, Any]:
-        return {"P": self.P, "meta": self.meta.state_dict()}
+    def _state(self) -> dict[str, Tensor]:
+        """P and what the meta-optimizer remembers of it, kept under the first parameter."""
+        (own,) = self.meta.learned
+        return {"step": self._count_of_updates, "P": self.P, **{f"P_{k}": t for k, t in own.buffers.items()}}
+
+    def _show_state(self) -> None:
+        self.state.clear()
+        for p in self.parameters:
+            self.state[p] = {"step": self._count_of_updates}
+        self.state[self.parameters[0]] = self._state()
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["apo"]["P"].shape != self.P.shape:
-            raise ValueError(
-                f"state_dict must hold a P of shape {tuple(self.P.shape)}, "
-                f"but it is {tuple(state_dict['apo']['P'].shape)}"
-            )
+        saved = state_dict["state"].get(state_dict["param_groups"][0]["params"][0], {}).get("P")
+        if saved is None or saved.shape != self.P.shape:
+            shape = None if saved is None else tuple(saved.shape)
+            raise ValueError(f"state_dict must hold a P of shape {tuple(self.P.shape)}, but it is {shape}")
 
-    def _load_meta_state(self, state: dict[str, Any], raw: dict[str, Any]) -> None:
-        self.P.copy_(state["P"])
-        self.meta.load_state_dict(state["meta"])
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        saved = state_dict["state"][state_dict["param_groups"][0]["params"][0]]
+        Optimizer.load_state_dict(self, state_dict)
+        for name, tensor in self._state().items():
+            tensor.copy_(saved[name])
+        self._show_state()

@@ -1,93 +1,56 @@
-"""Whether a step is linear in the learning rate, which is what makes its meta-gradient ``⟨V, θ′ − θ⟩``."""
+"""Whether a step is proportional to the learning rate, which is what makes its meta-gradient ``⟨V, θ′ − θ⟩``."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from apo.lookahead import Lookahead, surely
+from apo.rates import get_rate, set_rate
+from apo.snapshot import OptimizerSnapshot, with_wrapped, without_hooks
+from apo.trial import Lookahead, random_state, restore_random_state
 
-__all__ = ["OptimizerState", "check_linear", "get_rate", "set_rate"]
+__all__ = ["Linearity", "check_linear"]
 
 SIGNAL = 1e3
 """How far the weights must move, in units of their rounding errors, for a comparison to mean anything."""
 
 
-def get_rate(group: dict[str, Any]) -> float:
-    return float(group["lr"])
+@dataclass(frozen=True)
+class Linearity:
+    """What :func:`check_linear` found: whether the step edits ``.grad`` in place, as old L2 decays do."""
+
+    edits_gradients: bool
 
 
-def set_rate(group: dict[str, Any], rate: float) -> None:
-    """Write a learning rate where the optimizer reads it: capturable ones hold it in a tensor."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
+def check_linear(optimizer: Optimizer) -> Linearity | None:
+    """Take the step at several rates, with a few of the parameters, and put everything back.
 
-
-class OptimizerState:
-    """A copy of an optimizer's state and of its groups' settings (some keep counters there), which is put back when
-    the block is left without :meth:`commit`."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._state = {p: _copied(state) for p, state in optimizer.state.items()}
-        self._groups = [{k: _copied(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-
-        self._committed = False
-
-    def commit(self) -> None:
-        """Keep the state as it is now."""
-        self._committed = True
-
-    def __enter__(self) -> OptimizerState:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self._committed:
-            surely(self.restore)
-
-    def restore(self) -> None:
-        """Put the copies in the place of what is there: the optimizer owns them from then on."""
-        self._optimizer.state.clear()
-        self._optimizer.state.update(self._state)
-        for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
-            for name in [k for k in group if k != "params" and k not in settings]:
-                del group[name]
-            for name, value in settings.items():
-                if isinstance(value, Tensor) and isinstance(group.get(name), Tensor):
-                    group[name].copy_(value)  # a capturable rate keeps its address
-                else:
-                    group[name] = value
-
-
-def check_linear(optimizer: Optimizer) -> bool:
-    """Take the step at several rates and put everything back.
+    Of each group the smallest parameter of each number of dimensions takes part, if it has a gradient that isn't
+    zero. One copy of the weights is held meanwhile. Each probe starts from the same random state; no step hooks run.
 
     Returns:
-        True; False where the weights didn't move, so that nothing can be said yet.
+        None where nothing moved, so that nothing can be said yet.
 
     Raises:
         TypeError: the optimizer's step needs a closure.
         ValueError: the step isn't proportional to ``lr``, or its state depends on it.
     """
     name = type(optimizer).__name__
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    rates = [get_rate(group) for group in optimizer.param_groups]
-    if not any(rates):
-        return False
-    pre, post = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    chosen = [_few(group["params"]) if get_rate(group) else [] for group in optimizer.param_groups]
+    parameters = [p for few in chosen for p in few]
+    if not parameters:
+        return None
+    probe = _Probe(optimizer, chosen)
     try:
         for grow in (1.0, 1e2, 1e4, 1e6, 1e8):
-            once, state_once = _probe(optimizer, parameters, rates, grow)
-            twice, state_twice = _probe(optimizer, parameters, rates, 2 * grow)
+            once, state_once = probe(grow)
+            twice, state_twice = probe(2 * grow)
             noise = _norm([p.detach().double() * torch.finfo(p.dtype).eps for p in parameters])
             moved, off = _norm(twice), _norm([b - 2 * a for a, b in zip(once, twice, strict=True)])
             if off > 1e-2 * moved + 8 * noise or not _alike(state_once, state_twice):
@@ -97,26 +60,59 @@ def check_linear(optimizer: Optimizer) -> bool:
                     "length, or its state differs. AdaptiveLR can't learn its rate."
                 )
             if moved == 0:
-                return False
+                return None
             if moved > SIGNAL * noise and grow > 1:
                 break
     except TypeError as error:
         raise TypeError(f"optimizer must have a step() that needs no closure, but got {name}: {error}") from error
-    finally:
-        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = pre, post
-    return True
+    return Linearity(probe.edits_gradients)
 
 
-def _probe(
-    optimizer: Optimizer, parameters: list[Tensor], rates: list[float], factor: float
-) -> tuple[list[Tensor], Any]:
-    """The step at ``factor`` times the rates, in float64, and the state it leaves; nothing stays of it."""
-    with Lookahead(parameters) as lookahead, OptimizerState(optimizer), torch.no_grad():
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            set_rate(group, rate * factor)
-        optimizer.step()
-        step = [p.double() - s.double() for p, s in zip(parameters, lookahead.start, strict=True)]
-        return step, [_copied(optimizer.state.get(p, {})) for p in parameters]
+def _few(params: list[Tensor]) -> list[Tensor]:
+    smallest: dict[int, Tensor] = {}
+    for p in sorted(params, key=lambda p: p.numel()):
+        if p.ndim not in smallest and p.grad is not None and bool((p.grad.to_dense() != 0).any()):
+            smallest[p.ndim] = p
+    return list(smallest.values())
+
+
+class _Probe:
+    """``probe(factor)``: the step at ``factor`` times the rates, in float64, and the state it leaves."""
+
+    def __init__(self, optimizer: Optimizer, chosen: list[list[Tensor]]) -> None:
+        self._optimizer = optimizer
+        self._all = with_wrapped(optimizer)
+        self._chosen = chosen
+        self._parameters = [p for few in chosen for p in few]
+        self._rates = [get_rate(group) for group in optimizer.param_groups]
+        self._weights = [p for group in optimizer.param_groups for p in group["params"]]
+        self._grads = [(p, p.grad, p.grad.clone()) for p in self._parameters if p.grad is not None]
+        self.edits_gradients = False
+
+    def __call__(self, factor: float) -> tuple[list[Tensor], Any]:
+        groups = self._optimizer.param_groups
+        rng = random_state(self._parameters)
+        with torch.no_grad(), OptimizerSnapshot(self._optimizer), Lookahead(self._weights) as lookahead:
+            start = {id(p): s for p, s in zip(self._weights, lookahead.start, strict=True)}
+            try:
+                for group, few, rate in zip(groups, self._chosen, self._rates, strict=True):
+                    group["params"][:] = few
+                    set_rate(group, rate * factor)
+                with without_hooks(self._all, before=True):
+                    self._optimizer.step()
+                step = [p.double() - start[id(p)].double() for p in self._parameters]
+                return step, [_copied(self._optimizer.state.get(p, {})) for p in self._parameters]
+            finally:
+                restore_random_state(rng)
+                self._restore_gradients()
+
+    def _restore_gradients(self) -> None:
+        for p, grad, content in self._grads:
+            edited = p.grad is not grad or not torch.equal(grad.to_dense(), content.to_dense())
+            self.edits_gradients = self.edits_gradients or edited
+            if edited:
+                p.grad = grad
+                grad.copy_(content)
 
 
 def _norm(tensors: list[Tensor]) -> float:

@@ -106,9 +106,10 @@ class MatrixView:
 
     def gather(self, parts: Iterable[Tensor | None]) -> Tensor:
         """The matrix ``(*batch, m, n)`` of tensors in the shapes of :attr:`parameters`. A view where it can be.
-        A bias's part that is None counts as zeros."""
+        A part that is None counts as zeros."""
         weight, *biases = parts
-        assert weight is not None
+        if weight is None:
+            weight = torch.zeros_like(self.weight)
         if self.transposed:
             weight = weight.transpose(0, 1)
         columns = self.n - (self.bias is not None)
@@ -131,7 +132,8 @@ class MatrixView:
 
 
 def matrix_views(model: nn.Module, parameters: Iterable[Tensor]) -> list[MatrixView]:
-    """The views of these of the model's parameters, each in exactly one, in the model's order.
+    """The views of these of the model's parameters, each in exactly one, in the model's order. Parameters without
+    elements are in none.
 
     A tied weight is seen where the model names it first, as an embedding's if it is one anywhere. A bias is joined
     to its weight only where both are among ``parameters``.
@@ -139,7 +141,8 @@ def matrix_views(model: nn.Module, parameters: Iterable[Tensor]) -> list[MatrixV
     Raises:
         ValueError: some of the parameters aren't the model's.
     """
-    wanted = {id(p): p for p in parameters}
+    parameters = list(parameters)
+    wanted = {id(p): p for p in parameters if p.numel()}
     entries = {id(m.weight) for m in model.modules() if isinstance(m, _EMBEDDINGS)}
     views = []
     for view in _views(model, wanted, entries):

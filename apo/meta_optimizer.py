@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from apo import checks
 
-__all__ = ["MetaOptimizer", "MetaOptimizerName"]
+__all__ = ["EPS", "Learned", "MetaOptimizer", "MetaOptimizerName", "count_updates"]
 
 MetaOptimizerName = Literal["adam", "rmsprop"]
 
@@ -19,62 +21,77 @@ EPS = {torch.float32: 1e-18, torch.float64: 1e-150}
 eps that shows would be a setting. This one only keeps squares that underflow from being divided by."""
 
 
+@dataclass
+class Learned:
+    """A tensor of φ and what the meta-optimizer remembers of it.
+
+    Attributes:
+        tensor: float32 or float64, written in place.
+        rate: its meta-rate.
+        count: 0-d float32, how many meta-updates it had; one for all tensors of a layer.
+        buffers: running means, by name.
+        block: whether it is a block A or B, not a scaling S.
+    """
+
+    tensor: Tensor
+    rate: float
+    count: Tensor
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    block: bool = False
+
+
+def count_updates(found: Iterable[Learned]) -> None:
+    """Add one to the count of each layer that takes part."""
+    for count in {id(each.count): each.count for each in found}.values():
+        count += 1
+
+
 class MetaOptimizer:
-    """Adam or RMSprop on lists of tensors, each with its own rate; the work is torch's.
+    """Adam or RMSprop on tensors, each with its own rate.
 
     Args:
-        tensors: φ, float32 or float64, written in place by :meth:`step`.
-        rates: one meta-rate a tensor.
         name: ``"adam"`` (β = (0.9, decay)) or ``"rmsprop"`` (without bias correction: the first steps are up to
             ``1/√(1 − decay)`` times the rate, which is what brings φ home from a start far off).
         decay: of the running mean of squares.
     """
 
-    def __init__(
-        self, tensors: Iterable[Tensor], rates: Iterable[float], name: MetaOptimizerName, *, decay: float = 0.99
-    ) -> None:
+    def __init__(self, name: MetaOptimizerName, *, decay: float = 0.99) -> None:
         checks.one_of("meta_optimizer", name, ("adam", "rmsprop"))
         self.name = name
         self.decay = decay
-        self._optimizer: torch.optim.Optimizer | None = None
-        self.tensors: list[Tensor] = []
-        self.add(tensors, rates)
+        self.learned: list[Learned] = []
 
-    def add(self, tensors: Iterable[Tensor], rates: Iterable[float]) -> None:
-        """Take in further tensors."""
-        alike: dict[tuple[float, torch.dtype], list[Tensor]] = {}
-        for tensor, rate in zip(tensors, rates, strict=True):
-            self.tensors.append(tensor)
-            alike.setdefault((rate, tensor.dtype), []).append(tensor)
-        for (rate, dtype), params in alike.items():
-            group: dict[str, Any] = {"params": params, "lr": rate, "eps": EPS[dtype]}
-            if self._optimizer is not None:
-                self._optimizer.add_param_group(group)
-            elif self.name == "adam":
-                self._optimizer = torch.optim.Adam([group], betas=(0.9, self.decay))
-            else:
-                self._optimizer = torch.optim.RMSprop([group], alpha=self.decay)
+    def add(self, tensors: Iterable[Tensor], rates: Iterable[float], count: Tensor | None = None) -> list[Learned]:
+        """Take in the tensors of a layer; one meta-rate each; the layer's count of updates."""
+        count = torch.zeros(()) if count is None else count
+        new = [Learned(t, rate, count, self._start(t)) for t, rate in zip(tensors, rates, strict=True)]
+        self.learned += new
+        return new
+
+    def _start(self, tensor: Tensor) -> dict[str, Tensor]:
+        names = ("exp_avg", "exp_avg_sq") if self.name == "adam" else ("square_avg",)
+        return {name: torch.zeros_like(tensor) for name in names}
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor | None]) -> None:
-        """One step from the meta-gradients, one a tensor; None leaves it as it is."""
-        if self._optimizer is None:
-            return
-        for tensor, grad in zip(self.tensors, grads, strict=True):
-            tensor.grad = grad
-        self._optimizer.step()
-        for tensor in self.tensors:
-            tensor.grad = None
+        """One step from the meta-gradients, one per tensor; None leaves it as it is."""
+        pairs = [(own, g) for own, g in zip(self.learned, grads, strict=True) if g is not None]
+        count_updates(own for own, _ in pairs)
+        for own, grad in pairs:
+            if self.name == "adam":
+                self._adam(own, grad)
+            else:
+                square = own.buffers["square_avg"].mul_(self.decay).addcmul_(grad, grad, value=1 - self.decay)
+                own.tensor.addcdiv_(grad, square.sqrt().add_(EPS[own.tensor.dtype]), value=-own.rate)
+
+    def _adam(self, own: Learned, grad: Tensor) -> None:
+        count = own.count.item()
+        mean = own.buffers["exp_avg"].lerp_(grad, 0.1)
+        square = own.buffers["exp_avg_sq"].mul_(self.decay).addcmul_(grad, grad, value=1 - self.decay)
+        root = square.sqrt().div_(math.sqrt(1 - self.decay**count)).add_(EPS[own.tensor.dtype])
+        own.tensor.addcdiv_(mean, root, value=-own.rate / (1 - 0.9**count))
 
     def scale_rates(self, factor: float) -> None:
         """Multiply every meta-rate, for schedules of them."""
-        if self._optimizer is not None:
-            for group in self._optimizer.param_groups:
-                group["lr"] *= factor
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self._optimizer is None else self._optimizer.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self._optimizer is not None:
-            self._optimizer.load_state_dict(state)
+        for own in self.learned:
+            own.rate *= factor

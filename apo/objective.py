@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from apo import checks
-from apo.discrepancy import Discrepancy, discrepancy_named, takes_pairs
-from apo.lookahead import random_state, restore_random_state, undisturbed
+from apo.discrepancy import KL, Discrepancy, discrepancy_named, takes_pairs
+from apo.padding import Mask, kept_positions, select
+from apo.trial import random_state, restore_random_state
 
-__all__ = ["Anchor", "Closure", "Evaluation", "ProximalObjective"]
+__all__ = ["Anchor", "Closure", "Evaluation", "ProximalObjective", "check_objective"]
 
 Closure = Callable[[], Any]
 """Clears the gradients, runs forward and backward on the batch B, returns the loss."""
 
 
 class Anchor(NamedTuple):
-    """The batch B′ and the model's outputs on it at θ; None where λ_FSD is 0."""
+    """The batch B′, and what the model gave on it at θ.
+
+    Attributes:
+        batch: what ``inputs`` gave.
+        outputs: what the discrepancy compares, detached; None where λ_FSD is 0.
+        kept: the positions of the outputs that count; None: all.
+        loss: the objective's own loss on B′ at θ; None where it has none.
+        rng: the random state that both evaluations of B′ start from.
+    """
 
     batch: Any
     outputs: Any
+    kept: tuple[Tensor, int] | None
+    loss: Tensor | None
     rng: dict[str, Any]
 
 
@@ -34,7 +46,7 @@ class Anchor(NamedTuple):
 class Evaluation:
     """The terms of Eq. 8 at one trial, ``objective = loss + λ_FSD · fsd + λ_WSD · wsd``.
 
-    ``wsd`` is ``½ ‖θ′ − θ‖²``, ``step_norm`` is ``‖θ′ − θ‖``.
+    ``wsd`` is ``½ ‖θ′ − θ‖²``, ``step_norm`` is ``‖θ′ − θ‖``, ``base`` is the loss at θ that the trial is judged by.
     """
 
     objective: float
@@ -42,6 +54,7 @@ class Evaluation:
     fsd: float
     wsd: float
     step_norm: float
+    base: float
 
 
 class ProximalObjective:
@@ -50,7 +63,7 @@ class ProximalObjective:
     The loss comes from the closure that is given to ``step``, or from ``loss``; this holds the other two terms.
 
     Args:
-        model: called on B′. Under DDP: the DDP module, so that ranks agree on the gradient.
+        model: called on B′; of a DistributedDataParallel module the one inside, V being averaged over the ranks.
         inputs: B′, batches of the model's inputs: an iterable, gone through again when it ends, or a callable that
             returns a batch. They should not be the batch that is trained on: the term is to measure what the step
             does to *other* examples. A tensor is called as ``model(batch)``, a tuple or list as
@@ -63,12 +76,18 @@ class ProximalObjective:
             most tasks.
         wsd_weight: λ_WSD, >= 0. None, the default, takes the front end's: 0.001 for :class:`apo.APO`, otherwise 0.
         loss: the training loss, ``loss(returned, targets)``. Where it is given, batches of ``inputs`` are pairs
-            ``(inputs, targets)``, and the first term of Q is the loss on B′ in place of the closure's on B: θ′ has
-            been fitted to B, whose loss therefore praises long steps the more, the noisier the gradient. The trial
-            then costs no further run of the closure.
+            ``(inputs, targets)``, or mappings, of which the loss then gets the whole
+            (``lambda returned, batch: returned.loss``), and the first term of Q is the loss on B′ in place of the
+            closure's on B: θ′ has been fitted to B, whose loss therefore praises long steps the more, the noisier the
+            gradient. The trial then needs no closure.
         forward: how to call the model, ``forward(model, batch)``, in place of the above.
         outputs: what the discrepancy compares, taken from what the model returned. By default: a tensor itself; a
-            Hugging Face output's ``logits``; the first of a tuple or a mapping (all of a pair for ``"gaussian"``).
+            Hugging Face output's ``logits``; the first tensor of a tuple or a mapping that isn't a loss (all of a
+            pair for ``"gaussian"``).
+        mask: which positions the discrepancy averages over, so that it doesn't depend on how far a batch is padded:
+            ``mask(batch) -> bool tensor`` over the outputs' leading dimensions; or an int, the target of positions
+            that don't count (an ``ignore_index``). None finds padding by itself: a mapping's ``attention_mask``, or
+            the tokens that the model's embeddings have as ``padding_idx``. False: every position counts.
         mode: ``"eval"``: trials are evaluated with modules in eval mode; ``"train"``: as they are, with one dropout
             mask for both evaluations of B′. Eval is the better by measurement: with a shared mask the rates
             turn greedy, and with batch statistics they ran ten times too high.
@@ -90,6 +109,7 @@ class ProximalObjective:
         loss: Callable[[Any, Any], Tensor] | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         outputs: Callable[[Any], Any] | None = None,
+        mask: Mask = None,
         mode: Literal["eval", "train"] = "eval",
         context: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
@@ -102,6 +122,8 @@ class ProximalObjective:
         for name, value in (("forward", forward), ("outputs", outputs), ("context", context), ("loss", loss)):
             if value is not None and not callable(value):
                 raise TypeError(f"{name} must be callable or None, but got {value!r} ({type(value).__name__})")
+        if mask is True or not (mask is None or callable(mask) or isinstance(mask, int)):
+            raise TypeError(f"mask must be a callable, an int, None or False, but got {mask!r} ({type(mask).__name__})")
         if inputs is None and (self.fsd_weight != 0 or loss is not None):
             raise ValueError("inputs must be given unless fsd_weight is 0 and no loss is given, but got None")
         if isinstance(inputs, (Tensor, str, Mapping)) or not (
@@ -112,15 +134,21 @@ class ProximalObjective:
             )
         self.inputs = inputs
         self.loss = loss
+        self.mask = mask
         self._iterator: Iterator[Any] | None = None
         self._forward = forward or _call
         self._outputs = outputs or (_whole if takes_pairs(self.discrepancy) else _main_output)
         self._context = context or nullcontext
 
     @property
-    def replicated(self) -> bool:
-        """Whether the model is a DDP module, whose ranks must take the same meta-steps."""
-        return isinstance(self.model, DistributedDataParallel)
+    def module(self) -> nn.Module:
+        """The model that is called on B′."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether Q has a term on B′."""
+        return self.fsd_weight != 0 or self.loss is not None
 
     def draw(self) -> Any:
         """The next batch B′."""
@@ -145,76 +173,44 @@ class ProximalObjective:
         except StopIteration:
             raise ValueError("inputs must hold at least one batch, but got an empty iterable") from None
 
-    def anchor(self, parameters: Sequence[Tensor]) -> Anchor | None:
-        """Draw B′ and evaluate it at the present weights; None where Q has no use for it.
-
-        Drawing may advance the random state (it would else meet the batches that training is to draw next);
-        evaluating doesn't.
-        """
-        if self.fsd_weight == 0 and self.loss is None:
-            return None
+    def checked_draw(self) -> Any:
+        """The next batch B′, which a ``loss`` needs to hold targets. Drawing may advance the random state: it would
+        otherwise meet the batches that training draws next."""
         batch = self.draw()
-        if self.loss is not None and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        if self.loss is not None and not pair and not isinstance(batch, Mapping):
             raise TypeError(
-                f"inputs must be pairs (inputs, targets) where a loss is given, but got {type(batch).__name__}"
-                + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+                "inputs must be pairs (inputs, targets), or mappings, where a loss is given, "
+                f"but got {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
             )
-        with undisturbed(self.model, parameters, train=self.mode == "train"), torch.no_grad():
-            rng = random_state(parameters)
-            held = {p.untyped_storage().data_ptr() for p in parameters}
-            outputs = _apart(self._outputs_of(self._returned(batch)), held) if self.fsd_weight else None
-            return Anchor(batch, outputs, rng)
+        return batch
 
-    def gradient(
-        self,
-        closure: Closure,
-        parameters: Sequence[Tensor],
-        start: Sequence[Tensor],
-        anchor: Anchor | None,
-        *,
-        scale: float = 1.0,
-    ) -> tuple[list[Tensor], Evaluation]:
-        """``V = ∇_θ′ Q`` at the present weights θ′, by ordinary backward passes, and the terms of Q.
+    def anchor(self, batch: Any) -> Anchor:
+        """Evaluate B′ at the present weights, with gradients enabled as at the trial: some modules compute otherwise
+        without them."""
+        rng = random_state(self.module.parameters())
+        returned = self._returned(batch)
+        outputs, kept = None, None
+        if self._weight:
+            outputs = self._compared(returned)
+            kept = kept_positions(self.mask, self.module, batch, self._targets(batch), outputs)
+            held = {p.untyped_storage().data_ptr() for p in self.module.parameters()}
+            outputs = _apart(outputs if kept is None else select(outputs, kept), held)
+        loss = None if self.loss is None else self._own_loss(returned, batch).detach()
+        return Anchor(batch, outputs, kept, loss, rng)
 
-        Args:
-            closure: see :data:`Closure`. Run in mode ``mode``, unless Q has a ``loss`` of its own.
-            parameters: the weights, at θ′.
-            start: θ, one tensor a parameter.
-            anchor: what :meth:`anchor` returned at θ.
-            scale: the factor that the closure's gradients carry (a GradScaler's), taken out of V.
-
-        Returns:
-            V, one dense tensor a parameter, and the :class:`Evaluation`. Neither need be finite.
-        """
-        train = self.mode == "train"
-        with undisturbed(self.model, parameters, train=train), torch.enable_grad():
-            loss = closure() if self.loss is None else 0.0
-            fsd: Tensor | float = 0.0
-            if anchor is not None:
-                if train:
-                    restore_random_state(anchor.rng)
-                returned = self._returned(anchor.batch)
-                if self._weight:
-                    fsd = self._discrepancy(returned, anchor)
-                if self.loss is not None:
-                    loss = self._fresh_loss(returned, anchor)
-                    (scale * (loss + self._weight * fsd)).backward()  # type: ignore[no-untyped-call]
-                else:
-                    (self._weight * scale * fsd).backward()  # type: ignore[union-attr]
-            V = [_dense(p.grad, p) for p in parameters]
-        with torch.no_grad():
-            steps = [p - s for p, s in zip(parameters, start, strict=True)]
-            if scale != 1.0:
-                torch._foreach_mul_(V, 1.0 / scale)
-            if self.wsd_weight:
-                torch._foreach_add_(V, steps, alpha=self.wsd_weight)
-            squares = torch.stack([n.double() for n in torch._foreach_norm(steps)]).square().sum()
-            terms = torch.stack([_scalar(loss, squares), _scalar(fsd, squares), squares])
-            if self.replicated:  # all ranks must judge the trial alike
-                terms = average_over_ranks(terms, self.model)
-            loss_value, fsd_value, square = terms.tolist()  # the one synchronisation of a meta-step
-        objective = loss_value + self._weight * fsd_value + (self.wsd_weight or 0.0) * square / 2
-        return V, Evaluation(objective, loss_value, fsd_value, square / 2, square**0.5)
+    def terms(self, anchor: Anchor) -> tuple[Tensor | None, Tensor | None]:
+        """At trial weights: the objective's own loss on B′, and the discrepancy; None where Q has no such term."""
+        restore_random_state(anchor.rng)
+        returned = self._returned(anchor.batch)
+        loss = None if self.loss is None else self._own_loss(returned, anchor.batch)
+        if not self._weight or (anchor.kept is not None and anchor.kept[0].numel() == 0):
+            return loss, None
+        new = self._compared(returned)
+        if anchor.kept is not None:
+            new = select(new, anchor.kept)
+        rho = KL() if self._classes_moved else self.discrepancy
+        return loss, _one_number("discrepancy", rho(new, anchor.outputs))
 
     @property
     def _weight(self) -> float:
@@ -222,22 +218,32 @@ class ProximalObjective:
             raise RuntimeError("fsd_weight is None: no front end has filled in its default")
         return self.fsd_weight
 
-    def _discrepancy(self, returned: Any, anchor: Anchor) -> Tensor:
-        return _one_number("discrepancy", self.discrepancy(self._outputs_of(returned), anchor.outputs))
+    @property
+    def _classes_moved(self) -> bool:
+        return isinstance(self.discrepancy, KL) and self.discrepancy.dim != -1
 
-    def _fresh_loss(self, returned: Any, anchor: Anchor) -> Tensor:
-        assert self.loss is not None
+    def _compared(self, returned: Any) -> Any:
+        """What the discrepancy compares; classes last, so that positions lead."""
         with self._context():
-            loss = self.loss(returned, anchor.batch[1])
-        return _one_number("loss", loss)
+            outputs = self._outputs(returned)
+        if isinstance(self.discrepancy, KL) and self._classes_moved and isinstance(outputs, Tensor):
+            return outputs.movedim(self.discrepancy.dim, -1)
+        return outputs
 
     def _returned(self, batch: Any) -> Any:
+        pair = self.loss is not None and not isinstance(batch, Mapping)
         with self._context():
-            return self._forward(self.model, batch if self.loss is None else batch[0])
+            return self._forward(self.module, batch[0] if pair else batch)
 
-    def _outputs_of(self, returned: Any) -> Any:
+    def _targets(self, batch: Any) -> Any:
+        if self.loss is None:
+            return None
+        return batch if isinstance(batch, Mapping) else batch[1]
+
+    def _own_loss(self, returned: Any, batch: Any) -> Tensor:
+        assert self.loss is not None
         with self._context():
-            return self._outputs(returned)
+            return _one_number("loss", self.loss(returned, self._targets(batch)))
 
     def with_defaults(self, *, fsd_weight: float, wsd_weight: float = 0.0) -> ProximalObjective:
         """Itself, or, where a λ was left to the front end, a copy with these in their place."""
@@ -253,13 +259,10 @@ class ProximalObjective:
         return {**self.__dict__, "_iterator": None}
 
 
-def average_over_ranks(x: Tensor, model: nn.Module) -> Tensor:
-    """The mean over the ranks of a DDP module's process group."""
-    assert isinstance(model, DistributedDataParallel)
-    device = next(model.parameters()).device
-    x = x.to(device)
-    torch.distributed.all_reduce(x, group=model.process_group)
-    return x / torch.distributed.get_world_size(model.process_group)
+def check_objective(value: object) -> None:
+    """Refuse what isn't an objective, with a TypeError."""
+    if not isinstance(value, ProximalObjective):
+        raise TypeError(f"objective must be an apo.ProximalObjective, but got {type(value).__name__}")
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -276,42 +279,34 @@ def _whole(returned: Any) -> Any:
 
 def _main_output(returned: Any) -> Any:
     """What a discrepancy of tensors compares: see ``outputs`` of :class:`ProximalObjective`."""
-    if isinstance(returned, Tensor):
-        return returned
     logits = getattr(returned, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(returned, Mapping) and returned:
-        return returned["logits"] if "logits" in returned else next(iter(returned.values()))
-    if isinstance(returned, (tuple, list)) and returned:
-        return returned[0]
-    return returned
+    if isinstance(returned, Tensor) or isinstance(logits, Tensor):
+        return returned if isinstance(returned, Tensor) else logits
+    if isinstance(returned, Mapping):
+        if "logits" in returned:
+            return returned["logits"]
+        parts = list(returned.values())
+    elif isinstance(returned, (tuple, list)):
+        parts = list(returned)
+    else:
+        return returned
+    # (loss, logits): a loss has no dimensions
+    return next((x for x in parts if isinstance(x, Tensor) and x.ndim > 0), parts[0] if parts else returned)
 
 
 def _apart(outputs: Any, held: set[int]) -> Any:
-    """The outputs, copied where they are views of the weights, which are about to be overwritten."""
-    if isinstance(outputs, Tensor):
-        return outputs.clone() if outputs.untyped_storage().data_ptr() in held else outputs
-    if type(outputs) in (tuple, list):
-        return type(outputs)(_apart(x, held) for x in outputs)
-    return outputs
+    """The outputs without their graph, copied where they are views of the weights, which are about to be
+    overwritten."""
 
+    def own(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            x = x.detach()
+            return x.clone() if x.untyped_storage().data_ptr() in held else x
+        if dataclasses.is_dataclass(x) and not isinstance(x, type):
+            return dataclasses.replace(x, **{f.name: _apart(getattr(x, f.name), held) for f in dataclasses.fields(x)})
+        return x
 
-def _dense(grad: Tensor | None, p: Tensor) -> Tensor:
-    if grad is None:
-        return torch.zeros_like(p)
-    return grad.detach().to_dense() if grad.layout != torch.strided else grad.detach()
-
-
-def _scalar(value: Any, like: Tensor) -> Tensor:
-    """A loss that a closure returned, as a float64 tensor on the parameters' device."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise TypeError(f"closure must return the loss as one number, but got {_described(value)}")
-        return value.detach().to(like).squeeze()
-    if isinstance(value, (int, float)):
-        return torch.as_tensor(value).to(like)
-    raise TypeError(f"closure must return the loss, a tensor of one element or a number, but got {_described(value)}")
+    return tree_map(own, outputs)
 
 
 def _one_number(name: str, value: object) -> Tensor:

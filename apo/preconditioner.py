@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import apo_kernels as ak
 from apo.matrix_view import MatrixView, Side
+from apo.meta_optimizer import Learned
 
 __all__ = ["Layer", "apply", "apply_and_keep", "block_gradients", "root_mean_squares", "sizes"]
 
@@ -33,7 +34,9 @@ class Layer:
         dtype: what the products read A, B and S as.
         group: index of the param group.
         working: A, B and S in the dtype that the products read, where that isn't their own.
-        momentum: the momentum buffer, a matrix like S; None until it is needed.
+        momentum: the momentum buffer, a matrix like S; None where the group has no momentum.
+        count: 0-d float32 on the CPU, the number of meta-updates.
+        meta: what the meta-optimizer remembers of :meth:`tensors`, in their order.
     """
 
     view: MatrixView
@@ -45,6 +48,8 @@ class Layer:
     group: int = 0
     working: tuple[Tensor, Tensor, Tensor] | None = None
     momentum: Tensor | None = None
+    count: Tensor = field(default_factory=lambda: torch.zeros(()))
+    meta: list[Learned] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -90,20 +95,31 @@ class Layer:
             self.working = self.A.to(self.dtype), self.B.to(self.dtype), self.S.to(self.dtype)
 
     @property
+    def outdated(self) -> bool:
+        """Whether the weight has another dtype or device than the blocks were made for."""
+        weight = self.view.weight
+        return self.S.device != weight.device or self.S.dtype != torch.promote_types(weight.dtype, torch.float32)
+
+    @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.working or (self.A, self.B, self.S)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold."""
-        named = {name: getattr(self, name) for name in self.learned}
-        return named if self.momentum is None else {**named, "momentum_buffer": self.momentum}
+        """What a checkpoint must hold: under the weight all of it, under a joined bias the count alone."""
+        held = {"step": self.count, **{name: getattr(self, name) for name in self.learned}}
+        if self.momentum is not None:
+            held["momentum_buffer"] = self.momentum
+        for name, own in zip(self.learned, self.meta, strict=True):
+            held |= {f"{name}_{buffer}": tensor for buffer, tensor in own.buffers.items()}
+        return held
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up :meth:`state`, in place."""
-        for name in self.learned:
-            getattr(self, name).copy_(state[name])
-        held = state.get("momentum_buffer")
-        self.momentum = None if held is None else held.to(self.S, copy=True)
+        if self.momentum is None and "momentum_buffer" in state:
+            self.momentum = torch.zeros_like(self.S)
+        for name, tensor in self.state().items():
+            if name in state:
+                tensor.copy_(torch.as_tensor(state[name]))
         self.refresh()
 
     def misfit(self, state: object) -> str | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from apo.meta_optimizer import EPS
+from apo.meta_optimizer import EPS, Learned, count_updates
 from apo_kernels.aten import aligned_product
 
 __all__ = ["RelativeSteps"]
@@ -30,11 +29,6 @@ class RelativeSteps:
     derivative: ``m n`` numbers learned from as many noisy ones. ``R`` is kept to a Frobenius norm of 2 in each
     square, r to 1. So no step changes a singular value by more than the share ``2 ε``, and any condition number is
     reached in a number of steps that goes with its logarithm.
-
-    Args:
-        tensors: φ, written in place by :meth:`step`.
-        rates: ε, one a tensor.
-        blocks: whether it is a block, one a tensor; S otherwise.
     """
 
     name = "relative"
@@ -47,26 +41,20 @@ class RelativeSteps:
     """Least size, over the mean size of the square."""
     S_FLOOR = 1e-3
 
-    def __init__(
-        self, tensors: Iterable[Tensor] = (), rates: Iterable[float] = (), blocks: Iterable[bool] = ()
-    ) -> None:
-        self.tensors: list[Tensor] = []
-        self.rates: list[float] = []
-        self.blocks: list[bool] = []
-        self.steps: list[int] = []
-        self.averages: list[Tensor | None] = []
-        self.sizes: list[Tensor | None] = []
-        self.add(tensors, rates, blocks)
+    def __init__(self) -> None:
+        self.learned: list[Learned] = []
 
-    def add(self, tensors: Iterable[Tensor], rates: Iterable[float], blocks: Iterable[bool]) -> None:
-        """Take in further tensors."""
+    def add(
+        self, tensors: Iterable[Tensor], rates: Iterable[float], blocks: Iterable[bool], count: Tensor | None = None
+    ) -> list[Learned]:
+        """Take in the tensors of a layer; ε, and whether it is a block, of each; the layer's count of updates."""
+        count = torch.zeros(()) if count is None else count
+        new = []
         for tensor, rate, block in zip(tensors, rates, blocks, strict=True):
-            self.tensors.append(tensor)
-            self.rates.append(rate)
-            self.blocks.append(block)
-            self.steps.append(0)
-            self.averages.append(None)
-            self.sizes.append(None)
+            size = tensor.new_zeros(tensor.shape[:-1] if block else tensor.shape)
+            new.append(Learned(tensor, rate, count, {"slope": torch.zeros_like(tensor), "size": size}, block))
+        self.learned += new
+        return new
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor | None], sizes: Sequence[Tensor | None]) -> None:
@@ -76,58 +64,43 @@ class RelativeSteps:
             grads: ``AᵀdA`` of a block A, ``dS`` of a scaling S.
             sizes: of a block's diagonal, in the shape of ``A[..., 0]``; of ``S dS``, in that of S. All >= 0.
         """
-        for i, (tensor, grad, size) in enumerate(zip(self.tensors, grads, sizes, strict=True)):
-            if grad is not None and size is not None:
-                self.steps[i] += 1
-                if self.blocks[i]:
-                    self._step_block(i, tensor, grad, size)
-                else:
-                    self._step_scaling(i, tensor, grad, size)
+        found = [
+            (own, grad, size)
+            for own, grad, size in zip(self.learned, grads, sizes, strict=True)
+            if grad is not None and size is not None
+        ]
+        count_updates(own for own, _, _ in found)
+        for own, grad, size in found:
+            if own.block:
+                self._step_block(own, grad, size)
+            else:
+                self._step_scaling(own, grad, size)
 
-    def _step_block(self, i: int, X: Tensor, R: Tensor, size: Tensor) -> None:
-        average, mean, unbias = self._means(i, R, size, self.BLOCK_BETAS)
-        least = self.BLOCK_FLOOR * mean.mean(-1, keepdim=True) + EPS[X.dtype]
+    def _step_block(self, own: Learned, R: Tensor, size: Tensor) -> None:
+        average, mean, unbias = self._means(own, R, size, self.BLOCK_BETAS)
+        least = self.BLOCK_FLOOR * mean.mean(-1, keepdim=True) + EPS[own.tensor.dtype]
         scale = (mean + least).rsqrt_()
         change = torch.add(average, average.mT).mul_((scale * (unbias / 2)).unsqueeze(-1)).mul_(scale.unsqueeze(-2))
         length = torch.linalg.vector_norm(change, dim=(-2, -1), keepdim=True)
-        change.mul_(self.rates[i] * self.LONGEST / length.clamp_min_(self.LONGEST))
-        X.sub_(aligned_product(X, change))
+        change.mul_(own.rate * self.LONGEST / length.clamp_min_(self.LONGEST))
+        own.tensor.sub_(aligned_product(own.tensor, change))
 
-    def _step_scaling(self, i: int, S: Tensor, grad: Tensor, size: Tensor) -> None:
-        average, mean, unbias = self._means(i, S * grad, size, self.S_BETAS)
+    def _step_scaling(self, own: Learned, grad: Tensor, size: Tensor) -> None:
+        S = own.tensor
+        average, mean, unbias = self._means(own, S * grad, size, self.S_BETAS)
         ratio = average / (mean + (self.S_FLOOR * mean.mean() + EPS[S.dtype]))
-        S.mul_(ratio.clamp_(-1 / unbias, 1 / unbias).mul_(-self.rates[i] * unbias).exp_())
+        S.mul_(ratio.clamp_(-1 / unbias, 1 / unbias).mul_(-own.rate * unbias).exp_())
 
-    def _means(self, i: int, slope: Tensor, size: Tensor, betas: tuple[float, float]) -> tuple[Tensor, Tensor, float]:
+    def _means(
+        self, own: Learned, slope: Tensor, size: Tensor, betas: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, float]:
         """The running means of the derivative and of its size, and what takes the bias from their ratio."""
-        average, mean = self.averages[i], self.sizes[i]
-        if average is None or mean is None:
-            average = self.averages[i] = torch.zeros_like(slope)
-            mean = self.sizes[i] = torch.zeros_like(size)
-        average.lerp_(slope, 1 - betas[0])
-        mean.lerp_(size, 1 - betas[1])
-        of_average, of_mean = (1 - beta ** self.steps[i] for beta in betas)
+        average = own.buffers["slope"].lerp_(slope, 1 - betas[0])
+        mean = own.buffers["size"].lerp_(size, 1 - betas[1])
+        of_average, of_mean = (1 - beta ** own.count.item() for beta in betas)
         return average, mean, of_mean / of_average
 
     def scale_rates(self, factor: float) -> None:
-        """Multiply every meta-rate, for schedules of them."""
-        self.rates = [rate * factor for rate in self.rates]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "steps": list(self.steps),
-            "rates": list(self.rates),
-            "averages": list(self.averages),
-            "sizes": list(self.sizes),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up :meth:`state_dict`; tensors come to where φ is."""
-
-        def taken(held: Sequence[Tensor | None]) -> list[Tensor | None]:
-            pairs = zip(held, self.tensors, strict=True)
-            return [None if x is None else x.to(device=t.device, dtype=t.dtype, copy=True) for x, t in pairs]
-
-        self.steps = list(state["steps"])
-        self.rates = list(state["rates"])
-        self.averages, self.sizes = taken(state["averages"]), taken(state["sizes"])
+        """Multiply every ε, for schedules of them."""
+        for own in self.learned:
+            own.rate *= factor

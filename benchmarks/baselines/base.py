@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from apo import checks
-from apo.linearity import get_rate
+from apo.rates import get_rate
 
 __all__ = ["Baseline"]
 

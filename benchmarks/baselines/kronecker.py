@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from apo import checks
-from apo.linearity import get_rate
 from apo.matrix_view import matrix_views
 from apo.objective import Closure
+from apo.rates import get_rate
 from benchmarks.baselines.base import Baseline, all_finite
 from benchmarks.baselines.capture import FISHERS, Capture, Fisher
 from benchmarks.baselines.damping import wide

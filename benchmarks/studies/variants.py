@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 import apo
-from apo.relative_steps import RelativeSteps
 from benchmarks.baselines import KFAC, Shampoo
 from benchmarks.studies.initial import blocks_from_moments
 from benchmarks.studies.lengths import ByLength
@@ -57,14 +56,11 @@ class Variant:
         goal = task.objective(model, draw[self.other], fsd_weight=self.fsd_weight, wsd_weight=self.wsd_weight)
         optimizer = apo.APO(model, goal, **self.settings)
         if self.by_length:
-            held_by = optimizer.meta
-            assert isinstance(held_by, RelativeSteps)
-            optimizer.meta = ByLength(held_by.tensors, held_by.rates, held_by.blocks)
-        if self.learned != "ABS":
-            assert isinstance(optimizer.meta, RelativeSteps)
-            names = [name for layer in optimizer.layers for name in layer.learned]
-            held = zip(names, optimizer.meta.rates, strict=True)
-            optimizer.meta.rates = [rate if name in self.learned else 0.0 for name, rate in held]
+            learned, optimizer.meta = optimizer.meta.learned, ByLength()
+            optimizer.meta.learned = learned
+        for layer in optimizer.layers:
+            for name, own in zip(layer.learned, layer.meta, strict=True):
+                own.rate *= name in self.learned
         if self.moments:
             blocks_from_moments(optimizer, task, model, batches)
         return optimizer

@@ -6,38 +6,38 @@ otherwise). End-to-end runs don't do: several of these train as well as the righ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import apo
 import apo_kernels as ak
-from apo import front_end, learning_rate, linearity, lookahead, objective, optimizer, preconditioner
-from tests.apo import test_adaptive_lr, test_lookahead, test_meta_gradient
+from apo import adaptive_lr, meta_learner, objective, preconditioned, preconditioner, snapshot, trial
+from tests.apo import test_adaptive_lr, test_meta_gradient, test_trial
 from tests.apo.helpers import mlp
 
 Patch = pytest.MonkeyPatch
 
 
 def fsd_dropped(patch: Patch) -> None:
-    patch.setattr(objective.ProximalObjective, "anchor", lambda self, parameters: None)
+    terms = objective.ProximalObjective.terms
+    patch.setattr(objective.ProximalObjective, "terms", lambda self, anchor: (terms(self, anchor)[0], None))
 
 
 def wsd_dropped(patch: Patch) -> None:
-    gradient = objective.ProximalObjective.gradient
+    evaluate = meta_learner.MetaLearner._evaluate
 
-    def without(self: apo.ProximalObjective, *args: Any, **kwargs: Any) -> Any:
-        weight, self.wsd_weight = self.wsd_weight, 0.0
+    def without(self: Any, *args: Any) -> Any:
+        weight, self.objective.wsd_weight = self.objective.wsd_weight, 0.0
         try:
-            return gradient(self, *args, **kwargs)
+            return evaluate(self, *args)
         finally:
-            self.wsd_weight = weight
+            self.objective.wsd_weight = weight
 
-    patch.setattr(objective.ProximalObjective, "gradient", without)
+    patch.setattr(meta_learner.MetaLearner, "_evaluate", without)
 
 
 def derivatives_changed(change: Callable[..., tuple[Tensor, ...]]) -> Callable[[Patch], None]:
@@ -78,34 +78,31 @@ def signs_turned(*operands: Any) -> tuple[Tensor, ...]:
 
 
 def undisturbed_but(**changes: Any) -> Callable[[Patch], None]:
-    """``undisturbed`` that leaves something as the trial had it, or is told to keep train mode."""
+    """``Undisturbed`` that leaves something as the trial had it, or is told to keep train mode."""
 
-    def apply(patch: Patch) -> None:
-        @contextmanager
-        def broken(model: nn.Module, parameters: Sequence[Tensor], *, train: bool = False) -> Iterator[None]:
-            left: dict[Tensor, Tensor] = {}
-            rng = None
-            with lookahead.undisturbed(model, parameters, train=train or "train" in changes):
-                yield
-                if "buffers" in changes:
-                    left = {b: b.clone() for b in model.buffers()}
-                if "rng" in changes:
-                    rng = torch.get_rng_state()
-                if "grads" in changes:
-                    left = {p: p.grad for p in parameters if p.grad is not None}
-            if rng is not None:
-                torch.set_rng_state(rng)
+    class Broken(trial.Undisturbed):
+        def __init__(self, models: Any, tensors: Any, *, train: bool = False) -> None:
+            super().__init__(models, tensors, train=train or "train" in changes)
+
+        def _restore(self) -> None:
+            left = {}
+            if "buffers" in changes:
+                left = {b: b.clone() for model in self._models for b in model.buffers()}
+            grads = {tensor: tensor.grad for tensor, *_ in self._grads.values()}
+            rng = torch.get_rng_state()
+            super()._restore()
             for tensor, content in left.items():
-                if "grads" in changes:
-                    tensor.grad = content
-                else:
-                    tensor.copy_(content)
+                tensor.copy_(content)
+            if "grads" in changes:
+                for tensor, grad in grads.items():
+                    tensor.grad = grad
+            if "rng" in changes:
+                torch.set_rng_state(rng)
             if "flags" in changes:
-                model.eval()
+                for model in self._models:
+                    model.eval()
 
-        patch.setattr(objective, "undisturbed", broken)
-
-    return apply
+    return lambda patch: patch.setattr(meta_learner, "Undisturbed", Broken)
 
 
 def the_same_batch_twice(patch: Patch) -> None:
@@ -113,32 +110,31 @@ def the_same_batch_twice(patch: Patch) -> None:
 
 
 def weights_not_restored(patch: Patch) -> None:
-    patch.setattr(lookahead.Lookahead, "restore", lambda self: None)
+    patch.setattr(trial.Lookahead, "restore", lambda self: None)
 
 
 def optimizer_state_not_restored(patch: Patch) -> None:
-    class Leaving(linearity.OptimizerState):
+    class Leaving(snapshot.OptimizerSnapshot):
         def restore(self) -> None:
             pass
 
-    patch.setattr(learning_rate, "OptimizerState", Leaving)
+    patch.setattr(adaptive_lr, "OptimizerSnapshot", Leaving)
 
 
 def momentum_outside_the_lookahead(patch: Patch) -> None:
     def velocities(self: apo.APO, layers: Any, directions: Any) -> list[Tensor]:
         return [d * self._group(layer)["lr"] for layer, d in zip(layers, directions, strict=True)]
 
-    patch.setattr(optimizer.APO, "_velocities", velocities)
+    patch.setattr(preconditioned.APO, "_velocities", velocities)
 
 
 def failed_trials_learned_from(patch: Patch) -> None:
-    evaluate = front_end.FrontEnd._evaluate
-    patch.setattr(front_end.FrontEnd, "_evaluate", lambda self, *args: (evaluate(self, *args)[0], True))
+    patch.setattr(meta_learner.MetaLearner, "_verdict", lambda self, trial: True)
 
 
 def rate_ascends(patch: Patch) -> None:
-    true = learning_rate.slopes
-    patch.setattr(learning_rate, "slopes", lambda *args: [-x for x in true(*args)])
+    true = adaptive_lr.AdaptiveLR._slopes
+    patch.setattr(adaptive_lr.AdaptiveLR, "_slopes", lambda *args: [-x for x in true(*args)])
 
 
 def one_mask_each(patch: Patch) -> None:
@@ -150,7 +146,7 @@ def blocks_test(patch: Patch) -> None:
 
 
 def terms_test(patch: Patch) -> None:
-    test_lookahead.test_loss_at_the_lookahead_is_taken_on_the_same_batch_and_fsd_on_another()
+    test_trial.test_loss_at_the_lookahead_is_taken_on_the_same_batch_and_fsd_on_another()
 
 
 def unrolled_test(patch: Patch) -> None:
@@ -163,19 +159,19 @@ def rate_test(patch: Patch) -> None:
 
 
 def traces_test(patch: Patch) -> None:
-    test_lookahead.test_a_trial_leaves_buffers_random_state_gradients_and_flags("APO", "train")
+    test_trial.test_a_trial_leaves_buffers_random_state_gradients_and_flags("APO", "train")
 
 
 def eval_test(patch: Patch) -> None:
-    test_lookahead.test_trials_are_evaluated_in_eval_mode_unless_asked_otherwise("AdaptiveLR")
+    test_trial.test_trials_are_evaluated_in_eval_mode_unless_asked_otherwise("AdaptiveLR")
 
 
 def batch_norm_test(patch: Patch) -> None:
-    test_lookahead.test_a_non_finite_trial_leaves_batch_norms_statistics_finite("AdaptiveLR")
+    test_trial.test_a_non_finite_trial_leaves_batch_norms_statistics_finite("AdaptiveLR")
 
 
 def exception_test(patch: Patch) -> None:
-    test_lookahead.test_an_exception_in_a_trial_undoes_everything("AdaptiveLR", KeyboardInterrupt, 2)
+    test_trial.test_an_exception_in_a_trial_undoes_everything("AdaptiveLR", KeyboardInterrupt, 2)
 
 
 def caution_test(patch: Patch) -> None:
@@ -187,7 +183,7 @@ def failure_test(patch: Patch) -> None:
 
 
 def mask_test(patch: Patch) -> None:
-    test_lookahead.test_train_mode_gives_both_evaluations_of_the_batch_one_dropout_mask()
+    test_trial.test_train_mode_gives_both_evaluations_of_the_batch_one_dropout_mask()
 
 
 BROKEN: dict[str, tuple[Callable[[Patch], None], Callable[[Patch], None]]] = {

@@ -134,7 +134,7 @@ def test_a_choice_of_outputs_and_of_the_call() -> None:
     goal = objective(
         model, torch.randn(9, 5).double(), outputs=lambda r: r["a"]["b"], forward=lambda m, x: m(x, scale=3.0)
     )
-    anchor = goal.anchor(list(model.parameters()))
+    anchor = goal.anchor(goal.draw())
     assert anchor is not None
     assert torch.equal(anchor.outputs, model.linear(anchor.batch) * 3)
 
@@ -142,7 +142,8 @@ def test_a_choice_of_outputs_and_of_the_call() -> None:
 @pytest.mark.parametrize("batch", [torch.ones(2, 5), (torch.ones(2, 5), 2.0), {"x": torch.ones(2, 5), "scale": 2.0}])
 def test_batches_are_tensors_tuples_or_mappings(batch: Any) -> None:
     model = Returning(lambda y: y).float()
-    anchor = objective(model, lambda: batch).anchor(list(model.parameters()))
+    goal = objective(model, lambda: batch)
+    anchor = goal.anchor(goal.draw())
     assert anchor is not None
     assert torch.equal(anchor.outputs, model.linear(torch.ones(2, 5)) * (1 if isinstance(batch, Tensor) else 2))
 
@@ -219,7 +220,7 @@ def test_a_loss_of_its_own_is_taken_on_the_other_batch_without_the_closure() -> 
 
 
 @pytest.mark.parametrize(
-    ("batch", "what"), [(torch.zeros(12, 5), "Tensor"), ((1, 2, 3), "tuple of 3"), ({"x": 1}, "dict")]
+    ("batch", "what"), [(torch.zeros(12, 5), "Tensor"), ((1, 2, 3), "tuple of 3"), ({1, 2}, "set")]
 )
 def test_a_loss_needs_pairs(batch: Any, what: str) -> None:
     model, x, t, _ = mlp()

@@ -318,7 +318,7 @@ def test_plan_names_every_parameter_and_its_cost(meta_optimizer: str) -> None:
     held = [t for layer in opt.layers for t in (layer.A, layer.B, layer.S, layer.momentum)]
     learned = [t for layer in opt.layers for t in layer.tensors()]
     if meta_optimizer == "relative":
-        averages = [x for x in (*opt.meta.averages, *opt.meta.sizes) if x is not None]
+        averages = [x for own in opt.meta.learned for x in own.buffers.values()]
     else:
         averages = 2 * learned
     assert plan.memory_bytes == sum(t.nbytes for t in (*held, *averages))

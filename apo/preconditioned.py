@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 
+import apo_kernels as ak
 from apo import checks, preconditioner
-from apo.front_end import FrontEnd
-from apo.learning_rate import LogRates
-from apo.linearity import get_rate
-from apo.lookahead import Lookahead
+from apo.held_parameters import HeldParameters
 from apo.matrix_view import matrix_views
+from apo.meta_learner import MetaLearner, Trial
 from apo.meta_optimizer import MetaOptimizer
-from apo.objective import Closure, ProximalObjective
+from apo.objective import ProximalObjective, check_objective
 from apo.plan import Plan, plan_of
 from apo.preconditioner import Layer
+from apo.rates import LogRates, get_rate
 from apo.relative_steps import RelativeSteps
+from apo.trial import Lookahead
 
 __all__ = ["APO"]
 
@@ -29,10 +33,13 @@ META_LR = {"relative": 0.05, "adam": 0.01, "rmsprop": 0.01}
 MOVED_EVERY = 10
 """Meta-updates between two moves of P's scale to the rates."""
 
+_NUMBERS = {"apo_most_promised": math.inf, "apo_overwritten": False}
+"""What is remembered beside the rates."""
+
 _BLOCK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class APO(FrontEnd):
+class APO(MetaLearner):
     """Learns a structured preconditioner while it trains: second-order steps without an inverse.
 
     Each weight, read as a matrix and joined by its bias (:mod:`apo.matrix_view`), steps by ::
@@ -78,7 +85,7 @@ class APO(FrontEnd):
         lr_meta_lr: about how much ``log lr`` moves in a meta-update.
         shared_lr: one learned factor for all param groups; otherwise each group's rate is learned for itself.
         bounds: least and greatest rate.
-        grad_scaler: as for :class:`~apo.AdaptiveLR`.
+        rescale_schedule, grad_scaler, process_group: as for :class:`~apo.AdaptiveLR`.
 
     **How the meta-update was chosen** (``python -m benchmarks studies``; all ways and figures are in
     ``benchmarks/results/studies/meta-update.md``). Training loss after equal steps, median of three seeds; the other
@@ -117,7 +124,7 @@ class APO(FrontEnd):
     16.4 with full ones (``benchmarks/overhead.py``; with the defaults 11): so 64. ``max_dim`` bounds memory: 0.8 GB for
     a full block with its meta-optimizer's state and derivative.
 
-    A trial fails where Q isn't finite or leaps (:class:`~apo.front_end.FrontEnd`): the step is then left out,
+    A trial fails where Q isn't finite or leaps (:attr:`failed_trials`): the step is then left out,
     ``lr`` (or P, where ``lr`` isn't learned) and the momentum are divided by e, and ``failed_trials`` counts it.
 
     Raises:
@@ -146,24 +153,24 @@ class APO(FrontEnd):
         lr_meta_lr: float = 0.03,
         shared_lr: bool = True,
         bounds: tuple[float, float] = (1e-10, 1e4),
+        rescale_schedule: bool = False,
         grad_scaler: GradScaler | None = None,
+        process_group: Any = None,
     ) -> None:
         self.model = checks.module("model", model)
-        if not isinstance(objective, ProximalObjective):
-            raise TypeError(f"objective must be an apo.ProximalObjective, but got {type(objective).__name__}")
+        check_objective(objective)
         checks.integer("interval", interval, least=0)
         checks.integer("warmup", warmup, least=0)
-        self.adapt_lr = adapt_lr
+        checks.grad_scaler("grad_scaler", grad_scaler)
+        self.adapt_lr = checks.boolean("adapt_lr", adapt_lr)
         self.layers: list[Layer] = []
         checks.one_of("meta_optimizer", meta_optimizer, ("relative", "adam", "rmsprop"))
         checks.one_of("lookahead", lookahead, ("whole", "step"))
+        self.meta_optimizer = meta_optimizer
         self.meta_lr = META_LR[meta_optimizer] if meta_lr is None else checks.number("meta_lr", meta_lr)
         self.lookahead = lookahead
-        self.most_promised = math.inf
-        self.left_rates: list[float] | None = None
-        self.overwritten = False
-        self.meta: MetaOptimizer | RelativeSteps
-        self.meta = RelativeSteps() if meta_optimizer == "relative" else MetaOptimizer([], [], meta_optimizer)
+        self.meta = _meta_optimizer(meta_optimizer)
+        self._promise: Tensor | float = 1.0
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -177,9 +184,15 @@ class APO(FrontEnd):
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
                 raise ValueError("model must have parameters that require grad, but got none")
-        self.rates = LogRates(0, meta_lr=lr_meta_lr, meta_optimizer="rmsprop", shared=shared_lr, bounds=bounds)
+        self.rates = LogRates(
+            meta_lr=checks.number("lr_meta_lr", lr_meta_lr),
+            shared=checks.boolean("shared_lr", shared_lr),
+            bounds=bounds,
+            rescale_schedule=rescale_schedule,
+        )
         super().__init__(params, defaults)
-        self._init_front_end(objective.with_defaults(fsd_weight=1.0, wsd_weight=1e-3), interval, warmup, grad_scaler)
+        filled = objective.with_defaults(fsd_weight=1.0, wsd_weight=1e-3)
+        self._init_meta_learner(filled, interval, warmup, grad_scaler, process_group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model's, with their own settings; their preconditioner starts as the identity."""
@@ -188,30 +201,93 @@ class APO(FrontEnd):
         try:
             _check_group(group)
             checks.parameters(self.parameters)
-            if group["block_dtype"] is not None and any(p.dtype == torch.float64 for p in group["params"]):
-                raise ValueError(f"block_dtype must be None for float64 weights, but got {group['block_dtype']}")
-            place = len(self.param_groups) - 1
-            layers = [
-                Layer.start(view, group["block_size"], group["max_dim"], group["block_dtype"], place)
-                for view in matrix_views(self.model, group["params"])
-            ]
+            layers = self._layers_of(group)
         except BaseException:
             self.param_groups.pop()
             raise
+        self.rates.prepare(group)
+        self._prepare_group(group)
+        for name, start in _NUMBERS.items():
+            group[name] = self.param_groups[0].get(name, start)
+        self._take_in(layers)
+        self._held = HeldParameters(self._models, self.parameters)
+
+    def _layers_of(self, group: dict[str, Any]) -> list[Layer]:
+        if group["block_dtype"] is not None and any(p.dtype == torch.float64 for p in group["params"]):
+            raise ValueError(f"block_dtype must be None for float64 weights, but got {group['block_dtype']}")
+        place = next(i for i, own in enumerate(self.param_groups) if own is group)
+        sizes = group["block_size"], group["max_dim"], group["block_dtype"]
+        return [Layer.start(view, *sizes, place) for view in matrix_views(self.model, group["params"])]
+
+    def _take_in(self, layers: Sequence[Layer]) -> None:
+        """Let the meta-optimizer learn these layers, and checkpoints hold them, from now on."""
         for layer in layers:
-            self.layers.append(layer)
-            self.state[layer.view.weight] = layer.state()
             if isinstance(self.meta, RelativeSteps):
                 are_blocks = [name != "S" for name in layer.learned]
-                self.meta.add(layer.tensors(), [self.meta_lr] * len(are_blocks), are_blocks)
+                layer.meta = self.meta.add(layer.tensors(), [self.meta_lr] * len(are_blocks), are_blocks, layer.count)
             else:
-                self.meta.add(layer.tensors(), layer.meta_rates(self.meta_lr))
-        self.rates.grow()
-        self.left_rates = None
+                layer.meta = self.meta.add(layer.tensors(), layer.meta_rates(self.meta_lr), layer.count)
+            if self._group(layer)["momentum"] != 0:
+                layer.momentum = torch.zeros_like(layer.S)
+            self.layers.append(layer)
+        self._show_state()
+
+    def _show_state(self) -> None:
+        self.state = defaultdict(dict)
+        for p in self.parameters:
+            self.state[p] = {"step": torch.zeros(())}
+        for layer in self.layers:
+            for p in layer.view.parameters:
+                self.state[p] = {"step": layer.count}
+            self.state[layer.view.weight] = layer.state()
+
+    @property
+    def _models(self) -> list[nn.Module]:
+        return [self.model, self.objective.model] if hasattr(self, "objective") else [self.model]
 
     def plan(self) -> Plan:
         """Which parameter gets which treatment, and what that costs in memory and FLOPs. ``print`` it."""
         return plan_of(self.model, self.layers, self.param_groups, self.meta.name)
+
+    def metrics(self) -> dict[str, float]:
+        """As :meth:`MetaLearner.metrics`, and ``promise_factor``: by what the last step was scaled down to keep what
+        it promises below the loss."""
+        return super().metrics() | {"promise_factor": float(self._promise)}
+
+    def _renew(self) -> None:
+        replaced = self._held.replaced()
+        if replaced and all(held.is_meta and not hasattr(now, "placements") for _, held, now in replaced):
+            self._adopt({id(held): now for _, held, now in replaced})
+        super()._renew()
+        held = {id(p) for layer in self.layers for p in layer.view.parameters}
+        if held != {id(p) for p in self.parameters if p.numel()}:
+            raise ValueError(
+                "param_groups must hold the parameters that they were given, but something replaced them: build the "
+                "optimizer after fully_shard or accelerate's prepare"
+            )
+        if any(layer.outdated for layer in self.layers):
+            self._rebuild()
+        if self.rates.notice(self.param_groups):
+            self._note("apo_overwritten", True)
+
+    def _adopt(self, now: dict[int, Tensor]) -> None:
+        """Take the parameters that a model on meta was materialised to."""
+        for group in self.param_groups:
+            group["params"] = [now.get(id(p), p) for p in group["params"]]
+        checks.parameters(self.parameters)
+        self._held = HeldParameters(self._models, self.parameters)
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Make the blocks anew in the parameters' dtype and on their device, with what was learned so far."""
+        former = {layer.view.name: layer for layer in self.layers}
+        fresh = [layer for group in self.param_groups for layer in self._layers_of(group)]
+        self.layers, self.meta = [], _meta_optimizer(self.meta_optimizer)
+        self._take_in(fresh)
+        for layer in self.layers:
+            if not former[layer.view.name].S.is_meta:
+                layer.load(former[layer.view.name].state())
+        self._show_state()
 
     def _check_gradients(self) -> None:
         for layer in self.layers:
@@ -230,7 +306,7 @@ class APO(FrontEnd):
             if layer.momentum is None and self._group(layer)["momentum"] != 0:
                 layer.momentum = torch.zeros_like(layer.S)
                 self.state[layer.view.weight] = layer.state()
-        # From here on everything is in place: nothing is half done for want of memory.
+        # Nothing is allocated below, so running out of memory can't leave a partial step.
         for layer, direction in zip(layers, directions, strict=True):
             rate = get_rate(self._group(layer))
             if layer.momentum is None:
@@ -242,57 +318,59 @@ class APO(FrontEnd):
     def _bound_promise(
         self, layers: Sequence[Layer], gradients: Sequence[Tensor], directions: Sequence[Tensor]
     ) -> None:
-        """Scale the directions down to ``Σ lr/(1 − μ) ⟨G, P(G)⟩ ≤ J + 1``, J the loss of the last good trial.
+        """Safeguard: the predicted decrease ``Σ lr/(1 − μ) ⟨G, P(G)⟩`` never exceeds J + 1, J the loss of the last good
+        trial.
 
-        Where outputs saturate, P grows as curvature goes, and one odd batch, between two trials, would leap. To first
-        order no step promises more than there is to gain. No synchronisation, and the same on all ranks.
+        Where outputs saturate, P grows as curvature goes, and one odd batch, between two trials, would leap. No
+        synchronisation, and the same on all ranks.
         """
-        if not layers or self.most_promised == math.inf:
+        most = self.param_groups[0]["apo_most_promised"]
+        self._promise = 1.0
+        if not layers or most == math.inf:
             return
         shares = [get_rate(self._group(x)) * self._carried(x) for x in layers]
         each = zip(shares, gradients, directions, strict=True)
         total = torch.stack([share * _inner(G, d, layers[0].S.dtype) for share, G, d in each]).sum()
-        factor = (self.most_promised / total.clamp_min(self.most_promised)).to(directions[0].dtype)
+        factor = (most / total.clamp_min(most)).to(directions[0].dtype)
+        self._promise = factor
         if factor.device.type == "cpu" and factor.item() == 1:  # to look at it costs nothing there
             return
         torch._foreach_mul_(list(directions), factor)
 
-    def _meta_step(self, closure: Closure, loss: Any, *, move: bool) -> None:
+    def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Proposal:
         layers, gradients = self._gradients()
-        anchor = self.objective.anchor(self.parameters)
         directions, kept = preconditioner.apply_and_keep(layers, gradients)
         has_grad = {p: p.grad is not None for p in self.parameters}
-        with Lookahead(self.parameters) as lookahead:
-            self._write(layers, self._velocities(layers, directions))
-            V, passed = self._evaluate(closure, loss, lookahead.start, anchor)
-        if not passed:
-            self.failed_trials += 1
-            self._shrink()
-            return
-        assert self.last is not None
-        self.most_promised = abs(self.last.loss) + 1
-        V_of = {p: v if has_grad[p] else None for p, v in zip(self.parameters, V, strict=True)}
-        cotangents = [layer.view.gather(V_of[p] for p in layer.view.parameters) for layer in layers]
-        by_group = self._slopes(layers, directions, cotangents) if self.adapt_lr else []
-        relative = isinstance(self.meta, RelativeSteps)
-        derivatives = preconditioner.block_gradients(layers, gradients, cotangents, kept, relative=relative)
-        sizes = preconditioner.sizes(layers, kept) if relative else {}
-        del kept, V
-        if self._learn(derivatives, sizes, by_group):
-            for layer in self.layers:
-                layer.refresh()
-        else:
-            self.failed_trials += 1
-        if move:
-            self._plain_step()
+        self._write(layers, self._velocities(layers, directions))
+        return _Proposal(layers, gradients, directions, kept, has_grad)
 
-    def _learn(
+    def _learn(self, proposal: _Proposal, trial: Trial) -> bool:
+        """Step φ down what ``⟨V, P(G)⟩`` and the rates' slopes say of Q, unless they aren't all finite."""
+        self._note("apo_most_promised", abs(trial.evaluation.loss) + 1)
+        layers = proposal.layers
+        V_of = {p: v if proposal.has_grad[p] else None for p, v in zip(self.parameters, trial.V, strict=True)}
+        cotangents = [layer.view.gather(V_of[p] for p in layer.view.parameters) for layer in layers]
+        by_group = self._slopes(layers, proposal.directions, cotangents) if self.adapt_lr else []
+        relative = isinstance(self.meta, RelativeSteps)
+        derivatives = preconditioner.block_gradients(
+            layers, proposal.gradients, cotangents, proposal.kept, relative=relative
+        )
+        sizes = preconditioner.sizes(layers, proposal.kept) if relative else {}
+        proposal.kept.clear()
+        trial.V.clear()
+        trial.steps.clear()
+        if not self._step_phi(derivatives, sizes, by_group):
+            return False
+        for layer in self.layers:
+            layer.refresh()
+        return True
+
+    def _step_phi(
         self,
         derivatives: dict[Layer, tuple[Tensor, ...]],
         sizes: dict[Layer, tuple[Tensor, ...]],
         by_group: Sequence[float],
     ) -> bool:
-        """Step φ down what ``⟨V, P(G)⟩`` and the rates' slopes say of Q, unless they aren't all finite."""
         for layer in derivatives:
             # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G), relative to the blocks where the steps are
             length = get_rate(self._group(layer)) * self._reach(layer)
@@ -310,22 +388,13 @@ class APO(FrontEnd):
         else:
             self.meta.step(self._in_order(derivatives))
         if self.adapt_lr:
-            self._note_overwritten_rates()
             self.rates.update(self.param_groups, by_group)
-            if isinstance(self.meta, RelativeSteps) and max(self.meta.steps) % MOVED_EVERY == 0:
-                if not self.overwritten:
+            updates = int(max(layer.count.item() for layer in self.layers))
+            if isinstance(self.meta, RelativeSteps) and updates % MOVED_EVERY == 0:
+                if not self.param_groups[0]["apo_overwritten"]:
                     self._move_scale_to_rates()
-                self.overwritten = False
-            self.left_rates = self._rates()
+                self._note("apo_overwritten", False)
         return True
-
-    def _rates(self) -> list[float]:
-        return [get_rate(group) for group in self.param_groups]
-
-    def _note_overwritten_rates(self) -> None:
-        """A scheduler that sets rates from its own base would throw away what P's scale has been moved to."""
-        if self.left_rates is not None and self.left_rates != self._rates():
-            self.overwritten = True
 
     def _in_order(self, found: dict[Layer, tuple[Tensor, ...]]) -> list[Tensor | None]:
         """What was found, one for each of the tensors that are learned; None where a layer had no gradient."""
@@ -359,7 +428,7 @@ class APO(FrontEnd):
                     None if g is None else g.add(p, alpha=decay)
                     for g, p in zip(own, layer.view.parameters, strict=True)
                 ]
-            if own[0] is not None:
+            if any(g is not None for g in own):
                 layers.append(layer)
                 gradients.append(layer.view.gather(own))
         return layers, gradients
@@ -426,43 +495,27 @@ class APO(FrontEnd):
                 layer.S.mul_(math.exp(-0.5))
                 layer.refresh()
         if self.adapt_lr:
-            self._note_overwritten_rates()
             self.rates.shrink(self.param_groups)
-            self.left_rates = self._rates()
 
     def _group(self, layer: Layer) -> dict[str, Any]:
         return self.param_groups[layer.group]
 
-    def _meta_state(self) -> dict[str, Any]:
-        meta = {"meta": self.meta.state_dict(), "rates": self.rates.state_dict()}
-        own = {"most_promised": self.most_promised, "left_rates": self.left_rates, "overwritten": self.overwritten}
-        return {**meta, **own}
-
     def _settings(self) -> dict[str, Any]:
-        return {"meta_optimizer": self.meta.name, "lookahead": self.lookahead, "shared_lr": self.rates.shared}
+        return {"meta_optimizer": self.meta_optimizer, "lookahead": self.lookahead, "shared_lr": self.rates.shared}
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
-        saved, own = state_dict["param_groups"], self.param_groups
-        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in own]:
-            raise ValueError(
-                "state_dict must have param groups of the same sizes, "
-                f"but got {[len(g['params']) for g in saved]} for {[len(g['params']) for g in own]}"
-            )
         for layer, state in self._saved(state_dict):
             misfit = layer.misfit(state)
             if misfit:
                 raise ValueError(f"state_dict must come from the same model and block settings: {misfit}")
 
-    def _load_meta_state(self, state: dict[str, Any], raw: dict[str, Any]) -> None:
-        # torch has cast the blocks to the weights' dtype: take them from the source
-        self.state = defaultdict(dict)
-        for layer, saved in self._saved(raw):
-            layer.load(saved)
-            self.state[layer.view.weight] = layer.state()
-        self.meta.load_state_dict(state["meta"])
-        self.rates.load_state_dict(state["rates"])
-        self.most_promised = state["most_promised"]
-        self.left_rates, self.overwritten = state["left_rates"], state["overwritten"]
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        # torch casts the blocks to the weights' dtype, so they are taken from the source
+        saved = self._saved(state_dict)
+        Optimizer.load_state_dict(self, state_dict)
+        for layer, state in saved:
+            layer.load(state)
+        self._show_state()
 
     def _saved(self, state_dict: dict[str, Any]) -> list[tuple[Layer, Any]]:
         """Each layer with its entry in a state dict, which names parameters by their place."""
@@ -471,8 +524,23 @@ class APO(FrontEnd):
         return [(layer, state_dict["state"].get(place_of[layer.view.weight])) for layer in self.layers]
 
 
+@dataclass
+class _Proposal:
+    """A trial's step: the layers that have a gradient, their matrices G and P(G), and what P(G) was made of."""
+
+    layers: list[Layer]
+    gradients: list[Tensor]
+    directions: list[Tensor]
+    kept: list[ak.Kept]
+    has_grad: dict[Tensor, bool]
+
+
+def _meta_optimizer(name: Literal["relative", "adam", "rmsprop"]) -> MetaOptimizer | RelativeSteps:
+    return RelativeSteps() if name == "relative" else MetaOptimizer(name)
+
+
 def _check_group(group: dict[str, Any]) -> None:
-    checks.number("lr", get_rate(group))
+    checks.number("lr", group["lr"].item() if isinstance(group["lr"], Tensor) else group["lr"])
     checks.fraction("momentum", group["momentum"])
     checks.number("weight_decay", group["weight_decay"])
     for name in ("block_size", "max_dim"):

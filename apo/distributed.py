@@ -1,0 +1,117 @@
+"""Ranks that must take the same meta-steps: replicas of one model, on one process group."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["Ranks", "distributed_data_parallel"]
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def distributed_data_parallel(model: nn.Module) -> DistributedDataParallel | None:
+    """The DDP module that a model is or holds."""
+    return next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+
+
+class Ranks:
+    """Over which ranks V, the terms of Q and the verdict are averaged.
+
+    Args:
+        process_group: the ranks of one model; None to find out: DDP's own, else the default group if weights,
+            gradients and settings are equal to the bit on all of its ranks at the first meta-step. Models that
+            differ, as those of an ensemble or a sweep, stay independent.
+    """
+
+    def __init__(self, process_group: Any = None) -> None:
+        if process_group is not None and not _is_group(process_group):
+            got = type(process_group).__name__
+            raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, but got {got}")
+        self._given = process_group
+        self._group: Any = None
+        self._settled = False
+
+    @property
+    def together(self) -> bool:
+        """Whether there are other ranks to agree with. Known after :meth:`settle`."""
+        return self._group is not None
+
+    def settle(self, model: nn.Module, parameters: Sequence[Tensor], settings: str) -> None:
+        """Find the group, once; a collective where ranks have to be compared.
+
+        Raises:
+            ValueError: some ranks of the default group hold one model and others another.
+        """
+        if self._settled:
+            return
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        group, ddp = self._given, distributed_data_parallel(model)
+        if group is None and ddp is not None:
+            group = ddp.process_group
+        if group is None and torch.distributed.get_world_size() > 1:
+            group = _group_of_replicas(parameters, settings)
+        self._settled = True
+        self._group = group if group is not None and torch.distributed.get_world_size(group) > 1 else None
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each by its mean over the ranks; the same bits on all of them."""
+        if not self.together:
+            return
+        dense = [t.contiguous() for t in tensors]
+        pending = [torch.distributed.all_reduce(t, group=self._group, async_op=True) for t in dense]
+        for work in pending:
+            work.wait()
+        torch._foreach_div_(dense, torch.distributed.get_world_size(self._group))
+        for t, averaged in zip(tensors, dense, strict=True):
+            if averaged is not t:
+                t.copy_(averaged)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group belongs to the process: a copy finds its own.
+        return {"_given": None, "_group": None, "_settled": False}
+
+
+def _is_group(value: object) -> bool:
+    return torch.distributed.is_available() and isinstance(value, torch.distributed.ProcessGroup)
+
+
+def _group_of_replicas(parameters: Sequence[Tensor], settings: str) -> Any:
+    """The default group if all of its ranks hold the same; None if all differ."""
+    own = torch.tensor(_digest(parameters, settings), dtype=torch.int64, device=_device(parameters))
+    found = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(found, own)
+    digests = [int(x) for x in found]
+    if len(set(digests)) == 1:
+        return torch.distributed.group.WORLD
+    if len(set(digests)) == len(digests):
+        return None
+    raise ValueError(
+        "process_group must be given: some ranks of the default group hold the same model and others another one. "
+        "Pass the group of those that train one model, or give the objective the DistributedDataParallel module."
+    )
+
+
+def _device(parameters: Sequence[Tensor]) -> torch.device:
+    """Where the default group's backend takes tensors."""
+    return parameters[0].device if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _digest(parameters: Sequence[Tensor], settings: str) -> int:
+    """63 bits of the weights', the gradients' and the settings' content."""
+    content = [settings]
+    for p in parameters:
+        for t in (p.detach(), p.grad):
+            if t is None:
+                content.append("none")
+                continue
+            words = t.detach().to_dense().contiguous().view(-1).view(_WORDS[t.element_size()])
+            sums = [int(words[::stride].sum(dtype=torch.int64)) for stride in (1, 2, 3)]
+            content.append(f"{tuple(t.shape)} {sums}")
+    return int.from_bytes(hashlib.sha256("|".join(content).encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,456 @@
+"""Algorithm 1, once: anchor → lookahead → evaluate → verdict → learn or shrink → move.
+
+What differs between the front ends are four hooks: :meth:`MetaLearner._propose`, :meth:`MetaLearner._learn`,
+:meth:`MetaLearner._shrink` and :meth:`MetaLearner._move`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from apo import checks
+from apo.distributed import Ranks
+from apo.grad_scaler import Scaling
+from apo.held_parameters import HeldParameters
+from apo.objective import Anchor, Closure, Evaluation, ProximalObjective
+from apo.rates import get_rate
+from apo.trial import CallersAutocast, Lookahead, Undisturbed, forget_casts, graph_leaves
+
+__all__ = ["MetaLearner", "Trial"]
+
+# What torch.optim.Optimizer.__getstate__ leaves out too: hooks belong to the process, and schedulers wrap `step`.
+_NOT_PICKLED = {"step", "_opt_called", "_zero_grad_profile_name"}
+
+_COUNTS = {"apo_steps": 0, "apo_failed_trials": 0, "apo_skipped_steps": 0}
+
+
+@dataclass
+class Trial:
+    """What a lookahead gave.
+
+    Attributes:
+        V: ``∇_θ′ Q``, one dense tensor per parameter.
+        steps: ``θ′ − θ``.
+        evaluation: the terms of Q.
+    """
+
+    V: list[Tensor]
+    steps: list[Tensor]
+    evaluation: Evaluation
+
+
+class MetaLearner(Optimizer):
+    """A ``torch.optim.Optimizer`` whose ``step`` also adapts φ by the proximal objective.
+
+    Attributes:
+        objective: the :class:`~apo.ProximalObjective`.
+        last: the :class:`~apo.Evaluation` of the last trial, or None.
+        accepted: whether the last trial was accepted.
+        in_trial: whether the closure is being run at trial weights. A closure that logs or counts may want to skip
+            those runs. Clipping also clips the trial's gradient, so the loss weighs less against the FSD.
+    """
+
+    def _init_meta_learner(
+        self,
+        objective: ProximalObjective,
+        interval: int,
+        warmup: int,
+        grad_scaler: GradScaler | None,
+        process_group: Any,
+    ) -> None:
+        self.objective = objective
+        self.interval = interval
+        self.warmup = warmup
+        self.grad_scaler = grad_scaler
+        self.last: Evaluation | None = None
+        self.accepted = False
+        self.in_trial = False
+        self._ranks = Ranks(process_group)
+        self._held = HeldParameters(self._models, self.parameters)
+
+    @property
+    def steps(self) -> int:
+        """How many steps were taken, skipped ones counted."""
+        return int(self.param_groups[0]["apo_steps"])
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self._note("apo_steps", count)
+
+    @property
+    def failed_trials(self) -> int:
+        """How many trials were refused: Q not finite, or above ``J(θ) + |J(θ)| + 1``."""
+        return int(self.param_groups[0]["apo_failed_trials"])
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out because their gradients weren't finite."""
+        return int(self.param_groups[0]["apo_skipped_steps"])
+
+    @property
+    def meta_due(self) -> bool:
+        """Whether the next step evaluates a trial and updates φ. Not where every rate is 0."""
+        due = self.interval > 0 and (self.steps < self.warmup or self.steps % self.interval == 0)
+        return due and any(get_rate(group) for group in self.param_groups)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The weights of all groups, in order."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """One step: φ first, if that is due, then the weights with the new φ (Algorithm 1).
+
+        Args:
+            closure: clears the gradients, runs forward and backward, returns the loss. Called at θ, and, at a
+                meta-step of an objective that has no ``loss`` of its own, once more at θ′ on the same batch. None,
+                with the gradients in ``.grad``, will do otherwise.
+
+        Returns:
+            What the closure returned at θ; None without one.
+
+        Raises:
+            TypeError: ``closure`` isn't callable, or didn't return a loss.
+            ValueError: a meta-step needs the closure, and there is none, or it ran no backward; parameters were
+                replaced since the optimizer was built.
+
+        If anything raises, the weights, the optimizer's state and φ are as before the step.
+        """
+        return self._take(closure, move=True)
+
+    def meta_step(self, closure: Closure | None = None) -> Any:
+        """Update φ once, whether due or not, and leave the weights where they are. Returns the loss at them."""
+        if closure is None:
+            return self._take(None, move=False)
+        with self._scaling().set_aside():
+            return self._take(closure, move=False)
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to log of the last step: learned rates, the last trial's terms, counts.
+
+        One synchronisation at most. Before the first trial its terms aren't there.
+        """
+        rates = [get_rate(group) for group in self.param_groups]
+        found = {"lr": rates[0]} if len(rates) == 1 else {f"lr/{i}": rate for i, rate in enumerate(rates)}
+        if self.last is not None:
+            found |= {
+                "Q": self.last.objective,
+                "loss": self.last.loss,
+                "base_loss": self.last.base,
+                "fsd": self.last.fsd,
+                "wsd": self.last.wsd,
+                "step_norm": self.last.step_norm,
+                "accepted": float(self.accepted),
+            }
+        counts = {"steps": self.steps, "failed_trials": self.failed_trials, "skipped_steps": self.skipped_steps}
+        return found | {name: float(count) for name, count in counts.items()}
+
+    def _take(self, closure: Closure | None, *, move: bool) -> Any:
+        self._renew()
+        meta = self.meta_due or not move
+        self._check_closure(closure, meta=meta)
+        autocast = CallersAutocast({p.device.type for p in self.parameters})
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with autocast.lifted():
+            scaling = self._scaling()
+            scaling.unscale()
+            if not self._gradients_are_finite(scaling):
+                if move:
+                    self._skip(meta, scaling)
+                return loss
+            self._check_gradients()
+            if meta:
+                self._meta_step(closure, loss, autocast, scaling, move=move)
+            elif move:
+                self._plain_step()
+            if move:
+                forget_casts()
+                self.steps += 1
+        return loss
+
+    def _meta_step(
+        self, closure: Closure | None, loss: Any, autocast: CallersAutocast, scaling: Scaling, *, move: bool
+    ) -> None:
+        objective, parameters = self.objective, self.parameters
+        if objective.loss is None and closure is not None:
+            _scalar(loss, parameters[0])  # refused before anything is changed
+        if all(p.grad is None for p in parameters):
+            if move:
+                self._plain_step()
+            return
+        self._ranks.settle(objective.model, parameters, self._replica_text())
+        touched = [*parameters, *graph_leaves(loss)]
+        batch = objective.checked_draw() if objective.needs_inputs else None
+        anchor = None
+        if objective.needs_inputs:
+            with self._undisturbed(touched), autocast.back():
+                anchor = objective.anchor(batch)
+        with ExitStack() as undo:
+            with Lookahead(parameters) as lookahead:
+                proposal = self._propose(lookahead, undo)
+                forget_casts()
+                trial = self._evaluate(closure, loss, lookahead.start, anchor, touched, autocast, scaling)
+            self.accepted = self._verdict(trial)
+            if self.accepted and move:
+                learned = self._learn(proposal, trial)
+                self._move(proposal, trial)
+                undo.pop_all()
+        if self.accepted and not move:
+            learned = self._learn(proposal, trial)
+        if not self.accepted:
+            self._shrink()
+        if not (self.accepted and learned):
+            self._count("apo_failed_trials")
+
+    def _evaluate(
+        self,
+        closure: Closure | None,
+        loss: Any,
+        start: list[Tensor],
+        anchor: Anchor | None,
+        touched: list[Tensor],
+        autocast: CallersAutocast,
+        scaling: Scaling,
+    ) -> Trial:
+        """Q and V at the present trial weights, by ordinary backward passes; the same on all ranks."""
+        parameters, objective = self.parameters, self.objective
+        with self._undisturbed(touched) as undisturbed, scaling.set_aside(), autocast.back():
+            factor, sign = scaling.factor, self._sign()
+            loss_there: Any = 0.0
+            if objective.loss is None:
+                loss_there = self._closure_at_trial(closure, parameters, sign)
+                factor = 1.0 if scaling.unscaled else factor
+                undisturbed.set_flags()
+            own_loss, fsd = objective.terms(anchor) if anchor is not None else (None, None)
+            if own_loss is not None:
+                loss_there = own_loss
+            terms = [] if own_loss is None else [sign * own_loss]
+            terms += [] if fsd is None else [(objective.fsd_weight or 0.0) * fsd]
+            if terms:
+                (factor * torch.stack(terms).sum()).backward()  # type: ignore[no-untyped-call]
+            V = [_own(p) for p in parameters]
+        steps = list(torch._foreach_sub(parameters, start))
+        if factor != 1.0:
+            torch._foreach_mul_(V, 1.0 / factor)
+        if terms:
+            self._ranks.average_(V)
+        if objective.wsd_weight:
+            torch._foreach_add_(V, steps, alpha=objective.wsd_weight)
+        squares = torch.stack([n.double() for n in torch._foreach_norm(steps)]).square().sum()
+        base = loss if anchor is None or anchor.loss is None else anchor.loss
+        values = torch.stack([_scalar(loss_there, squares), _scalar(base, squares), _scalar(fsd or 0.0, squares)])
+        self._ranks.average_([values])
+        # a meta-step's one synchronisation
+        self.last = self._evaluation(*torch.cat([values, squares.reshape(1)]).tolist())
+        return Trial(V, steps, self.last)
+
+    def _evaluation(self, loss: float, base: float, fsd: float, square: float) -> Evaluation:
+        weight, wsd_weight = self.objective.fsd_weight or 0.0, self.objective.wsd_weight or 0.0
+        q = self._sign() * loss + weight * fsd + wsd_weight * square / 2
+        return Evaluation(q, loss, fsd, square / 2, math.sqrt(square), base)
+
+    def _closure_at_trial(self, closure: Closure | None, parameters: list[Tensor], sign: float) -> Any:
+        assert closure is not None
+        self.in_trial = True
+        try:
+            loss = closure()
+        finally:
+            self.in_trial = False
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if not grads:
+            raise ValueError(
+                "closure must clear the gradients and run forward and backward, for it is run again at the trial "
+                "weights, but it ran no backward there. Where gradients are accumulated outside, give the "
+                "ProximalObjective a loss=, whose trials need no closure"
+            )
+        if sign < 0:
+            torch._foreach_neg_(grads)
+        return loss
+
+    def _verdict(self, trial: Trial) -> bool:
+        """Whether a trial can be learned from: Q is finite, and not far above the loss at θ.
+
+        Stricter bounds drive rates to zero, because a step along the momentum may well go up on this batch.
+        """
+        base = self._sign() * trial.evaluation.base
+        return trial.evaluation.objective <= base + abs(base) + 1  # False where Q is NaN
+
+    @abstractmethod
+    def _propose(self, lookahead: Lookahead, undo: ExitStack) -> Any:
+        """Write the trial weights θ′. What is entered into ``undo`` is left again unless the step is taken."""
+
+    @abstractmethod
+    def _learn(self, proposal: Any, trial: Trial) -> bool:
+        """Step φ down ``∇_φ Q``; False, and φ as it was, where that isn't finite. The weights are at θ."""
+
+    @abstractmethod
+    def _shrink(self) -> None:
+        """Make the next trial shorter: this one failed."""
+
+    def _move(self, proposal: Any, trial: Trial) -> None:
+        """Take the step with the new φ."""
+        self._plain_step()
+
+    @abstractmethod
+    def _plain_step(self) -> None: ...
+
+    @property
+    @abstractmethod
+    def _models(self) -> list[nn.Module]:
+        """The modules whose parameters are optimized, as far as they are known."""
+
+    def _renew(self) -> None:
+        """Take up what was changed since the last step: groups, the parameters' dtype and device, the rates."""
+        self._held.check()
+
+    def _sign(self) -> float:
+        """1 where the loss is minimized, −1 where it is maximized."""
+        return 1.0
+
+    def _check_gradients(self) -> None:
+        """Refuse gradients that can't be used, before anything is changed."""
+
+    def _check_closure(self, closure: Closure | None, *, meta: bool) -> None:
+        if closure is not None:
+            checks.closure(closure)
+        elif meta and self.objective.loss is None and any(p.grad is not None for p in self.parameters):
+            raise ValueError(
+                "closure must be given at a step that updates φ (meta_due), for it is run again at the trial "
+                "weights: call step(closure); or give the ProximalObjective a loss=, whose trials need no closure; "
+                "or build the optimizer with interval=0 to leave φ as it is"
+            )
+
+    def _gradients_are_finite(self, scaling: Scaling) -> bool:
+        """One synchronisation, which a GradScaler has made already."""
+        if scaling.active:
+            return not scaling.overflowed
+        grads = [_values(p.grad) for p in self.parameters if p.grad is not None and p.grad.numel()]
+        if not grads:
+            return True
+        largest = torch._foreach_norm(grads, ord=math.inf)
+        return bool(torch.stack([x.float() for x in largest]).isfinite().all())
+
+    def _skip(self, meta: bool, scaling: Scaling) -> None:
+        """Leave out a step whose gradients aren't finite. A GradScaler's overflows say nothing of φ."""
+        self._count("apo_skipped_steps")
+        if meta and not scaling.active:
+            self.accepted = False
+            self._count("apo_failed_trials")
+            self._shrink()
+        self.steps += 1
+
+    def _scaling(self) -> Scaling:
+        return Scaling(self.grad_scaler, [self])
+
+    @contextmanager
+    def _undisturbed(self, touched: list[Tensor]) -> Iterator[Undisturbed]:
+        with Undisturbed(self._models, touched, train=self.objective.mode == "train") as undisturbed:
+            yield undisturbed
+
+    def _note(self, name: str, value: Any) -> None:
+        """Keep a number beside the rates, in every group, so that every checkpoint holds it."""
+        for group in self.param_groups:
+            group[name] = value
+
+    def _count(self, name: str) -> None:
+        self._note(name, self.param_groups[0][name] + 1)
+
+    def _prepare_group(self, group: dict[str, Any]) -> None:
+        """Put what is remembered beside the rates into a new group: what the first one has, or the start."""
+        first = self.param_groups[0]
+        for name, start in _COUNTS.items():
+            group[name] = first.get(name, start)
+        group["apo_settings"] = self._settings_text()
+
+    def _settings_text(self) -> str:
+        settings = ", ".join(f"{name}={value}" for name, value in self._settings().items())
+        return f"{type(self).__name__}({settings})"
+
+    def _replica_text(self) -> str:
+        """What replicas of one model have in common and the members of a sweep haven't."""
+        groups = [{k: str(v) for k, v in group.items() if k != "params"} for group in self.param_groups]
+        weights = self.objective.fsd_weight, self.objective.wsd_weight
+        return f"{self._settings_text()} {groups} {weights} {self.interval} {self.warmup}"
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What gives the state its form."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and apart from what later steps write: tensors under ``"state"``, numbers in the groups.
+
+        B′ is not part of it: an iterable begins anew, a callable goes on from whatever it draws from.
+        """
+        return copy.deepcopy(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a copy of a :meth:`state_dict` of the same front end on the same parameters.
+
+        Raises:
+            ValueError: it isn't one. Nothing has been loaded then.
+        """
+        groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+        saved = groups[0].get("apo_settings") if groups else None
+        name = type(self).__name__
+        if not isinstance(saved, str) or not saved.startswith(f"{name}("):
+            raise ValueError(
+                f"state_dict must come from {name}.state_dict(), but this one comes from {saved or 'something else'}"
+            )
+        if saved != self._settings_text():
+            raise ValueError(f"state_dict must come from settings {self._settings_text()}, but its are {saved}")
+        assert groups is not None
+        sizes, own = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
+        if sizes != own:
+            raise ValueError(f"state_dict must have param groups of {own} parameters, but got {sizes}")
+        self._check_state(state_dict)
+        self._load(copy.deepcopy(state_dict))
+
+    @abstractmethod
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state dict that fits and that nothing else holds."""
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a state that doesn't fit, before anything is loaded."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if not (name.endswith("_hooks") or name in _NOT_PICKLED)
+        }
+
+
+def _own(p: Tensor) -> Tensor:
+    """A parameter's gradient as a dense tensor that no later backward writes to."""
+    if p.grad is None:
+        return torch.zeros_like(p)
+    grad = p.grad.detach().to_dense()
+    return grad.clone() if grad.untyped_storage().nbytes() > grad.numel() * grad.element_size() else grad
+
+
+def _values(grad: Tensor) -> Tensor:
+    return grad.coalesce().values() if grad.is_sparse else grad
+
+
+def _scalar(value: Any, like: Tensor) -> Tensor:
+    """A loss as a float64 tensor on the parameters' device."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.detach().to(like).squeeze()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.as_tensor(value).to(like)
+    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise TypeError(f"closure must return the loss, a tensor of one element or a number, but got {got}")

@@ -1,0 +1,162 @@
+"""Learned learning rates: ``φ = log lr``, one per param group or one factor for all."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from apo import checks
+
+__all__ = ["LogRates", "RateOptimizer", "get_rate", "set_rate"]
+
+Group = dict[str, Any]
+RateOptimizer = Literal["adam", "rmsprop"]
+
+UNKNOWN = float("nan")
+LEAST_SQUARE = 1e-150
+"""Keeps slopes that underflow when squared from being divided by."""
+
+
+def get_rate(group: Group) -> float:
+    return float(group["lr"])
+
+
+def set_rate(group: Group, rate: float) -> None:
+    """Write a learning rate where the optimizer reads it: capturable ones hold it in a tensor."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+class LogRates:
+    """Descends ``dQ/d log lr``. The rates stand in ``param_groups["lr"]``; what is remembered of each group stands
+    beside it under keys that begin with ``"apo_"``, so that every checkpoint holds it.
+
+    Args:
+        meta_lr: about how much ``log lr`` moves in an update.
+        meta_optimizer: ``"rmsprop"`` or ``"adam"``. RMSprop has no bias correction: its first steps are up to
+            ``1/√(1 − meta_decay)`` times the rate, which is what brings a rate home from a start far off.
+        meta_decay: of the running mean of squared slopes.
+        shared: one factor for all groups, whose rates keep their ratios.
+        bounds: ``(least, greatest)`` rate. A rate of 0 is frozen and stays 0.
+        rescale_schedule: multiply what a scheduler writes by what was learned, instead of taking it as the new value.
+
+    Raises:
+        TypeError, ValueError: an argument isn't as above.
+    """
+
+    def __init__(
+        self,
+        *,
+        meta_lr: float,
+        meta_optimizer: RateOptimizer = "rmsprop",
+        meta_decay: float = 0.99,
+        shared: bool,
+        bounds: tuple[float, float],
+        rescale_schedule: bool = False,
+    ) -> None:
+        self.meta_lr = checks.number("meta_lr", meta_lr)
+        checks.one_of("meta_optimizer", meta_optimizer, ("adam", "rmsprop"))
+        self.meta_optimizer = meta_optimizer
+        self.meta_decay = checks.fraction("meta_decay", meta_decay)
+        self.shared = checks.boolean("shared", shared)
+        self.rescale_schedule = checks.boolean("rescale_schedule", rescale_schedule)
+        self.bounds = checks.increasing_pair("bounds", bounds)
+        self._warned = False
+
+    @staticmethod
+    def prepare(group: Group) -> None:
+        """Put what is remembered of a rate into a new group."""
+        group.setdefault("apo_slope_mean", 0.0)
+        group.setdefault("apo_slope_square", 0.0)
+        group.setdefault("apo_rate_updates", 0)
+        group.setdefault("apo_log_factor", 0.0)
+        group.setdefault("apo_found_lr", UNKNOWN)
+        group.setdefault("apo_left_lr", UNKNOWN)
+
+    def notice(self, groups: Sequence[Group]) -> bool:
+        """Look at what others wrote into the rates since they were last left. Call it before every step.
+
+        Returns:
+            Whether a learned rate was overwritten.
+        """
+        overwritten = False
+        for group in groups:
+            found, left, before = get_rate(group), group["apo_left_lr"], group["apo_found_lr"]
+            if math.isnan(left) or found == left or found == 0:
+                continue
+            if self.rescale_schedule:
+                found = self._within(found * math.exp(group["apo_log_factor"]))
+                set_rate(group, found)
+            elif _nearer_to_what_was_before(found, before, left):
+                overwritten = True
+            group["apo_found_lr"] = group["apo_left_lr"] = get_rate(group)
+        if overwritten and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "something else, such as a LambdaLR, sets the lr that was learned, so that what was learned is lost. "
+                "Build the optimizer with rescale_schedule=True to multiply the schedule by what is learned, or "
+                "leave the scheduler out.",
+                stacklevel=4,
+            )
+        return overwritten
+
+    def update(self, groups: Sequence[Group], slopes: Sequence[float]) -> list[float]:
+        """Descend ``dQ/d log lr``, one slope per group. Returns each group's new rate over its old one."""
+        if self.shared:
+            slopes = [sum(slopes)] * len(groups)
+        return [self._change(group, self._step(group, slope)) for group, slope in zip(groups, slopes, strict=True)]
+
+    def shrink(self, groups: Sequence[Group]) -> None:
+        """Divide every rate by e: the trial at these rates failed."""
+        for group in groups:
+            self._change(group, -1.0)
+
+    def scale(self, groups: Sequence[Group], changes: Sequence[float], places: Sequence[int]) -> list[float]:
+        """Change every log rate by the mean of the changes that stand for its group (for any group, where one
+        factor is shared), not as a step of learning. Returns each group's new rate over its old one."""
+        found = []
+        for place, group in enumerate(groups):
+            own = [c for c, at in zip(changes, places, strict=True) if self.shared or at == place]
+            found.append(self._change(group, sum(own) / len(own)) if own else 1.0)
+        return found
+
+    def _step(self, group: Group, slope: float) -> float:
+        """The meta-optimizer's change of log lr."""
+        group["apo_rate_updates"] += 1
+        decay = self.meta_decay
+        square = group["apo_slope_square"] = decay * group["apo_slope_square"] + (1 - decay) * slope * slope
+        if self.meta_optimizer == "rmsprop":
+            return -self.meta_lr * slope / (math.sqrt(square) + LEAST_SQUARE)
+        mean = group["apo_slope_mean"] = 0.9 * group["apo_slope_mean"] + 0.1 * slope
+        count = group["apo_rate_updates"]
+        root = math.sqrt(square / (1 - decay**count))
+        return float(-self.meta_lr * mean / (1 - 0.9**count) / (root + LEAST_SQUARE))
+
+    def _change(self, group: Group, change: float) -> float:
+        old = get_rate(group)
+        if old == 0:
+            return 1.0
+        set_rate(group, self._within(old * math.exp(change)))
+        new = get_rate(group)
+        if math.isnan(group["apo_found_lr"]) or group["apo_left_lr"] != old:
+            group["apo_found_lr"] = old
+        group["apo_left_lr"] = new
+        group["apo_log_factor"] += math.log(new / old)
+        return new / old
+
+    def _within(self, rate: float) -> float:
+        return min(max(rate, self.bounds[0]), self.bounds[1])
+
+
+def _nearer_to_what_was_before(found: float, before: float, left: float) -> bool:
+    """Whether a rate was set from a base that knows nothing of the learned change from ``before`` to ``left``.
+
+    Schedulers that multiply the rate write close to ``left``; those that set it write close to ``before``.
+    """
+    return abs(math.log(found / before)) < 0.5 * abs(math.log(found / left))
