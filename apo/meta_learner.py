@@ -76,6 +76,7 @@ class MetaLearner(Optimizer):
         self.last: Evaluation | None = None
         self.accepted = False
         self.in_trial = False
+        self._used_rates: list[float | Tensor] = []
         self._ranks = Ranks(process_group)
         self._held = HeldParameters(self._models, self.parameters)
 
@@ -139,9 +140,12 @@ class MetaLearner(Optimizer):
     def metrics(self) -> dict[str, float]:
         """What there is to log of the last step: learned rates, the last trial's terms, counts.
 
-        One synchronisation at most. Before the first trial its terms aren't there.
+        One synchronisation at most. Before the first trial its terms aren't there. The rates are those of the step,
+        whatever a scheduler has written since.
         """
-        rates = [get_rate(group) for group in self.param_groups]
+        rates = [float(rate) for rate in self._used_rates]
+        if len(rates) != len(self.param_groups):
+            rates = [get_rate(group) for group in self.param_groups]
         found = {"lr": rates[0]} if len(rates) == 1 else {f"lr/{i}": rate for i, rate in enumerate(rates)}
         if self.last is not None:
             found |= {
@@ -179,6 +183,7 @@ class MetaLearner(Optimizer):
                 self._plain_step()
             if move:
                 forget_casts()
+                self._used_rates = [_apart(group["lr"]) for group in self.param_groups]
                 self.steps += 1
         return loss
 
@@ -418,6 +423,7 @@ class MetaLearner(Optimizer):
             raise ValueError(f"state_dict must have param groups of {own} parameters, but got {sizes}")
         self._check_state(state_dict)
         self._load(copy.deepcopy(state_dict))
+        self._used_rates = []
 
     @abstractmethod
     def _load(self, state_dict: dict[str, Any]) -> None:
@@ -444,6 +450,11 @@ def _own(p: Tensor) -> Tensor:
 
 def _values(grad: Tensor) -> Tensor:
     return grad.coalesce().values() if grad.is_sparse else grad
+
+
+def _apart(rate: float | Tensor) -> float | Tensor:
+    """A rate as it is now, without waiting for the device."""
+    return rate.detach().clone() if isinstance(rate, Tensor) else rate
 
 
 def _scalar(value: Any, like: Tensor) -> Tensor:
