@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
-from apo.integrations import FrontEnd, front_end, prefixed_metrics
+from apo.integrations import front_end, prefixed_metrics
+from apo.meta_learner import MetaLearner
 
 try:
     import lightning.pytorch as pl
@@ -60,7 +61,7 @@ class APOCallback(pl.Callback):
             self._hooks.pop().remove()
 
 
-def _front_ends(trainer: pl.Trainer) -> list[FrontEnd]:
+def _front_ends(trainer: pl.Trainer) -> list[MetaLearner]:
     found = map(front_end, trainer.optimizers)
     return [optimizer for optimizer in found if optimizer is not None]
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from apo.integrations import FrontEnd, front_end, prefixed_metrics
+from apo.integrations import front_end, prefixed_metrics
+from apo.meta_learner import MetaLearner
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -62,7 +63,7 @@ class APOTrainerMixin(_Trainer):
 
     _micro_batches: list[_MicroBatch]
     _complete = False
-    _given: FrontEnd | None = None
+    _given: MetaLearner | None = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         created = super().create_optimizer(*args, **kwargs)
@@ -102,7 +103,7 @@ class APOTrainerMixin(_Trainer):
             return None
         return args[:1], {"closure": partial(self._closure, optimizer, batches)}
 
-    def _closure(self, optimizer: FrontEnd, batches: list[_MicroBatch]) -> Tensor:
+    def _closure(self, optimizer: MetaLearner, batches: list[_MicroBatch]) -> Tensor:
         """The loss; at trial weights with its gradients, which at the real ones are there already."""
         if not optimizer.in_trial:
             return torch.stack([batch.loss for batch in batches]).sum()
@@ -120,7 +121,7 @@ class APOTrainerMixin(_Trainer):
         model: nn.Module = batch.arguments[0] if batch.arguments else batch.settings["model"]
         return model
 
-    def _unscale(self, optimizer: FrontEnd) -> None:
+    def _unscale(self, optimizer: MetaLearner) -> None:
         """Gradients at the real weights come without the GradScaler's factor."""
         scaler = self.accelerator.scaler
         if scaler is not None:

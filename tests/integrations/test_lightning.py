@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytorch_lightning
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -127,15 +129,26 @@ def test_bfloat16(name: str, loss: Loss) -> None:
 
 
 @each_front_end
-def test_float16_with_lightnings_grad_scaler(name: str) -> None:
-    """Lightning unscales, clips and steps without a closure; a step that overflows is left out."""
-    module = Script(make(name, F.cross_entropy))
-    fit = trainer(max_epochs=3, precision="16-mixed", gradient_clip_val=1.0, callbacks=[APOCallback()])
-    fit.fit(module, loader())
-    assert module.outputs[-1] < module.outputs[0]
-    optimizer = front_end(fit.optimizers[0])
+def test_lightnings_grad_scaler(name: str) -> None:
+    """It runs the closure, unscales and clips itself, and steps without a closure. Powers of two scale exactly."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    module, alone = Script(make(name, F.cross_entropy)), Script(make(name, F.cross_entropy))
+    settings = {"max_epochs": 3, "gradient_clip_val": 0.5}
+    scaled = trainer(**settings, callbacks=[APOCallback()], plugins=[Scaled("16-mixed", "cpu", scaler)])
+    scaled.fit(module, loader())
+    trainer(**settings).fit(alone, loader())
+    assert scaler.get_scale() == 2.0**8
+    assert same(module, alone)
+    optimizer = front_end(scaled.optimizers[0])
     assert optimizer is not None
-    assert optimizer.failed_trials == 0
+    assert (optimizer.steps, optimizer.failed_trials) == (12, 0)
+
+
+class Scaled(MixedPrecision):
+    """float16's scaler without its autocast."""
+
+    def autocast_context_manager(self) -> Any:
+        return nullcontext()
 
 
 @each_front_end
