@@ -20,6 +20,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from apo import checks
+from apo.accumulated import GradientsBefore
 from apo.distributed import Ranks
 from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
@@ -167,8 +168,11 @@ class MetaLearner(Optimizer):
         autocast = CallersAutocast({p.device.type for p in self.parameters})
         loss = None
         if closure is not None:
+            before = GradientsBefore(self.parameters) if meta and self.objective.loss is None else None
             with torch.enable_grad():
                 loss = closure()
+            if before is not None:
+                closure = before.guarded(closure)
         with autocast.lifted():
             scaling = self._scaling()
             scaling.unscale()

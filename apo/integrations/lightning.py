@@ -1,7 +1,8 @@
 """Lightning: a callback that logs what the optimizer learned, and keeps trials out of the logs.
 
 Lightning hands its optimizers a closure, so that nothing else is needed. With ``loss=`` in the objective the closure
-is run once per step; without it once more at the trial weights.
+is run once per step; without it once more at the trial weights. It covers only the last of the batches that
+``accumulate_grad_batches`` counts, and isn't passed under a GradScaler: both need a ``loss=``, and say so.
 """
 
 from __future__ import annotations
@@ -33,10 +34,6 @@ class APOCallback(pl.Callback):
     While ``training_step`` is run at trial weights, ``self.log`` does nothing, torchmetrics count nothing, and the
     outputs that ``on_train_batch_end`` gets stay those at the real weights. What else a ``training_step`` writes
     (files, ``logger.experiment``) it must leave out itself where the optimizer's ``in_trial`` is true.
-
-    Raises:
-        ValueError: at the start of training, where gradients are accumulated and an objective has no ``loss``. The
-            closure that Lightning passes covers only the last batch then.
     """
 
     def __init__(self) -> None:
@@ -44,11 +41,6 @@ class APOCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for optimizer in _front_ends(trainer):
-            if trainer.accumulate_grad_batches > 1 and optimizer.objective.loss is None:
-                raise ValueError(
-                    "objective must have a loss where accumulate_grad_batches is above 1, but has none: Lightning's "
-                    "closure covers only the last of the accumulated batches. Give ProximalObjective a loss=."
-                )
             self._hooks.append(optimizer.register_step_pre_hook(partial(_quiet_in_trials, pl_module)))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
