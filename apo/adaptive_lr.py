@@ -213,14 +213,12 @@ class AdaptiveLR(MetaLearner):
 
     def _slopes(self, trial: Trial) -> list[float]:
         """``dQ/d log lr = ⟨V, θ′ − θ⟩`` of each group, summed in float64; one synchronisation."""
-        sums, first = [], 0
-        for group in self.param_groups:
-            last = first + len(group["params"])
-            pairs = zip(trial.V[first:last], trial.steps[first:last], strict=True)
-            products = [torch.sum(v * s, dtype=torch.float64).cpu() for v, s in pairs]
-            sums.append(torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64))
-            first = last
-        return [float(x) for x in sums]
+        products = torch.stack(
+            [torch.sum(v * s, dtype=torch.float64) for v, s in zip(trial.V, trial.steps, strict=True)]
+        )
+        counts = [len(group["params"]) for group in self.param_groups]
+        values: list[float] = torch.stack([part.sum() for part in torch.split(products, counts)]).tolist()
+        return values
 
     def _move(self, proposal: _Factors, trial: Trial) -> None:
         """``θ + (lr_new / lr_old)(θ′ − θ)``: the optimizer's state doesn't depend on the rate."""

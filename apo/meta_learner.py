@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from apo import checks
 from apo.accumulated import GradientsBefore
@@ -404,7 +405,8 @@ class MetaLearner(Optimizer):
 
         B′ is not part of it: an iterable begins anew, a callable goes on from whatever it draws from.
         """
-        return copy.deepcopy(super().state_dict())
+        apart: dict[str, Any] = tree_map(_apart, super().state_dict())
+        return apart
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a copy of a :meth:`state_dict` of the same front end on the same parameters.
@@ -442,6 +444,11 @@ class MetaLearner(Optimizer):
             for name, value in self.__dict__.items()
             if not (name.endswith("_hooks") or name in _NOT_PICKLED)
         }
+
+
+def _apart(x: Any) -> Any:
+    """A copy; of a tensor that shares its storage with others, of it alone."""
+    return x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x)
 
 
 def _own(p: Tensor) -> Tensor:

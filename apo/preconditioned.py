@@ -222,14 +222,14 @@ class APO(MetaLearner):
     def _take_in(self, layers: Sequence[Layer]) -> None:
         """Let the meta-optimizer learn these layers, and checkpoints hold them, from now on."""
         for layer in layers:
-            if isinstance(self.meta, RelativeSteps):
-                are_blocks = [name != "S" for name in layer.learned]
-                layer.meta = self.meta.add(layer.tensors(), [self.meta_lr] * len(are_blocks), are_blocks, layer.count)
-            else:
-                layer.meta = self.meta.add(layer.tensors(), layer.meta_rates(self.meta_lr), layer.count)
+            relative = isinstance(self.meta, RelativeSteps)
+            rates = [self.meta_lr] * len(layer.phi) if relative else layer.entrywise_rates(self.meta_lr)
+            for own, rate in zip(layer.phi, rates, strict=True):
+                own.rate = rate
             if self._group(layer)["momentum"] != 0:
                 layer.momentum = torch.zeros_like(layer.S)
             self.layers.append(layer)
+        self.meta.add([own for layer in layers for own in layer.phi])
         self._show_state()
 
     def _show_state(self) -> None:
@@ -240,6 +240,10 @@ class APO(MetaLearner):
             for p in layer.view.parameters:
                 self.state[p] = {"step": layer.count}
             self.state[layer.view.weight] = layer.state()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._show_state()
 
     @property
     def _models(self) -> list[nn.Module]:
