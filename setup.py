@@ -13,7 +13,7 @@ assert VERSION is not None
 
 BENCH = ["pytest>=8", "pytest-benchmark>=5", "rich>=13", "matplotlib>=3.8", "scikit-learn>=1.4"]
 TRANSLATION = ["sacrebleu>=2.4"]
-INTEGRATIONS = ["lightning>=2.5", "transformers>=5.0", "accelerate>=1.10"]
+INTEGRATIONS = ["lightning>=2.5", "torchmetrics>=1.5", "transformers>=5.0", "accelerate>=1.10"]
 TEST = [*BENCH, *TRANSLATION, *INTEGRATIONS, "hypothesis>=6.100", "lion-pytorch>=0.2", "torch-optimi>=0.3"]
 DEV = [*TEST, "ruff>=0.6", "mypy>=1.11"]
 

@@ -463,11 +463,6 @@ def _values(grad: Tensor) -> Tensor:
     return grad.coalesce().values() if grad.is_sparse else grad
 
 
-def _apart(rate: float | Tensor) -> float | Tensor:
-    """A rate as it is now, without waiting for the device."""
-    return rate.detach().clone() if isinstance(rate, Tensor) else rate
-
-
 def _scalar(value: Any, like: Tensor) -> Tensor:
     """A loss as a float64 tensor on the parameters' device."""
     if isinstance(value, Tensor) and value.numel() == 1:
