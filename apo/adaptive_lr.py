@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from apo import checks
 from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
+from apo.inner_products import inner_products
 from apo.linearity import Linearity, check_linear
 from apo.meta_learner import MetaLearner, Trial
 from apo.objective import ProximalObjective, check_objective
@@ -212,10 +213,8 @@ class AdaptiveLR(MetaLearner):
         return True
 
     def _slopes(self, trial: Trial) -> list[float]:
-        """``dQ/d log lr = ⟨V, θ′ − θ⟩`` of each group, summed in float64; one synchronisation."""
-        products = torch.stack(
-            [torch.sum(v * s, dtype=torch.float64) for v, s in zip(trial.V, trial.steps, strict=True)]
-        )
+        """``dQ/d log lr = ⟨V, θ′ − θ⟩`` of each group; one synchronisation."""
+        products = inner_products(trial.V, trial.steps)
         counts = [len(group["params"]) for group in self.param_groups]
         values: list[float] = torch.stack([part.sum() for part in torch.split(products, counts)]).tolist()
         return values

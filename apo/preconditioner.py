@@ -200,8 +200,12 @@ def sizes(layers: Sequence[Layer], kept: Sequence[ak.Kept]) -> dict[Layer, tuple
     """What :func:`block_gradients` gives, relative, for ``V = G``, a tuple a layer in the order of ``layer.learned``:
     the diagonals for blocks, in the shape of ``A[..., 0]``, and ``S dS`` for S."""
     found: dict[Layer, tuple[Tensor, ...]] = {}
-    for layer, own in zip(layers, kept, strict=True):
-        of_S = (layer.S * own.M).square_().mul_(2)
+    if not layers:
+        return found
+    of_all = torch._foreach_mul([layer.S for layer in layers], [own.M for own in kept])
+    torch._foreach_mul_(of_all, list(of_all))
+    torch._foreach_mul_(of_all, 2)
+    for layer, of_S in zip(layers, of_all, strict=True):
         named = {"A": (-2, layer.A), "B": (-1, layer.B)}
         of_blocks = (_by_square(of_S.sum(dim), block) for name, (dim, block) in named.items() if name in layer.learned)
         found[layer] = (*of_blocks, of_S)

@@ -68,10 +68,16 @@ class RelativeSteps:
         if not found:
             return
         count_updates(found)
+        counts = dict(zip(found, torch.stack([own.count for own in found]).tolist(), strict=True))
         for each in self._shared:
-            self._step_alike(each, found)
+            self._step_alike(each, found, counts)
 
-    def _step_alike(self, each: SharedSquares | SharedScalings, found: Mapping[Learned, tuple[Tensor, Tensor]]) -> None:
+    def _step_alike(
+        self,
+        each: SharedSquares | SharedScalings,
+        found: Mapping[Learned, tuple[Tensor, Tensor]],
+        counts: Mapping[Learned, float],
+    ) -> None:
         taking_part = [own for own in each.learned if own in found]
         if not taking_part:
             return
@@ -82,7 +88,7 @@ class RelativeSteps:
             slopes = list(torch._foreach_mul(slopes, [own.tensor for own in taking_part]))
         torch._foreach_lerp_([own.buffers["slope"] for own in taking_part], slopes, 1 - betas[0])
         torch._foreach_lerp_([own.buffers["size"] for own in taking_part], sizes, 1 - betas[1])
-        unbias = each.each(lambda own: _unbias(own, betas) if own in found else 1.0)
+        unbias = each.each(lambda own: _unbias(counts[own], betas) if own in found else 1.0)
         # a rate of 0 leaves a tensor that doesn't take part as it is
         rate = each.each(lambda own: own.rate if own in found else 0.0)
         if isinstance(each, SharedSquares):
@@ -121,10 +127,10 @@ class RelativeSteps:
             own.rate *= factor
 
 
-def _unbias(own: Learned, betas: tuple[float, float]) -> float:
+def _unbias(count: float, betas: tuple[float, float]) -> float:
     """What takes the bias from the ratio of the two running means."""
-    of_average, of_mean = (1 - beta ** own.count.item() for beta in betas)
-    return of_mean / of_average
+    of_average, of_mean = (1 - beta**count for beta in betas)
+    return float(of_mean / of_average)
 
 
 def _part(number: Numbers, part: slice) -> Numbers:
