@@ -29,7 +29,7 @@ __all__ = ["APOCallback"]
 
 
 class APOCallback(pl.Callback):
-    """Logs ``metrics()`` of each front end as ``apo/…`` at each step.
+    """Logs ``metrics()`` of each front end as ``apo/…``, every ``log_every_n_steps`` steps.
 
     While ``training_step`` is run at trial weights, ``self.log`` does nothing, torchmetrics count nothing, and the
     outputs that ``on_train_batch_end`` gets stay those at the real weights. What else a ``training_step`` writes
@@ -45,7 +45,8 @@ class APOCallback(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         optimizers = _front_ends(trainer)
-        if optimizers:
+        # Only where Lightning writes, as its own monitors do: metrics() may wait for the device.
+        if optimizers and trainer._logger_connector.should_update_logs:
             pl_module.log_dict(prefixed_metrics(optimizers), on_step=True, on_epoch=False)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

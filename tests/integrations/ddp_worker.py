@@ -19,6 +19,7 @@ from tests.integrations.helpers import NAMES, data, net, optimizer_of, weights
 from tests.integrations.language import batches, language_model, own_loss, sentences
 
 SIZE = 16
+EPOCHS = 2
 DTYPE = torch.float64
 
 
@@ -62,7 +63,7 @@ def with_accelerate(name: str, loss: Any) -> dict[str, Any]:
     model = net(DTYPE)
     optimizer = optimizer_of(name, model, fresh(), loss)
     wrapped, prepared = accelerator.prepare(model, optimizer)
-    for batch in [*training_data()] * 3:
+    for batch in [*training_data()] * EPOCHS:
 
         def closure(batch: Any = batch) -> Any:
             prepared.zero_grad()
@@ -94,6 +95,7 @@ def with_trainer(name: str, loss: Any, folder: Path) -> dict[str, Any]:
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
+        num_train_epochs=EPOCHS,
         per_device_train_batch_size=8 // rank_and_world()[1],
         train_sampling_strategy="sequential",
         max_grad_norm=0.0,
@@ -110,7 +112,7 @@ def with_lightning(name: str, loss: Any) -> dict[str, Any]:
     world = rank_and_world()[1]
     module = Script(lambda model: optimizer_of(name, model, fresh(), loss), DTYPE)
     settings = {"devices": world, "strategy": "ddp" if world > 1 else "auto", "use_distributed_sampler": False}
-    fit = trainer(max_epochs=3, **settings)
+    fit = trainer(max_epochs=EPOCHS, **settings)
     fit.fit(module, training_data())
     return result(module.net, fit.optimizers[0])
 

@@ -202,6 +202,13 @@ def test_the_log_holds_the_metrics_and_no_trials(name: str, loss: Loss) -> None:
     assert epochs[0]["accuracy_epoch"] == pytest.approx(count.compute().item())
 
 
+def test_the_log_is_written_as_often_as_lightning_writes() -> None:
+    log = InMemory()
+    callbacks = [APOCallback()]
+    trainer(max_epochs=3, logger=log, log_every_n_steps=3, callbacks=callbacks).fit(Script(make("APO", None)), loader())
+    assert [line["apo/steps"] for line in log.lines if "apo/steps" in line] == [3, 6, 9, 12]
+
+
 def test_the_guard_leaves_nothing_behind() -> None:
     module = Script(make("APO", None))
     fit = trainer(max_epochs=1, callbacks=[APOCallback()])
@@ -274,7 +281,7 @@ def test_the_older_name_of_lightning(loss: Loss) -> None:
             return make("APO", loss)(self.net)
 
     module = Old()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "log_every_n_steps": 1}
     fit = pytorch_lightning.Trainer(max_epochs=3, accelerator="cpu", callbacks=[APOCallback()], **quiet)
     fit.fit(module, loader())
     model = net()
