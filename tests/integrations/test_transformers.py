@@ -174,6 +174,14 @@ class Reporter(TrainerCallback):
         self.lines.append(dict(kwargs["logs"]))
 
 
+def test_put_first_the_callback_reaches_reporters(tmp_path: Path) -> None:
+    model, reporter = language_model(), Reporter()
+    trained = trainer(tmp_path, make("APO", model, own_loss), model, own_loss, callbacks=[reporter])
+    trained.callback_handler.callbacks.insert(0, APOCallback())
+    trained.train()
+    assert all("apo/Q" in line for line in reporter.lines if "loss" in line)
+
+
 @each_front_end
 def test_the_mixin_reaches_reporters_and_logs_nothing_in_trials(name: str, tmp_path: Path) -> None:
     class Logging(ClosureTrainer):
