@@ -35,7 +35,7 @@ class Learned:
 
     tensor: Tensor
     rate: float = 0.0
-    count: Tensor = field(default_factory=lambda: torch.zeros(()))
+    count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu"))
     block: bool = False
     buffers: dict[str, Tensor] = field(default_factory=dict)
 

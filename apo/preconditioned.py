@@ -236,7 +236,7 @@ class APO(MetaLearner):
     def _show_state(self) -> None:
         self.state = defaultdict(dict)
         for p in self.parameters:
-            self.state[p] = {"step": torch.zeros(())}
+            self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
         for layer in self.layers:
             for p in layer.view.parameters:
                 self.state[p] = {"step": layer.count}

@@ -61,7 +61,10 @@ class Layer:
             one = ak.identity_block(side.length, side.block_size, dtype=master, device=device)
             return one.expand(*view.batch, *one.shape).contiguous()
 
-        S, count = torch.ones(view.shape, dtype=master, device=device), torch.zeros(())
+        S, count = (
+            torch.ones(view.shape, dtype=master, device=device),
+            torch.zeros((), dtype=torch.float32, device="cpu"),
+        )
         parts = {
             "A": Learned(block(sides[0]), count=count, block=True),
             "B": Learned(block(sides[1]), count=count, block=True),
