@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from apo import checks
+from apo.batches import moved, only_device
 from apo.discrepancy import KL, Discrepancy, discrepancy_named, takes_pairs
 from apo.padding import Mask, kept_positions, select
 from apo.trial import random_state, restore_random_state
@@ -68,7 +69,8 @@ class ProximalObjective:
         inputs: B′, batches of the model's inputs: an iterable, gone through again when it ends, or a callable that
             returns a batch. They should not be the batch that is trained on: the term is to measure what the step
             does to *other* examples. A tensor is called as ``model(batch)``, a tuple or list as
-            ``model(*batch)``, a mapping as ``model(**batch)``. May be None where ``fsd_weight`` is 0.
+            ``model(*batch)``, a mapping as ``model(**batch)``, on the model's device. May be None where
+            ``fsd_weight`` is 0.
         discrepancy: ``"kl"`` of softmax outputs, ``"mse"``, ``"bernoulli"``, ``"gaussian"``
             (:mod:`apo.discrepancy`), or any ``rho(new, old) -> scalar``.
         fsd_weight: λ_FSD, >= 0: the first setting to tune. Large is cautious. None, the default, takes the
@@ -175,8 +177,10 @@ class ProximalObjective:
             raise ValueError("inputs must hold at least one batch, but got an empty iterable") from None
 
     def checked_draw(self) -> Any:
-        """The next batch B′, which a ``loss`` needs to hold targets. Drawing may advance the random state: it would
-        otherwise meet the batches that training draws next."""
+        """The next batch B′, on the model's device; with targets, where there is a ``loss``.
+
+        Drawing may advance the random state: it would otherwise meet the batches that training draws next.
+        """
         batch = self.draw()
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2
         if self.loss is not None and not pair and not isinstance(batch, Mapping):
@@ -184,7 +188,8 @@ class ProximalObjective:
                 "inputs must be pairs (inputs, targets), or mappings, where a loss is given, "
                 f"but got {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
             )
-        return batch
+        device = only_device(self.module)
+        return batch if device is None else moved(batch, device)
 
     def anchor(self, batch: Any, look: Callable[[Any], None] = lambda _: None) -> Anchor:
         """Evaluate B′ at the present weights, with gradients enabled as at the trial: some modules compute otherwise
