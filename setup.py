@@ -13,7 +13,8 @@ assert VERSION is not None
 
 BENCH = ["pytest>=8", "pytest-benchmark>=5", "rich>=13", "matplotlib>=3.8", "scikit-learn>=1.4"]
 TRANSLATION = ["sacrebleu>=2.4"]
-TEST = [*BENCH, *TRANSLATION, "hypothesis>=6.100", "lion-pytorch>=0.2", "torch-optimi>=0.3"]
+INTEGRATIONS = ["lightning>=2.5", "torchmetrics>=1.5", "transformers>=5.0", "accelerate>=1.10"]
+TEST = [*BENCH, *TRANSLATION, *INTEGRATIONS, "hypothesis>=6.100", "lion-pytorch>=0.2", "torch-optimi>=0.3"]
 DEV = [*TEST, "ruff>=0.6", "mypy>=1.11"]
 
 setup(
@@ -31,7 +32,13 @@ setup(
         "numpy>=1.26",
         "triton>=3.6; platform_system == 'Linux'",
     ],
-    extras_require={"bench": BENCH, "translation": TRANSLATION, "test": TEST, "dev": DEV},
+    extras_require={
+        "bench": BENCH,
+        "translation": TRANSLATION,
+        "integrations": INTEGRATIONS,
+        "test": TEST,
+        "dev": DEV,
+    },
     classifiers=[
         "Intended Audience :: Science/Research",
         "License :: OSI Approved :: Apache Software License",
