@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from apo import checks
 from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
-from apo.linearity import Linearity, check_linear
+from apo.linearity import check_linear, is_proportional
 from apo.meta_learner import MetaLearner, Trial
 from apo.objective import ProximalObjective, check_objective
 from apo.rates import LogRates, RateOptimizer
-from apo.snapshot import OptimizerSnapshot, run_post_hooks, with_wrapped, without_hooks
+from apo.snapshot import Rehearsal, with_wrapped
 from apo.trial import Lookahead
 
 __all__ = ["AdaptiveLR"]
@@ -110,7 +110,6 @@ class AdaptiveLR(MetaLearner):
         if isinstance(optimizer, MetaLearner):
             raise TypeError(f"optimizer must not adapt itself already, but got {type(optimizer).__name__}")
         check_objective(objective)
-        check_objective(objective)
         _check_groups(optimizer.param_groups)
         checks.integer("interval", interval, least=0)
         checks.integer("warmup", warmup, least=0)
@@ -130,7 +129,6 @@ class AdaptiveLR(MetaLearner):
         super().__init__([torch.zeros(0)], {})  # hooks and the like; the groups are the optimizer's
         self.optimizer = optimizer
         self.rates = rates
-        self._linearity: Linearity | None = None
         filled = objective.with_defaults(fsd_weight=0.1 if fresh else 0.3)
         self._link()
         self._sign()  # refuses what can't be served
@@ -149,6 +147,8 @@ class AdaptiveLR(MetaLearner):
         for group in self.param_groups:
             self.rates.prepare(group)
             self._prepare_group(group)
+            group["apo_proportional"] = None  # not known yet
+        _part_tensor_rates(self.param_groups)
 
     def add_param_group(self, param_group: Group) -> None:
         """As the optimizer's own, to which groups may be added too; the new group's rate is learned as well."""
@@ -177,24 +177,24 @@ class AdaptiveLR(MetaLearner):
             raise ValueError("optimizer must maximize in all of its param groups or in none")
         return signs.pop()
 
+    @property
+    def _proportional(self) -> bool | None:
+        """What :func:`check_linear` found, or that it ceased to be so; in the groups, so that checkpoints hold it."""
+        found: bool | None = self.param_groups[0].get("apo_proportional")
+        return found
+
     def _scaling(self) -> Scaling:
-        return Scaling(self.grad_scaler, [self, self.optimizer])
+        return Scaling(self.grad_scaler, [self, *with_wrapped(self.optimizer)])
 
     def _plain_step(self) -> None:
         self.optimizer.step()
 
-    def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Factors:
-        if self._linearity is None:
-            self._linearity = check_linear(self.optimizer)
-        undo.enter_context(OptimizerSnapshot(self.optimizer))
-        if self._linearity is not None and self._linearity.edits_gradients:
-            held = [(p, p.grad, p.grad.clone()) for p in self.parameters if p.grad is not None]
-            undo.callback(_restore_gradients, held)
-        with without_hooks(with_wrapped(self.optimizer)):
-            self.optimizer.step()
-        if self.reach < 1:
-            torch._foreach_lerp_(self.parameters, lookahead.start, 1 - self.reach)
-        return _Factors([1.0] * len(self.param_groups))
+    def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Attempt:
+        if self._proportional is None:
+            self._note("apo_proportional", check_linear(self.optimizer))
+        attempt = _Attempt(Rehearsal(self.optimizer, lookahead), lookahead)
+        attempt.rehearsal.rehearse(self.reach)
+        return attempt
 
     def _verdict(self, trial: Trial) -> bool:
         passed = super()._verdict(trial)
@@ -204,30 +204,48 @@ class AdaptiveLR(MetaLearner):
             passed = slope / (2 * self.reach**2) <= 1 + abs(trial.evaluation.objective)
         return passed
 
-    def _learn(self, proposal: _Factors, trial: Trial) -> bool:
+    def _learn(self, proposal: _Attempt, trial: Trial) -> bool:
         by_group = self._slopes(trial)
+        if self._proportional is False:
+            by_group = self._slopes_beside_a_constant(by_group, proposal, trial)
         if not all(map(math.isfinite, by_group)):
             return False
-        proposal.by_group = self.rates.update(self.param_groups, by_group)
+        proposal.factors = self.rates.update(self.param_groups, by_group)
         return True
 
     def _slopes(self, trial: Trial) -> list[float]:
         """``dQ/d log lr = ⟨V, θ′ − θ⟩`` of each group, summed in float64; one synchronisation."""
+        return self._products(trial.V, trial.steps)
+
+    def _slopes_beside_a_constant(self, whole: list[float], attempt: _Attempt, trial: Trial) -> list[float]:
+        """The same where ``θ′ − θ = c + lr · d``: ``lr · d`` is twice what the step at half the rate falls short by."""
+        with attempt.lookahead:
+            attempt.rehearsal.rehearse(self.reach / 2)
+            steps = [p - start for p, start in zip(self.parameters, attempt.lookahead.start, strict=True)]
+        half = self._products(trial.V, steps)
+        return [2 * (a - b) for a, b in zip(whole, half, strict=True)]
+
+    def _products(self, V: list[Tensor], steps: list[Tensor]) -> list[float]:
         sums, first = [], 0
         for group in self.param_groups:
             last = first + len(group["params"])
-            pairs = zip(trial.V[first:last], trial.steps[first:last], strict=True)
-            products = [torch.sum(v * s, dtype=torch.float64).cpu() for v, s in pairs]
-            sums.append(torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64))
+            pairs = zip(V[first:last], steps[first:last], strict=True)
+            products = [torch.sum(v * s, dtype=torch.float64) for v, s in pairs]
+            sums.append(torch.stack(products).sum() if products else torch.zeros_like(V[0].sum(dtype=torch.float64)))
             first = last
-        return [float(x) for x in sums]
+        values: list[float] = torch.stack(sums).tolist()
+        return values
 
-    def _move(self, proposal: _Factors, trial: Trial) -> None:
-        """``θ + (lr_new / lr_old)(θ′ − θ)``: the optimizer's state doesn't depend on the rate."""
-        each = zip(proposal.by_group, self.param_groups, strict=True)
-        torch._foreach_mul_(trial.steps, [factor / self.reach for factor, group in each for _ in group["params"]])
-        torch._foreach_add_(self.parameters, trial.steps)
-        run_post_hooks(with_wrapped(self.optimizer))
+    def _move(self, proposal: _Attempt, trial: Trial) -> None:
+        """The optimizer's own step at the new rates."""
+        proposal.rehearsal.perform()
+        if not self._proportional or proposal.factors is None:
+            return
+        sizes = [len(group["params"]) for group in self.param_groups]
+        factors = [f / self.reach for f, size in zip(proposal.factors, sizes, strict=True) for _ in range(size)]
+        # Steps may cease to be proportional later, as where weights are drawn to an average of theirs now and then.
+        if not is_proportional(proposal.lookahead.start, trial.steps, self.parameters, factors):
+            self._note("apo_proportional", False)
 
     def _shrink(self) -> None:
         self.rates.shrink(self.param_groups)
@@ -254,16 +272,12 @@ class AdaptiveLR(MetaLearner):
 
 
 @dataclass
-class _Factors:
-    """Each group's new rate over its old one."""
+class _Attempt:
+    """A trial's step: what takes it again, the weights at θ, and each group's new rate over its old one."""
 
-    by_group: list[float]
-
-
-def _restore_gradients(held: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    for p, grad, content in held:
-        grad.copy_(content)
-        p.grad = grad
+    rehearsal: Rehearsal
+    lookahead: Lookahead
+    factors: list[float] | None = None
 
 
 def _check_groups(groups: list[Group]) -> None:
@@ -271,5 +285,14 @@ def _check_groups(groups: list[Group]) -> None:
         if "lr" not in group:
             raise ValueError(f"optimizer must have an 'lr' in each param group, but group {i} has none")
         rate = group["lr"]
-        checks.number(f"optimizer.param_groups[{i}]['lr']", rate.item() if isinstance(rate, Tensor) else rate)
+        checks.number(f"optimizer.param_groups[{i}]['lr']", rate.item() if hasattr(rate, "item") else rate)
     checks.parameters(p for group in groups for p in group["params"])
+
+
+def _part_tensor_rates(groups: list[Group]) -> None:
+    """Give each group a rate of its own: torch puts one and the same tensor into all of them."""
+    held = set[int]()
+    for group in groups:
+        if isinstance(group["lr"], Tensor) and id(group["lr"]) in held:
+            group["lr"] = group["lr"].clone()
+        held.add(id(group["lr"]))

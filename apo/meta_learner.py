@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
 from apo.objective import Anchor, Closure, Evaluation, ProximalObjective
 from apo.rates import get_rate
-from apo.trial import CallersAutocast, Lookahead, Undisturbed, forget_casts, graph_leaves
+from apo.trial import CallersAutocast, Lookahead, Undisturbed, changed_by, forget_casts, leaves_of_backwards
 
 __all__ = ["MetaLearner", "Trial"]
 
@@ -161,12 +162,23 @@ class MetaLearner(Optimizer):
         meta = self.meta_due or not move
         self._check_closure(closure, meta=meta)
         autocast = CallersAutocast({p.device.type for p in self.parameters})
-        loss = None
-        if closure is not None:
+        scaling = self._scaling()
+        with scaling.one_step(move=move):
+            return self._take_with(closure, autocast, scaling, meta=meta, move=move)
+
+    def _take_with(
+        self, closure: Closure | None, autocast: CallersAutocast, scaling: Scaling, *, meta: bool, move: bool
+    ) -> Any:
+        loss: Any = None
+        touched, written = self.parameters, list[Tensor]()
+        if closure is not None and meta:
+            with torch.enable_grad(), leaves_of_backwards() as leaves, changed_by(self._models, touched) as written:
+                loss = closure()
+            touched = [*touched, *leaves]
+        elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with autocast.lifted():
-            scaling = self._scaling()
             scaling.unscale()
             if not self._gradients_are_finite(scaling):
                 if move:
@@ -174,7 +186,9 @@ class MetaLearner(Optimizer):
                 return loss
             self._check_gradients()
             if meta:
-                self._meta_step(closure, loss, autocast, scaling, move=move)
+                train = self.objective.mode == "train"
+                undisturbed = partial(Undisturbed, self._models, touched, train=train, written=written)
+                self._meta_step(closure, loss, autocast, scaling, undisturbed, move=move)
             elif move:
                 self._plain_step()
             if move:
@@ -183,7 +197,14 @@ class MetaLearner(Optimizer):
         return loss
 
     def _meta_step(
-        self, closure: Closure | None, loss: Any, autocast: CallersAutocast, scaling: Scaling, *, move: bool
+        self,
+        closure: Closure | None,
+        loss: Any,
+        autocast: CallersAutocast,
+        scaling: Scaling,
+        undisturbed: Callable[[], Undisturbed],
+        *,
+        move: bool,
     ) -> None:
         objective, parameters = self.objective, self.parameters
         if objective.loss is None and closure is not None:
@@ -193,17 +214,16 @@ class MetaLearner(Optimizer):
                 self._plain_step()
             return
         self._ranks.settle(objective.model, parameters, self._replica_text())
-        touched = [*parameters, *graph_leaves(loss)]
         batch = objective.checked_draw() if objective.needs_inputs else None
-        anchor = None
+        lookahead, anchor = Lookahead(parameters), None
         if objective.needs_inputs:
-            with self._undisturbed(touched), autocast.back():
+            with lookahead, undisturbed(), autocast.back():  # some modules renormalise their weights when called
                 anchor = objective.anchor(batch)
         with ExitStack() as undo:
-            with Lookahead(parameters) as lookahead:
+            with lookahead:
                 proposal = self._propose(lookahead, undo)
                 forget_casts()
-                trial = self._evaluate(closure, loss, lookahead.start, anchor, touched, autocast, scaling)
+                trial = self._evaluate(closure, loss, lookahead.start, anchor, autocast, scaling, undisturbed)
             self.accepted = self._verdict(trial)
             if self.accepted and move:
                 learned = self._learn(proposal, trial)
@@ -222,19 +242,19 @@ class MetaLearner(Optimizer):
         loss: Any,
         start: list[Tensor],
         anchor: Anchor | None,
-        touched: list[Tensor],
         autocast: CallersAutocast,
         scaling: Scaling,
+        undisturbed: Callable[[], Undisturbed],
     ) -> Trial:
         """Q and V at the present trial weights, by ordinary backward passes; the same on all ranks."""
         parameters, objective = self.parameters, self.objective
-        with self._undisturbed(touched) as undisturbed, scaling.set_aside(), autocast.back():
+        with undisturbed() as models, scaling.set_aside(), autocast.back():
             factor, sign = scaling.factor, self._sign()
             loss_there: Any = 0.0
             if objective.loss is None:
                 loss_there = self._closure_at_trial(closure, parameters, sign)
                 factor = 1.0 if scaling.unscaled else factor
-                undisturbed.set_flags()
+                models.start_over()  # as at the anchor
             own_loss, fsd = objective.terms(anchor) if anchor is not None else (None, None)
             if own_loss is not None:
                 loss_there = own_loss
@@ -355,11 +375,6 @@ class MetaLearner(Optimizer):
 
     def _scaling(self) -> Scaling:
         return Scaling(self.grad_scaler, [self])
-
-    @contextmanager
-    def _undisturbed(self, touched: list[Tensor]) -> Iterator[Undisturbed]:
-        with Undisturbed(self._models, touched, train=self.objective.mode == "train") as undisturbed:
-            yield undisturbed
 
     def _note(self, name: str, value: Any) -> None:
         """Keep a number beside the rates, in every group, so that every checkpoint holds it."""
