@@ -285,8 +285,13 @@ def _check_groups(groups: list[Group]) -> None:
         if "lr" not in group:
             raise ValueError(f"optimizer must have an 'lr' in each param group, but group {i} has none")
         rate = group["lr"]
-        checks.number(f"optimizer.param_groups[{i}]['lr']", rate.item() if hasattr(rate, "item") else rate)
+        checks.number(f"optimizer.param_groups[{i}]['lr']", _number(rate))
     checks.parameters(p for group in groups for p in group["params"])
+
+
+def _number(rate: Any) -> Any:
+    """What a rate of NumPy's or in a tensor holds, if that is one number."""
+    return rate.item() if getattr(rate, "size", None) == 1 or (isinstance(rate, Tensor) and rate.numel() == 1) else rate
 
 
 def _part_tensor_rates(groups: list[Group]) -> None:

@@ -323,12 +323,11 @@ class Undisturbed:
             self._meet(module)
 
     def _meet(self, root: nn.Module) -> None:
-        for module in root.modules():
-            if id(module) in self._modules:
-                continue
-            self._modules[id(module)] = module
-            self._flags.append((module, module.training))
-            for _, buffer in module._buffers.items():  # noqa: PERF102 - a ScriptModule has no values()
+        fresh = [module for module in root.modules() if id(module) not in self._modules]
+        self._modules.update((id(module), module) for module in fresh)
+        self._flags += [(module, module.training) for module in fresh]  # all first: some forward theirs to others
+        for module in fresh:
+            for buffer in module._buffers.values():
                 if buffer is not None and not buffer.is_meta and id(buffer) not in self._buffers:
                     self._buffers.add(id(buffer))
                     self._contents.append(_Content(buffer))

@@ -293,13 +293,19 @@ def bf16() -> AbstractContextManager[None]:
     return torch.autocast("cpu", torch.bfloat16)
 
 
+def seed(value: int) -> None:
+    torch.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value)  # noqa: NPY002
+
+
 class Run:
     """A model of a kind, its optimizer and a closure that also trains a stranger: a weight of nobody's model."""
 
-    def __init__(self, kind: str, front_end: str, *, mode: Any = "eval", autocast: str = "none", **settings: Any) -> None:
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)  # noqa: NPY002
+    def __init__(
+        self, kind: str, front_end: str, *, mode: Any = "eval", autocast: str = "none", **settings: Any
+    ) -> None:
+        seed(0)
         self.model = ZOO[kind].make()
         self.x, other = ZOO[kind].batch(6), ZOO[kind].batch(4)
         self.t = torch.randint(CLASSES, (6,))
@@ -386,17 +392,140 @@ each_autocast = pytest.mark.parametrize("autocast", ["none", "outside", "inside"
 @each_front_end
 @each_mode
 @each_autocast
-def test_a_step_of_no_length_has_no_fsd_and_leaves_no_trace(kind: str, front_end: str, mode: str, autocast: str) -> None:
+def test_a_step_of_no_length_has_no_fsd_and_leaves_no_trace(
+    kind: str, front_end: str, mode: str, autocast: str
+) -> None:
     """The step with a trial disturbs no more than the closure at θ does."""
     plain, tried = (
         Run(kind, front_end, mode=mode, autocast=autocast, lr=1e-30, interval=meta, warmup=0) for meta in (0, 1)
     )
     found = []
     for run in (plain, tried):
-        torch.manual_seed(1)
+        seed(1)
         run.step()
         found.append(run.traces())
     assert tried.opt.last is not None
     assert tried.opt.last.fsd == 0
     assert tried.opt.failed_trials == 0
     assert_equal(*found)
+
+
+class Stop(Exception):
+    pass
+
+
+@contextmanager
+def stopped_after(model: nn.Module, calls: int) -> Iterator[None]:
+    """Raise once the model has been called so many times."""
+    left = [calls]
+
+    def count(module: nn.Module, *_: Any) -> None:
+        if module is model:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Stop
+
+    handle = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@each_kind
+@each_front_end
+@pytest.mark.parametrize("calls", [2, 3, 4])
+def test_an_exception_leaves_all_as_the_closure_did(kind: str, front_end: str, calls: int) -> None:
+    """Whether it comes at the anchor (2), in the closure at θ′ (3) or at B′ there (4)."""
+    expected, stopped = (Run(kind, front_end, mode="train", lr=0.05) for _ in range(2))
+    for run in (expected, stopped):
+        seed(1)
+        run.step()  # so that there are states
+    seed(2)
+    expected.closure()
+    wanted = expected.traces()
+    state, versions = repr(stopped.opt.state_dict()), [p._version for p in stopped.opt.parameters]
+    seed(2)
+    with pytest.raises(Stop), stopped_after(stopped.model, calls):
+        stopped.step()
+    assert_equal(wanted, stopped.traces())
+    assert repr(stopped.opt.state_dict()) == state
+    for a, b in zip(expected.model.parameters(), stopped.model.parameters(), strict=True):
+        assert equal(a.detach(), b.detach())
+        assert equal(a.grad, b.grad)
+    if kind != "embedding with max_norm":  # which writes its weights whenever it is called
+        assert [p._version for p in stopped.opt.parameters] == versions
+
+
+@each_kind
+@each_front_end
+def test_a_refused_trial_leaves_all_as_the_closure_did(kind: str, front_end: str) -> None:
+    expected, refused = (Run(kind, front_end, lr=1e30) for _ in range(2))
+    seed(1)
+    expected.closure()
+    wanted = expected.traces()
+    seed(1)
+    refused.step()
+    assert_equal(wanted, refused.traces())
+    if refused.opt.failed_trials:  # norms may take any step
+        for a, b in zip(expected.model.parameters(), refused.model.parameters(), strict=True):
+            assert equal(a.detach(), b.detach())
+
+
+@each_front_end
+def test_modules_that_the_objective_doesnt_know_are_met_when_they_are_called(front_end: str) -> None:
+    """One called by ``forward=``, one by the closure alone: flags, statistics and dropout."""
+    runs = []
+    for meta in (0, 1):
+        seed(0)
+        model = nn.Linear(WIDTH, CLASSES)
+        before, after = (nn.Sequential(nn.BatchNorm1d(n), nn.Dropout(0.5)) for n in (WIDTH, CLASSES))
+        x, other, t = vectors(6), vectors(4), torch.randint(CLASSES, (6,))
+        goal = apo.ProximalObjective(model, lambda other=other: other, forward=lambda m, b, f=before: m(f(b)))
+        opt = FRONT_ENDS[front_end](model, goal, 1e-30, interval=meta, warmup=0)
+        modes: list[bool] = []
+        handle = after[1].register_forward_hook(lambda m, *_, modes=modes: modes.append(m.training))
+
+        def closure(model: Any = model, opt: Any = opt, x: Any = x, t: Any = t, f: Any = before, g: Any = after) -> Any:
+            opt.zero_grad()
+            loss = F.cross_entropy(g(model(f(x))), t)
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+        handle.remove()
+        grads = [p.grad for m in (before, after) for p in m.parameters()]
+        runs.append([contents([*before.buffers(), *after.buffers(), *grads]), before.training, torch.get_rng_state()])
+    assert opt.last.fsd == 0
+    assert modes == [True, False]
+    assert_equal(*runs)
+
+
+@each_front_end
+def test_a_graph_from_before_a_meta_step_is_still_good(front_end: str) -> None:
+    run = Run("tied weights", front_end)
+    loss = F.cross_entropy(run.model(run.x), run.t)
+    run.opt.meta_step(run.closure)
+    assert run.opt.last.step_norm > 0
+    loss.backward()
+
+
+@each_front_end
+def test_attributes_hold_no_graph_of_the_trial(front_end: str) -> None:
+    """The loss on the side is the closure's at θ, which a trainer may log."""
+    run = Run("remembering", front_end)
+    seen = []
+    handle = run.model.register_forward_hook(lambda m, *_: seen.append(m.loss_on_the_side))
+    run.step()
+    handle.remove()
+    assert len(seen) == 4
+    assert run.model.loss_on_the_side is seen[0]
+
+
+@each_front_end
+def test_anomaly_detection_doesnt_take_a_trial_that_leaps_for_one(front_end: str) -> None:
+    run = Run("tied weights", front_end, lr=1e30)
+    with torch.autograd.set_detect_anomaly(True):
+        run.step()
+        assert torch.is_anomaly_enabled()
+    assert run.opt.failed_trials == 1
