@@ -248,20 +248,23 @@ class MetaLearner(Optimizer):
     ) -> Trial:
         """Q and V at the present trial weights, by ordinary backward passes; the same on all ranks."""
         parameters, objective = self.parameters, self.objective
-        with undisturbed() as models, scaling.set_aside(), autocast.back():
+        with undisturbed() as models, scaling.set_aside():
             factor, sign = scaling.factor, self._sign()
             loss_there: Any = 0.0
-            if objective.loss is None:
-                loss_there = self._closure_at_trial(closure, parameters, sign)
-                factor = 1.0 if scaling.unscaled else factor
-                models.start_over()  # as at the anchor
-            own_loss, fsd = objective.terms(anchor) if anchor is not None else (None, None)
-            if own_loss is not None:
-                loss_there = own_loss
-            terms = [] if own_loss is None else [sign * own_loss]
-            terms += [] if fsd is None else [(objective.fsd_weight or 0.0) * fsd]
-            if terms:
-                (factor * torch.stack(terms).sum()).backward()  # type: ignore[no-untyped-call]
+            with autocast.back():
+                if objective.loss is None:
+                    loss_there = self._closure_at_trial(closure, parameters, sign)
+                    factor = 1.0 if scaling.unscaled else factor
+                    models.start_over()  # as at the anchor
+                own_loss, fsd = objective.terms(anchor) if anchor is not None else (None, None)
+                if own_loss is not None:
+                    loss_there = own_loss
+                terms = [] if own_loss is None else [sign * own_loss]
+                terms += [] if fsd is None else [(objective.fsd_weight or 0.0) * fsd]
+                total = torch.stack(terms).sum() if terms else None
+            if total is not None:
+                with torch.enable_grad():
+                    (factor * total).backward()  # type: ignore[no-untyped-call]
             V = [_own(p) for p in parameters]
         steps = list(torch._foreach_sub(parameters, start))
         if factor != 1.0:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from apo import checks
 from apo.discrepancy import KL, Discrepancy, discrepancy_named, takes_pairs
 from apo.padding import Mask, kept_positions, select
-from apo.trial import random_state, restore_random_state
+from apo.trial import random_state, restore_random_state, without_autocast
 
 __all__ = ["Anchor", "Closure", "Evaluation", "ProximalObjective", "check_objective"]
 
@@ -210,7 +210,8 @@ class ProximalObjective:
         if anchor.kept is not None:
             new = select(new, anchor.kept)
         rho = KL() if self._classes_moved else self.discrepancy
-        return loss, _one_number("discrepancy", rho(new, anchor.outputs))
+        with without_autocast(new):
+            return loss, _one_number("discrepancy", rho(new, anchor.outputs))
 
     @property
     def _weight(self) -> float:

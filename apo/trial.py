@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "CallersAutocast",
@@ -35,6 +36,7 @@ __all__ = [
     "restore_generator",
     "restore_random_state",
     "surely",
+    "without_autocast",
 ]
 
 
@@ -71,6 +73,17 @@ def forget_casts() -> None:
     torch.clear_autocast_cache()
     if parametrize._cache_enabled:  # inside parametrize.cached()
         parametrize._cache.clear()
+
+
+@contextmanager
+def without_autocast(outputs: Any) -> Iterator[None]:
+    """No operation on such outputs is cast in here."""
+    devices = {x.device.type for x in tree_leaves(outputs) if isinstance(x, Tensor)} - {"meta"}
+    with ExitStack() as stack:
+        for device in devices:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 class CallersAutocast:
