@@ -187,7 +187,8 @@ class MetaLearner(Optimizer):
             self._check_gradients()
             if meta:
                 train = self.objective.mode == "train"
-                undisturbed = partial(Undisturbed, self._models, touched, train=train, written=written)
+                own = self.parameters
+                undisturbed = partial(Undisturbed, self._models, touched, train=train, own=own, written=written)
                 self._meta_step(closure, loss, autocast, scaling, undisturbed, move=move)
             elif move:
                 self._plain_step()
@@ -421,7 +422,7 @@ class MetaLearner(Optimizer):
         Raises:
             ValueError: it isn't one. Nothing has been loaded then.
         """
-        groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+        groups = _groups_in(state_dict)
         saved = groups[0].get("apo_settings") if groups else None
         name = type(self).__name__
         if not isinstance(saved, str) or not saved.startswith(f"{name}("):
@@ -450,6 +451,15 @@ class MetaLearner(Optimizer):
             for name, value in self.__dict__.items()
             if not (name.endswith("_hooks") or name in _NOT_PICKLED)
         }
+
+
+def _groups_in(state_dict: Any) -> Any:
+    """The param groups of a state dict; of a wrapper's, which holds that of another optimizer, those of the latter."""
+    if not isinstance(state_dict, dict):
+        return None
+    if "param_groups" in state_dict:
+        return state_dict["param_groups"]
+    return next((groups for part in state_dict.values() if (groups := _groups_in(part))), None)
 
 
 def _own(p: Tensor) -> Tensor:

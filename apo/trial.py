@@ -270,6 +270,7 @@ class Undisturbed:
         models: modules whose submodules, parameters and buffers are known from the start.
         tensors: further tensors whose ``.grad`` has to survive.
         train: leave train and eval flags as they are.
+        own: tensors whose hooks after the backward run in here too. Those of others may step them.
         written: parameters of others whose content has to survive too, for the closure writes it.
 
     In eval mode a recurrent network keeps its flag and loses its dropout instead: cuDNN has no backward in eval mode.
@@ -281,8 +282,11 @@ class Undisturbed:
         tensors: Iterable[Tensor],
         *,
         train: bool = False,
+        own: Iterable[Tensor] = (),
         written: Iterable[Tensor] = (),
     ) -> None:
+        self._own = {id(tensor) for tensor in own}
+        self._hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._train = train
         self._written = list(written)
         self._models = list(models)
@@ -290,7 +294,7 @@ class Undisturbed:
         self._modules: dict[int, nn.Module] = {}
         self._flags: list[tuple[nn.Module, bool]] = []
         self._dropouts: list[tuple[nn.RNNBase, float]] = []
-        self._own_train: list[tuple[nn.Module, Any]] = []
+        self._own_train: dict[type, Any] = {}
         self._contents: list[_Content | _Attributes] = []
         self._buffers: set[int] = set()
         self._grads: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
@@ -352,18 +356,28 @@ class Undisturbed:
             self._contents.append(_Attributes(module))
 
     def _to_eval(self, module: nn.Module) -> None:
+        self._keep_flags(type(module))
         if isinstance(module, nn.RNNBase):
             self._dropouts.append((module, module.dropout))
             module.dropout = 0.0
         elif module.training:
             module.training = False
-        # `model.train()` in a closure would switch dropout on between the anchor and the trial
-        self._own_train.append((module, module.__dict__.get("train")))
-        module.__dict__["train"] = lambda mode=True, module=module: module
+
+    def _keep_flags(self, kind: type) -> None:
+        """``model.train()`` in a closure would switch dropout on between the anchor and the trial. Copies that a
+        closure makes of a module aren't concerned."""
+        for owner in kind.__mro__:
+            if "train" in vars(owner) and owner not in self._own_train:
+                true = self._own_train[owner] = vars(owner)["train"]
+                owner.train = _train_but(self._modules, true)  # type: ignore[attr-defined]
 
     def _meet_tensor(self, tensor: Tensor) -> None:
         if id(tensor) in self._grads:
             return
+        hooks = tensor._post_accumulate_grad_hooks
+        if hooks and id(tensor) not in self._own:
+            self._hooks.append((hooks, dict(hooks)))
+            hooks.clear()
         grad = tensor.grad
         # Where memory is shared with something else (DDP's buckets), the trial's backward may write to it.
         shared = grad is not None and grad.layout == torch.strided and _is_part(grad)
@@ -375,11 +389,10 @@ class Undisturbed:
     def _restore(self) -> None:
         for held in self._contents:
             held.restore()
-        for module, own in self._own_train:
-            if own is None:
-                module.__dict__.pop("train", None)
-            else:
-                module.__dict__["train"] = own
+        for owner, train in self._own_train.items():
+            owner.train = train  # type: ignore[attr-defined]
+        for hooks, former in self._hooks:
+            hooks.update(former)
         for rnn, dropout in self._dropouts:
             rnn.dropout = dropout
         for module, flag in self._flags:
@@ -392,6 +405,14 @@ class Undisturbed:
                 if grad is not None and content is not None:
                     grad.copy_(content)
         restore_random_state(self._rng)
+
+
+def _train_but(known: dict[int, nn.Module], true: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(true)
+    def train(self: nn.Module, mode: bool = True) -> Any:
+        return self if id(self) in known else true(self, mode)
+
+    return train
 
 
 def _is_part(tensor: Tensor) -> bool:

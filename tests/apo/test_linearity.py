@@ -632,3 +632,33 @@ def test_sparse_gradients_are_left_as_they_were() -> None:
     assert torch.equal(grad._indices(), indices)
     assert same(weights(table), before)
     assert not base.state
+
+
+def test_a_wrappers_own_state_dict_is_saved_and_goes_on_to_the_bit() -> None:
+    """Whatever its form: here the inner optimizer's is a part of it."""
+
+    class Saving(Lookahead):
+        def state_dict(self) -> Any:
+            return {"inner": self.inner.state_dict(), "count": self.count, "slow": [*self.slow.values()]}
+
+        def load_state_dict(self, state_dict: Any) -> None:
+            self.inner.load_state_dict(state_dict["inner"])
+            self.param_groups, self.state = self.inner.param_groups, self.inner.state
+            self.count = state_dict["count"]
+            self.slow = dict(zip(self.slow, state_dict["slow"], strict=True))
+
+    runs = []
+    for _ in range(2):
+        model, x, t, other = mlp()
+        base = Saving(torch.optim.Adam(model.parameters(), lr=1e-2))
+        runs.append((model, apo.AdaptiveLR(base, objective(model, other), interval=2, warmup=3), x, t))
+    (model, opt, x, t), (model2, opt2, *_) = runs
+    for _ in range(5):
+        opt.step(closure_of(opt, model, x, t))
+    model2.load_state_dict(model.state_dict())
+    opt2.load_state_dict(opt.state_dict())
+    for _ in range(4):
+        opt.step(closure_of(opt, model, x, t))
+        opt2.step(closure_of(opt2, model2, x, t))
+    assert same(weights(model), weights(model2))
+    assert opt.param_groups[0]["lr"] == opt2.param_groups[0]["lr"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -529,3 +530,93 @@ def test_anomaly_detection_doesnt_take_a_trial_that_leaps_for_one(front_end: str
         run.step()
         assert torch.is_anomaly_enabled()
     assert run.opt.failed_trials == 1
+
+
+@each_front_end
+def test_another_optimizer_that_steps_in_the_backward_steps_once(front_end: str) -> None:
+    """As ``register_post_accumulate_grad_hook`` lets it: not at a trial."""
+    run = Run("tied weights", front_end, interval=1)
+    other = torch.optim.SGD([run.stranger], lr=0.1)
+
+    def step(_: Tensor) -> None:
+        other.step()
+        other.zero_grad()
+
+    run.stranger.register_post_accumulate_grad_hook(step)
+    (expected,) = torch.autograd.grad(F.cross_entropy(run.model(run.x) * run.stranger, run.t), [run.stranger])
+    run.step()
+    assert run.stranger.item() == pytest.approx(1 - 0.1 * expected.item(), rel=1e-6)
+
+
+@each_front_end
+def test_copies_that_a_closure_makes_of_the_model_are_whole(front_end: str) -> None:
+    """In a trial too: they can be pickled, and switched to train and back."""
+    run = Run("dropout", front_end, interval=1)
+    copies = []
+
+    def closure() -> float:
+        copies.append(pickle.loads(pickle.dumps(run.model)))
+        copies.append(copy.deepcopy(run.model))
+        loss = run.closure()
+        assert [m.training for m in run.model.modules()] == [not run.opt.in_trial] * 5
+        return loss
+
+    run.opt.step(closure)
+    assert len(copies) == 4
+    for model in [run.model, *copies]:
+        for mode in (True, False):
+            assert model.train(mode) is model
+            assert all(m.training == mode for m in model.modules())
+
+
+@each_front_end
+@pytest.mark.parametrize("where", ["inputs", "mask", "outputs", "discrepancy", "backward"])
+def test_what_the_objective_calls_may_raise(front_end: str, where: str) -> None:
+    expected, run = (Run("remembering", front_end, interval=1) for _ in range(2))
+    goal, armed = run.opt.objective, [False]
+
+    def stop(value: Any, *_: Any) -> Any:
+        if armed and armed.pop():
+            raise Stop
+        return value
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return stop(grad)
+
+    batch, true = goal.inputs(), goal.discrepancy
+    if where == "inputs":
+        goal.inputs = lambda: stop(batch)
+    elif where == "mask":
+        goal.mask = lambda b: stop(torch.ones(len(b), dtype=torch.bool))
+    elif where == "outputs":
+        goal._outputs = stop
+    elif where == "discrepancy":
+        goal.discrepancy = lambda new, old: stop(true(new, old))
+    else:
+        goal.discrepancy = lambda new, old: true(Backward.apply(new), old)
+    for each in (expected, run):
+        seed(1)
+        each.step()
+    seed(2)
+    expected.closure()
+    wanted, state, before = (
+        expected.traces(),
+        repr(run.opt.state_dict()),
+        [p.detach().clone() for p in run.opt.parameters],
+    )
+    seed(2)
+    armed[:] = [True]
+    with pytest.raises(Stop):
+        run.step()
+    assert not armed
+    assert_equal(wanted, run.traces())
+    assert repr(run.opt.state_dict()) == state
+    assert all(map(torch.equal, before, run.opt.parameters))
+    run.step()
+    assert run.opt.failed_trials == 0
