@@ -32,9 +32,13 @@ class AdaptiveLR(MetaLearner):
     """Learns the learning rate of ``optimizer`` while it trains (section 4.2 of the paper, Algorithm 1).
 
     ``φ = log lr``; ``dQ/d log lr = ⟨∇_θ′ Q, θ′ − θ⟩``, so that a meta-step costs one more run of the closure, two
-    evaluations of B′ and a backward (no run of the closure where the objective has a ``loss`` of its own), and the
-    real step is the trial's, scaled: ``θ + (lr_new / lr_old)(θ′ − θ)``. While one runs it holds a copy of the weights
-    and of the optimizer's state, so that an exception or a failed trial can undo it.
+    evaluations of B′ and a backward (no run of the closure where the objective has a ``loss`` of its own). The real
+    step is the optimizer's own at the new rate, from the same state, gradients and random numbers. While a meta-step
+    runs it holds a copy of the weights and of the optimizer's state, so that an exception or a failed trial can undo
+    it.
+
+    Step hooks of ``optimizer``, and of optimizers that it wraps, run as ever: those before the step once, in the
+    trial, which needs what they make of the gradients; those after it only where the step is taken.
 
     The one-step objective is short-sighted: on deterministic problems it settles below the best fixed rate of plain
     SGD and RMSprop. And where gradient noise dominates, the loss on B itself doesn't let it decay the rate as a
@@ -54,7 +58,9 @@ class AdaptiveLR(MetaLearner):
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose step is proportional to ``lr``: SGD, RMSprop, Adam, AdamW,
-            Adagrad, NAdam, ..., with momentum, Nesterov and weight decay. Checked at the first meta-step.
+            Adagrad, NAdam, ..., with momentum, Nesterov and weight decay. Checked at the first meta-step. Steps that
+            are linear in ``lr`` beside a constant are served as well, for one more step of the optimizer in a
+            meta-step: a rate inside the momentum, wrappers such as Lookahead.
         objective: the :class:`~apo.ProximalObjective`. Its λ_FSD, if it was left open, is 0.3, or 0.1 where it has a
             ``loss`` of its own.
         interval: a meta-update every so many steps (K of Algorithm 1). 0: never.
