@@ -135,6 +135,7 @@ class AdaptiveLR(MetaLearner):
         super().__init__([torch.zeros(0)], {})  # hooks and the like; the groups are the optimizer's
         self.optimizer = optimizer
         self.rates = rates
+        self._rehearsal: Rehearsal | None = None
         filled = objective.with_defaults(fsd_weight=0.1 if fresh else 0.3)
         self._link()
         self._sign()  # refuses what can't be served
@@ -195,10 +196,15 @@ class AdaptiveLR(MetaLearner):
     def _plain_step(self) -> None:
         self.optimizer.step()
 
-    def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Attempt:
+    def _begin(self, lookahead: Lookahead, undo: ExitStack) -> None:
         if self._proportional is None:
             self._note("apo_proportional", check_linear(self.optimizer))
-        attempt = _Attempt(Rehearsal(self.optimizer, lookahead), lookahead)
+        self._rehearsal = Rehearsal(self.optimizer, lookahead)
+        undo.callback(self._rehearsal.start_over)
+
+    def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Attempt:
+        assert self._rehearsal is not None
+        attempt, self._rehearsal = _Attempt(self._rehearsal, lookahead), None
         attempt.rehearsal.rehearse(self.reach)
         return attempt
 
@@ -216,6 +222,7 @@ class AdaptiveLR(MetaLearner):
             by_group = self._slopes_beside_a_constant(by_group, proposal, trial)
         if not all(map(math.isfinite, by_group)):
             return False
+        proposal.rehearsal.start_over()  # some optimizers hook the model's passes
         proposal.factors = self.rates.update(self.param_groups, by_group)
         return True
 

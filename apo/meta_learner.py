@@ -217,10 +217,11 @@ class MetaLearner(Optimizer):
         self._ranks.settle(objective.model, parameters, self._replica_text())
         batch = objective.checked_draw() if objective.needs_inputs else None
         lookahead, anchor = Lookahead(parameters), None
-        if objective.needs_inputs:
-            with lookahead, undisturbed(), autocast.back():  # some modules renormalise their weights when called
-                anchor = objective.anchor(batch)
         with ExitStack() as undo:
+            self._begin(lookahead, undo)
+            if objective.needs_inputs:
+                with lookahead, undisturbed(), autocast.back():  # some modules renormalise their weights when called
+                    anchor = objective.anchor(batch)
             with lookahead:
                 proposal = self._propose(lookahead, undo)
                 forget_casts()
@@ -312,6 +313,9 @@ class MetaLearner(Optimizer):
         """
         base = self._sign() * trial.evaluation.base
         return trial.evaluation.objective <= base + abs(base) + 1  # False where Q is NaN
+
+    def _begin(self, lookahead: Lookahead, undo: ExitStack) -> None:
+        """Before the model is run: note what hooks of the optimizer's may change, as for :meth:`_propose`."""
 
     @abstractmethod
     def _propose(self, lookahead: Lookahead, undo: ExitStack) -> Any:

@@ -160,6 +160,10 @@ class Rehearsal:
         self._snapshot = OptimizerSnapshot(optimizer)
         self._hooks = _Hooks(with_wrapped(optimizer))
 
+    def start_over(self) -> None:
+        """Put back what the optimizer holds, its rates too."""
+        surely(self._snapshot.restore)
+
     def rehearse(self, factor: float) -> None:
         """Step at ``factor`` times the rates, and take back everything but the weights."""
         gradients = _Gradients(self._parameters)

@@ -131,6 +131,61 @@ class Hoarder(Base):
         return copy.deepcopy([*parts, self.nested, groups, self.generator.get_state(), self.pythons.getstate()])
 
 
+class Watching(Base):
+    """SGD scaled by how large the inputs were, which a hook on the model notes, as KFAC does."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.square = torch.ones(())
+
+    def watch(self, model: nn.Module) -> Base:
+        def note(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            self.square.lerp_(inputs[0].square().mean(), 0.1)
+
+        model.register_forward_pre_hook(note)
+        return self
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] / self.square * p.grad)
+
+
+class Chained(Base):
+    """Two optimizers as one; its groups are made anew whenever they are asked for."""
+
+    def __init__(self, *parts: Base) -> None:
+        self.parts, self.defaults = parts, {}
+
+    @property
+    def param_groups(self) -> Any:
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> Any:
+        return {p: held for part in self.parts for p, held in part.state.items()}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> None:
+        for part in self.parts:
+            part.step()
+
+
+class IgnoresRate(Base):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(0.01 * p.grad)
+
+
 class EditsGradients(Base):
     """Adds decay to ``.grad`` in place, through ``.data``, and clips all gradients together."""
 
@@ -180,7 +235,14 @@ BASES: dict[str, Callable[[Any], Base]] = {
     "own generator": lambda p: Langevin(p, 0.01, 1.0, torch.Generator().manual_seed(1)),
     "hoarder": lambda p: Hoarder(p, 0.1),
     "edits gradients": lambda p: EditsGradients(p, 0.1),
+    "chained": lambda p: chained([*p]),
 }
+
+
+def chained(params: list[Tensor]) -> Base:
+    return Chained(torch.optim.AdamW(params[:2], lr=1e-2), torch.optim.SGD(params[2:], lr=0.1, momentum=0.9))
+
+
 each_base = pytest.mark.parametrize("name", BASES)
 
 
@@ -230,6 +292,24 @@ def test_steps_are_the_bases_own_at_the_learned_rates(name: str) -> None:
         assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     assert opt.failed_trials == 0
     assert float(opt.param_groups[0]["lr"]) != float(BASES[name](twin.parameters()).param_groups[0]["lr"])
+
+
+def test_what_hooks_of_the_base_see_in_a_trial_is_forgotten() -> None:
+    (model, x, t, other), (twin, *_) = mlp(dtype=torch.float32), mlp(dtype=torch.float32)
+    base, plain = (Watching(m.parameters(), 0.1).watch(m) for m in (model, twin))
+    opt = apo.AdaptiveLR(base, objective(model, 10 * other), interval=1)
+    for step in range(6):
+        if step == 3:
+            before = base.square.clone()
+            opt.meta_step(lambda: closure_of(opt, model, x, t)() + (math.inf if opt.in_trial else 0))
+            assert opt.failed_trials == 1
+            base.square.copy_(before)  # the closure at θ counts
+        opt.step(closure_of(opt, model, x, t))
+        closure_of(plain, twin, x, t)()
+        plain.param_groups[0]["lr"] = opt.param_groups[0]["lr"]
+        plain.step()
+        assert torch.equal(base.square, plain.square)
+        assert same(weights(model), weights(twin))
 
 
 @each_base
@@ -313,6 +393,7 @@ def test_the_slope_is_that_of_q_in_log_lr(name: str) -> None:
     ("make", "match"),
     [
         (lambda p: Langevin(p, 0.01, 0.5), "proportional to lr, or linear in it, but got Langevin"),
+        (lambda p: IgnoresRate(p, 0.01), "proportional to lr, or linear in it, but got IgnoresRate"),
         (lambda p: RootRate(p, 0.01), "proportional to lr, or linear in it, but got RootRate"),
         (lambda p: torch.optim.Rprop(p, lr=0.01), "got Rprop: its state depends on the rate in a way that decides"),
         (lambda p: SetsItsRate(p, 0.01), "leave lr as it is set, for AdaptiveLR learns it, but got SetsItsRate"),

@@ -525,7 +525,7 @@ def test_attributes_hold_no_graph_of_the_trial(front_end: str) -> None:
 
 @each_front_end
 def test_anomaly_detection_doesnt_take_a_trial_that_leaps_for_one(front_end: str) -> None:
-    run = Run("tied weights", front_end, lr=1e30)
+    run = Run("dropout", front_end, lr=1e30)
     with torch.autograd.set_detect_anomaly(True):
         run.step()
         assert torch.is_anomaly_enabled()
