@@ -110,7 +110,6 @@ class AdaptiveLR(MetaLearner):
         if isinstance(optimizer, MetaLearner):
             raise TypeError(f"optimizer must not adapt itself already, but got {type(optimizer).__name__}")
         check_objective(objective)
-        check_objective(objective)
         _check_groups(optimizer.param_groups)
         checks.integer("interval", interval, least=0)
         checks.integer("warmup", warmup, least=0)
@@ -139,6 +138,7 @@ class AdaptiveLR(MetaLearner):
                 del group[name]  # of another AdaptiveLR before this one
         self._prepare_groups()
         self._init_meta_learner(filled, interval, warmup, grad_scaler, process_group)
+        self._placed = _placed(self.parameters)
 
     def _link(self) -> None:
         """Share the optimizer's own groups and state: loading a state dict replaces both objects."""
@@ -165,6 +165,13 @@ class AdaptiveLR(MetaLearner):
             self._prepare_groups()
             self._held = HeldParameters(self._models, self.parameters)
         super()._renew()
+        placed = _placed(self.parameters)
+        if placed != self._placed:
+            checks.parameters(self.parameters)
+            if self.optimizer.state:  # loading is how torch casts and moves a state to its parameters
+                self.optimizer.load_state_dict(self.optimizer.state_dict())
+                self._link()
+            self._placed = placed
         self.rates.notice(self.param_groups)
 
     @property
@@ -264,6 +271,10 @@ def _restore_gradients(held: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     for p, grad, content in held:
         grad.copy_(content)
         p.grad = grad
+
+
+def _placed(parameters: list[Tensor]) -> list[tuple[torch.dtype, torch.device]]:
+    return [(p.dtype, p.device) for p in parameters]
 
 
 def _check_groups(groups: list[Group]) -> None:

@@ -32,6 +32,9 @@ __all__ = ["MetaLearner", "Trial"]
 # What torch.optim.Optimizer.__getstate__ leaves out too: hooks belong to the process, and schedulers wrap `step`.
 _NOT_PICKLED = {"step", "_opt_called", "_zero_grad_profile_name"}
 
+HUGE = 1e18
+"""Gradients from here on are divided by their largest entry before products are taken that would overflow."""
+
 _COUNTS = {"apo_steps": 0, "apo_failed_trials": 0, "apo_skipped_steps": 0}
 
 
@@ -76,6 +79,7 @@ class MetaLearner(Optimizer):
         self.last: Evaluation | None = None
         self.accepted = False
         self.in_trial = False
+        self._gradient_scale = 1.0
         self._ranks = Ranks(process_group)
         self._held = HeldParameters(self._models, self.parameters)
 
@@ -342,7 +346,9 @@ class MetaLearner(Optimizer):
         if not grads:
             return True
         largest = torch._foreach_norm(grads, ord=math.inf)
-        return bool(torch.stack([x.float() for x in largest]).isfinite().all())
+        most = torch.stack([x.double() for x in largest]).max().item()  # max() passes NaN on
+        self._gradient_scale = most if most > HUGE else 1.0
+        return math.isfinite(most)
 
     def _skip(self, meta: bool, scaling: Scaling) -> None:
         """Leave out a step whose gradients aren't finite. A GradScaler's overflows say nothing of φ."""
@@ -439,7 +445,8 @@ def _own(p: Tensor) -> Tensor:
     if p.grad is None:
         return torch.zeros_like(p)
     grad = p.grad.detach().to_dense()
-    return grad.clone() if grad.untyped_storage().nbytes() > grad.numel() * grad.element_size() else grad
+    shared = p.grad._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
+    return grad.clone() if shared else grad
 
 
 def _values(grad: Tensor) -> Tensor:

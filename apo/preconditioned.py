@@ -256,7 +256,10 @@ class APO(MetaLearner):
 
     def _renew(self) -> None:
         replaced = self._held.replaced()
-        if replaced and all(held.is_meta and not hasattr(now, "placements") for _, held, now in replaced):
+        if replaced and all(
+            held.is_meta and isinstance(now, nn.Parameter) and not hasattr(now, "placements")
+            for _, held, now in replaced
+        ):
             self._adopt({id(held): now for _, held, now in replaced})
         super()._renew()
         held = {id(p) for layer in self.layers for p in layer.view.parameters}
@@ -300,15 +303,18 @@ class APO(MetaLearner):
 
     def _plain_step(self) -> None:
         layers, gradients = self._gradients()
+        scale = self._gradient_scale  # P(G) of a huge G would overflow
+        if scale != 1:
+            gradients = torch._foreach_div(gradients, scale)
         directions = preconditioner.apply(layers, gradients)
-        self._bound_promise(layers, gradients, directions)
+        self._bound_promise(layers, gradients, directions, scale)
         for layer in layers:
             if layer.momentum is None and self._group(layer)["momentum"] != 0:
                 layer.momentum = torch.zeros_like(layer.S)
                 self.state[layer.view.weight] = layer.state()
         # Nothing is allocated below, so running out of memory can't leave a partial step.
         for layer, direction in zip(layers, directions, strict=True):
-            rate = get_rate(self._group(layer))
+            rate = get_rate(self._group(layer)) * scale
             if layer.momentum is None:
                 direction.mul_(rate)
             else:
@@ -316,7 +322,7 @@ class APO(MetaLearner):
         self._write(layers, [d if x.momentum is None else x.momentum for x, d in zip(layers, directions, strict=True)])
 
     def _bound_promise(
-        self, layers: Sequence[Layer], gradients: Sequence[Tensor], directions: Sequence[Tensor]
+        self, layers: Sequence[Layer], gradients: Sequence[Tensor], directions: Sequence[Tensor], scale: float
     ) -> None:
         """Safeguard: the predicted decrease ``Σ lr/(1 − μ) ⟨G, P(G)⟩`` never exceeds J + 1, J the loss of the last good
         trial.
@@ -327,6 +333,10 @@ class APO(MetaLearner):
         most = self.param_groups[0]["apo_most_promised"]
         self._promise = 1.0
         if not layers or most == math.inf:
+            return
+        if scale != 1:  # ⟨G, P(G)⟩ is so large that what may be left of the step underflows
+            self._promise = 0.0
+            torch._foreach_zero_(list(directions))
             return
         shares = [get_rate(self._group(x)) * self._carried(x) for x in layers]
         each = zip(shares, gradients, directions, strict=True)
