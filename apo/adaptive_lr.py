@@ -20,6 +20,7 @@ from apo.linearity import Linearity, check_linear
 from apo.meta_learner import MetaLearner, Trial
 from apo.objective import ProximalObjective, check_objective
 from apo.rates import LogRates, RateOptimizer
+from apo.schedules import Schedules
 from apo.snapshot import OptimizerSnapshot, run_post_hooks, with_wrapped, without_hooks
 from apo.trial import Lookahead
 
@@ -129,6 +130,7 @@ class AdaptiveLR(MetaLearner):
         super().__init__([torch.zeros(0)], {})  # hooks and the like; the groups are the optimizer's
         self.optimizer = optimizer
         self.rates = rates
+        self._schedules = Schedules([self, optimizer])
         self._linearity: Linearity | None = None
         filled = objective.with_defaults(fsd_weight=0.1 if fresh else 0.3)
         self._link()
@@ -172,7 +174,7 @@ class AdaptiveLR(MetaLearner):
                 self.optimizer.load_state_dict(self.optimizer.state_dict())
                 self._link()
             self._placed = placed
-        self.rates.notice(self.param_groups)
+        self.rates.notice(self.param_groups, self._schedules)
 
     @property
     def _models(self) -> list[nn.Module]:

@@ -25,6 +25,7 @@ from apo.plan import Plan, plan_of
 from apo.preconditioner import Layer
 from apo.rates import LogRates, get_rate
 from apo.relative_steps import RelativeSteps
+from apo.schedules import Schedules
 from apo.trial import Lookahead
 
 __all__ = ["APO"]
@@ -190,6 +191,7 @@ class APO(MetaLearner):
             bounds=bounds,
             rescale_schedule=rescale_schedule,
         )
+        self._schedules = Schedules([self])
         super().__init__(params, defaults)
         filled = objective.with_defaults(fsd_weight=1.0, wsd_weight=1e-3)
         self._init_meta_learner(filled, interval, warmup, grad_scaler, process_group)
@@ -270,7 +272,7 @@ class APO(MetaLearner):
             )
         if any(layer.outdated for layer in self.layers):
             self._rebuild()
-        if self.rates.notice(self.param_groups):
+        if self.rates.notice(self.param_groups, self._schedules):
             self._note("apo_overwritten", True)
 
     def _adopt(self, now: dict[int, Tensor]) -> None:
