@@ -35,6 +35,8 @@ _NOT_PICKLED = {"step", "_opt_called", "_zero_grad_profile_name"}
 HUGE = 1e18
 """Gradients from here on are divided by their largest entry before products are taken that would overflow."""
 
+_CHANGING = {"accepted", "in_trial"}
+
 _COUNTS = {"apo_steps": 0, "apo_failed_trials": 0, "apo_skipped_steps": 0}
 
 
@@ -389,8 +391,10 @@ class MetaLearner(Optimizer):
     def _replica_text(self) -> str:
         """What replicas of one model have in common and the members of a sweep haven't."""
         groups = [{k: str(v) for k, v in group.items() if k != "params"} for group in self.param_groups]
-        weights = self.objective.fsd_weight, self.objective.wsd_weight
-        return f"{self._settings_text()} {groups} {weights} {self.interval} {self.warmup}"
+        objective = self.objective
+        held = [self, getattr(self, "rates", None), getattr(self, "optimizer", None), objective, objective.discrepancy]
+        settings = [(type(each).__name__, _plain_settings(each)) for each in held]
+        return f"{self._settings_text()} {groups} {settings}"
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
@@ -447,6 +451,16 @@ def _own(p: Tensor) -> Tensor:
     grad = p.grad.detach().to_dense()
     shared = p.grad._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
     return grad.clone() if shared else grad
+
+
+def _plain_settings(holder: object) -> dict[str, Any]:
+    """The public attributes that are numbers, words or tuples of them."""
+    found = getattr(holder, "__dict__", {})
+    return {
+        name: value
+        for name, value in found.items()
+        if not name.startswith("_") and isinstance(value, (bool, int, float, str, tuple)) and name not in _CHANGING
+    }
 
 
 def _values(grad: Tensor) -> Tensor:

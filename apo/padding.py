@@ -24,16 +24,16 @@ class Kept(NamedTuple):
     """The positions that count.
 
     Attributes:
-        index: their flat indices; None: all of them.
+        places: their flat indices; None: all of them.
         dims: over how many leading dimensions of the outputs they go.
     """
 
-    index: Tensor | None
+    places: Tensor | None
     dims: int
 
     @property
     def none(self) -> bool:
-        return self.index is not None and self.index.numel() == 0
+        return self.places is not None and self.places.numel() == 0
 
 
 def kept_positions(mask: Mask, model: nn.Module, batch: Any, targets: Any, outputs: Any) -> Kept | None:
@@ -74,13 +74,13 @@ def kept_positions(mask: Mask, model: nn.Module, batch: Any, targets: Any, outpu
 
 def select(outputs: Any, kept: Kept) -> Any:
     """The positions that count, as examples: ``(N, T, C)`` becomes ``(kept, C)``."""
-    index, dims = kept
+    places, dims = kept
 
     def chosen(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         flat = x.flatten(0, dims - 1)
-        return flat if index is None else flat.index_select(0, index.to(x.device))
+        return flat if places is None else flat.index_select(0, places.to(x.device))
 
     return tree_map(chosen, outputs)
 
