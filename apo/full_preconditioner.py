@@ -59,7 +59,7 @@ class FullPreconditioner(MetaLearner):
         checks.number("lr", lr, above=True)
         checks.integer("interval", interval, least=0)
         checks.integer("warmup", warmup, least=0)
-        checks.number("meta_lr", meta_lr)
+        self.meta_lr = checks.number("meta_lr", meta_lr)
         weights = [p for p in model.parameters() if p.requires_grad]
         checks.parameters(weights)
         size = sum(p.numel() for p in weights)

@@ -307,7 +307,7 @@ class APO(MetaLearner):
         layers, gradients = self._gradients()
         scale = self._gradient_scale  # P(G) of a huge G would overflow
         if scale != 1:
-            gradients = torch._foreach_div(gradients, scale)
+            gradients = list(torch._foreach_div(gradients, scale))
         directions = preconditioner.apply(layers, gradients)
         self._bound_promise(layers, gradients, directions, scale)
         for layer in layers:
