@@ -158,6 +158,11 @@ class AdaptiveLR(MetaLearner):
             super().add_param_group(param_group)  # from Optimizer.__init__
             return
         self.optimizer.add_param_group(param_group)
+        try:
+            _check_groups(self.optimizer.param_groups)
+        except BaseException:
+            self.optimizer.param_groups.pop()
+            raise
         self._renew()
 
     def _renew(self) -> None:

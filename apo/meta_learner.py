@@ -423,7 +423,9 @@ class MetaLearner(Optimizer):
         if saved != self._settings_text():
             raise ValueError(f"state_dict must come from settings {self._settings_text()}, but its are {saved}")
         assert groups is not None
-        sizes, own = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
+        if not isinstance(state_dict.get("state"), dict):
+            raise ValueError(f"state_dict must have the entries 'state' and 'param_groups', but has {list(state_dict)}")
+        sizes, own = [len(g.get("params", ())) for g in groups], [len(g["params"]) for g in self.param_groups]
         if sizes != own:
             raise ValueError(f"state_dict must have param groups of {own} parameters, but got {sizes}")
         self._check_state(state_dict)

@@ -123,6 +123,11 @@ class ProximalObjective:
         for name, value in (("forward", forward), ("outputs", outputs), ("context", context), ("loss", loss)):
             if value is not None and not callable(value):
                 raise TypeError(f"{name} must be callable or None, but got {value!r} ({type(value).__name__})")
+        if context is not None and hasattr(context, "__enter__") and not isinstance(context, type):
+            raise TypeError(
+                f"context must be callable and makes a context, but got a context itself, {type(context).__name__}: "
+                "put a lambda: before it"
+            )
         if mask is True or not (mask is None or callable(mask) or isinstance(mask, int)):
             raise TypeError(f"mask must be a callable, an int, None or False, but got {mask!r} ({type(mask).__name__})")
         if inputs is None and (self.fsd_weight != 0 or loss is not None):

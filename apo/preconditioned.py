@@ -185,6 +185,8 @@ class APO(MetaLearner):
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
                 raise ValueError("model must have parameters that require grad, but got none")
+        elif not isinstance(params, Iterable):
+            raise TypeError(f"params must be parameters of the model or param groups of them, but got {params!r}")
         self.rates = LogRates(
             meta_lr=checks.number("lr_meta_lr", lr_meta_lr),
             shared=checks.boolean("shared_lr", shared_lr),
@@ -555,6 +557,7 @@ def _check_group(group: dict[str, Any]) -> None:
     checks.number("lr", group["lr"].item() if isinstance(group["lr"], Tensor) else group["lr"])
     checks.fraction("momentum", group["momentum"])
     checks.number("weight_decay", group["weight_decay"])
+    checks.boolean("decoupled_weight_decay", group["decoupled_weight_decay"])
     for name in ("block_size", "max_dim"):
         if group[name] is not None:
             checks.integer(name, group[name], least=1)
