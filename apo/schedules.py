@@ -42,8 +42,9 @@ class Schedules:
         return all(known) if known else None
 
     def _search(self) -> None:
+        kinds = {LRScheduler, *_subclasses(LRScheduler)}
         for held in gc.get_objects():
-            if issubclass(type(held), LRScheduler):
+            if type(held) in kinds:
                 optimizer, epoch = held.__dict__.get("optimizer"), held.__dict__.get("last_epoch")
                 # a ChainedScheduler has no epoch of its own, but the schedulers that it chains have
                 if epoch is not None and any(optimizer is own for own in self._optimizers):
@@ -63,6 +64,10 @@ class Schedules:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _last_epochs=WeakKeyDictionary())
+
+
+def _subclasses(kind: type) -> set[type]:
+    return {found for each in kind.__subclasses__() for found in (each, *_subclasses(each))}
 
 
 def _keeps(scheduler: LRScheduler, since: int, groups: Sequence[Group]) -> bool | None:

@@ -141,7 +141,7 @@ def test_where_a_closure_is_needed_the_error_says_what_to_do(front_end: str) -> 
     with pytest.raises(ValueError, match=r"call step\(closure\); or give the ProximalObjective a loss=.*interval=0"):
         opt.step()
     for closure in (lambda: loss, lambda: F.cross_entropy(model(x), t), lambda: loss.item()):
-        with pytest.raises(ValueError, match="ran no backward there.*give the ProximalObjective a loss="):
+        with pytest.raises(ValueError, match=r"ran no backward there.*give the ProximalObjective a loss="):
             opt.step(closure)
     assert same(weights(model), before)
     assert same([p.grad for p in model.parameters()], grads)
