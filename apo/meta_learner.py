@@ -143,9 +143,22 @@ class MetaLearner(Optimizer):
             return self._take(closure, move=False)
 
     def metrics(self) -> dict[str, float]:
-        """What there is to log of the last step: learned rates, the last trial's terms, counts.
+        """What there is to log of the last step, as plain floats. Where rates lie on a GPU, this waits for it.
 
-        One synchronisation at most. Before the first trial its terms aren't there.
+        ==================  ======================================================================================
+        ``lr``              the learned rate; ``lr/0``, ``lr/1``, ... where there are several param groups
+        ``Q``               the objective at the last trial (:class:`~apo.Evaluation`); with the five below and
+                            ``accepted`` it is there from the first trial on
+        ``loss``            its first term, the loss at θ′
+        ``base_loss``       the loss at θ that it is judged by
+        ``fsd``, ``wsd``    the other terms, before λ
+        ``step_norm``       ``‖θ′ − θ‖``
+        ``accepted``        1 or 0: the verdict on the last trial
+        ``steps``           steps taken, skipped ones counted
+        ``failed_trials``   trials refused
+        ``skipped_steps``   steps left out because of gradients that weren't finite
+        ``promise_factor``  APO alone: by what its last step was scaled down; 1: not at all
+        ==================  ======================================================================================
         """
         rates = [get_rate(group) for group in self.param_groups]
         found = {"lr": rates[0]} if len(rates) == 1 else {f"lr/{i}": rate for i, rate in enumerate(rates)}

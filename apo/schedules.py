@@ -67,7 +67,8 @@ class Schedules:
 
 
 def _subclasses(kind: type) -> set[type]:
-    return {found for each in kind.__subclasses__() for found in (each, *_subclasses(each))}
+    found: set[type] = set(kind.__subclasses__())
+    return found.union(*map(_subclasses, found))
 
 
 def _keeps(scheduler: LRScheduler, since: int, groups: Sequence[Group]) -> bool | None:
