@@ -21,6 +21,7 @@ from apo.linearity import check_linear, is_proportional
 from apo.meta_learner import MetaLearner, Trial
 from apo.objective import ProximalObjective, check_objective
 from apo.rates import LogRates, RateOptimizer
+from apo.schedules import Schedules
 from apo.snapshot import Rehearsal, with_wrapped
 from apo.trial import Lookahead
 
@@ -137,6 +138,8 @@ class AdaptiveLR(MetaLearner):
         self.optimizer = optimizer
         self.rates = rates
         self._rehearsal: Rehearsal | None = None
+        self._found_proportional: bool | None = None
+        self._schedules = Schedules([self, optimizer])
         filled = objective.with_defaults(fsd_weight=0.1 if fresh else 0.3)
         self._link()
         self._sign()  # refuses what can't be served
@@ -145,6 +148,7 @@ class AdaptiveLR(MetaLearner):
                 del group[name]  # of another AdaptiveLR before this one
         self._prepare_groups()
         self._init_meta_learner(filled, interval, warmup, grad_scaler, process_group)
+        self._placed = _placed(self.parameters)
 
     def _link(self) -> None:
         """Share the optimizer's own groups and state: loading a state dict replaces both objects."""
@@ -164,6 +168,11 @@ class AdaptiveLR(MetaLearner):
             super().add_param_group(param_group)  # from Optimizer.__init__
             return
         self.optimizer.add_param_group(param_group)
+        try:
+            _check_groups(self.optimizer.param_groups)
+        except BaseException:
+            self.optimizer.param_groups.pop()
+            raise
         self._renew()
 
     def _renew(self) -> None:
@@ -173,7 +182,14 @@ class AdaptiveLR(MetaLearner):
             self._prepare_groups()
             self._held = HeldParameters(self._models, self.parameters)
         super()._renew()
-        self.rates.notice(self.param_groups)
+        placed = _placed(self.parameters)
+        if placed != self._placed:
+            checks.parameters(self.parameters)
+            if self.optimizer.state:  # loading is how torch casts and moves a state to its parameters
+                self.optimizer.load_state_dict(self.optimizer.state_dict())
+                self._link()
+            self._placed = placed
+        self.rates.notice(self.param_groups, self._schedules)
 
     @property
     def _models(self) -> list[nn.Module]:
@@ -187,9 +203,10 @@ class AdaptiveLR(MetaLearner):
 
     @property
     def _proportional(self) -> bool | None:
-        """What :func:`check_linear` found, or that it ceased to be so; in the groups, so that checkpoints hold it."""
-        found: bool | None = self.param_groups[0].get("apo_proportional")
-        return found
+        """What :func:`check_linear` found, or that it ceased to be so. From the first step on it stands in the groups,
+        so that checkpoints hold it."""
+        noted: bool | None = self.param_groups[0].get("apo_proportional")
+        return self._found_proportional if noted is None else noted
 
     def _scaling(self) -> Scaling:
         return Scaling(self.grad_scaler, [self, *with_wrapped(self.optimizer)])
@@ -199,7 +216,7 @@ class AdaptiveLR(MetaLearner):
 
     def _begin(self, lookahead: Lookahead, undo: ExitStack) -> None:
         if self._proportional is None:
-            self._note("apo_proportional", check_linear(self.optimizer))
+            self._found_proportional = check_linear(self.optimizer)
         self._rehearsal = Rehearsal(self.optimizer, lookahead)
         undo.callback(self._rehearsal.start_over)
 
@@ -248,6 +265,7 @@ class AdaptiveLR(MetaLearner):
     def _move(self, proposal: _Attempt, trial: Trial) -> None:
         """The optimizer's own step at the new rates."""
         proposal.rehearsal.perform()
+        self._note("apo_proportional", self._proportional)
         if not self._proportional or proposal.factors is None:
             return
         sizes = [len(group["params"]) for group in self.param_groups]
@@ -287,6 +305,10 @@ class _Attempt:
     rehearsal: Rehearsal
     lookahead: Lookahead
     factors: list[float] | None = None
+
+
+def _placed(parameters: list[Tensor]) -> list[tuple[torch.dtype, torch.device]]:
+    return [(p.dtype, p.device) for p in parameters]
 
 
 def _check_groups(groups: list[Group]) -> None:

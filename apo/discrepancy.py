@@ -42,10 +42,12 @@ class KL:
     """
 
     def __init__(self, dim: int = -1) -> None:
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise TypeError(f"dim must be an integer, but got {dim!r} ({type(dim).__name__})")
         self.dim = dim
 
     def __call__(self, new: Tensor, old: Tensor) -> Tensor:
-        new, old = _logits("KL", new, old)
+        new, old = _logits("KL", new, old, self.dim)
         log_p = F.log_softmax(old, self.dim)
         log_q = F.log_softmax(new, self.dim)
         return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / (new.numel() // new.shape[self.dim])
@@ -66,7 +68,7 @@ class SquaredError:
     """
 
     def __init__(self, *, mean: bool = False) -> None:
-        self.mean = mean
+        self.mean = checks.boolean("mean", mean)
 
     def __call__(self, new: Tensor, old: Tensor) -> Tensor:
         new, old = _logits("SquaredError", new, old)
@@ -87,7 +89,7 @@ class BernoulliKL:
     """
 
     def __init__(self, *, mean: bool = False) -> None:
-        self.mean = mean
+        self.mean = checks.boolean("mean", mean)
 
     def __call__(self, new: Tensor, old: Tensor) -> Tensor:
         new, old = _logits("BernoulliKL", new, old)
@@ -152,6 +154,11 @@ def discrepancy_named(discrepancy: str | Discrepancy) -> Discrepancy:
     if isinstance(discrepancy, str):
         checks.one_of("discrepancy", discrepancy, _NAMED)
         return _NAMED[discrepancy]()
+    if isinstance(discrepancy, type):
+        name = discrepancy.__name__
+        raise TypeError(
+            f"discrepancy must be a name or a callable rho(new, old), but got the class {name}: make one, {name}()"
+        )
     if not callable(discrepancy):
         raise TypeError(
             f"discrepancy must be one of {', '.join(map(repr, _NAMED))} or a callable rho(new, old) -> scalar, "
@@ -174,7 +181,7 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=dtype, device=like.device)
 
 
-def _logits(name: str, new: object, old: object) -> tuple[Tensor, Tensor]:
+def _logits(name: str, new: object, old: object, dim: int = 0) -> tuple[Tensor, Tensor]:
     """Both as tensors wide enough to sum in."""
     if not isinstance(new, Tensor) or not isinstance(old, Tensor):
         raise TypeError(
@@ -183,5 +190,7 @@ def _logits(name: str, new: object, old: object) -> tuple[Tensor, Tensor]:
         )
     if new.shape != old.shape:
         raise ValueError(f"{name} needs outputs of one shape, but got {tuple(new.shape)} and {tuple(old.shape)}")
+    if not -new.ndim <= dim < new.ndim:
+        raise ValueError(f"{name} needs outputs that have a dimension {dim}, but got shape {tuple(new.shape)}")
     wide = torch.promote_types(new.dtype, torch.float32)
     return new.to(wide), old.to(wide)

@@ -59,7 +59,7 @@ class FullPreconditioner(MetaLearner):
         checks.number("lr", lr, above=True)
         checks.integer("interval", interval, least=0)
         checks.integer("warmup", warmup, least=0)
-        checks.number("meta_lr", meta_lr)
+        self.meta_lr = checks.number("meta_lr", meta_lr)
         weights = [p for p in model.parameters() if p.requires_grad]
         checks.parameters(weights)
         size = sum(p.numel() for p in weights)
@@ -95,9 +95,11 @@ class FullPreconditioner(MetaLearner):
     def _take_step(self) -> Tensor:
         """Subtract ``lr · P g`` from the weights; returns g."""
         gradient = self._flat([p.grad for p in self.parameters])
-        step = get_rate(self.param_groups[0]) * (self.P @ gradient)
+        scale = self._gradient_scale
+        step = scale * get_rate(self.param_groups[0]) * (self.P @ (gradient / scale))
         for p, part in zip(self.parameters, torch.split(step, [p.numel() for p in self.parameters]), strict=True):
-            p.sub_(part.view_as(p).to(p.dtype))
+            if p.grad is not None:  # one that was frozen stays, although P mixes all weights
+                p.sub_(part.view_as(p).to(p.dtype))
         return gradient
 
     def _plain_step(self) -> None:
@@ -108,7 +110,8 @@ class FullPreconditioner(MetaLearner):
 
     def _learn(self, proposal: Tensor, trial: Trial) -> bool:
         rate = get_rate(self.param_groups[0])
-        slope = torch.outer(self._flat(list(trial.V)), proposal).mul_(-rate)  # dQ/dP = −lr · V gᵀ
+        V = [None if p.grad is None else v for p, v in zip(self.parameters, trial.V, strict=True)]
+        slope = torch.outer(self._flat(V), proposal).mul_(-rate)  # dQ/dP = −lr · V gᵀ
         if not bool(slope.isfinite().all()):
             return False
         self.meta.step([slope])

@@ -28,12 +28,18 @@ class HeldParameters:
         ]
 
     def replaced(self) -> list[tuple[str, Tensor, Tensor]]:
-        """The name, the parameter that was held and the one that stands there now, of each that was replaced."""
-        return [
-            (full, p, now)
-            for full, module, name, p in self._places
-            if (now := dict(module._parameters.items()).get(name)) is not None and now is not p
-        ]
+        """The name, the parameter that was held and what stands there now, of each that was replaced.
+
+        A parameter that moved within its module (parametrizations, pruning) or that was deleted wasn't replaced.
+        """
+        found = []
+        for full, module, name, p in self._places:
+            now = dict(module._parameters.items()).get(name)
+            if now is None and all(p is not each for each in module.parameters()):
+                now = getattr(module, name, None)  # computed from others, as by weight_norm
+            if isinstance(now, Tensor) and now is not p:
+                found.append((full, p, now))
+        return found
 
     def check(self) -> None:
         """Refuse to go on with parameters that aren't the model's any more.
@@ -45,5 +51,6 @@ class HeldParameters:
             raise ValueError(
                 f"the optimizer must be built after the model's parameters are final, but {name} was replaced since: "
                 f"a {type(held).__name__} of {held.dtype} on {held.device} by a {type(now).__name__} of {now.dtype} "
-                f"on {now.device}. fully_shard, accelerate's prepare and to_empty replace parameters"
+                f"on {now.device}. fully_shard, accelerate's prepare, to_empty, load_state_dict(assign=True) and "
+                "weight_norm replace parameters: build the optimizer after them"
             )

@@ -35,6 +35,11 @@ __all__ = ["MetaLearner", "Trial"]
 # What torch.optim.Optimizer.__getstate__ leaves out too: hooks belong to the process, and schedulers wrap `step`.
 _NOT_PICKLED = {"step", "_opt_called", "_zero_grad_profile_name"}
 
+HUGE = 1e18
+"""Gradients from here on are divided by their largest entry before products are taken that would overflow."""
+
+_CHANGING = {"accepted", "in_trial"}
+
 _COUNTS = {"apo_steps": 0, "apo_failed_trials": 0, "apo_skipped_steps": 0}
 
 
@@ -80,6 +85,7 @@ class MetaLearner(Optimizer):
         self.accepted = False
         self.in_trial = False
         self._used_rates: list[float | Tensor] = []
+        self._gradient_scale = 1.0
         self._ranks = Ranks(process_group)
         self._held = HeldParameters(self._models, self.parameters)
 
@@ -141,10 +147,24 @@ class MetaLearner(Optimizer):
             return self._take(closure, move=False)
 
     def metrics(self) -> dict[str, float]:
-        """What there is to log of the last step: learned rates, the last trial's terms, counts.
+        """What there is to log of the last step, as plain floats. Where rates lie on a GPU, this waits for it.
 
-        One synchronisation at most. Before the first trial its terms aren't there. The rates are those of the step,
-        whatever a scheduler has written since.
+        The rates are those of the step, whatever a scheduler has written since.
+
+        ==================  ======================================================================================
+        ``lr``              the learned rate; ``lr/0``, ``lr/1``, ... where there are several param groups
+        ``Q``               the objective at the last trial (:class:`~apo.Evaluation`); with the five below and
+                            ``accepted`` it is there from the first trial on
+        ``loss``            its first term, the loss at θ′
+        ``base_loss``       the loss at θ that it is judged by
+        ``fsd``, ``wsd``    the other terms, before λ
+        ``step_norm``       ``‖θ′ − θ‖``
+        ``accepted``        1 or 0: the verdict on the last trial
+        ``steps``           steps taken, skipped ones counted
+        ``failed_trials``   trials refused
+        ``skipped_steps``   steps left out because of gradients that weren't finite
+        ``promise_factor``  APO alone: by what its last step was scaled down; 1: not at all
+        ==================  ======================================================================================
         """
         rates = [float(rate) for rate in self._used_rates]
         if len(rates) != len(self.param_groups):
@@ -381,10 +401,15 @@ class MetaLearner(Optimizer):
         grads = [_values(p.grad) for p in self.parameters if p.grad is not None and p.grad.numel()]
         if not grads:
             return True
-        if bool(torch.stack(torch._foreach_norm(grads)).isfinite().all()):
+        norm = torch.stack([x.double() for x in torch._foreach_norm(grads)]).max().item()  # max() passes NaN on
+        self._gradient_scale = 1.0
+        if norm <= HUGE:
             return True
         # a norm may overflow where no entry does; to look at every entry takes ten times as long
-        return all(bool(g.isfinite().all()) for g in grads)
+        largest = torch._foreach_norm(grads, ord=math.inf)
+        most = torch.stack([x.double() for x in largest]).max().item()
+        self._gradient_scale = most if most > HUGE else 1.0
+        return math.isfinite(most)
 
     def _skip(self, meta: bool, scaling: Scaling) -> None:
         """Leave out a step whose gradients aren't finite. A GradScaler's overflows say nothing of φ."""
@@ -420,8 +445,10 @@ class MetaLearner(Optimizer):
     def _replica_text(self) -> str:
         """What replicas of one model have in common and the members of a sweep haven't."""
         groups = [{k: str(v) for k, v in group.items() if k != "params"} for group in self.param_groups]
-        weights = self.objective.fsd_weight, self.objective.wsd_weight
-        return f"{self._settings_text()} {groups} {weights} {self.interval} {self.warmup}"
+        objective = self.objective
+        held = [self, getattr(self, "rates", None), getattr(self, "optimizer", None), objective, objective.discrepancy]
+        settings = [(type(each).__name__, _plain_settings(each)) for each in held]
+        return f"{self._settings_text()} {groups} {settings}"
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
@@ -451,7 +478,9 @@ class MetaLearner(Optimizer):
         if saved != self._settings_text():
             raise ValueError(f"state_dict must come from settings {self._settings_text()}, but its are {saved}")
         assert groups is not None
-        sizes, own = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
+        if "param_groups" in state_dict and not isinstance(state_dict.get("state"), dict):
+            raise ValueError(f"state_dict must have the entries 'state' and 'param_groups', but has {list(state_dict)}")
+        sizes, own = [len(g.get("params", ())) for g in groups], [len(g["params"]) for g in self.param_groups]
         if sizes != own:
             raise ValueError(f"state_dict must have param groups of {own} parameters, but got {sizes}")
         self._check_state(state_dict)
@@ -492,7 +521,18 @@ def _own(p: Tensor) -> Tensor:
     if p.grad is None:
         return torch.zeros_like(p)
     grad = p.grad.detach().to_dense()
-    return grad.clone() if grad.untyped_storage().nbytes() > grad.numel() * grad.element_size() else grad
+    shared = p.grad._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
+    return grad.clone() if shared else grad
+
+
+def _plain_settings(holder: object) -> dict[str, Any]:
+    """The public attributes that are numbers, words or tuples of them."""
+    found = getattr(holder, "__dict__", {})
+    return {
+        name: value
+        for name, value in found.items()
+        if not name.startswith("_") and isinstance(value, (bool, int, float, str, tuple)) and name not in _CHANGING
+    }
 
 
 def _values(grad: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from apo import checks
 from apo.batches import moved, only_device
 from apo.discrepancy import KL, Discrepancy, discrepancy_named, takes_pairs
-from apo.padding import Mask, kept_positions, select
+from apo.padding import Kept, Mask, kept_positions, select
 from apo.trial import random_state, restore_random_state, without_autocast
 
 __all__ = ["Anchor", "Closure", "Evaluation", "ProximalObjective", "check_objective"]
@@ -39,7 +39,7 @@ class Anchor(NamedTuple):
 
     batch: Any
     outputs: Any
-    kept: tuple[Tensor, int] | None
+    kept: Kept | None
     loss: Tensor | None
     rng: dict[str, Any]
 
@@ -85,12 +85,13 @@ class ProximalObjective:
             gradient. The trial then needs no closure.
         forward: how to call the model, ``forward(model, batch)``, in place of the above.
         outputs: what the discrepancy compares, taken from what the model returned. By default: a tensor itself; a
-            Hugging Face output's ``logits``; the first tensor of a tuple or a mapping that isn't a loss (all of a
-            pair for ``"gaussian"``).
+            Hugging Face output's ``logits``; the first tensor of a tuple, mapping or dataclass that isn't a loss (all
+            of a pair for ``"gaussian"``).
         mask: which positions the discrepancy averages over, so that it doesn't depend on how far a batch is padded:
             ``mask(batch) -> bool tensor`` over the outputs' leading dimensions; or an int, the target of positions
             that don't count (an ``ignore_index``). None finds padding by itself: a mapping's ``attention_mask``, or
-            the tokens that the model's embeddings have as ``padding_idx``. False: every position counts.
+            the tokens that the model's embeddings have as ``padding_idx``, or targets (a mapping's ``labels``) of
+            -100. Positions that count are then what the discrepancy takes for examples. False: every position counts.
         mode: ``"eval"``: trials are evaluated with modules in eval mode; ``"train"``: as they are, with one dropout
             mask for both evaluations of B′. Eval is the better by measurement: with a shared mask the rates
             turn greedy, and with batch statistics they ran ten times too high.
@@ -125,6 +126,11 @@ class ProximalObjective:
         for name, value in (("forward", forward), ("outputs", outputs), ("context", context), ("loss", loss)):
             if value is not None and not callable(value):
                 raise TypeError(f"{name} must be callable or None, but got {value!r} ({type(value).__name__})")
+        if context is not None and hasattr(context, "__enter__") and not isinstance(context, type):
+            raise TypeError(
+                f"context must be callable and makes a context, but got a context itself, {type(context).__name__}: "
+                "put a lambda: before it"
+            )
         if mask is True or not (mask is None or callable(mask) or isinstance(mask, int)):
             raise TypeError(f"mask must be a callable, an int, None or False, but got {mask!r} ({type(mask).__name__})")
         if inputs is None and (self.fsd_weight != 0 or loss is not None):
@@ -211,7 +217,7 @@ class ProximalObjective:
         restore_random_state(anchor.rng)
         returned = self._returned(anchor.batch)
         loss = None if self.loss is None else self._own_loss(returned, anchor.batch)
-        if not self._weight or (anchor.kept is not None and anchor.kept[0].numel() == 0):
+        if not self._weight or (anchor.kept is not None and anchor.kept.none):
             return loss, None
         new = self._compared(returned)
         if anchor.kept is not None:
@@ -313,10 +319,14 @@ def _main_output(returned: Any) -> Any:
         parts = list(returned.values())
     elif isinstance(returned, (tuple, list)):
         parts = list(returned)
+    elif dataclasses.is_dataclass(returned):
+        parts = [getattr(returned, field.name) for field in dataclasses.fields(returned)]
     else:
         return returned
-    # (loss, logits): a loss has no dimensions
-    return next((x for x in parts if isinstance(x, Tensor) and x.ndim > 0), parts[0] if parts else returned)
+    # (loss, logits): a loss has no dimensions, or one of length 1
+    shaped = [x for x in parts if isinstance(x, Tensor) and x.ndim > 0]
+    larger = [x for x in shaped if x.shape != (1,)]
+    return next(iter(larger or shaped or parts), returned)
 
 
 def _apart(outputs: Any, overwritten: Callable[[Tensor], bool]) -> Any:

@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Mask", "kept_positions", "select"]
+__all__ = ["Kept", "Mask", "kept_positions", "select"]
 
 Mask = Callable[[Any], Tensor] | int | bool | None
 """A callable ``mask(batch) -> bool tensor``; an int, the target of positions that don't count; None: find padding by
 itself; False: every position counts."""
 
 
-def kept_positions(mask: Mask, model: nn.Module, batch: Any, targets: Any, outputs: Any) -> tuple[Tensor, int] | None:
-    """The flat indices of the positions that count, and over how many leading dimensions of the outputs they go.
+IGNORED = -100
+"""The target that torch's losses leave out."""
+
+
+class Kept(NamedTuple):
+    """The positions that count.
+
+    Attributes:
+        places: their flat indices; None: all of them.
+        dims: over how many leading dimensions of the outputs they go.
+    """
+
+    places: Tensor | None
+    dims: int
+
+    @property
+    def none(self) -> bool:
+        return self.places is not None and self.places.numel() == 0
+
+
+def kept_positions(mask: Mask, model: nn.Module, batch: Any, targets: Any, outputs: Any) -> Kept | None:
+    """The positions that count.
 
     Args:
         mask: see :data:`Mask`.
@@ -26,7 +46,7 @@ def kept_positions(mask: Mask, model: nn.Module, batch: Any, targets: Any, outpu
         outputs: what the discrepancy compares.
 
     Returns:
-        None where all positions count.
+        None where there is no mask.
 
     Raises:
         TypeError, ValueError: the mask's tensor doesn't fit the outputs.
@@ -36,7 +56,7 @@ def kept_positions(mask: Mask, model: nn.Module, batch: Any, targets: Any, outpu
         return None
     kept: Tensor | None
     if mask is None:
-        kept = _padding_found(model, batch, first)
+        kept = _padding_found(model, batch, targets, first)
     elif callable(mask):
         kept = _checked(mask(batch), first)
     else:
@@ -47,32 +67,38 @@ def kept_positions(mask: Mask, model: nn.Module, batch: Any, targets: Any, outpu
                 f"leads the outputs' {tuple(first.shape)}: give a callable mask(batch) instead"
             )
         kept = labels != mask
-    if kept is None or bool(kept.all()):
+    if kept is None:
         return None
-    return kept.flatten().nonzero().squeeze(1), kept.ndim
+    return Kept(None if bool(kept.all()) else kept.flatten().nonzero().squeeze(1), kept.ndim)
 
 
-def select(outputs: Any, kept: tuple[Tensor, int]) -> Any:
+def select(outputs: Any, kept: Kept) -> Any:
     """The positions that count, as examples: ``(N, T, C)`` becomes ``(kept, C)``."""
-    index, dims = kept
+    places, dims = kept
 
     def chosen(x: Any) -> Any:
-        return x.flatten(0, dims - 1).index_select(0, index.to(x.device)) if isinstance(x, Tensor) else x
+        if not isinstance(x, Tensor):
+            return x
+        flat = x.flatten(0, dims - 1)
+        return flat if places is None else flat.index_select(0, places.to(x.device))
 
     return tree_map(chosen, outputs)
 
 
-def _padding_found(model: nn.Module, batch: Any, outputs: Tensor) -> Tensor | None:
-    """From a mapping's attention_mask, or from the tokens that an embedding takes as padding."""
+def _padding_found(model: nn.Module, batch: Any, targets: Any, outputs: Tensor) -> Tensor | None:
+    """From a mapping's attention_mask, from the tokens that an embedding takes as padding, or from the targets."""
     if isinstance(batch, Mapping):
         held = batch.get("attention_mask")
         if isinstance(held, Tensor) and _leads(held, outputs):
             return held != 0
     tokens = _tokens(batch)
-    if tokens is None or not _leads(tokens, outputs):
-        return None
     paddings = {m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None}
-    return tokens != paddings.pop() if len(paddings) == 1 else None
+    if tokens is not None and _leads(tokens, outputs) and len(paddings) == 1:
+        return tokens != paddings.pop()
+    labels = targets if isinstance(targets, Tensor) else batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and not labels.is_floating_point() and _leads(labels, outputs):
+        return labels != IGNORED
+    return None
 
 
 def _leads(positions: Tensor, outputs: Tensor) -> bool:

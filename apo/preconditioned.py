@@ -27,6 +27,7 @@ from apo.plan import Plan, plan_of
 from apo.preconditioner import Layer
 from apo.rates import LogRates, get_rate
 from apo.relative_steps import RelativeSteps
+from apo.schedules import Schedules
 from apo.trial import Lookahead, without_autocast
 
 __all__ = ["APO"]
@@ -192,12 +193,15 @@ class APO(MetaLearner):
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
                 raise ValueError("model must have parameters that require grad, but got none")
+        elif not isinstance(params, Iterable):
+            raise TypeError(f"params must be parameters of the model or param groups of them, but got {params!r}")
         self.rates = LogRates(
             meta_lr=checks.number("lr_meta_lr", lr_meta_lr),
             shared=checks.boolean("shared_lr", shared_lr),
             bounds=bounds,
             rescale_schedule=rescale_schedule,
         )
+        self._schedules = Schedules([self])
         super().__init__(params, defaults)
         filled = objective.with_defaults(fsd_weight=1.0, wsd_weight=1e-3)
         self._init_meta_learner(filled, interval, warmup, grad_scaler, process_group)
@@ -270,7 +274,10 @@ class APO(MetaLearner):
 
     def _renew(self) -> None:
         replaced = self._held.replaced()
-        if replaced and all(held.is_meta and not hasattr(now, "placements") for _, held, now in replaced):
+        if replaced and all(
+            held.is_meta and isinstance(now, nn.Parameter) and not hasattr(now, "placements")
+            for _, held, now in replaced
+        ):
             self._adopt({id(held): now for _, held, now in replaced})
         super()._renew()
         held = {id(p) for layer in self.layers for p in layer.view.parameters}
@@ -281,7 +288,7 @@ class APO(MetaLearner):
             )
         if any(layer.outdated for layer in self.layers):
             self._rebuild()
-        if self.rates.notice(self.param_groups):
+        if self.rates.notice(self.param_groups, self._schedules):
             self._note("apo_overwritten", True)
 
     def _adopt(self, now: dict[int, Tensor]) -> None:
@@ -314,8 +321,11 @@ class APO(MetaLearner):
 
     def _plain_step(self) -> None:
         layers, gradients = self._gradients()
+        scale = self._gradient_scale  # P(G) of a huge G would overflow
+        if scale != 1:
+            gradients = list(torch._foreach_div(gradients, scale))
         directions = preconditioner.apply(layers, gradients)
-        self._bound_promise(layers, gradients, directions)
+        self._bound_promise(layers, gradients, directions, scale)
         for layer in layers:
             if layer.momentum is None and self._group(layer)["momentum"] != 0:
                 layer.momentum = torch.zeros_like(layer.S)
@@ -323,7 +333,7 @@ class APO(MetaLearner):
         if not layers:
             return
         # Nothing is allocated below, so running out of memory can't leave a partial step.
-        torch._foreach_mul_(directions, [get_rate(self._group(layer)) for layer in layers])
+        torch._foreach_mul_(directions, [get_rate(self._group(layer)) * scale for layer in layers])
         carried = [
             (layer.momentum, direction, float(self._group(layer)["momentum"]))
             for layer, direction in zip(layers, directions, strict=True)
@@ -336,7 +346,7 @@ class APO(MetaLearner):
         self._write(layers, [d if x.momentum is None else x.momentum for x, d in zip(layers, directions, strict=True)])
 
     def _bound_promise(
-        self, layers: Sequence[Layer], gradients: Sequence[Tensor], directions: Sequence[Tensor]
+        self, layers: Sequence[Layer], gradients: Sequence[Tensor], directions: Sequence[Tensor], scale: float
     ) -> None:
         """Safeguard: the predicted decrease ``Σ lr/(1 − μ) ⟨G, P(G)⟩`` never exceeds J + 1, J the loss of the last good
         trial.
@@ -347,6 +357,10 @@ class APO(MetaLearner):
         most = self.param_groups[0]["apo_most_promised"]
         self._promise = 1.0
         if not layers or most == math.inf:
+            return
+        if scale != 1:  # ⟨G, P(G)⟩ is so large that what may be left of the step underflows
+            self._promise = 0.0
+            torch._foreach_zero_(list(directions))
             return
         shares = [get_rate(self._group(x)) * self._carried(x) for x in layers]
         promises = inner_products(gradients, directions)
@@ -635,6 +649,7 @@ def _check_group(group: dict[str, Any]) -> None:
     checks.number("lr", group["lr"].item() if isinstance(group["lr"], Tensor) else group["lr"])
     checks.fraction("momentum", group["momentum"])
     checks.number("weight_decay", group["weight_decay"])
+    checks.boolean("decoupled_weight_decay", group["decoupled_weight_decay"])
     for name in ("block_size", "max_dim"):
         if group[name] is not None:
             checks.integer(name, group[name], least=1)

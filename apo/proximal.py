@@ -99,6 +99,12 @@ def proximal_step(
     """
     if not isinstance(theta, Tensor) or theta.ndim != 1 or not theta.is_floating_point():
         raise TypeError(f"theta must be a floating-point vector, but got {_described(theta)}")
+    if not isinstance(method, ProximalMethod):
+        raise TypeError(f"method must be an apo.proximal.ProximalMethod, but got {method!r}")
+    if not callable(loss):
+        raise TypeError(f"loss must be callable, but got {loss!r} ({type(loss).__name__})")
+    if discrepancy is not None and not callable(discrepancy):
+        raise TypeError(f"discrepancy must be callable or None, but got {discrepancy!r} ({type(discrepancy).__name__})")
     fsd_weight = checks.number("fsd_weight", fsd_weight) if method.fsd else 0.0
     wsd_weight = checks.number("wsd_weight", wsd_weight) if method.wsd else 0.0
     checks.number("tolerance", tolerance)
@@ -121,6 +127,10 @@ def closed_form_step(
     ``theta`` and ``gradient`` are ``(d,)``, ``G`` is ``(d, d)``."""
     checks.number("fsd_weight", fsd_weight)
     checks.number("wsd_weight", wsd_weight)
+    size = len(theta)
+    for name, value, shape in (("gradient", gradient, (size,)), ("G", G, (size, size))):
+        if value.shape != shape:
+            raise ValueError(f"{name} must be {shape}, but got shape {tuple(value.shape)}")
     damped = fsd_weight * G + wsd_weight * torch.eye(len(theta), dtype=G.dtype, device=G.device)
     solved: Tensor = torch.linalg.solve(damped, gradient)
     return theta - solved
@@ -135,6 +145,7 @@ def hessian(function: Function, theta: Tensor) -> Tensor:
 def flat_model(model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
     """``(theta, f)``: a copy of a model's parameters as one vector, and ``f(theta, *inputs)``, the model with a
     vector's weights. The model itself is never written."""
+    checks.module("model", model)
     named = {name: p.detach() for name, p in model.named_parameters()}
     sizes = [p.numel() for p in named.values()]
 

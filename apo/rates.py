@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from apo import checks
+from apo.schedules import Schedules
 
 __all__ = ["LogRates", "RateOptimizer", "get_rate", "set_rate"]
 
@@ -68,6 +69,7 @@ class LogRates:
         self.rescale_schedule = checks.boolean("rescale_schedule", rescale_schedule)
         self.bounds = checks.increasing_pair("bounds", bounds)
         self._warned = False
+        self._evidence, self._last_factor = 0.0, UNKNOWN
 
     @staticmethod
     def prepare(group: Group) -> None:
@@ -79,22 +81,26 @@ class LogRates:
         group.setdefault("apo_found_lr", UNKNOWN)
         group.setdefault("apo_left_lr", UNKNOWN)
 
-    def notice(self, groups: Sequence[Group]) -> bool:
+    def notice(self, groups: Sequence[Group], schedules: Schedules) -> bool:
         """Look at what others wrote into the rates since they were last left. Call it before every step.
 
         Returns:
             Whether a learned rate was overwritten.
         """
+        written = [g for g in groups if not math.isnan(g["apo_left_lr"]) and get_rate(g) != g["apo_left_lr"]]
+        if not written:
+            return False
+        keeps = schedules.keep_what_was_learned(groups)
         overwritten = False
-        for group in groups:
+        for group in written:
             found, left, before = get_rate(group), group["apo_left_lr"], group["apo_found_lr"]
-            if math.isnan(left) or found == left or found == 0:
-                continue
-            if self.rescale_schedule:
-                found = self._within(found * math.exp(group["apo_log_factor"]))
-                set_rate(group, found)
-            elif _nearer_to_what_was_before(found, before, left):
-                overwritten = True
+            # from a rate of 0 nothing can be multiplied; at one, what was learned is still remembered
+            if found != 0 and (left == 0 or not (self._seems_kept(found, left, before) if keeps is None else keeps)):
+                if self.rescale_schedule:
+                    set_rate(group, self._within(found * math.exp(group["apo_log_factor"])))
+                else:
+                    overwritten = True
+                    group["apo_log_factor"] = 0.0
             group["apo_found_lr"] = group["apo_left_lr"] = get_rate(group)
         if overwritten and not self._warned:
             self._warned = True
@@ -105,6 +111,22 @@ class LogRates:
                 stacklevel=4,
             )
         return overwritten
+
+    def _seems_kept(self, found: float, left: float, before: float) -> bool:
+        """Whether a rate that no scheduler of torch's wrote was multiplied rather than set from its own base.
+
+        What is set mostly lies near what was ``before`` the learned change, what is multiplied near what was
+        ``left``. As a decay may just cancel what is learned, it takes more than a little of it to tell.
+        """
+        if self.rescale_schedule or found == before:
+            return False
+        factor = found / left
+        self._evidence += abs(math.log(factor)) - 2 * abs(math.log(found / before))
+        if math.isclose(factor, self._last_factor, rel_tol=1e-9):
+            self._evidence = 0.0
+        self._last_factor = factor
+        self._evidence = max(self._evidence, -1.0)
+        return self._evidence < 0.3
 
     def update(self, groups: Sequence[Group], slopes: Sequence[float]) -> list[float]:
         """Descend ``dQ/d log lr``, one slope per group. Returns each group's new rate over its old one."""
@@ -152,11 +174,3 @@ class LogRates:
 
     def _within(self, rate: float) -> float:
         return min(max(rate, self.bounds[0]), self.bounds[1])
-
-
-def _nearer_to_what_was_before(found: float, before: float, left: float) -> bool:
-    """Whether a rate was set from a base that knows nothing of the learned change from ``before`` to ``left``.
-
-    Schedulers that multiply the rate write close to ``left``; those that set it write close to ``before``.
-    """
-    return abs(math.log(found / before)) < 0.5 * abs(math.log(found / left))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -325,30 +324,6 @@ def test_plan_names_every_parameter_and_its_cost(meta_optimizer: str) -> None:
     text = str(plan)
     assert all(row.name in text for row in plan.rows)
     assert repr(plan) == text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "match"),
-    [
-        ({"lr": -1}, ValueError, "lr must be a finite number >= 0, but got -1"),
-        ({"momentum": 1.0}, ValueError, r"momentum must be a number in \[0, 1\), but got 1.0"),
-        ({"weight_decay": "a"}, TypeError, "weight_decay must be a number, but got 'a'"),
-        ({"block_size": 0}, ValueError, "block_size must be an integer >= 1, but got 0"),
-        ({"max_dim": 1.5}, TypeError, "max_dim must be an integer, but got 1.5"),
-        ({"block_dtype": torch.int8}, ValueError, "block_dtype must be one of None, torch.float32"),
-        ({"block_dtype": torch.bfloat16}, ValueError, "block_dtype must be None for float64 weights"),
-        ({"meta_lr": -1}, ValueError, "meta_lr must be a finite number >= 0, but got -1"),
-        ({"meta_optimizer": None}, ValueError, "meta_optimizer must be one of"),
-        ({"interval": None}, TypeError, "interval must be an integer, but got None"),
-        ({"model": 3}, TypeError, "model must be a torch.nn.Module, but got int"),
-        ({"objective": F.mse_loss}, TypeError, "objective must be an apo.ProximalObjective, but got function"),
-        ({"params": [torch.zeros(2)]}, ValueError, r"params must be parameters of the model, .*\(2,\)"),
-    ],
-)
-def test_bad_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
-    model, _, _, other = mlp()
-    with pytest.raises(error, match=match):
-        apo.APO(**{"model": model, "objective": objective(model, other), **arguments})
 
 
 def test_a_model_without_trainable_parameters_is_refused() -> None:

@@ -133,16 +133,6 @@ def test_a_method_of_ones_own_and_the_small_step_limit() -> None:
         assert error((step - s.theta) * 1e6, -s.gradient()) < 1e-5
 
 
-def test_proximal_step_refuses_bad_input() -> None:
-    s = Softmax()
-    with pytest.raises(TypeError, match=r"theta must be a floating-point vector, but got torch.int64, \(3,\)"):
-        proximal_step(torch.arange(3), s.loss)
-    with pytest.raises(ValueError, match="discrepancy must be given for natural gradient"):
-        proximal_step(s.theta, s.loss, method=NATURAL_GRADIENT)
-    with pytest.raises(ValueError, match="wsd_weight must be a finite number >= 0, but got -1"):
-        proximal_step(s.theta, s.loss, s.discrepancy, wsd_weight=-1)
-
-
 @pytest.mark.parametrize(("fsd_weight", "wsd_weight"), [(1.0, 0.1), (0.3, 0.03), (0.0, 0.5)])
 def test_theorem_1(fsd_weight: float, wsd_weight: float) -> None:
     """A full preconditioner, meta-learned on the linearised loss with the quadratic discrepancy, batch by batch."""
