@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from apo_kernels.aten import Kept, accumulation_dtype
 from apo_kernels.blocks import block_count
@@ -216,7 +217,7 @@ def step(
         raise ValueError(f"momentum_buffers must be given where momentum is not 0, but momentum is {momentum}")
     for name, tensors in written.items():
         for i, (x, G) in enumerate(zip(tensors, Gs, strict=True)):
-            if _plainly_matches(x, G) and x.is_contiguous():
+            if _plainly_matches(x, G) and x.is_contiguous() and not x.is_neg():
                 continue
             _same_as_G(f"{name}[{i}]", x, G, f"Gs[{i}]")
             _writable(f"{name}[{i}]", x)
@@ -247,6 +248,11 @@ def _tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, but got {_kind(x)}")
     if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, but its layout is {x.layout}")
+    if is_traceable_wrapper_subclass(x):
+        raise TypeError(
+            f"{name} must lie in one tensor's memory, but is a {type(x).__name__} around other tensors: "
+            "call with its local part"
+        )
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, but its dtype is {x.dtype}")
 
@@ -313,6 +319,8 @@ def _learning_rate(lr: object, Gs: Tensors) -> None:
 
 
 def _writable(name: str, x: Tensor) -> None:
+    if x.is_neg():
+        raise ValueError(f"{name} must be written as it lies in memory, but is lazily negated: resolve it")
     if x.is_contiguous():
         return
     reach = 1  # of the dimensions of smaller stride

@@ -8,7 +8,8 @@ first backend that can serve the tensors: ``triton`` on a GPU that it has kernel
 float32 operands are multiplied; plain ``"triton"`` is faithful to it (:meth:`apo_kernels.targets.Target.precision`).
 
 **Failures.** A backend that was asked for fails loudly. One that was chosen here and fails is warned about once, and
-``aten`` serves from then on; running out of memory is no failure of a backend.
+``aten`` serves from then on. Not so running out of memory, and a failure that may have left some weights stepped: these
+are raised.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from apo_kernels import aten
 from apo_kernels.aten import Kept
-from apo_kernels.triton.layers import Unserved
+from apo_kernels.triton.errors import Interrupted, Unserved
 
 __all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "Backend", "Choice", "choose", "serving"]
 
@@ -175,7 +176,7 @@ def _triton(precision: str | None) -> Backend:
 class _Guarded:
     """A backend that was chosen, not asked for: where it fails, ``aten`` takes over, for good.
 
-    Kernels are compiled before the first of them writes, so no weight has been written when one fails to compile.
+    Kernels are planned and compiled before the first of them writes, so no weight has been written when that fails.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -188,7 +189,7 @@ class _Guarded:
         global _failure
         try:
             return getattr(self._backend, name)(*arguments)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, Interrupted):
             raise
         except Unserved as error:
             warnings.warn(f"apo_kernels: aten serves a call, for {error}", RuntimeWarning, stacklevel=3)

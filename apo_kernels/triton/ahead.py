@@ -111,7 +111,7 @@ def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> I
     multiplies = not (dtype == torch.float32 and precision == "ieee" and target.backend == "cuda")
     common: dict[str, Any] = {"compute": compute, "precision": precision}
     plain, keep, backward = Operation(), Operation(keep=True), Operation(wanted="ABGS")
-    update = Operation(update=True, buffer=True, momentum=True, decay=True, lr_in_tensor=True)
+    update = Operation(update=True, buffer=True, momentum=True, decay=True, lr_dtype=torch.float32)
 
     for side in (16, 32, 64):
         if side > config.tile_limit(target, dtype, backward=False):
@@ -158,10 +158,12 @@ def source_of(case: Case, target: Target) -> ASTSource:
         constants["lr_tensor"] = None
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in constants else argument_type(name) for name in names}
-    # What Triton sees of the tables when it launches: they begin at multiples of 16, and are small.
-    table = [["tt.divisibility", 16], *([["tt.pointer_range", 32]] if target.backend == "hip" else [])]
+    # What Triton sees of the tables when it launches: they begin at multiples of 16, and are small. The learning rate
+    # is the caller's, and may lie anywhere.
+    small = [["tt.pointer_range", 32]] if target.backend == "hip" else []
+    table = [["tt.divisibility", 16], *small]
     known: dict[Any, Any] = {
-        (i,): table if signature[name].startswith("*") else []
+        (i,): (small if name == "lr_tensor" else table) if signature[name].startswith("*") else []
         for i, name in enumerate(names)
         if signature[name] != "fp32"
     }

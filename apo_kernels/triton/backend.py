@@ -6,7 +6,7 @@ has one plan. float64 isn't served.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from apo_kernels.aten import Kept, aligned_empty
 from apo_kernels.blocks import is_stack, relative_derivative
 from apo_kernels.triton.draft import Operands
-from apo_kernels.triton.plan import Operation, Step, plan_for
+from apo_kernels.triton.layers import turns
+from apo_kernels.triton.plan import Operation, Step, ready, start
 from apo_kernels.triton.roles import Role
 
 __all__ = ["TritonBackend"]
@@ -98,7 +99,7 @@ class TritonBackend:
             buffer=bool(len(momentum_buffers)),
             momentum=momentum != 0,
             decay=weight_decay != 0,
-            lr_in_tensor=on_device is not None,
+            lr_dtype=None if on_device is None else on_device.dtype,
         )
         operands = {**_operands(Gs, As, Bs, Ss), Role.OUT: thetas}
         if operation.buffer:
@@ -106,10 +107,12 @@ class TritonBackend:
         self._run(operation, operands, step)
 
     def _run(self, operation: Operation, operands: Operands, step: Step = Step()) -> None:  # noqa: B008
-        for group in _by_dtypes(operands):
-            device = group[Role.G][0].device
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                plan_for(self.precision, operation, group).run(group, step)
+        groups = _by_dtypes(_resolved(operands), turn=operation.keep)
+        if not groups:
+            return
+        device = groups[0][Role.G][0].device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            start(ready(self.precision, operation, groups, step))
 
 
 def _operands(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors) -> dict[Role, Tensors]:
@@ -128,13 +131,22 @@ def _derivative(x: Tensor, G: Tensor) -> Tensor:
     return make(x.shape, dtype=torch.float32, device=x.device)
 
 
-def _by_dtypes(operands: Operands) -> Iterator[Operands]:
-    """The call, cut such that each role has one dtype, layers without entries left out."""
-    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for i, G in enumerate(operands[Role.G]):
+def _resolved(operands: Operands) -> Operands:
+    """The operands, lazily negated ones negated in memory. None that is written is."""
+    return {
+        role: [x.resolve_neg() for x in tensors] if any(map(Tensor.is_neg, tensors)) else tensors
+        for role, tensors in operands.items()
+    }
+
+
+def _by_dtypes(operands: Operands, *, turn: bool) -> list[Operands]:
+    """The call, cut such that each role has one dtype, as the layers are worked on (:func:`layers_of`); layers without
+    entries left out."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, (G, A, B) in enumerate(zip(operands[Role.G], operands[Role.A], operands[Role.B], strict=True)):
         if G.dtype == torch.float64:
             raise TypeError("backend triton serves float32, bfloat16 and float16, but Gs has float64 entries")
         if G.numel():
-            groups.setdefault(tuple(tensors[i].dtype for tensors in operands.values()), []).append(i)
-    for indices in groups.values():
-        yield {role: [tensors[i] for i in indices] for role, tensors in operands.items()}
+            turned = turn and A.dtype != B.dtype and turns(G, A, B)
+            groups.setdefault((turned, *(tensors[i].dtype for tensors in operands.values())), []).append(i)
+    return [{role: [tensors[i] for i in indices] for role, tensors in operands.items()} for indices in groups.values()]

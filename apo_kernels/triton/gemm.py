@@ -166,7 +166,7 @@ def store_packed(
     tl.store(pointer + offset, y, mask=(row + r < rows)[:, None] & (col + c < cols)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lr_tensor"])
 def grouped_gemm(
     tiles,
     problems,

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from triton import language as tl
 
@@ -43,6 +42,8 @@ class GemmPart:
             draft.set_squares(at, *self.sides[at])
         self._workspaces()
         self.jobs = self._packing()
+        if indices:
+            (draft.amax,) = draft.workspace([4 * max(1, len(self.jobs))])
 
     def _workspaces(self) -> None:
         """``U, T`` for a forward (``W`` takes ``U``'s place); ``U, T, W`` of ``G`` and of ``V`` for derivatives."""
@@ -54,11 +55,11 @@ class GemmPart:
             for at, pitch in zip(self.indices, pitches, strict=True)
             for _ in roles
         ]
-        addresses = iter(draft.workspace(sizes))
+        offsets = iter(draft.workspace(sizes))
         for at, pitch in zip(self.indices, pitches, strict=True):
             held = draft.made[at].packed
             for role in roles:
-                held[role] = next(addresses), pitch, 0
+                held[role] = next(offsets), pitch, 0
             if not draft.operation.wanted:
                 held[Role.W] = held[Role.U]
 
@@ -78,9 +79,8 @@ class GemmPart:
         where = dict(zip(copies, draft.workspace(sizes), strict=True)) if copies else {}
         jobs: list[list[int]] = []
         for at, role, copied in pending:
-            address = where[at, role] if copied else 0
             first = len(jobs)
-            jobs += self._pack_jobs(at, role, address)
+            jobs += self._pack_jobs(at, role, where[at, role] if copied else None)
             if draft.scaled and role in _AMAX:
                 draft.shapes[at][_AMAX[role]] = first
                 draft.shapes[at][_AMAX[role] + 1] = len(jobs) - first
@@ -108,7 +108,8 @@ class GemmPart:
             return padded(self.draft.layers[at].m) * padded(self.draft.layers[at].n)
         return squares.groups * squares.pitch**2
 
-    def _pack_jobs(self, at: int, role: Role, address: int) -> list[list[int]]:
+    def _pack_jobs(self, at: int, role: Role, offset: int | None) -> list[list[int]]:
+        """Of one operand, into the workspace at ``offset``; None: only looked at."""
         layer, squares = self.draft.layers[at], self._squares(at, role)
         view = layer.views[role]
         source = self.draft.single(view)
@@ -117,17 +118,19 @@ class GemmPart:
         job[PackField.ROW], job[PackField.COL], job[PackField.SQUARE] = view.row, view.col, view.square
         if squares is None:
             pitch = padded(layer.n)
-            if address:
-                self.draft.made[at].packed[role] = address, pitch, 0
-            job[PackField.DESTINATION], job[PackField.PITCH] = address, pitch
+            if offset is not None:
+                self.draft.made[at].packed[role] = offset, pitch, 0
+                job[PackField.DESTINATION] = self.draft.single(offset)
+            job[PackField.PITCH] = pitch
             job[PackField.SIDE] = max(padded(layer.m), pitch)
             job[PackField.ROWS], job[PackField.COLS] = layer.m, layer.n
             return list(_cut(job, padded(layer.m), pitch))
+        assert offset is not None, "only S is looked at and not copied, and S has no squares"
         pitch = squares.pitch
-        self.draft.made[at].packed[role] = address, pitch, pitch**2
+        self.draft.made[at].packed[role] = offset, pitch, pitch**2
         jobs: list[list[int]] = []
         for q in range(squares.groups):
-            job[PackField.DESTINATION] = address + q * pitch**2 * self.draft.compute.itemsize
+            job[PackField.DESTINATION] = self.draft.single(offset + q * pitch**2 * self.draft.compute.itemsize)
             job[PackField.PITCH], job[PackField.SIDE] = pitch, squares.side
             job[PackField.FIRST] = q * squares.group
             job[PackField.ROWS] = job[PackField.COLS] = squares.extent(q)
@@ -138,11 +141,10 @@ class GemmPart:
         if not self.indices:
             return []
         draft, op = self.draft, self.draft.operation
-        amax = torch.empty(max(1, len(self.jobs)), dtype=torch.float32, device=draft.device)
         found: list[Launch] = []
         if self.jobs:
             constants = pack_constants(TYPES[draft.compute])
-            found.append(Launch("pack", pack, len(self.jobs), (draft.table(self.jobs),), constants, 4, 1, tail=(amax,)))
+            found.append(Launch("pack", pack, len(self.jobs), (draft.table(self.jobs),), constants, 4, 1, amax=True))
         if not op.wanted:
             stages = ["right", "scale", "left", "update" if op.update else "out"]
         else:
@@ -181,7 +183,7 @@ class GemmPart:
                     chosen.stages,
                     scalars=True,
                     updates=stage == "update",
-                    tail=(amax,),
+                    amax=True,
                 )
             )
         return found

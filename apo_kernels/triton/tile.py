@@ -67,7 +67,7 @@ def place(tiles, layers):
     return layer, i, j, first_B, first_A, side_B, side_A, row0, col0, rows, cols
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lr_tensor"])
 def tile_forward(
     tiles,
     layers,
@@ -209,11 +209,11 @@ def tile_backward(
 def sum_parts(jobs, addresses, CHUNK: tl.constexpr):
     """``result[e] = Σ_p parts[p · length + e]`` for a chunk of one derivative, in the order of ``p``.
 
-    ``jobs`` ``[programs, 5]`` (int64): address of the parts, index of the result's address, the chunk's first element,
-    the length of a part, the number of parts.
+    ``jobs`` ``[programs, 5]`` (int64): index of the parts' address and of the result's, the chunk's first element, the
+    length of a part, the number of parts.
     """
     job = jobs + tl.program_id(0) * 5
-    parts = tl.load(job).to(tl.pointer_type(tl.float32))
+    parts = tl.load(addresses + tl.load(job)).to(tl.pointer_type(tl.float32))
     result = tl.load(addresses + tl.load(job + 1)).to(tl.pointer_type(tl.float32))
     first, length, count = tl.load(job + 2), tl.load(job + 3), tl.load(job + 4)
     e = first + tl.arange(0, CHUNK)

@@ -48,11 +48,11 @@ class TilePart:
         if not parts:
             return []
         jobs: list[tuple[int, ...]] = []
-        addresses = draft.workspace([4 * length * count for _, _, length, count in parts])
-        for (at, role, length, count), address in zip(parts, addresses, strict=True):
-            draft.made[at].parts[role] = address, length
-            result = draft.single(draft.layers[at].views[role])
-            jobs += [(address, result, first, length, count) for first in range(0, length, SUM_CHUNK)]
+        offsets = draft.workspace([4 * length * count for _, _, length, count in parts])
+        for (at, role, length, count), offset in zip(parts, offsets, strict=True):
+            draft.made[at].parts[role] = offset, length
+            source, result = draft.single(offset), draft.single(draft.layers[at].views[role])
+            jobs += [(source, result, first, length, count) for first in range(0, length, SUM_CHUNK)]
         return jobs
 
     def launches(self, layers: Tensor) -> list[Launch]:

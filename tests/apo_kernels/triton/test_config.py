@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from apo_kernels import dispatch
 from apo_kernels.targets import CONSUMER, INTERPRETER, TARGETS, Target, target_of
 from apo_kernels.triton import config
 from tests.apo_kernels.triton.examples import DTYPES
@@ -58,6 +60,25 @@ def test_targets_of_gpus(capability: tuple[int, int], expected: Target, monkeypa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(ValueError, match=r"8\.0 or above, but cuda has 7\.5"):
         target_of(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("arch", "served"), [("gfx942:sramecc+:xnack-", True), ("gfx90a", False), ("gfx1100", False)])
+def test_targets_of_amd(arch: str, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have other warps and other matrix instructions: ATen serves them."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=arch))
+    device = torch.device("cuda")
+    dispatch._device_obstacle.cache_clear()
+    try:
+        if served:
+            assert target_of(device) == TARGETS["gfx942"]
+            assert dispatch._device_obstacle(device) is None
+        else:
+            with pytest.raises(ValueError, match=f"gfx942 of AMD's GPUs, but cuda is {arch}"):
+                target_of(device)
+            assert arch in (dispatch._device_obstacle(device) or "")
+    finally:
+        dispatch._device_obstacle.cache_clear()
 
 
 def test_small_models_get_small_tiles() -> None:

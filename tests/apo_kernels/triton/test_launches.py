@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from apo_kernels.triton import config
 from apo_kernels.triton import plan as plans
 from apo_kernels.triton.gemm import grouped_gemm
 from apo_kernels.triton.launch import count_launches
+from apo_kernels.triton.roles import Role
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison")]
 
@@ -99,8 +105,8 @@ def test_weights_are_written_last() -> None:
     assert names == ["pack", "right", "scale", "left", "update", "tile_update"]
 
 
-def test_a_second_step_makes_no_plan_and_allocates_only_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = model([(70, 90), (16, 16)], torch.float32)
+def test_a_second_step_makes_no_plan_and_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = model([(20, 40), (16, 16)], torch.float32, A=16, B=16)
     thetas = [torch.zeros_like(G) for G in layers.Gs]
 
     def step() -> None:
@@ -130,31 +136,78 @@ def test_a_plan_made_in_a_capture_serves_no_other_call(monkeypatch: pytest.Monke
     """Its tables are filled when the graph is replayed, which need not have been."""
     layers = model([(20, 30)], torch.float32)
     call = partial(ak.foreach_precondition, *layers.operands, backend="triton")
+    kept: list[object] = []
+    monkeypatch.setattr(plans, "keep_for_graph", lambda _stream, plan, *_: kept.append(plan))
     with monkeypatch.context() as capture:
         capture.setattr(plans, "_capturing", lambda _: True)
-        before = len(plans._of_graphs)
         call()
         call()
         assert not plans._plans
-        assert len(plans._of_graphs) == before + 2
+        assert len(set(map(id, kept))) == 2
     call()
     (plan,) = plans._plans.values()
-    assert plan not in plans._of_graphs
-    capture.setattr(plans, "_capturing", lambda _: True)
-    call()
-    capture.undo()
-    assert len(plans._of_graphs) == before + 2, "one that was there serves a capture too"
-    plans.clear_plans()
-    assert plan in plans._plans.values(), "and is kept for its graph"
-    plans._plans.clear()
+    assert plan not in kept
+    with monkeypatch.context() as capture:
+        capture.setattr(plans, "_capturing", lambda _: True)
+        call()
+    assert kept[2:] == [plan], "one that was there serves a capture too"
+
+
+def test_no_workspace_outlives_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = model([(70, 90)], torch.float32)
+    made: list[weakref.ref[torch.Tensor]] = []
+    real = torch.empty
+
+    def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(weakref.ref(x := real(*args, **kwargs)))
+        return x
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    ak.foreach_precondition_vjp(*layers.operands, layers.Vs, backend="triton")
+    gc.collect()
+    assert made
+    assert not any(x() is not None for x in made), "the plan holds on to memory besides its tables"
+
+
+@pytest.mark.parametrize("first", [0, 8])
+def test_a_plan_knows_how_the_entries_of_a_batch_lie(first: int) -> None:
+    """To 16 bytes or not: one plan promises it to the kernels, the other one can't."""
+    memory = torch.randn(2 * 130 + 8)
+    stride, count = 34, len(plans._plans)  # 136 bytes: of two entries that follow each other one lies well
+    G = [memory[at : at + 2 * stride].as_strided((2, 4, 8), (stride, 8, 1)) for at in (0, 2)]
+    assert [x.data_ptr() % 16 for x in G] == [0, 8]
+    A, B, S = torch.eye(8).expand(2, 8, 8).clone(), torch.eye(4).expand(2, 4, 4).clone(), torch.ones(2, 4, 8)
+    for x in G if first == 0 else reversed(G):
+        found = ak.precondition(x, A, B, S, backend="triton")
+        assert torch.equal(found, x)
+    offsets = [memory[at:].as_strided((2, 4, 8), (stride, 8, 1)).data_ptr() % 16 for at in (1, 3)]
+    assert offsets == [4, 12], "neither lies well, but their second entries lie differently"
+    for at in (1, 3):
+        ak.precondition(memory[at:].as_strided((2, 4, 8), (stride, 8, 1)), A, B, S, backend="triton")
+    assert len(plans._plans) == count + 4
+
+
+def test_threads_make_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = model([(5, 7)], torch.float32)
+    made: list[object] = []
+    real = plans.Plan
+
+    def slow(*args: Any) -> plans.Plan:
+        made.append(plan := real(*args))
+        time.sleep(0.2)
+        return plan
+
+    monkeypatch.setattr(plans, "Plan", slow)
+    operands = dict(zip((Role.G, Role.A, Role.B, Role.S), layers.operands, strict=True))
+    operands[Role.OUT] = [torch.empty_like(layers.Gs[0])]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: plans.plan_for(None, plans.Operation(), operands), range(4)))
+    assert len(made) == 1
+    assert all(plan is found[0] for plan in found)
 
 
 def test_nothing_of_the_last_step_is_left() -> None:
     """A workspace is used again: what it held may not be seen."""
     small = model([(70, 90)], torch.float32)
     first = ak.foreach_precondition(*small.operands, backend="triton")[0]
-    (plan,) = plans._plans.values()
-    for held in plan._held:
-        if held.dtype == torch.uint8:  # the others are tables
-            held.fill_(255)
     assert torch.equal(ak.foreach_precondition(*small.operands, backend="triton")[0], first)
