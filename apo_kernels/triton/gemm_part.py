@@ -26,6 +26,17 @@ PACK_TILE = (32, 128)
 """What one program of :func:`pack` copies."""
 
 Problem = tuple[int, ...]
+_TOUCHED = {
+    "right": (Role.KEEP_U,),
+    "scale": (Role.S, Role.KEEP_M),
+    "pair": (Role.S, Role.DS),
+    "left": (Role.KEEP_W,),
+    "left_dB": (),
+    "out": (Role.OUT,),
+    "update": (Role.OUT, Role.MOMENTUM),
+    "dA_dG": (Role.OUT,),
+}
+"""Which of the caller's matrices a stage's epilogue reads or writes."""
 _AMAX = {Role.G: LayerField.AMAX_G, Role.V: LayerField.AMAX_V, Role.S: LayerField.AMAX_S}
 
 
@@ -95,12 +106,12 @@ class GemmPart:
         """Whether the GEMM can load the operand where it lies."""
         layer, squares = self.draft.layers[at], self._squares(at, role)
         view = layer.views[role]
-        if self.draft.types[role] != self.draft.compute or view.col != 1 or view.row % ALIGN or not view.aligned:
+        if view.dtype != self.draft.compute or not view.wide:
             return False
         if squares is None:
             return layer.m % ALIGN == 0 and layer.n % ALIGN == 0
         sides = [squares.extent(q) for q in range(squares.groups)]
-        return squares.group == 1 and view.square % ALIGN == 0 and all(side % ALIGN == 0 for side in sides)
+        return squares.group == 1 and all(side % ALIGN == 0 for side in sides)
 
     def _packed_size(self, at: int, role: Role) -> int:
         squares = self._squares(at, role)
@@ -159,7 +170,7 @@ class GemmPart:
             chosen = config.gemm_config(draft.target, draft.compute, draft.precision, stage, size, keep)
             problems = sorted(self._problems(stage), key=lambda p: -p[ProblemField.DEPTH])  # the longest first
             tiles = [
-                (number, i, j, 0)
+                (number, i, j, self._is_wide(stage, problem, j * chosen.cols, chosen.cols))
                 for number, problem in enumerate(problems)
                 for i in range(-(-problem[ProblemField.ROWS] * ALIGN // chosen.rows))
                 for j in range(-(-problem[ProblemField.COLS] * ALIGN // chosen.cols))
@@ -187,6 +198,19 @@ class GemmPart:
                 )
             )
         return found
+
+    def _is_wide(self, stage: str, problem: Problem, col: int, cols: int) -> bool:
+        """Whether what the epilogue of a tile reads and writes besides workspaces can be moved 16 bytes at a time: the
+        tile has the columns from ``col`` on of the problem, at most ``cols``."""
+        layer = self.draft.layers[problem[ProblemField.LAYER]]
+        B, A = self.sides[problem[ProblemField.LAYER]]
+        if problem[ProblemField.KIND] == Kind.BLOCK:
+            squares, role = (B, Role.DB) if stage == "left_dB" else (A, Role.DA)
+            extent = squares.extent(problem[ProblemField.SQUARE])
+            return squares.group == 1 and layer.views[role].wide and _divides(extent - col, cols)
+        extent = min(layer.n - problem[ProblemField.COL0] * ALIGN, problem[ProblemField.COLS] * ALIGN)
+        touched = (layer.views[role] for role in _TOUCHED[stage] if role in layer.views)
+        return all(view.wide for view in touched) and _divides(extent - col, cols)
 
     def _problems(self, stage: str) -> Iterator[Problem]:
         wanted = self.draft.operation.wanted
@@ -248,6 +272,11 @@ def gemm_constants(
 def pack_constants(compute: Any) -> dict[str, Any]:
     """What :func:`pack` is compiled for."""
     return {"COMPUTE": compute, "SCAN": compute == tl.float16, "ROWS": PACK_TILE[0], "COLS": PACK_TILE[1]}
+
+
+def _divides(left: int, cols: int) -> bool:
+    """Whether the columns that a tile of ``cols`` has of the ``left`` ones are a multiple of :data:`ALIGN`."""
+    return left >= cols or left % ALIGN == 0
 
 
 def _cut(job: list[int], height: int, width: int) -> Iterator[list[int]]:

@@ -18,12 +18,12 @@ from apo_kernels.blocks import block_count, is_stack, width
 from apo_kernels.triton.errors import Unserved
 from apo_kernels.triton.roles import ALIGN, Role
 
-__all__ = ["Layer", "Squares", "View", "layers_of", "padded", "turns"]
+__all__ = ["BLOCKS", "Layer", "Squares", "View", "layers_of", "padded", "turns"]
 
 _STRIDE_LIMIT = 2**24
 """Of the sum of the strides: offsets within a tile of 128 by 128 are computed in int32."""
 
-_BLOCKS = (Role.A, Role.B, Role.DA, Role.DB)
+BLOCKS = (Role.A, Role.B, Role.DA, Role.DB)
 _TURNED = {Role.A: Role.B, Role.B: Role.A, Role.DA: Role.DB, Role.DB: Role.DA}
 
 
@@ -42,6 +42,11 @@ class View(NamedTuple):
     col: int
     square: int
     aligned: bool  # its first element, to 16 bytes
+
+    @property
+    def wide(self) -> bool:
+        """Whether it can be moved 16 bytes at a time, from any multiple of :data:`ALIGN` columns on."""
+        return self.aligned and self.col == 1 and self.row % ALIGN == 0 and self.square % ALIGN == 0
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,8 @@ def layers_of(operands: Mapping[Role, Sequence[Tensor]], *, turn: bool) -> list[
         for index in product(*(range(size) for size in G.shape[:-2])):
             views = {}
             for position, (role, tensors) in enumerate(operands.items()):
-                view = _view(tensors[i], position * length + i, index, role in _BLOCKS and is_stack(tensors[i], G))
-                if turned and role not in _BLOCKS:
+                view = _view(tensors[i], position * length + i, index, role in BLOCKS and is_stack(tensors[i], G))
+                if turned and role not in BLOCKS:
                     view = view._replace(row=view.col, col=view.row)
                 views[_TURNED.get(role, role) if turned else role] = view
             if turned:

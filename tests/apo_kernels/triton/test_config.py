@@ -28,9 +28,11 @@ def test_every_choice_can_be_launched(target: Target, dtype: torch.dtype) -> Non
             assert side >= 16
             assert side & (side - 1) == 0, "tl.arange takes powers of two"
         assert chosen.warps in (1, 2, 4, 8)
-    for backward in (False, True):
+    for backward, lies_well in product((False, True), repeat=2):
         for widest in range(1, config.tile_limit(target, dtype, backward) + 1):
-            tile = config.tile_config(target, dtype, precision, backward, widest)
+            tile = config.tile_config(target, dtype, precision, backward, widest, lies_well=lies_well)
+            other = config.tile_config(target, dtype, precision, backward, widest, lies_well=not lies_well)
+            assert tile.side == other.side, "the launches of a part share its tiles"
             assert tile.side >= widest
             assert tile.side % tile.slab == 0
             assert tile.slab >= 16
@@ -79,6 +81,14 @@ def test_targets_of_amd(arch: str, served: bool, monkeypatch: pytest.MonkeyPatch
             assert arch in (dispatch._device_obstacle(device) or "")
     finally:
         dispatch._device_obstacle.cache_clear()
+
+
+def test_what_is_compiled_for_how_tiles_lie() -> None:
+    """Any tile is served by some way that asks no more than it offers."""
+    for stage, side in product(("tile_forward", "tile_update", "tile_keep", "tile_dG", "tile_backward"), (16, 32, 64)):
+        ways = config.ways(stage, side, 64)
+        assert ways[0] == (False, False)
+        assert list(ways) == sorted(set(ways))
 
 
 def test_small_models_get_small_tiles() -> None:

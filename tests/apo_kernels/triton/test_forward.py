@@ -176,6 +176,26 @@ def test_the_update(
             assert_close(v, v_expected, dtype, "v", (P,))
 
 
+@pytest.mark.parametrize(("side_A", "side_B"), [(100, None), (None, 100), (72, 136)])
+def test_each_weight_is_stepped_once(side_A: int | None, side_B: int | None) -> None:
+    """Also where a tile of the grouped GEMM reaches beyond its square, into what another product writes."""
+    layers = model(((66, 300), (300, 66)), torch.float32, A=side_A, B=side_B, scale=1.0)
+    thetas, buffers = [torch.randn_like(G) for G in layers.Gs], [torch.randn_like(G) for G in layers.Gs]
+    expected = [
+        reference.precondition_step(
+            theta.double(), *(x.double() for x in each), lr=0.1, momentum=0.9, momentum_buffer=v.double(),
+            weight_decay=0.1,
+        )
+        for theta, v, *each in zip(thetas, buffers, *layers.operands, strict=True)
+    ]  # fmt: skip
+    ak.foreach_precondition_step_(
+        thetas, *layers.operands, lr=0.1, momentum=0.9, momentum_buffers=buffers, weight_decay=0.1, backend="triton"
+    )
+    for theta, v, (theta_expected, v_expected) in zip(thetas, buffers, expected, strict=True):
+        assert_close(theta, theta_expected, torch.float32, "θ")
+        assert_close(v, v_expected, torch.float32, "v")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("slab", [16, 32, 64])
 def test_slabs_of_a_tile(dtype: torch.dtype, slab: int) -> None:

@@ -60,21 +60,73 @@ def test_sixty_layers_of_full_blocks(full: Model) -> None:
 
 @pytest.mark.usefixtures("counted_only")
 def test_sixty_layers_of_block_diagonal_blocks(blocks: Model) -> None:
-    assert launches(lambda: ak.foreach_precondition(*blocks.operands, backend="triton")) == ["tile_forward"]
+    """One launch for the tiles that lie well in memory, and one for the others."""
+    assert launches(lambda: ak.foreach_precondition(*blocks.operands, backend="triton")) == ["tile_forward"] * 2
     vjp = launches(lambda: ak.foreach_precondition_vjp(*blocks.operands, blocks.Vs, wanted="GABS", backend="triton"))
-    assert vjp == ["tile_backward", "sum_parts", "tile_dG"]
+    assert vjp == ["tile_backward", "tile_backward", "sum_parts", "tile_dG"]
 
 
 @pytest.mark.usefixtures("counted_only")
-def test_a_split_of_the_derivatives_takes_one_launch_more(blocks: Model) -> None:
+def test_a_split_of_the_derivatives_takes_one_launch_more() -> None:
+    layers = model([(64, 128)], torch.bfloat16, A=16, B=16)
     with config.override(tile_backward={"split": 1}):
-        vjp = launches(lambda: ak.foreach_precondition_vjp(*blocks.operands, blocks.Vs, backend="triton"))
+        vjp = launches(lambda: ak.foreach_precondition_vjp(*layers.operands, layers.Vs, backend="triton"))
     assert vjp == ["tile_backward", "tile_backward", "sum_parts"]
+
+
+def spaced(x: torch.Tensor) -> torch.Tensor:
+    """In rows that don't begin at multiples of 16 bytes."""
+    return torch.zeros(x.shape[0], x.shape[1] + 1, dtype=x.dtype)[:, :-1].copy_(x)
+
+
+@pytest.mark.usefixtures("counted_only")
+@pytest.mark.parametrize(
+    ("shapes", "side", "odd", "expected"),
+    [
+        ([(64, 128), (128, 64)], 64, None, [(True, True)]),
+        ([(64, 128), (128, 64)], 64, "Ss", [(False, True)]),
+        ([(64, 128)], 16, None, [(True, False)]),
+        ([(64, 128)], 16, "Gs", [(False, False)]),
+        ([(64, 65)], 64, None, [(False, True), (False, False)]),  # the last column is a tile of its own
+        ([(64, 72)], 64, None, [(True, True)]),
+        ([(60, 72)], 64, None, [(True, False)]),
+        ([(64, 128), (60, 72)], 64, None, [(True, False)]),  # one launch for all whose matrices lie well
+        ([(64, 128), (64, 65)], 64, None, [(True, True), (False, True), (False, False)]),
+        ([(16, 16)], 16, None, [(False, False)]),  # too small to pay
+    ],
+)
+def test_what_is_moved_16_bytes_at_a_time(
+    shapes: list[tuple[int, int]], side: int, odd: str | None, expected: list[tuple[bool, bool]]
+) -> None:
+    """A constant of each launch; of a model whose tiles lie in all ways, there are three."""
+    layers = model(shapes, torch.bfloat16, A=side, B=side)
+    if odd is not None:
+        setattr(layers, odd, [spaced(x) for x in getattr(layers, odd)])
+    thetas, buffers = [torch.zeros_like(G) for G in layers.Gs], [torch.zeros_like(G) for G in layers.Gs]
+    ak.foreach_precondition_step_(
+        thetas, *layers.operands, lr=0.1, momentum=0.9, momentum_buffers=buffers, backend="triton"
+    )
+    (plan,) = plans._plans.values()
+    found = [(launch.constants["WIDE_MATRICES"], launch.constants["WIDE_SQUARES"]) for launch in plan.launches]
+    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.usefixtures("counted_only")
+def test_what_the_epilogues_of_the_gemm_move_16_bytes_at_a_time() -> None:
+    """Tile by tile: all but the ragged ones, here of the second layer."""
+    layers = model([(64, 256), (64, 129)], torch.bfloat16)
+    thetas = [torch.zeros_like(G) for G in layers.Gs]
+    ak.foreach_precondition_step_(thetas, *layers.operands, lr=0.1, backend="triton")
+    (plan,) = plans._plans.values()
+    (update,) = (launch for launch in plan.launches if launch.name == "update")
+    number_of_first = [problem[0] for problem in update.tables[1].tolist()].index(0)
+    for number, _, _, wide in update.tables[0].tolist():
+        assert wide == (number == number_of_first)
 
 
 @pytest.mark.usefixtures("counted_only")
 def test_layers_that_fit_one_tile_take_one_launch() -> None:
-    small = model([(3, 9), (64, 64), (10, 33)], torch.float32)
+    small = model([(3, 9), (60, 60), (10, 33)], torch.float32)
     assert launches(lambda: ak.foreach_precondition(*small.operands, backend="triton")) == ["tile_forward"]
     vjp = launches(lambda: ak.foreach_precondition_vjp(*small.operands, small.Vs, backend="triton"))
     assert vjp == ["tile_backward"]  # one tile a layer: nothing to sum
