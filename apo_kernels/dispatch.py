@@ -69,6 +69,10 @@ class Backend(Protocol):
         weight_decay: float,
     ) -> None: ...
 
+    def bind_step(
+        self, thetas: Tensors, Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, momentum_buffers: Tensors
+    ) -> Callable[[float | Tensor, float, float], None]: ...
+
 
 _ATEN = cast(Backend, aten)
 
@@ -183,12 +187,17 @@ class _Guarded:
         self._backend = backend
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(self._call, name)
+        return partial(self._call, getattr(self._backend, name), getattr(aten, name))
 
-    def _call(self, name: str, *arguments: Any) -> Any:
+    def bind_step(self, *operands: Any) -> Callable[[float | Tensor, float, float], None]:
+        return partial(self._call, self._backend.bind_step(*operands), aten.bind_step(*operands))
+
+    def _call(self, serves: Callable[..., Any], fallback: Callable[..., Any], *arguments: Any) -> Any:
         global _failure
+        if _failure is not None:  # since this was bound
+            return fallback(*arguments)
         try:
-            return getattr(self._backend, name)(*arguments)
+            return serves(*arguments)
         except (torch.OutOfMemoryError, Interrupted):
             raise
         except Unserved as error:
@@ -201,4 +210,4 @@ class _Guarded:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        return getattr(aten, name)(*arguments)
+        return fallback(*arguments)

@@ -25,6 +25,7 @@ PARTS = {
     "studies": "ways of learning the preconditioner, on four small tasks",
     "figure1": "Figure 1 of the paper, from the exact proximal point",
     "targets": "registers, spills and shared memory of every kernel, compiled for GPUs that need not be here",
+    "host": "what a call of the kernels costs the host, with the launcher replaced by nothing",
     "tune": "time configurations of the kernels on the GPU at hand, and keep the best",
 }
 DEFAULT = ("environment", "throughput", "stability")

@@ -18,8 +18,9 @@ another, each captured call makes one of its own. Only its graph can use that on
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from threading import RLock
 
 import torch
@@ -37,8 +38,9 @@ from apo_kernels.triton.layers import Layer
 from apo_kernels.triton.roles import Role
 from apo_kernels.triton.tile_part import TilePart
 
-__all__ = ["Operation", "Plan", "Ready", "Step", "clear_plans", "plan_for", "ready", "start"]
+__all__ = ["Bound", "Operation", "Plan", "Ready", "Step", "clear_plans", "plan_for", "start"]
 
+_shape = attrgetter("shape")
 _BINDINGS = 8
 _PLANS = 32
 
@@ -92,20 +94,12 @@ class Plan:
         self._hosts = draft.hosts if _capturing(self.device) else []
         self._bindings: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
 
-    def ready(self, operands: Operands, step: Step) -> Ready:
-        """All that can fail, for operands of the form that the plan was made for.
-
-        Raises:
-            TypeError: an operand's memory has no address.
-        """
-        pointers = [x.data_ptr() for tensors in operands.values() for x in tensors]
-        if 0 in pointers:
-            _refuse_without_address(operands)
+    def ready(self, pointers: Sequence[int], step: Step, stream: int) -> Ready:
+        """All that can fail, for operands of the form that the plan was made for, which lie at ``pointers``."""
         workspace = None
         if self._workspace_bytes:
             workspace = torch.empty(self._workspace_bytes // 4, dtype=torch.float32, device=self.device)
-            pointers.append(workspace.data_ptr())
-        stream = current_stream(self.device)
+            pointers = [*pointers, workspace.data_ptr()]
         table = self._bind(tuple(pointers), stream)
         run = Run(table, None if workspace is None else workspace[self._amax // 4 :], step.scalars, stream)
         for launch in self.launches:
@@ -142,11 +136,43 @@ _plans: OrderedDict[Hashable, Plan] = OrderedDict()
 _lock = RLock()
 
 
-def ready(precision: str | None, operation: Operation, groups: Iterable[Operands], step: Step) -> list[Ready]:
-    """Plan and compile for each group of operands, before any of them is launched. Their device must be the current
-    one."""
-    with _lock:
-        return [plan_for(precision, operation, group).ready(group, step) for group in groups]
+class Bound:
+    """Runs on the same tensors, planned once for each operation and stream.
+
+    The tensors must lie where they lay, in the form that they had; their device must be the current one at each call.
+
+    Args:
+        groups: operands, at least one; those of one role in one group have one dtype.
+
+    Raises:
+        TypeError: an operand's memory has no address.
+    """
+
+    def __init__(self, precision: str | None, groups: Sequence[Operands]) -> None:
+        self.precision, self.groups = precision, groups
+        self.device = groups[0][Role.G][0].device
+        self._pointers = [[x.data_ptr() for tensors in group.values() for x in tensors] for group in groups]
+        for group, pointers in zip(groups, self._pointers, strict=True):
+            if 0 in pointers:
+                _refuse_without_address(group)
+        self._plans: dict[Hashable, list[Plan]] = {}
+
+    def run(self, operation: Operation, step: Step) -> None:
+        """Plan and compile for every group, then launch.
+
+        Raises:
+            Interrupted: a launch failed, and one before it has written weights.
+        """
+        stream = current_stream(self.device)
+        key = operation, stream, config.overrides_key()
+        with _lock:
+            if (plans := self._plans.get(key)) is None:
+                each = zip(self.groups, self._pointers, strict=True)
+                plans = [plan_for(self.precision, operation, group, pointers) for group, pointers in each]
+                if not _capturing(self.device):  # else it is its graph's alone
+                    self._plans[key] = plans
+            ready = [plan.ready(at, step, stream) for plan, at in zip(plans, self._pointers, strict=True)]
+        start(ready)
 
 
 def start(every: Iterable[Ready]) -> None:
@@ -169,11 +195,15 @@ def start(every: Iterable[Ready]) -> None:
         raise
 
 
-def plan_for(precision: str | None, operation: Operation, operands: Operands) -> Plan:
-    """The plan for operands of this form, made if it isn't there. Their device must be the current one."""
+def plan_for(precision: str | None, operation: Operation, operands: Operands, pointers: Sequence[int]) -> Plan:
+    """The plan for operands of this form that lie at ``pointers``, made if it isn't there. Their device must be the
+    current one."""
     device = operands[Role.G][0].device
-    forms = tuple((role, x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for role, xs in operands.items() for x in xs)
-    key = (device, current_stream(device), precision, operation, config.overrides_key(), forms)
+    forms = [
+        (role, xs[0].dtype, tuple(map(_shape, xs)), tuple(map(Tensor.stride, xs))) for role, xs in operands.items()
+    ]
+    alignments = tuple([pointer % 16 for pointer in pointers])
+    key = (device, current_stream(device), precision, operation, config.overrides_key(), *forms, alignments)
     with _lock:
         plan = _plans.get(key)
         if plan is not None:

@@ -145,6 +145,20 @@ def test_a_launch_that_fails_after_a_weight_was_stepped_is_raised(
 
 
 @pytest.mark.interpret
+def test_a_bound_step_that_fails_is_atens_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    thetas, layers = two_groups()
+    monkeypatch.setattr("apo_kernels.functional.serving", lambda *_: Choice("triton", "", forced=False).backend)
+    monkeypatch.setattr(dispatch, "_failure", None)
+    step = ak.BoundStep(thetas, *layers.operands)
+    monkeypatch.setattr(Launch, "compile", fails(RuntimeError("no such instruction")))
+    with pytest.warns(RuntimeWarning, match="aten serves from now on .*no such instruction"):
+        step(lr=0.5)
+    assert_stepped_once(thetas, layers, 0.5)
+    step(lr=0.5)
+    assert_stepped_once(thetas, layers, 1.0)
+
+
+@pytest.mark.interpret
 def test_a_tensor_without_an_address_is_refused_by_name() -> None:
     """A subclass may say so of itself, whatever it holds."""
 

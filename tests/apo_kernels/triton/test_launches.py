@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import apo_kernels as ak
+from apo_kernels import checks
 from tests.apo_kernels.triton.examples import Model, assert_close, model
 
 pytest.importorskip("triton.language")
@@ -157,6 +158,39 @@ def test_weights_are_written_last() -> None:
     assert names == ["pack", "right", "scale", "left", "update", "tile_update"]
 
 
+@pytest.mark.parametrize("side", [None, 16])
+def test_a_bound_step_is_the_step(side: int | None) -> None:
+    """Also in two dtypes, with other numbers, and after a tensor has moved."""
+    layers, more = model([(20, 40), (16, 16)], torch.float32, A=side, B=side), model([(9, 8)], torch.bfloat16)
+    layers = Model(*(getattr(layers, name) + getattr(more, name) for name in ("Gs", "As", "Bs", "Ss", "Vs")))
+    (thetas, buffers), (copies, copied) = ([[torch.zeros_like(G) for G in layers.Gs] for _ in "θv"] for _ in "ab")
+    step = ak.BoundStep(thetas, *layers.operands, momentum_buffers=buffers, backend="triton")
+    for lr, momentum, decay in ((0.1, 0.9, 0.0), (0.2, 0.0, 0.1), (torch.tensor(0.3), 0.5, 0.1)):
+        names = launches(partial(step, lr=lr, momentum=momentum, weight_decay=decay))
+        assert names == launches(
+            partial(
+                ak.foreach_precondition_step_, copies, *layers.operands, lr=lr, momentum=momentum,
+                momentum_buffers=copied, weight_decay=decay, backend="triton",
+            )
+        )  # fmt: skip
+        for x, y in zip(thetas + buffers, copies + copied, strict=True):
+            assert torch.equal(x, y)
+        thetas[1].data = thetas[1].clone()
+        layers.Gs[0].mul_(-2)
+
+
+def test_a_bound_step_neither_checks_nor_plans_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = model([(20, 40), (16, 16)], torch.float32, A=16, B=16)
+    thetas = [torch.zeros_like(G) for G in layers.Gs]
+    step = ak.BoundStep(thetas, *layers.operands, backend="triton")
+    step(lr=0.1)
+    called: list[str] = []
+    monkeypatch.setattr(checks, "step_tensors", lambda *_: called.append("checks"))
+    monkeypatch.setattr(plans, "plan_for", lambda *_: called.append("plan"))
+    step(lr=0.2)
+    assert called == []
+
+
 def test_a_second_step_makes_no_plan_and_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = model([(20, 40), (16, 16)], torch.float32, A=16, B=16)
     thetas = [torch.zeros_like(G) for G in layers.Gs]
@@ -252,8 +286,9 @@ def test_threads_make_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "Plan", slow)
     operands = dict(zip((Role.G, Role.A, Role.B, Role.S), layers.operands, strict=True))
     operands[Role.OUT] = [torch.empty_like(layers.Gs[0])]
+    pointers = [x.data_ptr() for tensors in operands.values() for x in tensors]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: plans.plan_for(None, plans.Operation(), operands), range(4)))
+        found = list(pool.map(lambda _: plans.plan_for(None, plans.Operation(), operands, pointers), range(4)))
     assert len(made) == 1
     assert all(plan is found[0] for plan in found)
 
