@@ -203,7 +203,7 @@ def foreach_precondition_step_(
     """
     found: dict[int, Tensor] = {}
     for indices, operands in _joined(Gs, As, Bs, Ss):
-        found.update(_apart(indices, precondition(*operands, wide=True)))
+        found.update(_apart(indices, precondition(*operands, wide=True), shared=True))
     directions = [found[i] for i in range(len(Gs))]
     weights = list(thetas)
     if not weights:
@@ -247,11 +247,11 @@ def _joined(*lists: Tensors) -> Iterator[tuple[list[int], list[Tensor]]]:
             yield indices, [torch.stack([tensors[i] for i in indices]) for tensors in lists]
 
 
-def _apart(indices: Sequence[int], x: Tensor) -> dict[int, Tensor]:
-    """What :func:`_joined` layers gave, one by one, each in memory of its own."""
+def _apart(indices: Sequence[int], x: Tensor, *, shared: bool = False) -> dict[int, Tensor]:
+    """What :func:`_joined` layers gave, one by one, each in memory of its own unless it may be ``shared``."""
     if len(indices) == 1:
         return {indices[0]: x}
-    parts = cast("tuple[Tensor, ...]", torch.unbind_copy(x))
+    parts = x.unbind() if shared else cast("tuple[Tensor, ...]", torch.unbind_copy(x))
     return dict(zip(indices, parts, strict=True))
 
 

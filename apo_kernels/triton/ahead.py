@@ -122,13 +122,13 @@ def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> I
     ):  # fmt: skip
         types = [compute] * 4 + [out, wide]
         for way in config.ways(stage, side, limit):
-            tile = config.tile_config(target, dtype, precision, False, side, operation.keep, any(way))
+            tile = config.tile_config(target, dtype, precision, False, side, operation.keep, way)
             constants = forward_constants(tile, operation, types=types, of_V=stage == "tile_dG", way=way, **common)
             yield _tile_case(stage, side, way, tile_forward, constants, tile, dtype, precision, multiplies)
     limit = config.tile_limit(target, dtype, backward=True)
     for side in (side for side in (16, 32, 64) if side <= limit):
         for way in config.ways("tile_backward", side, limit):
-            tile = config.tile_config(target, dtype, precision, True, side, lies_well=any(way))
+            tile = config.tile_config(target, dtype, precision, True, side, way=way)
             for constants in backward_constants(tile, "ABS", types=[compute] * 5, way=way, **common):
                 yield _tile_case(
                     "tile_backward", side, way, tile_backward, constants, tile, dtype, precision, multiplies

@@ -136,13 +136,13 @@ def tile_config(
     backward: bool,
     widest: int,
     keep: bool = False,
-    lies_well: bool = True,
+    way: tuple[bool, bool] = (True, True),
 ) -> TileConfig:
-    """For tiles with squares of at most ``widest``; ``keep``: intermediates are stored too; ``lies_well``: 16 bytes can
-    be moved at a time of something (:func:`ways`)."""
+    """For tiles with squares of at most ``widest``; ``keep``: intermediates are stored too; ``way``: what can be moved
+    16 bytes at a time, one of :func:`ways`."""
     stage = "tile_backward" if backward else "tile_forward"
     side = next(side for side in (16, 32, 64) if widest <= side)
-    chosen = _tile_default(target, dtype, backward, side, keep, lies_well)
+    chosen = _tile_default(target, dtype, backward, side, keep, way)
     name = "tile_keep" if keep else stage
     return replace(chosen, **_changes(target, f"{name}/{_name(dtype)}/{precision}/{side}", stage))
 
@@ -160,18 +160,19 @@ def gemm_config(
 
 
 def _tile_default(
-    target: Target, dtype: torch.dtype, backward: bool, side: int, keep: bool, lies_well: bool
+    target: Target, dtype: torch.dtype, backward: bool, side: int, keep: bool, way: tuple[bool, bool]
 ) -> TileConfig:
     name, wide = target.name, dtype == torch.float32
     if target.backend == "cpu":
         return TileConfig(side, side, 1)
     if side < 64:
         narrow = 16 if wide else side
-        return TileConfig(side, narrow, 8 if (name, side, wide, backward) == ("sm_100", 32, True, True) else 4)
+        apart = (name, side, wide, backward) == ("sm_100", 32, True, True) and not all(way)
+        return TileConfig(side, narrow, 4, split=int(apart))
     if wide:
         return TileConfig(side, 64 if name == "sm_100" else 16, 4 if backward or name == "sm_90" else 8)
     if not backward:
-        if name == "gfx942" or not lies_well or (name == "sm_80" and keep):
+        if name == "gfx942" or not any(way) or (name == "sm_80" and keep):
             return TileConfig(side, side, 8)
         return TileConfig(side, 32 if name == "sm_80" else side, 4)
     if name == "sm_80":

@@ -94,11 +94,11 @@ class TilePart:
         alone = A.group == B.group == 1 and A.side % ALIGN == B.side % ALIGN == B.extent(i) % ALIGN == 0
         return matrices, alone and all(view.wide for role, view in views.items() if role in BLOCKS)
 
-    def _config(self, backward: bool, lies_well: bool = True) -> config.TileConfig:
+    def _config(self, backward: bool, way: tuple[bool, bool] = (True, True)) -> config.TileConfig:
         draft = self.draft
         widest = max(squares.group * squares.side for pair in self.sides.values() for squares in pair)
         keep = draft.operation.keep
-        return config.tile_config(draft.target, draft.compute, draft.precision, backward, widest, keep, lies_well)
+        return config.tile_config(draft.target, draft.compute, draft.precision, backward, widest, keep, way)
 
     def _types(self, *roles: Role) -> list[Any]:
         return [self.draft.type_of(role) for role in roles]
@@ -108,7 +108,7 @@ class TilePart:
         types = self._types(Role.G, Role.V, Role.A, Role.B, Role.S)
         found = []
         for way, tiles in self._tiles("tile_backward", self._config(backward=True).side).items():
-            chosen = self._config(backward=True, lies_well=any(way))
+            chosen = self._config(backward=True, way=way)
             found += [
                 Launch("tile_backward", tile_backward, len(tiles), (tiles, layers), each, chosen.warps, chosen.stages)
                 for each in backward_constants(
@@ -124,7 +124,7 @@ class TilePart:
         types = self._types(Role.V if of_V else Role.G, Role.A, Role.B, Role.S, Role.OUT, Role.MOMENTUM)
         found = []
         for way, tiles in self._tiles(stage, self._config(backward=False).side).items():
-            chosen = self._config(backward=False, lies_well=any(way))
+            chosen = self._config(backward=False, way=way)
             constants = forward_constants(
                 chosen, op, compute=TYPES[draft.compute], precision=draft.precision, types=types, of_V=of_V, way=way
             )

@@ -28,10 +28,10 @@ def test_every_choice_can_be_launched(target: Target, dtype: torch.dtype) -> Non
             assert side >= 16
             assert side & (side - 1) == 0, "tl.arange takes powers of two"
         assert chosen.warps in (1, 2, 4, 8)
-    for backward, lies_well in product((False, True), repeat=2):
+    for backward, way in product((False, True), config.ways("tile_forward", 64, 64)):
         for widest in range(1, config.tile_limit(target, dtype, backward) + 1):
-            tile = config.tile_config(target, dtype, precision, backward, widest, lies_well=lies_well)
-            other = config.tile_config(target, dtype, precision, backward, widest, lies_well=not lies_well)
+            tile = config.tile_config(target, dtype, precision, backward, widest, way=way)
+            other = config.tile_config(target, dtype, precision, backward, widest)
             assert tile.side == other.side, "the launches of a part share its tiles"
             assert tile.side >= widest
             assert tile.side % tile.slab == 0
