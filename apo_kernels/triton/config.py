@@ -188,7 +188,8 @@ def _gemm_default(target: Target, dtype: torch.dtype, stage: str, size: str, kee
     wide = dtype == torch.float32
     depth = 32 if wide else 64
     if stage == "pair":  # two accumulators
-        return GemmConfig(64, 64, 16 if wide and target.name == "sm_80" else depth, 8, 3)
+        short = (target.name, dtype) in (("sm_80", torch.float32), ("sm_100", torch.float16))
+        return GemmConfig(64, 64, depth // 2 if short else depth, 8, 3)
     if size == "small" or (keep and target.backend == "cuda"):
         return GemmConfig(64, 64, depth, 8 if target.name == "sm_100" and stage != "left_dB" else 4, 3)
     halved = (
