@@ -196,6 +196,7 @@ def _gemm_default(target: Target, dtype: torch.dtype, stage: str, size: str, kee
         stage == "update"
         or (wide and (stage == "dA_dG" or target.name == "sm_80"))
         or (wide and (stage, target.name) == ("scale", "sm_100"))
+        or (dtype == torch.float16 and (stage, target.name) == ("left_dB", "sm_100"))
     )
     return GemmConfig(128, 64 if halved else 128, depth, 8, 3)
 
