@@ -8,6 +8,7 @@ from apo_kernels.aten import Kept
 from apo_kernels.blocks import blocks_from_dense, blocks_to_dense, identity_block
 from apo_kernels.flops import precondition_flops, precondition_vjp_flops
 from apo_kernels.functional import (
+    BoundStep,
     explain,
     foreach_precondition,
     foreach_precondition_step_,
@@ -19,6 +20,7 @@ from apo_kernels.functional import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BoundStep",
     "Kept",
     "blocks_from_dense",
     "blocks_to_dense",

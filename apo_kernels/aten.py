@@ -18,8 +18,9 @@ second order is the first one on the transposed problem, ``P(Gᵀ; B, A, Sᵀ) =
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ __all__ = [
     "accumulation_dtype",
     "aligned_empty",
     "aligned_product",
+    "bind_step",
     "foreach_precondition",
     "foreach_precondition_keep",
     "foreach_precondition_step_",
@@ -44,6 +46,7 @@ Tensors = Sequence[Tensor]
 
 ALIGNMENT = 8  # elements
 SMALL = 2**16  # elements: below, an aligned buffer costs more than it gains
+JOINED = 2**14  # elements: below, layers of one form with blocks in squares are computed as one batch
 LARGE = 2**17  # elements: from here on it gains a copy as well
 PANEL = 2**21  # elements of a derivative that is copied panel by panel: 8 MB of float32
 
@@ -146,12 +149,21 @@ def precondition_vjp(
 
 
 def foreach_precondition(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors) -> list[Tensor]:
-    return [precondition(*operands) for operands in zip(Gs, As, Bs, Ss, strict=True)]
+    results: dict[int, Tensor] = {}
+    for indices, operands in _joined(Gs, As, Bs, Ss):
+        results.update(_apart(indices, precondition(*operands)))
+    return [results[i] for i in range(len(Gs))]
 
 
 def foreach_precondition_keep(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors) -> tuple[list[Tensor], list[Kept]]:
-    pairs = [precondition_keep(*operands) for operands in zip(Gs, As, Bs, Ss, strict=True)]
-    return [Y for Y, _ in pairs], [kept for _, kept in pairs]
+    results: dict[int, Tensor] = {}
+    kept: dict[int, Kept] = {}
+    for indices, operands in _joined(Gs, As, Bs, Ss):
+        Y, held = precondition_keep(*operands)
+        results.update(_apart(indices, Y))
+        each = zip(*(_apart(indices, x).values() for x in held), strict=True)
+        kept.update(zip(indices, (Kept(*x) for x in each), strict=True))
+    return [results[i] for i in range(len(Gs))], [kept[i] for i in range(len(Gs))]
 
 
 def foreach_precondition_vjp(
@@ -164,9 +176,14 @@ def foreach_precondition_vjp(
     wanted: str,
     relative: bool = False,
 ) -> list[dict[str, Tensor]]:
-    held = kept if kept is not None else [None] * len(Gs)
-    each = zip(Gs, As, Bs, Ss, Vs, held, strict=True)
-    return [precondition_vjp(G, A, B, S, V, kept_one, wanted, relative) for G, A, B, S, V, kept_one in each]
+    results: list[dict[str, Tensor]] = [{} for _ in Gs]
+    held = ([each[k] for each in kept] for k in range(3)) if kept is not None else ()
+    for indices, (G, A, B, S, V, *products) in _joined(Gs, As, Bs, Ss, Vs, *held):
+        found = precondition_vjp(G, A, B, S, V, Kept(*products) if products else None, wanted, relative)
+        for letter, x in found.items():
+            for i, part in _apart(indices, x).items():
+                results[i][letter] = part
+    return results
 
 
 def foreach_precondition_step_(
@@ -184,7 +201,10 @@ def foreach_precondition_step_(
 
     All directions come first; the writes allocate nothing, so that they can't fail half-way.
     """
-    directions = [precondition(*operands, wide=True) for operands in zip(Gs, As, Bs, Ss, strict=True)]
+    found: dict[int, Tensor] = {}
+    for indices, operands in _joined(Gs, As, Bs, Ss):
+        found.update(_apart(indices, precondition(*operands, wide=True), shared=True))
+    directions = [found[i] for i in range(len(Gs))]
     weights = list(thetas)
     if not weights:
         return
@@ -200,6 +220,39 @@ def foreach_precondition_step_(
         torch._foreach_sub_(weights, directions)
     else:
         torch._foreach_sub_(weights, directions, alpha=lr)
+
+
+def bind_step(
+    thetas: Tensors, Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, momentum_buffers: Tensors
+) -> Callable[[float | Tensor, float, float], None]:
+    """:func:`foreach_precondition_step_` on these tensors, of ``lr, momentum, weight_decay``."""
+    return partial(foreach_precondition_step_, thetas, Gs, As, Bs, Ss, momentum_buffers)
+
+
+# Layers of one form with blocks in squares, joined to a batch where each alone costs more to call than to compute. Full
+# blocks aren't: BLAS multiplies them faster one by one.
+
+
+def _joined(*lists: Tensors) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """The layers that are computed together: their indices, and their operands, stacked if there are several."""
+    alike: dict[Hashable, list[int]] = {}
+    for i, operands in enumerate(zip(*lists, strict=True)):
+        G, A, B = operands[:3]
+        joins = (A.ndim > G.ndim or B.ndim > G.ndim) and G.numel() < JOINED
+        alike.setdefault(tuple((x.shape, x.dtype) for x in operands) if joins else i, []).append(i)
+    for indices in alike.values():
+        if len(indices) == 1:
+            yield indices, [tensors[indices[0]] for tensors in lists]
+        else:
+            yield indices, [torch.stack([tensors[i] for i in indices]) for tensors in lists]
+
+
+def _apart(indices: Sequence[int], x: Tensor, *, shared: bool = False) -> dict[int, Tensor]:
+    """What :func:`_joined` layers gave, one by one, each in memory of its own unless it may be ``shared``."""
+    if len(indices) == 1:
+        return {indices[0]: x}
+    parts = x.unbind() if shared else cast("tuple[Tensor, ...]", torch.unbind_copy(x))
+    return dict(zip(indices, parts, strict=True))
 
 
 # Small layers with full blocks of one dtype: the algebra without the bookkeeping, which takes as long.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from apo_kernels.aten import Kept, accumulation_dtype
 from apo_kernels.blocks import block_count
@@ -17,14 +19,19 @@ __all__ = [
     "kept_products",
     "no_graph",
     "no_shared_memory",
+    "not_negated",
     "operands",
     "step",
+    "step_scalars",
+    "step_tensors",
     "tensor_lists",
     "wanted_letters",
     "watched",
 ]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_NARROW = DTYPES[1:]
+_MIXTURES = {frozenset((torch.float64,)), *(frozenset(some) for k in (1, 2, 3) for some in combinations(_NARROW, k))}
 _PLAIN = (Tensor, torch.nn.Parameter)
 _LISTS = (list, tuple)
 
@@ -46,8 +53,8 @@ def operands(G: Tensor, A: Tensor, B: Tensor, S: Tensor, *V: Tensor, index: int 
 
 
 def _plainly_fit(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, Vs: Tensors | None) -> bool:
-    """Whether these are lists of equal length whose every entry is of the common case, full blocks of one dtype: what
-    isn't is looked at closely.
+    """Whether these are lists of equal length whose every entry is of the common case, one matrix and its blocks, full
+    or in squares: what isn't is looked at closely.
 
     One flat loop over the attributes that are cheapest to read, for looking closely takes longer than a small layer.
     """
@@ -60,19 +67,27 @@ def _plainly_fit(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, Vs: Tensors
     for G, A, B, S in zip(Gs, As, Bs, Ss, strict=True):
         if not (type(G) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN and type(S) in _PLAIN and G.ndim == 2):
             return False
-        dtype = G.dtype
         m, n = G.shape
         if not (
-            dtype in DTYPES
-            and (A.dtype is dtype and B.dtype is dtype and S.dtype is dtype)
+            frozenset((G.dtype, A.dtype, B.dtype, S.dtype)) in _MIXTURES
             and _on_one_device(G, A, B, S, first)
             and (G.layout is A.layout is B.layout is S.layout is torch.strided)
-            and (S.shape == (m, n) and A.shape == (n, n) and B.shape == (m, m))
+            and S.shape == (m, n)
+            and _plainly_covers(A, n)
+            and _plainly_covers(B, m)
         ):
             return False
     if Vs is None:
         return True
     return type(Vs) in _LISTS and len(Vs) == length and all(map(_plainly_matches, Vs, Gs))
+
+
+def _plainly_covers(block: Tensor, side: int) -> bool:
+    """Whether it is a full block, or a stack of squares, for a side of this length."""
+    shape = block.shape
+    if len(shape) == 2:
+        return shape == (side, side)
+    return len(shape) == 3 and (b := shape[2]) > 0 and shape == (-(-side // b), b, b)
 
 
 def _on_one_device(G: Tensor, A: Tensor, B: Tensor, S: Tensor, index: int) -> bool:
@@ -204,23 +219,38 @@ def step(
     weight_decay: float,
 ) -> None:
     """Refuse what an in-place step couldn't finish."""
-    written = {"thetas": thetas}
-    if momentum_buffers is not None:
-        written["momentum_buffers"] = momentum_buffers
-    tensor_lists(Gs=Gs, **written)
-    foreach_operands(Gs, As, Bs, Ss)
+    step_tensors(thetas, Gs, As, Bs, Ss, momentum_buffers)
+    step_scalars(Gs, momentum_buffers, lr, momentum, weight_decay)
+    written = {"thetas": thetas, "momentum_buffers": momentum_buffers or ()}
+    no_graph("it is written in place", **written)
+
+
+def step_scalars(
+    Gs: Tensors, momentum_buffers: Tensors | None, lr: float | Tensor, momentum: float, weight_decay: float
+) -> None:
+    """Refuse numbers that no step can be taken with."""
     _scalar("momentum", momentum, below=1.0)
     _scalar("weight_decay", weight_decay)
     _learning_rate(lr, Gs)
     if momentum != 0 and momentum_buffers is None:
         raise ValueError(f"momentum_buffers must be given where momentum is not 0, but momentum is {momentum}")
+
+
+def step_tensors(
+    thetas: Tensors, Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, momentum_buffers: Tensors | None
+) -> None:
+    """Refuse tensors that no step can be taken with."""
+    written = {"thetas": thetas}
+    if momentum_buffers is not None:
+        written["momentum_buffers"] = momentum_buffers
+    tensor_lists(Gs=Gs, **written)
+    foreach_operands(Gs, As, Bs, Ss)
     for name, tensors in written.items():
         for i, (x, G) in enumerate(zip(tensors, Gs, strict=True)):
-            if _plainly_matches(x, G) and x.is_contiguous():
+            if _plainly_matches(x, G) and x.is_contiguous() and not x.is_neg():
                 continue
             _same_as_G(f"{name}[{i}]", x, G, f"Gs[{i}]")
             _writable(f"{name}[{i}]", x)
-    no_graph("it is written in place", **written)
 
 
 def no_shared_memory(thetas: Tensors, momentum_buffers: Tensors | None, **read: Sequence[Tensor]) -> None:
@@ -229,6 +259,9 @@ def no_shared_memory(thetas: Tensors, momentum_buffers: Tensors | None, **read: 
     Apart from :func:`step`, for fake tensors have no addresses.
     """
     written = {"thetas": thetas, "momentum_buffers": momentum_buffers or ()}
+    own = [x.data_ptr() for tensors in written.values() for x in tensors]
+    if len(set(own)) == len(own) and set(own).isdisjoint([x.data_ptr() for tensors in read.values() for x in tensors]):
+        return
     owners: dict[int, tuple[str, int]] = {}
     for name, tensors in (*written.items(), *read.items()):
         for i, x in enumerate(tensors):
@@ -242,11 +275,24 @@ def no_shared_memory(thetas: Tensors, momentum_buffers: Tensors | None, **read: 
                 owners[address] = name, i
 
 
+def not_negated(**lists: Tensors) -> None:
+    """Refuse lazily negated tensors where memory is read again and again."""
+    for name, tensors in lists.items():
+        for i, x in enumerate(tensors):
+            if x.is_neg():
+                raise ValueError(f"{name}[{i}] must be read as it lies in memory, but is lazily negated: resolve it")
+
+
 def _tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, but got {_kind(x)}")
     if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, but its layout is {x.layout}")
+    if is_traceable_wrapper_subclass(x):
+        raise TypeError(
+            f"{name} must lie in one tensor's memory, but is a {type(x).__name__} around other tensors: "
+            "call with its local part"
+        )
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, but its dtype is {x.dtype}")
 
@@ -313,6 +359,8 @@ def _learning_rate(lr: object, Gs: Tensors) -> None:
 
 
 def _writable(name: str, x: Tensor) -> None:
+    if x.is_neg():
+        raise ValueError(f"{name} must be written as it lies in memory, but is lazily negated: resolve it")
     if x.is_contiguous():
         return
     reach = 1  # of the dimensions of smaller stride

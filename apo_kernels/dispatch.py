@@ -8,7 +8,8 @@ first backend that can serve the tensors: ``triton`` on a GPU that it has kernel
 float32 operands are multiplied; plain ``"triton"`` is faithful to it (:meth:`apo_kernels.targets.Target.precision`).
 
 **Failures.** A backend that was asked for fails loudly. One that was chosen here and fails is warned about once, and
-``aten`` serves from then on; running out of memory is no failure of a backend.
+``aten`` serves from then on. Not so running out of memory, and a failure that may have left some weights stepped: these
+are raised.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from apo_kernels import aten
 from apo_kernels.aten import Kept
-from apo_kernels.triton.layers import Unserved
+from apo_kernels.triton.errors import Interrupted, Unserved
 
 __all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "Backend", "Choice", "choose", "serving"]
 
@@ -67,6 +68,10 @@ class Backend(Protocol):
         momentum: float,
         weight_decay: float,
     ) -> None: ...
+
+    def bind_step(
+        self, thetas: Tensors, Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, momentum_buffers: Tensors
+    ) -> Callable[[float | Tensor, float, float], None]: ...
 
 
 _ATEN = cast(Backend, aten)
@@ -175,20 +180,25 @@ def _triton(precision: str | None) -> Backend:
 class _Guarded:
     """A backend that was chosen, not asked for: where it fails, ``aten`` takes over, for good.
 
-    Kernels are compiled before the first of them writes, so no weight has been written when one fails to compile.
+    Kernels are planned and compiled before the first of them writes, so no weight has been written when that fails.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(self._call, name)
+        return partial(self._call, getattr(self._backend, name), getattr(aten, name))
 
-    def _call(self, name: str, *arguments: Any) -> Any:
+    def bind_step(self, *operands: Any) -> Callable[[float | Tensor, float, float], None]:
+        return partial(self._call, self._backend.bind_step(*operands), aten.bind_step(*operands))
+
+    def _call(self, serves: Callable[..., Any], fallback: Callable[..., Any], *arguments: Any) -> Any:
         global _failure
+        if _failure is not None:  # since this was bound
+            return fallback(*arguments)
         try:
-            return getattr(self._backend, name)(*arguments)
-        except torch.OutOfMemoryError:
+            return serves(*arguments)
+        except (torch.OutOfMemoryError, Interrupted):
             raise
         except Unserved as error:
             warnings.warn(f"apo_kernels: aten serves a call, for {error}", RuntimeWarning, stacklevel=3)
@@ -200,4 +210,4 @@ class _Guarded:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        return getattr(aten, name)(*arguments)
+        return fallback(*arguments)

@@ -27,6 +27,7 @@ from apo_kernels.aten import Kept
 from apo_kernels.dispatch import choose, serving
 
 __all__ = [
+    "BoundStep",
     "explain",
     "foreach_precondition",
     "foreach_precondition_step_",
@@ -238,6 +239,56 @@ def foreach_precondition_step_(
     path = serving(backend, Gs)
     with torch.no_grad():
         path.foreach_precondition_step_(thetas, Gs, As, Bs, Ss, momentum_buffers or [], lr, momentum, weight_decay)
+
+
+class BoundStep:
+    """:func:`foreach_precondition_step_` on the same tensors, step after step: checked and planned once.
+
+    A call compares where the tensors lie with where they lay, and checks and plans anew only if one has moved. So a
+    tensor whose memory stays must keep its shape, strides and dtype. For the use from Python: ``torch.compile`` is
+    served by the function.
+
+    Args:
+        thetas, Gs, As, Bs, Ss, momentum_buffers, backend: as for :func:`foreach_precondition_step_`.
+
+    Raises:
+        TypeError, ValueError: as :func:`foreach_precondition_step_`, here and at each call.
+    """
+
+    def __init__(
+        self,
+        thetas: Tensors,
+        Gs: Tensors,
+        As: Tensors,
+        Bs: Tensors,
+        Ss: Tensors,
+        *,
+        momentum_buffers: Tensors | None = None,
+        backend: str | None = None,
+    ) -> None:
+        self._operands = thetas, Gs, As, Bs, Ss
+        self._buffers, self._backend = momentum_buffers, backend
+        self._bind()
+
+    def __call__(self, *, lr: float | Tensor, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
+        """A step, with the scalars of :func:`foreach_precondition_step_`."""
+        thetas, Gs, *_ = self._operands
+        checks.step_scalars(Gs, self._buffers, lr, momentum, weight_decay)
+        if list(map(Tensor.data_ptr, self._tensors)) != self._pointers:
+            self._bind()
+        checks.no_graph("it is written in place", thetas=thetas, momentum_buffers=self._buffers or ())
+        with torch.no_grad():
+            self._step(lr, momentum, weight_decay)
+
+    def _bind(self) -> None:
+        checks.step_tensors(*self._operands, self._buffers)
+        thetas, Gs, As, Bs, Ss = self._operands
+        buffers = self._buffers or ()
+        checks.no_shared_memory(thetas, self._buffers, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+        checks.not_negated(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+        self._tensors = [x for tensors in (*self._operands, buffers) for x in tensors]
+        self._pointers = list(map(Tensor.data_ptr, self._tensors))
+        self._step = serving(self._backend, Gs).bind_step(thetas, Gs, As, Bs, Ss, buffers)
 
 
 def explain(backend: str | None = None, Gs: Tensors = ()) -> str:

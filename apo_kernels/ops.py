@@ -29,14 +29,19 @@ __all__ = [
 ]
 
 
-@torch.library.custom_op("apo_kernels::precondition", mutates_args=())
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+"""What a plan allocates outlives the call, and must not come from the pool of a graph that ``torch.compile`` captures
+with ``mode="reduce-overhead"``: such graphs end before these operators and begin again after them."""
+
+
+@torch.library.custom_op("apo_kernels::precondition", mutates_args=(), tags=_TAGS)
 def precondition(G: Tensor, A: Tensor, B: Tensor, S: Tensor, backend: str | None = None) -> Tensor:
     """``P(G)``. Its backward recomputes the forward's products: the least memory."""
     checks.operands(G, A, B, S)
     return serving(backend, [G]).foreach_precondition([G], [A], [B], [S])[0]
 
 
-@torch.library.custom_op("apo_kernels::foreach_precondition", mutates_args=())
+@torch.library.custom_op("apo_kernels::foreach_precondition", mutates_args=(), tags=_TAGS)
 def foreach_precondition(
     Gs: Sequence[Tensor],
     As: Sequence[Tensor],
@@ -49,7 +54,7 @@ def foreach_precondition(
     return serving(backend, Gs).foreach_precondition(Gs, As, Bs, Ss)
 
 
-@torch.library.custom_op("apo_kernels::foreach_precondition_keep", mutates_args=())
+@torch.library.custom_op("apo_kernels::foreach_precondition_keep", mutates_args=(), tags=_TAGS)
 def foreach_precondition_keep(
     Gs: Sequence[Tensor],
     As: Sequence[Tensor],
@@ -64,7 +69,7 @@ def foreach_precondition_keep(
     return [*Ys, *flatten_kept(kept)]
 
 
-@torch.library.custom_op("apo_kernels::foreach_precondition_vjp", mutates_args=())
+@torch.library.custom_op("apo_kernels::foreach_precondition_vjp", mutates_args=(), tags=_TAGS)
 def foreach_precondition_vjp(
     Gs: Sequence[Tensor],
     As: Sequence[Tensor],
@@ -88,7 +93,9 @@ def foreach_precondition_vjp(
     return [each[letter] for each in grads for letter in wanted]
 
 
-@torch.library.custom_op("apo_kernels::foreach_precondition_step_", mutates_args=("thetas", "momentum_buffers"))
+@torch.library.custom_op(
+    "apo_kernels::foreach_precondition_step_", mutates_args=("thetas", "momentum_buffers"), tags=_TAGS
+)
 def foreach_precondition_step_(
     thetas: Sequence[Tensor],
     Gs: Sequence[Tensor],

@@ -87,10 +87,18 @@ def target_of(device: torch.device) -> Target:
     if device.type != "cuda":
         raise ValueError(f"no target is known for {device}")
     if torch.version.hip is not None:
-        return TARGETS["gfx942"]
+        return _amd_target(device)
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         raise ValueError(f"kernels need compute capability 8.0 or above, but {device} has {major}.{minor}")
     exact = {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major)
     # Consumer Blackwell (12) has neither wgmma nor tcgen05.
     return TARGETS[exact] if exact and (major, minor) not in ((8, 6), (8, 9)) else CONSUMER
+
+
+def _amd_target(device: torch.device) -> Target:
+    """By its architecture's name: others differ in the threads of a warp (RDNA has 32) and in matrix instructions."""
+    arch = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    if (target := TARGETS.get(arch)) is None:
+        raise ValueError(f"kernels are compiled and tested for gfx942 of AMD's GPUs, but {device} is {arch}")
+    return target

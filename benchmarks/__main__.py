@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "studies": ("paper.studies.command", "ways of learning the preconditioner, on four small tasks"),
     "figure1": ("paper.figure1", "Figure 1 of the paper, from the exact proximal point"),
     "targets": ("kernels.targets", "registers, spills and shared memory of every kernel, compiled for absent GPUs"),
+    "host": ("kernels.host", "what a call of the kernels costs the host, with the launcher replaced by nothing"),
     "tune": ("kernels.tune", "time configurations of the kernels on the GPU at hand, and keep the best"),
 }
 """Each command's module and what it shows. The module has ``add_arguments(parser)`` and ``run(options)``."""

@@ -7,6 +7,8 @@
 * :mod:`~apo_kernels.triton.pack`: operands brought into aligned, zero-padded form;
 * :mod:`~apo_kernels.triton.config`: tile sizes and warps, as pure functions;
 * :mod:`~apo_kernels.triton.layers`, :mod:`~apo_kernels.triton.plan`: the host's side, built once for a list of layers;
+* :mod:`~apo_kernels.triton.graphs`: what a captured graph reads, kept as long as the graph;
+* :mod:`~apo_kernels.triton.errors`: why a call isn't served;
 * :mod:`~apo_kernels.triton.backend`: what :mod:`apo_kernels.dispatch` calls.
 
 Importing this package alone imports no Triton: ``config`` and ``roles`` are plain Python.

@@ -14,28 +14,31 @@ from apo_kernels.triton.roles import Column, Role
 
 __all__ = ["Addresses", "Made"]
 
+_WORKSPACE = -1
+"""Among the tensors: the last one."""
+
 
 class Made:
-    """What a plan itself holds of one layer, in place of an operand: packed copies, workspaces, parts of sums."""
+    """What lies in the workspace in place of a layer's operands: packed copies, intermediates, parts of sums."""
 
     def __init__(self) -> None:
         self.packed: dict[Role, tuple[int, int, int]] = {}
-        """Address, pitch and square stride by role."""
+        """Offset in bytes, pitch and square stride by role."""
         self.parts: dict[Role, tuple[int, int]] = {}
-        """Address and size (in elements) of the first of the parts that a derivative is written as."""
+        """Offset in bytes and size in elements of the first of the parts that a derivative is written as."""
 
 
 class Addresses:
     """The operands' table of all layers, ``[layers, ROLES, COLUMNS]``, and after it single addresses, by index."""
 
-    def __init__(self, layers: Sequence[Layer], made: Sequence[Made], single: Sequence[View]) -> None:
+    def __init__(self, layers: Sequence[Layer], made: Sequence[Made], single: Sequence[View | int]) -> None:
         self._values: list[int] = []
         self._moving: list[tuple[int, int, int]] = []  # where in the table, which tensor, byte offset in it
         for layer, own in zip(layers, made, strict=True):
             for role in Role:
                 self._values += self._row(role, layer, own)
-        for view in single:
-            self._move(len(self._values), view)
+        for place in single:
+            self._move(len(self._values), place)
             self._values.append(0)
 
     @staticmethod
@@ -46,28 +49,31 @@ class Addresses:
     def _row(self, role: Role, layer: Layer, own: Made) -> list[int]:
         row = [0] * len(Column)
         if role in own.packed:
-            row[Column.ADDRESS], row[Column.ROW], row[Column.SQUARE] = own.packed[role]
+            offset, row[Column.ROW], row[Column.SQUARE] = own.packed[role]
             row[Column.COL] = 1
+            self._move(len(self._values), offset)
             return row
         if role not in layer.views:
             return row
         view = layer.views[role]
         row[Column.ROW], row[Column.COL], row[Column.SQUARE] = view.row, view.col, view.square
         if role in own.parts:
-            row[Column.ADDRESS], row[Column.PART] = own.parts[role]
+            offset, row[Column.PART] = own.parts[role]
+            self._move(len(self._values), offset)
         else:
             self._move(len(self._values), view)
         return row
 
-    def _move(self, at: int, view: View) -> None:
-        self._moving.append((at, view.tensor, view.offset))
+    def _move(self, at: int, place: View | int) -> None:
+        tensor, offset = (place.tensor, place.offset) if isinstance(place, View) else (_WORKSPACE, place)
+        self._moving.append((at, tensor, offset))
 
     @cached_property
     def _arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return np.array(self._values, np.int64), np.array(self._moving, np.int64).reshape(-1, 3)
 
     def fill(self, pointers: Sequence[int]) -> NDArray[np.int64]:
-        """The table for tensors that lie at ``pointers``."""
+        """The table for tensors that lie at ``pointers``, the last of them the workspace."""
         values, moving = self._arrays
         filled: NDArray[Any] = values.copy()
         filled[moving[:, 0]] = np.array(pointers, np.int64)[moving[:, 1]] + moving[:, 2]

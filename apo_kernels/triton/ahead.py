@@ -51,7 +51,8 @@ class Case:
     Attributes:
         stage: the launch's name.
         dtype: of all operands.
-        size: the grouped GEMM's size class, or the tile's side.
+        size: the grouped GEMM's size class, or the tile's side and what of it is moved 16 bytes at a time: nothing, its
+            ``squares`` or its ``matrices``, or both (``wide``).
         multiplies: whether it must come out as matrix instructions.
     """
 
@@ -111,29 +112,27 @@ def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> I
     multiplies = not (dtype == torch.float32 and precision == "ieee" and target.backend == "cuda")
     common: dict[str, Any] = {"compute": compute, "precision": precision}
     plain, keep, backward = Operation(), Operation(keep=True), Operation(wanted="ABGS")
-    update = Operation(update=True, buffer=True, momentum=True, decay=True, lr_in_tensor=True)
+    update = Operation(update=True, buffer=True, momentum=True, decay=True, lr_dtype=torch.float32)
 
-    for side in (16, 32, 64):
-        if side > config.tile_limit(target, dtype, backward=False):
-            continue
-        for stage, operation, out in (
-            ("tile_forward", plain, compute),
-            ("tile_keep", keep, compute),
-            ("tile_update", update, compute),
-            ("tile_dG", backward, wide),
-        ):
-            tile = config.tile_config(target, dtype, precision, False, side, operation.keep)
-            types = [compute] * 4 + [out, wide]
-            constants = forward_constants(tile, operation, types=types, of_V=stage == "tile_dG", **common)
-            yield Case(stage, dtype, precision, str(side), tile_forward, constants, tile.warps, tile.stages, multiplies)
-        if side > config.tile_limit(target, dtype, backward=True):
-            continue
-        tile = config.tile_config(target, dtype, precision, True, side)
-        for constants in backward_constants(tile, "ABS", types=[compute] * 5, **common):
-            yield Case(
-                "tile_backward", dtype, precision, str(side), tile_backward, constants, tile.warps, tile.stages,
-                multiplies,
-            )  # fmt: skip
+    limit = config.tile_limit(target, dtype, backward=False)
+    for side, (stage, operation, out) in product(
+        (side for side in (16, 32, 64) if side <= limit),
+        (("tile_forward", plain, compute), ("tile_keep", keep, compute), ("tile_update", update, compute),
+         ("tile_dG", backward, wide)),
+    ):  # fmt: skip
+        types = [compute] * 4 + [out, wide]
+        for way in config.ways(stage, side, limit):
+            tile = config.tile_config(target, dtype, precision, False, side, operation.keep, way)
+            constants = forward_constants(tile, operation, types=types, of_V=stage == "tile_dG", way=way, **common)
+            yield _tile_case(stage, side, way, tile_forward, constants, tile, dtype, precision, multiplies)
+    limit = config.tile_limit(target, dtype, backward=True)
+    for side in (side for side in (16, 32, 64) if side <= limit):
+        for way in config.ways("tile_backward", side, limit):
+            tile = config.tile_config(target, dtype, precision, True, side, way=way)
+            for constants in backward_constants(tile, "ABS", types=[compute] * 5, way=way, **common):
+                yield _tile_case(
+                    "tile_backward", side, way, tile_backward, constants, tile, dtype, precision, multiplies
+                )
 
     for stage, size in product(config.STAGES, ("small", "large")):
         of = {"update": update, "pair": backward, "left_dB": backward, "dA_dG": backward}.get(stage, plain)
@@ -144,6 +143,24 @@ def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> I
             yield Case(name, dtype, precision, size, grouped_gemm, constants, gemm.warps, gemm.stages, multiplies)
     yield Case("pack", dtype, precision, "-", pack, pack_constants(compute), 4, 1, multiplies=False)
     yield Case("sum_parts", torch.float32, precision, "-", sum_parts, {"CHUNK": SUM_CHUNK}, 4, 1, multiplies=False)
+
+
+_WAYS = {(False, False): "", (False, True): " squares", (True, False): " matrices", (True, True): " wide"}
+
+
+def _tile_case(
+    stage: str,
+    side: int,
+    way: tuple[bool, bool],
+    kernel: Any,
+    constants: dict[str, Any],
+    tile: config.TileConfig,
+    dtype: torch.dtype,
+    precision: str,
+    multiplies: bool,
+) -> Case:
+    size = f"{side}{_WAYS[way]}"
+    return Case(stage, dtype, precision, size, kernel, constants, tile.warps, tile.stages, multiplies)
 
 
 def argument_type(name: str) -> str:
@@ -158,10 +175,12 @@ def source_of(case: Case, target: Target) -> ASTSource:
         constants["lr_tensor"] = None
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in constants else argument_type(name) for name in names}
-    # What Triton sees of the tables when it launches: they begin at multiples of 16, and are small.
-    table = [["tt.divisibility", 16], *([["tt.pointer_range", 32]] if target.backend == "hip" else [])]
+    # What Triton sees of the tables when it launches: they begin at multiples of 16, and are small. The learning rate
+    # is the caller's, and may lie anywhere.
+    small = [["tt.pointer_range", 32]] if target.backend == "hip" else []
+    table = [["tt.divisibility", 16], *small]
     known: dict[Any, Any] = {
-        (i,): table if signature[name].startswith("*") else []
+        (i,): (small if name == "lr_tensor" else table) if signature[name].startswith("*") else []
         for i, name in enumerate(names)
         if signature[name] != "fp32"
     }

@@ -6,9 +6,10 @@ has one plan. float64 isn't served.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 from apo_kernels.aten import Kept, aligned_empty
 from apo_kernels.blocks import is_stack, relative_derivative
 from apo_kernels.triton.draft import Operands
-from apo_kernels.triton.plan import Operation, Step, plan_for
+from apo_kernels.triton.layers import turns
+from apo_kernels.triton.plan import Bound, Operation, Step
 from apo_kernels.triton.roles import Role
 
 __all__ = ["TritonBackend"]
@@ -89,27 +91,49 @@ class TritonBackend:
         momentum: float,
         weight_decay: float,
     ) -> None:
-        if isinstance(lr, Tensor) and lr.device.type == "cpu" and Gs and Gs[0].device.type != "cpu":
-            lr = float(lr)  # it is on the host: nothing waits
-        on_device = lr if isinstance(lr, Tensor) else None
-        step = Step(0.0 if on_device is not None else float(lr), on_device, float(momentum), float(weight_decay))
-        operation = Operation(
-            update=True,
-            buffer=bool(len(momentum_buffers)),
-            momentum=momentum != 0,
-            decay=weight_decay != 0,
-            lr_in_tensor=on_device is not None,
-        )
-        operands = {**_operands(Gs, As, Bs, Ss), Role.OUT: thetas}
-        if operation.buffer:
-            operands[Role.MOMENTUM] = momentum_buffers
-        self._run(operation, operands, step)
+        self.bind_step(thetas, Gs, As, Bs, Ss, momentum_buffers)(lr, momentum, weight_decay)
 
-    def _run(self, operation: Operation, operands: Operands, step: Step = Step()) -> None:  # noqa: B008
-        for group in _by_dtypes(operands):
-            device = group[Role.G][0].device
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                plan_for(self.precision, operation, group).run(group, step)
+    def bind_step(
+        self, thetas: Tensors, Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, momentum_buffers: Tensors
+    ) -> Callable[[float | Tensor, float, float], None]:
+        operands = {**_operands(Gs, As, Bs, Ss), Role.OUT: thetas}
+        if len(momentum_buffers):
+            operands[Role.MOMENTUM] = momentum_buffers
+        bound = self._bind(operands)
+        return partial(_step, bound, bool(len(momentum_buffers))) if bound is not None else _nothing
+
+    def _run(self, operation: Operation, operands: Operands) -> None:
+        if (bound := self._bind(operands, turn=operation.keep)) is not None:
+            with _on(bound.device):
+                bound.run(operation, Step())
+
+    def _bind(self, operands: Operands, *, turn: bool = False) -> Bound | None:
+        groups = _by_dtypes(_resolved(operands), turn=turn)
+        return Bound(self.precision, groups) if groups else None
+
+
+def _step(bound: Bound, buffer: bool, lr: float | Tensor, momentum: float, weight_decay: float) -> None:
+    if isinstance(lr, Tensor) and lr.device.type == "cpu" and bound.device.type != "cpu":
+        lr = float(lr)  # it is on the host: nothing waits
+    on_device = lr if isinstance(lr, Tensor) else None
+    operation = Operation(
+        update=True,
+        buffer=buffer,
+        momentum=momentum != 0,
+        decay=weight_decay != 0,
+        lr_dtype=None if on_device is None else on_device.dtype,
+    )
+    rate = 0.0 if isinstance(lr, Tensor) else float(lr)
+    with _on(bound.device):
+        bound.run(operation, Step(rate, on_device, float(momentum), float(weight_decay)))
+
+
+def _nothing(*_: object) -> None:
+    """The step of a model without entries."""
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _operands(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors) -> dict[Role, Tensors]:
@@ -128,13 +152,25 @@ def _derivative(x: Tensor, G: Tensor) -> Tensor:
     return make(x.shape, dtype=torch.float32, device=x.device)
 
 
-def _by_dtypes(operands: Operands) -> Iterator[Operands]:
-    """The call, cut such that each role has one dtype, layers without entries left out."""
-    groups: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for i, G in enumerate(operands[Role.G]):
-        if G.dtype == torch.float64:
+def _resolved(operands: Operands) -> Operands:
+    """The operands, lazily negated ones negated in memory. None that is written is."""
+    return {
+        role: [x.resolve_neg() for x in tensors] if any(map(Tensor.is_neg, tensors)) else tensors
+        for role, tensors in operands.items()
+    }
+
+
+def _by_dtypes(operands: Operands, *, turn: bool) -> list[Operands]:
+    """The call, cut such that each role has one dtype, as the layers are worked on (:func:`layers_of`); layers without
+    entries left out."""
+    dtypes = zip(*([x.dtype for x in tensors] for tensors in operands.values()), strict=True)
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, (G, A, B, types) in enumerate(
+        zip(*(operands[role] for role in (Role.G, Role.A, Role.B)), dtypes, strict=True)
+    ):
+        if types[0] is torch.float64:
             raise TypeError("backend triton serves float32, bfloat16 and float16, but Gs has float64 entries")
         if G.numel():
-            groups.setdefault(tuple(tensors[i].dtype for tensors in operands.values()), []).append(i)
-    for indices in groups.values():
-        yield {role: [tensors[i] for i in indices] for role, tensors in operands.items()}
+            turned = turn and A.dtype != B.dtype and turns(G, A, B)
+            groups.setdefault((turned, *types), []).append(i)
+    return [{role: [tensors[i] for i in indices] for role, tensors in operands.items()} for indices in groups.values()]

@@ -10,6 +10,7 @@ The defaults are what compiles without a spill, within shared memory and to matr
   within a tile cost 700 spills where int32 ones cost none.
 * Two accumulators of 64 × 64 (``pair``) want 8 warps; ``update``, which reads two matrices more, 128 × 64.
 * A second store of a tile of 128 × 128, of what a forward keeps, spills on all NVIDIA targets.
+* A tile of which nothing can be moved 16 bytes at a time has an address for each entry: it wants 8 warps.
 * In the tile kernel ``tf32x3`` keeps its split operands in shared memory over the slabs. Loading them in each slab anew
   moves them to registers: 28 spills became 1,400.
 * On gfx942, a tile of 64 by 4 warps takes the compiler 40 s, by 8 warps 2 s, in fewer registers.
@@ -31,7 +32,17 @@ import torch
 
 from apo_kernels.targets import Target
 
-__all__ = ["STAGES", "GemmConfig", "TileConfig", "gemm_config", "override", "size_class", "tile_config", "tile_limit"]
+__all__ = [
+    "STAGES",
+    "GemmConfig",
+    "TileConfig",
+    "gemm_config",
+    "override",
+    "size_class",
+    "tile_config",
+    "tile_limit",
+    "ways",
+]
 
 STAGES = ("right", "scale", "left", "out", "update", "pair", "left_dB", "dA_dG")
 TUNED = Path(__file__).parent / "tuned"
@@ -60,6 +71,20 @@ class TileConfig:
     warps: int
     stages: int = 1
     split: int = 0
+
+
+def ways(stage: str, side: int, limit: int) -> tuple[tuple[bool, bool], ...]:
+    """What a stage of the tile kernel is compiled for, from worst to best: whether 16 bytes can be moved at a time of
+    its tiles' matrices, and of their squares, one a tile. Nothing always, the others where they pay.
+
+    Args:
+        stage: ``tile_forward``, ``tile_update``, ``tile_keep``, ``tile_dG`` or ``tile_backward``.
+        side: of the tiles; below ``limit`` all matrices are small.
+    """
+    if side < limit or stage == "tile_dG":
+        return ((False, False),)
+    every = ((False, False), (False, True), (True, False), (True, True))
+    return tuple(way for way in every if way != (True, False)) if stage == "tile_keep" else every
 
 
 _override: ContextVar[dict[str, dict[str, int]] | None] = ContextVar("apo_kernels_config", default=None)
@@ -105,12 +130,19 @@ def size_class(widest_narrow_side: int) -> str:
 
 
 def tile_config(
-    target: Target, dtype: torch.dtype, precision: str, backward: bool, widest: int, keep: bool = False
+    target: Target,
+    dtype: torch.dtype,
+    precision: str,
+    backward: bool,
+    widest: int,
+    keep: bool = False,
+    way: tuple[bool, bool] = (True, True),
 ) -> TileConfig:
-    """For tiles with squares of at most ``widest``; ``keep``: intermediates are stored too."""
+    """For tiles with squares of at most ``widest``; ``keep``: intermediates are stored too; ``way``: what can be moved
+    16 bytes at a time, one of :func:`ways`."""
     stage = "tile_backward" if backward else "tile_forward"
     side = next(side for side in (16, 32, 64) if widest <= side)
-    chosen = _tile_default(target, dtype, backward, side, keep)
+    chosen = _tile_default(target, dtype, backward, side, keep, way)
     name = "tile_keep" if keep else stage
     return replace(chosen, **_changes(target, f"{name}/{_name(dtype)}/{precision}/{side}", stage))
 
@@ -127,21 +159,27 @@ def gemm_config(
     return replace(chosen, **_changes(target, f"{name}/{_name(dtype)}/{precision}/{size}", stage))
 
 
-def _tile_default(target: Target, dtype: torch.dtype, backward: bool, side: int, keep: bool) -> TileConfig:
+def _tile_default(
+    target: Target, dtype: torch.dtype, backward: bool, side: int, keep: bool, way: tuple[bool, bool]
+) -> TileConfig:
     name, wide = target.name, dtype == torch.float32
     if target.backend == "cpu":
         return TileConfig(side, side, 1)
     if side < 64:
         narrow = 16 if wide else side
-        return TileConfig(side, narrow, 8 if (name, side, wide, backward) == ("sm_100", 32, True, True) else 4)
+        apart = (name, side, wide, backward) == ("sm_100", 32, True, True) and not all(way)
+        return TileConfig(side, narrow, 4, split=int(apart))
     if wide:
-        slab = 64 if name in ("sm_90", "sm_100") else 16
-        return TileConfig(side, slab, 4 if backward else 8)
+        return TileConfig(side, 64 if name == "sm_100" else 16, 4 if backward or name == "sm_90" else 8)
     if not backward:
-        return TileConfig(side, side, 8 if name == "gfx942" or (name == "sm_80" and keep) else 4)
-    if dtype == torch.float16 and name in ("sm_80", "sm_90"):  # its powers of two take registers
-        return TileConfig(side, 32, 8) if name == "sm_80" else TileConfig(side, 16, 4)
-    return TileConfig(side, side, 4 if name == "sm_80" else 8)
+        if name == "gfx942" or not any(way) or (name == "sm_80" and keep):
+            return TileConfig(side, side, 8)
+        return TileConfig(side, 32 if name == "sm_80" else side, 4)
+    if name == "sm_80":
+        return TileConfig(side, 32, 8)
+    if dtype == torch.float16 and name == "sm_90":  # its powers of two take registers
+        return TileConfig(side, 16, 8)
+    return TileConfig(side, side, 8)
 
 
 def _gemm_default(target: Target, dtype: torch.dtype, stage: str, size: str, keep: bool) -> GemmConfig:
@@ -150,13 +188,15 @@ def _gemm_default(target: Target, dtype: torch.dtype, stage: str, size: str, kee
     wide = dtype == torch.float32
     depth = 32 if wide else 64
     if stage == "pair":  # two accumulators
-        return GemmConfig(64, 64, depth, 8, 3)
+        short = (target.name, dtype) in (("sm_80", torch.float32), ("sm_100", torch.float16))
+        return GemmConfig(64, 64, depth // 2 if short else depth, 8, 3)
     if size == "small" or (keep and target.backend == "cuda"):
         return GemmConfig(64, 64, depth, 8 if target.name == "sm_100" and stage != "left_dB" else 4, 3)
     halved = (
         stage == "update"
         or (wide and (stage == "dA_dG" or target.name == "sm_80"))
         or (wide and (stage, target.name) == ("scale", "sm_100"))
+        or (dtype == torch.float16 and (stage, target.name) == ("left_dB", "sm_100"))
     )
     return GemmConfig(128, 64 if halved else 128, depth, 8, 3)
 

@@ -85,19 +85,32 @@ def field(table, row, FIELD: tl.constexpr, FIELDS: tl.constexpr):
     return tl.load(table + row * FIELDS + FIELD)
 
 
-@triton.jit
-def matrix(operands, layer, role, TYPE: tl.constexpr):
-    """``(pointer, row stride, column stride)`` of a matrix of a layer, any strides."""
-    entry = operands + (layer * ROLES + role) * COLUMNS
-    return tl.load(entry).to(tl.pointer_type(TYPE)), tl.load(entry + 1), tl.load(entry + 2)
+# ``WIDE`` in what follows: a matrix's columns are adjacent, and its address and row stride such that the compiler can
+# move 16 bytes at a time.
 
 
 @triton.jit
-def stack(operands, layer, role, TYPE: tl.constexpr):
-    """``(pointer, row, column, square, part stride)`` of a stack of squares, any strides."""
+def matrix(operands, layer, role, TYPE: tl.constexpr, WIDE: tl.constexpr):
+    """``(pointer, row stride, column stride)`` of a matrix of a layer.
+
+    The compiler is told here how it lies, where the values arise: what is said of a function's argument it doesn't see.
+    """
     entry = operands + (layer * ROLES + role) * COLUMNS
-    pointer = tl.load(entry).to(tl.pointer_type(TYPE))
-    return pointer, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+    pointer, row, col = tl.load(entry).to(tl.pointer_type(TYPE)), tl.load(entry + 1), tl.load(entry + 2)
+    if WIDE:
+        pointer, row = tl.multiple_of(pointer, 16), tl.multiple_of(row, UNIT)
+    return pointer, row, col
+
+
+@triton.jit
+def stack(operands, layer, role, TYPE: tl.constexpr, WIDE: tl.constexpr):
+    """``(pointer, row, column, square, part stride)`` of a stack of squares."""
+    entry = operands + (layer * ROLES + role) * COLUMNS
+    pointer, row, col = matrix(operands, layer, role, TYPE, WIDE)
+    square, part = tl.load(entry + 3), tl.load(entry + 4)
+    if WIDE:
+        square, part = tl.multiple_of(square, UNIT), tl.multiple_of(part, UNIT)
+    return pointer, row, col, square, part
 
 
 @triton.jit
@@ -112,35 +125,48 @@ def packed(operands, layer, role, TYPE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(pointer, row_stride, col_stride, row0, col0, rows, cols, R: tl.constexpr, C: tl.constexpr):
+def tile_offsets(row_stride, col_stride, row0, col0, R: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr):
+    """Where a tile's corner lies in its matrix (int64), and its entries from there on (int32)."""
+    down = tl.arange(0, R)[:, None] * row_stride.to(tl.int32)
+    if WIDE:
+        return row0 * row_stride + col0, down + tl.arange(0, C)[None, :]
+    else:
+        corner = row0 * row_stride + col0 * col_stride
+        return corner, down + tl.arange(0, C)[None, :] * col_stride.to(tl.int32)
+
+
+@triton.jit
+def load_tile(
+    pointer, row_stride, col_stride, row0, col0, rows, cols, R: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr
+):
     """``X[row0 : row0 + R, col0 : col0 + C]`` of a matrix, zero from ``rows`` and ``cols`` (counted in the tile) on.
 
-    16 bytes at a time where the tile lies so that this can be.
+    ``WIDE``: the compiler must know ``col0`` and ``cols`` for multiples of 8.
     """
-    pointer += row0 * row_stride + col0 * col_stride
-    r, c = tl.arange(0, R), tl.arange(0, C)
-    address = pointer.to(tl.int64)
-    fits = (col_stride == 1) & (row_stride % UNIT == 0) & (cols % UNIT == 0)
-    if fits & (address % 16 == 0):
-        pointer = tl.multiple_of(pointer, 16)
-        pitch = (row_stride // UNIT).to(tl.int32) * UNIT
-        whole = (cols // UNIT).to(tl.int32) * UNIT
-        x = tl.load(pointer + r[:, None] * pitch + c[None, :], mask=(r < rows)[:, None] & (c < whole)[None, :], other=0)
-    else:
-        offset = r[:, None] * row_stride.to(tl.int32) + c[None, :] * col_stride.to(tl.int32)
-        x = tl.load(pointer + offset, mask=(r < rows)[:, None] & (c < cols)[None, :], other=0)
-    return x
+    inside = (tl.arange(0, R) < rows)[:, None] & (tl.arange(0, C) < cols)[None, :]
+    corner, offset = tile_offsets(row_stride, col_stride, row0, col0, R, C, WIDE)
+    return tl.load(pointer + corner + offset, mask=inside, other=0)
 
 
 @triton.jit
 def store_tile(
-    pointer, row_stride, col_stride, row0, col0, rows, cols, x, TYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+    pointer,
+    row_stride,
+    col_stride,
+    row0,
+    col0,
+    rows,
+    cols,
+    x,
+    TYPE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """``x`` into ``X[row0 :, col0 :]``, as far as ``rows`` and ``cols`` (counted in the tile)."""
-    pointer += row0 * row_stride + col0 * col_stride
-    r, c = tl.arange(0, R), tl.arange(0, C)
-    offset = r[:, None] * row_stride.to(tl.int32) + c[None, :] * col_stride.to(tl.int32)
-    tl.store(pointer + offset, storable(x, TYPE), mask=(r < rows)[:, None] & (c < cols)[None, :])
+    inside = (tl.arange(0, R) < rows)[:, None] & (tl.arange(0, C) < cols)[None, :]
+    corner, offset = tile_offsets(row_stride, col_stride, row0, col0, R, C, WIDE)
+    tl.store(pointer + corner + offset, storable(x, TYPE), mask=inside)
 
 
 @triton.jit
@@ -158,15 +184,25 @@ def diagonal_offsets(r, c, row_stride, col_stride, square_stride, side):
 
 @triton.jit
 def load_squares(
-    pointer, row_stride, col_stride, square_stride, side, first, col0, limit, R: tl.constexpr, C: tl.constexpr
+    pointer,
+    row_stride,
+    col_stride,
+    square_stride,
+    side,
+    first,
+    col0,
+    limit,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Columns ``col0 : col0 + C`` of the block-diagonal ``R × R`` tile that begins with square ``first`` of a stack.
 
-    Zero off the diagonal squares and, in rows and columns, from ``limit`` on.
+    Zero off the diagonal squares and, in rows and columns, from ``limit`` on. ``WIDE``: there is one square.
     """
     pointer += first * square_stride
-    if side >= limit:
-        x = load_tile(pointer, row_stride, col_stride, 0, col0, limit, limit - col0, R, C)
+    if WIDE or side >= limit:
+        x = load_tile(pointer, row_stride, col_stride, 0, col0, limit, limit - col0, R, C, WIDE)
     else:
         r, c = tl.arange(0, R), col0 + tl.arange(0, C)
         offset, on_diagonal = diagonal_offsets(r, c, row_stride, col_stride, square_stride, side)
@@ -189,11 +225,12 @@ def store_squares(
     TYPE: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """The part at ``(row0, col0)`` of a tile into a stack: what lies on its diagonal squares, up to ``limit``."""
     pointer += first * square_stride
-    if side >= limit:
-        store_tile(pointer, row_stride, col_stride, row0, col0, limit - row0, limit - col0, x, TYPE, R, C)
+    if WIDE or side >= limit:
+        store_tile(pointer, row_stride, col_stride, row0, col0, limit - row0, limit - col0, x, TYPE, R, C, WIDE)
     else:
         r, c = row0 + tl.arange(0, R), col0 + tl.arange(0, C)
         offset, on_diagonal = diagonal_offsets(r, c, row_stride, col_stride, square_stride, side)
@@ -221,21 +258,22 @@ def update(
     HAS_DECAY: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """``v ← μ v + y``, ``θ ← θ − lr (v + λ θ)``: the update of a tile of the weights, each written once.
 
     At momentum 0 the buffer's old content isn't read: it may hold anything.
     """
     if HAS_BUFFER:
-        buffer, br, bc = matrix(operands, layer, MOMENTUM_ROLE, MOMENTUM_TYPE)
+        buffer, br, bc = matrix(operands, layer, MOMENTUM_ROLE, MOMENTUM_TYPE, WIDE)
         if HAS_MOMENTUM:
-            y += momentum * load_tile(buffer, br, bc, row0, col0, rows, cols, R, C).to(tl.float32)
-        store_tile(buffer, br, bc, row0, col0, rows, cols, y, MOMENTUM_TYPE, R, C)
-    theta, tr, tc = matrix(operands, layer, OUT_ROLE, THETA_TYPE)
-    old = load_tile(theta, tr, tc, row0, col0, rows, cols, R, C).to(tl.float32)
+            y += momentum * load_tile(buffer, br, bc, row0, col0, rows, cols, R, C, WIDE).to(tl.float32)
+        store_tile(buffer, br, bc, row0, col0, rows, cols, y, MOMENTUM_TYPE, R, C, WIDE)
+    theta, tr, tc = matrix(operands, layer, OUT_ROLE, THETA_TYPE, WIDE)
+    old = load_tile(theta, tr, tc, row0, col0, rows, cols, R, C, WIDE).to(tl.float32)
     if HAS_DECAY:
         y += decay * old
-    store_tile(theta, tr, tc, row0, col0, rows, cols, old - rate * y, THETA_TYPE, R, C)
+    store_tile(theta, tr, tc, row0, col0, rows, cols, old - rate * y, THETA_TYPE, R, C, WIDE)
 
 
 @triton.jit

@@ -29,7 +29,8 @@ CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 class Operation:
     """What a plan computes, as far as its kernels differ by it.
 
-    ``wanted`` is empty for a forward, else the derivatives' letters. The flags of the update hold only with ``update``.
+    ``wanted`` is empty for a forward, else the derivatives' letters. What follows ``update`` holds only with it;
+    ``lr_dtype`` is that of a learning rate that is read on the device.
     """
 
     wanted: str = ""
@@ -38,7 +39,7 @@ class Operation:
     buffer: bool = False
     momentum: bool = False
     decay: bool = False
-    lr_in_tensor: bool = False
+    lr_dtype: torch.dtype | None = None
 
     @property
     def flags(self) -> dict[str, bool]:
@@ -47,7 +48,7 @@ class Operation:
             "HAS_BUFFER": self.buffer,
             "HAS_MOMENTUM": self.momentum,
             "HAS_DECAY": self.decay,
-            "LR_IN_TENSOR": self.lr_in_tensor,
+            "LR_IN_TENSOR": self.lr_dtype is not None,
         }
 
 
@@ -63,31 +64,35 @@ def to_device(array: NDArray[Any], device: torch.device) -> tuple[Tensor, Tensor
 
 
 class Draft:
-    """The layers of a call, its dtypes, and the memory that the plan takes for itself.
+    """The layers of a call, their dtypes, and the memory that a run takes for itself.
 
     Attributes:
         compute: the narrowest dtype that holds every operand of a product exactly.
         scaled: whether intermediates need powers of two to stay in its range.
         made, shapes: of each layer, filled in by the part that it belongs to.
-        singles: addresses besides the operands' table, for kernels that take operands one by one.
-        held: what lives as long as the plan.
+        singles: addresses besides the operands' table, for kernels that take operands one by one: a view, or an offset
+            into the workspace.
+        workspace_bytes: what a run takes, in one piece.
+        amax: where in it the grouped GEMM has its partial maxima.
+        hosts: the host's copies of the tables.
     """
 
     def __init__(self, target: Target, precision: str | None, operation: Operation, operands: Operands) -> None:
         self.target, self.operation = target, operation
         self.device = operands[Role.G][0].device
-        self.types = {role: tensors[0].dtype for role, tensors in operands.items()}
+        self.layers = layers_of(operands, turn=operation.keep)
+        self.types = {role: view.dtype for role, view in self.layers[0].views.items()}
         products = [self.types[role] for role in (Role.G, Role.V, Role.A, Role.B) if role in self.types]
         self.compute = products[0]
         for dtype in products[1:]:
             self.compute = torch.promote_types(self.compute, dtype)
         self.precision = target.precision(precision, self.compute)
         self.scaled = self.compute == torch.float16
-        self.layers = layers_of(operands, turn=operation.keep)
         self.made = [Made() for _ in self.layers]
         self.shapes = [[0] * len(LayerField) for _ in self.layers]
-        self.singles: list[View] = []
-        self.held: list[Tensor] = []
+        self.singles: list[View | int] = []
+        self.workspace_bytes = self.amax = 0
+        self.hosts: list[Tensor] = []
 
     def set_squares(self, at: int, B: Squares, A: Squares) -> None:
         """Say how the part that layer ``at`` belongs to takes its squares together."""
@@ -96,24 +101,24 @@ class Draft:
         row[LayerField.SIDE_B], row[LayerField.GROUP_B], row[LayerField.COUNT_B] = B.side, B.group, B.count
         row[LayerField.SIDE_A], row[LayerField.GROUP_A], row[LayerField.COUNT_A] = A.side, A.group, A.count
 
-    def single(self, view: View) -> int:
-        """The index in the table of addresses at which a kernel will find that of ``view``."""
-        self.singles.append(view)
+    def single(self, place: View | int) -> int:
+        """The index in the table of addresses at which a kernel will find that of ``place``; never 0."""
+        self.singles.append(place)
         return Addresses.first_single(len(self.layers)) + len(self.singles) - 1
 
     def table(self, rows: Sequence[Sequence[int]], dtype: type[np.integer[Any]] = np.int64) -> Tensor:
         """A table on the device."""
         host, table = to_device(np.array(rows, dtype), self.device)
-        self.held.append(host)
+        self.hosts.append(host)
         return table
 
     def workspace(self, sizes: Sequence[int]) -> list[int]:
-        """The addresses of uninitialised matrices of so many bytes."""
-        starts = np.cumsum([0, *(-(-size // 256) * 256 for size in sizes)])
-        memory = torch.empty(int(starts[-1]) + 256, dtype=torch.uint8, device=self.device)
-        self.held.append(memory)
-        base = -(-memory.data_ptr() // 256) * 256
-        return [base + int(start) for start in starts[:-1]]
+        """Where in the workspace uninitialised matrices of so many bytes begin: multiples of 256."""
+        starts = []
+        for size in sizes:
+            starts.append(self.workspace_bytes)
+            self.workspace_bytes += -(-size // 256) * 256
+        return starts
 
     def type_of(self, role: Role) -> Any:
         """Triton's type of an operand; float32 for one that isn't there."""

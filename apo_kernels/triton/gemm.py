@@ -167,6 +167,42 @@ def store_packed(
 
 
 @triton.jit
+def store_result(
+    operands, layer, role, row, col, rows, cols, x, wide, TYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
+    """``x`` into one of the caller's matrices from ``(row, col)`` on, 16 bytes at a time if ``wide``."""
+    if wide:
+        p, pr, pc = matrix(operands, layer, role, TYPE, True)
+        store_tile(p, pr, pc, row, col, rows, cols // UNIT * UNIT, x, TYPE, R, C, True)
+    else:
+        p, pr, pc = matrix(operands, layer, role, TYPE, False)
+        store_tile(p, pr, pc, row, col, rows, cols, x, TYPE, R, C, False)
+
+
+@triton.jit
+def load_scaling(operands, layer, row, col, rows, cols, wide, TYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """``S`` from ``(row, col)`` on, in float32, 16 bytes at a time if ``wide``."""
+    if wide:
+        p, pr, pc = matrix(operands, layer, _S, TYPE, True)
+        x = load_tile(p, pr, pc, row, col, rows, cols // UNIT * UNIT, R, C, True)
+    else:
+        p, pr, pc = matrix(operands, layer, _S, TYPE, False)
+        x = load_tile(p, pr, pc, row, col, rows, cols, R, C, False)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def store_block(operands, layer, role, side, first, row, col, reach, x, wide, R: tl.constexpr, C: tl.constexpr):
+    """A part of a derivative into its stack of squares, 16 bytes at a time if ``wide``: then there is one square."""
+    if wide:
+        p, pr, pc, pq, _part = stack(operands, layer, role, tl.float32, True)
+        store_squares(p, pr, pc, pq, side, first, row, col, reach // UNIT * UNIT, x, tl.float32, R, C, True)
+    else:
+        p, pr, pc, pq, _part = stack(operands, layer, role, tl.float32, False)
+        store_squares(p, pr, pc, pq, side, first, row, col, reach, x, tl.float32, R, C, False)
+
+
+@triton.jit(do_not_specialize_on_alignment=["lr_tensor"])
 def grouped_gemm(
     tiles,
     problems,
@@ -205,9 +241,12 @@ def grouped_gemm(
     row0, col0 = tl.load(problem + 5) * UNIT, tl.load(problem + 6) * UNIT
     square = tl.load(problem + 7)
     m, n = tl.load(layers + layer * LAYER_FIELDS + _M), tl.load(layers + layer * LAYER_FIELDS + _N)
-    # What is left of the true, unpadded matrix from this tile's corner on.
-    true_rows, true_cols = m - row0 - row, n - col0 - col
+    # What is left of the product from this tile's corner on, without pads: beyond it lies another product's.
+    true_rows, true_cols = tl.minimum(m - row0, rows) - row, tl.minimum(n - col0, cols) - col
+    top, left = row0 + row, col0 + col
     which = (kind == _FOR_V).to(tl.int64)
+    # Whether what this tile's epilogue reads and writes besides workspaces can be moved 16 bytes at a time.
+    wide = tl.load(entry + 3) != 0
     acc = tl.zeros((BM, BN), tl.float32)
 
     if STAGE == "right":
@@ -218,8 +257,7 @@ def grouped_gemm(
             False, False, COMPUTE, PRECISION, BM, BN, BK,
         )  # fmt: skip
         if KEEP:
-            p, ur, uc = matrix(operands, layer, _KEEP_U, tl.float32)
-            store_tile(p, ur, uc, row0 + row, col0 + col, true_rows, true_cols, acc, tl.float32, BM, BN)
+            store_result(operands, layer, _KEEP_U, top, left, true_rows, true_cols, acc, wide, tl.float32, BM, BN)
         if SCALED:
             k, _ = scale_of(amax, layers, layer, _AMAX_G)
             if kind == _FOR_V:
@@ -234,14 +272,14 @@ def grouped_gemm(
             acc, x + square * xq, xp, y + row0 * yp, yp, row, col, rows, cols, depth,
             True, False, COMPUTE, PRECISION, BM, BN, BK,
         )  # fmt: skip
-        p, sr, sc = matrix(operands, layer, _S, TYPE_S)
-        s = load_tile(p, sr, sc, row0 + row, col0 + col, true_rows, true_cols, BM, BN).to(tl.float32)
+        s = load_scaling(operands, layer, top, left, true_rows, true_cols, wide, TYPE_S, BM, BN)
         if KEEP:
             undo = 1.0
             if SCALED:
                 _, undo = scale_of(amax, layers, layer, _AMAX_G)
-            p, mr, mc = matrix(operands, layer, _KEEP_M, tl.float32)
-            store_tile(p, mr, mc, row0 + row, col0 + col, true_rows, true_cols, acc * undo, tl.float32, BM, BN)
+            store_result(
+                operands, layer, _KEEP_M, top, left, true_rows, true_cols, acc * undo, wide, tl.float32, BM, BN
+            )
         acc *= s
         if SCALED:
             q, _ = scale_of(amax, layers, layer, _AMAX_S)
@@ -261,10 +299,8 @@ def grouped_gemm(
             other, x + square * xq, xp, z + row0 * zp, zp, row, col, rows, cols, depth,
             True, False, COMPUTE, PRECISION, BM, BN, BK,
         )  # fmt: skip
-        p, sr, sc = matrix(operands, layer, _S, TYPE_S)
-        s = load_tile(p, sr, sc, row0 + row, col0 + col, true_rows, true_cols, BM, BN).to(tl.float32)
+        s = load_scaling(operands, layer, top, left, true_rows, true_cols, wide, TYPE_S, BM, BN)
         if WANT_S:
-            p, dr, dc = matrix(operands, layer, _DS, tl.float32)
             ds = 2 * s * acc
             if SCALED:
                 _, undo_g = scale_of(amax, layers, layer, _AMAX_G)
@@ -273,7 +309,7 @@ def grouped_gemm(
                 ds = ds * undo_g * other * undo_v
             else:
                 ds *= other
-            store_tile(p, dr, dc, row0 + row, col0 + col, true_rows, true_cols, ds, tl.float32, BM, BN)
+            store_result(operands, layer, _DS, top, left, true_rows, true_cols, ds, wide, tl.float32, BM, BN)
         if SCALED:
             q, _ = scale_of(amax, layers, layer, _AMAX_S)
             s *= q
@@ -295,8 +331,9 @@ def grouped_gemm(
                     _, undo_g = scale_of(amax, layers, layer, _AMAX_G)
                     _, undo_q = scale_of(amax, layers, layer, _AMAX_S)
                     undo = undo_g * undo_q * undo_q
-                p, wr, wc = matrix(operands, layer, _KEEP_W, tl.float32)
-                store_tile(p, wr, wc, row0 + row, col0 + col, true_rows, true_cols, acc * undo, tl.float32, BM, BN)
+                store_result(
+                    operands, layer, _KEEP_W, top, left, true_rows, true_cols, acc * undo, wide, tl.float32, BM, BN
+                )
             store_packed(operands, layer, _W + which, row0, col0, row, col, rows, cols, acc, COMPUTE, BM, BN)
         elif STAGE == "left_dB":
             x, xp, _unused = packed(operands, layer, _UV, COMPUTE)
@@ -318,9 +355,8 @@ def grouped_gemm(
                 acc = acc * undo_g * undo_q * undo_v * undo_q
             shape = layers + layer * LAYER_FIELDS
             side, group = tl.load(shape + _SIDE_B), tl.load(shape + _GROUP_B)
-            block, dr, dc, dq, _part = stack(operands, layer, _DB, tl.float32)
             reach = tl.minimum(side * group, m - row0)
-            store_squares(block, dr, dc, dq, side, square * group, row, col, reach, acc, tl.float32, BM, BN)
+            store_block(operands, layer, _DB, side, square * group, row, col, reach, acc, wide, BM, BN)
 
     else:
         if STAGE == "dA_dG" and kind == _BLOCK:
@@ -346,9 +382,8 @@ def grouped_gemm(
                 acc = acc * undo_v * undo_q * undo_q
             shape = layers + layer * LAYER_FIELDS
             side, group = tl.load(shape + _SIDE_A), tl.load(shape + _GROUP_A)
-            block, dr, dc, dq, _part = stack(operands, layer, _DA, tl.float32)
             reach = tl.minimum(side * group, n - col0)
-            store_squares(block, dr, dc, dq, side, square * group, row, col, reach, acc, tl.float32, BM, BN)
+            store_block(operands, layer, _DA, side, square * group, row, col, reach, acc, wide, BM, BN)
         else:
             if STAGE == "dA_dG":
                 x, xp, _unused = packed(operands, layer, _WV, COMPUTE)
@@ -368,10 +403,15 @@ def grouped_gemm(
                 acc = acc * undo * undo_q * undo_q
             if STAGE == "update":
                 rate = rate_of(lr, lr_tensor, LR_IN_TENSOR)
-                update(
-                    acc, operands, layer, row0 + row, col0 + col, true_rows, true_cols, rate, momentum, decay,
-                    TYPE_OUT, TYPE_MOMENTUM, _OUT, _MOMENTUM, HAS_BUFFER, HAS_MOMENTUM, HAS_DECAY, BM, BN,
-                )  # fmt: skip
+                if wide:
+                    update(
+                        acc, operands, layer, top, left, true_rows, true_cols // UNIT * UNIT, rate, momentum, decay,
+                        TYPE_OUT, TYPE_MOMENTUM, _OUT, _MOMENTUM, HAS_BUFFER, HAS_MOMENTUM, HAS_DECAY, BM, BN, True,
+                    )  # fmt: skip
+                else:
+                    update(
+                        acc, operands, layer, top, left, true_rows, true_cols, rate, momentum, decay,
+                        TYPE_OUT, TYPE_MOMENTUM, _OUT, _MOMENTUM, HAS_BUFFER, HAS_MOMENTUM, HAS_DECAY, BM, BN, False,
+                    )  # fmt: skip
             else:
-                p, out_r, out_c = matrix(operands, layer, _OUT, TYPE_OUT)
-                store_tile(p, out_r, out_c, row0 + row, col0 + col, true_rows, true_cols, acc, TYPE_OUT, BM, BN)
+                store_result(operands, layer, _OUT, top, left, true_rows, true_cols, acc, wide, TYPE_OUT, BM, BN)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from triton import language as tl
 
@@ -27,6 +26,17 @@ PACK_TILE = (32, 128)
 """What one program of :func:`pack` copies."""
 
 Problem = tuple[int, ...]
+_TOUCHED = {
+    "right": (Role.KEEP_U,),
+    "scale": (Role.S, Role.KEEP_M),
+    "pair": (Role.S, Role.DS),
+    "left": (Role.KEEP_W,),
+    "left_dB": (),
+    "out": (Role.OUT,),
+    "update": (Role.OUT, Role.MOMENTUM),
+    "dA_dG": (Role.OUT,),
+}
+"""Which of the caller's matrices a stage's epilogue reads or writes."""
 _AMAX = {Role.G: LayerField.AMAX_G, Role.V: LayerField.AMAX_V, Role.S: LayerField.AMAX_S}
 
 
@@ -43,6 +53,8 @@ class GemmPart:
             draft.set_squares(at, *self.sides[at])
         self._workspaces()
         self.jobs = self._packing()
+        if indices:
+            (draft.amax,) = draft.workspace([4 * max(1, len(self.jobs))])
 
     def _workspaces(self) -> None:
         """``U, T`` for a forward (``W`` takes ``U``'s place); ``U, T, W`` of ``G`` and of ``V`` for derivatives."""
@@ -54,11 +66,11 @@ class GemmPart:
             for at, pitch in zip(self.indices, pitches, strict=True)
             for _ in roles
         ]
-        addresses = iter(draft.workspace(sizes))
+        offsets = iter(draft.workspace(sizes))
         for at, pitch in zip(self.indices, pitches, strict=True):
             held = draft.made[at].packed
             for role in roles:
-                held[role] = next(addresses), pitch, 0
+                held[role] = next(offsets), pitch, 0
             if not draft.operation.wanted:
                 held[Role.W] = held[Role.U]
 
@@ -78,9 +90,8 @@ class GemmPart:
         where = dict(zip(copies, draft.workspace(sizes), strict=True)) if copies else {}
         jobs: list[list[int]] = []
         for at, role, copied in pending:
-            address = where[at, role] if copied else 0
             first = len(jobs)
-            jobs += self._pack_jobs(at, role, address)
+            jobs += self._pack_jobs(at, role, where[at, role] if copied else None)
             if draft.scaled and role in _AMAX:
                 draft.shapes[at][_AMAX[role]] = first
                 draft.shapes[at][_AMAX[role] + 1] = len(jobs) - first
@@ -95,12 +106,12 @@ class GemmPart:
         """Whether the GEMM can load the operand where it lies."""
         layer, squares = self.draft.layers[at], self._squares(at, role)
         view = layer.views[role]
-        if self.draft.types[role] != self.draft.compute or view.col != 1 or view.row % ALIGN or not view.aligned:
+        if view.dtype != self.draft.compute or not view.wide:
             return False
         if squares is None:
             return layer.m % ALIGN == 0 and layer.n % ALIGN == 0
         sides = [squares.extent(q) for q in range(squares.groups)]
-        return squares.group == 1 and view.square % ALIGN == 0 and all(side % ALIGN == 0 for side in sides)
+        return squares.group == 1 and all(side % ALIGN == 0 for side in sides)
 
     def _packed_size(self, at: int, role: Role) -> int:
         squares = self._squares(at, role)
@@ -108,7 +119,8 @@ class GemmPart:
             return padded(self.draft.layers[at].m) * padded(self.draft.layers[at].n)
         return squares.groups * squares.pitch**2
 
-    def _pack_jobs(self, at: int, role: Role, address: int) -> list[list[int]]:
+    def _pack_jobs(self, at: int, role: Role, offset: int | None) -> list[list[int]]:
+        """Of one operand, into the workspace at ``offset``; None: only looked at."""
         layer, squares = self.draft.layers[at], self._squares(at, role)
         view = layer.views[role]
         source = self.draft.single(view)
@@ -117,17 +129,19 @@ class GemmPart:
         job[PackField.ROW], job[PackField.COL], job[PackField.SQUARE] = view.row, view.col, view.square
         if squares is None:
             pitch = padded(layer.n)
-            if address:
-                self.draft.made[at].packed[role] = address, pitch, 0
-            job[PackField.DESTINATION], job[PackField.PITCH] = address, pitch
+            if offset is not None:
+                self.draft.made[at].packed[role] = offset, pitch, 0
+                job[PackField.DESTINATION] = self.draft.single(offset)
+            job[PackField.PITCH] = pitch
             job[PackField.SIDE] = max(padded(layer.m), pitch)
             job[PackField.ROWS], job[PackField.COLS] = layer.m, layer.n
             return list(_cut(job, padded(layer.m), pitch))
+        assert offset is not None, "only S is looked at and not copied, and S has no squares"
         pitch = squares.pitch
-        self.draft.made[at].packed[role] = address, pitch, pitch**2
+        self.draft.made[at].packed[role] = offset, pitch, pitch**2
         jobs: list[list[int]] = []
         for q in range(squares.groups):
-            job[PackField.DESTINATION] = address + q * pitch**2 * self.draft.compute.itemsize
+            job[PackField.DESTINATION] = self.draft.single(offset + q * pitch**2 * self.draft.compute.itemsize)
             job[PackField.PITCH], job[PackField.SIDE] = pitch, squares.side
             job[PackField.FIRST] = q * squares.group
             job[PackField.ROWS] = job[PackField.COLS] = squares.extent(q)
@@ -138,11 +152,10 @@ class GemmPart:
         if not self.indices:
             return []
         draft, op = self.draft, self.draft.operation
-        amax = torch.empty(max(1, len(self.jobs)), dtype=torch.float32, device=draft.device)
         found: list[Launch] = []
         if self.jobs:
             constants = pack_constants(TYPES[draft.compute])
-            found.append(Launch("pack", pack, len(self.jobs), (draft.table(self.jobs),), constants, 4, 1, tail=(amax,)))
+            found.append(Launch("pack", pack, len(self.jobs), (draft.table(self.jobs),), constants, 4, 1, amax=True))
         if not op.wanted:
             stages = ["right", "scale", "left", "update" if op.update else "out"]
         else:
@@ -157,7 +170,7 @@ class GemmPart:
             chosen = config.gemm_config(draft.target, draft.compute, draft.precision, stage, size, keep)
             problems = sorted(self._problems(stage), key=lambda p: -p[ProblemField.DEPTH])  # the longest first
             tiles = [
-                (number, i, j, 0)
+                (number, i, j, self._is_wide(stage, problem, j * chosen.cols, chosen.cols))
                 for number, problem in enumerate(problems)
                 for i in range(-(-problem[ProblemField.ROWS] * ALIGN // chosen.rows))
                 for j in range(-(-problem[ProblemField.COLS] * ALIGN // chosen.cols))
@@ -181,10 +194,23 @@ class GemmPart:
                     chosen.stages,
                     scalars=True,
                     updates=stage == "update",
-                    tail=(amax,),
+                    amax=True,
                 )
             )
         return found
+
+    def _is_wide(self, stage: str, problem: Problem, col: int, cols: int) -> bool:
+        """Whether what the epilogue of a tile reads and writes besides workspaces can be moved 16 bytes at a time: the
+        tile has the columns from ``col`` on of the problem, at most ``cols``."""
+        layer = self.draft.layers[problem[ProblemField.LAYER]]
+        B, A = self.sides[problem[ProblemField.LAYER]]
+        if problem[ProblemField.KIND] == Kind.BLOCK:
+            squares, role = (B, Role.DB) if stage == "left_dB" else (A, Role.DA)
+            extent = squares.extent(problem[ProblemField.SQUARE])
+            return squares.group == 1 and layer.views[role].wide and _divides(extent - col, cols)
+        extent = min(layer.n - problem[ProblemField.COL0] * ALIGN, problem[ProblemField.COLS] * ALIGN)
+        touched = (layer.views[role] for role in _TOUCHED[stage] if role in layer.views)
+        return all(view.wide for view in touched) and _divides(extent - col, cols)
 
     def _problems(self, stage: str) -> Iterator[Problem]:
         wanted = self.draft.operation.wanted
@@ -246,6 +272,11 @@ def gemm_constants(
 def pack_constants(compute: Any) -> dict[str, Any]:
     """What :func:`pack` is compiled for."""
     return {"COMPUTE": compute, "SCAN": compute == tl.float16, "ROWS": PACK_TILE[0], "COLS": PACK_TILE[1]}
+
+
+def _divides(left: int, cols: int) -> bool:
+    """Whether the columns that a tile of ``cols`` has of the ``left`` ones are a multiple of :data:`ALIGN`."""
+    return left >= cols or left % ALIGN == 0
 
 
 def _cut(job: list[int], height: int, width: int) -> Iterator[list[int]]:

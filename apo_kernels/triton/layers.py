@@ -11,22 +11,20 @@ from itertools import product
 from math import gcd
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from apo_kernels.blocks import block_count, is_stack, width
+from apo_kernels.triton.errors import Unserved
 from apo_kernels.triton.roles import ALIGN, Role
 
-__all__ = ["Layer", "Squares", "Unserved", "View", "layers_of", "padded"]
+__all__ = ["BLOCKS", "Layer", "Squares", "View", "layers_of", "padded", "turns"]
 
 _STRIDE_LIMIT = 2**24
 """Of the sum of the strides: offsets within a tile of 128 by 128 are computed in int32."""
 
-_BLOCKS = (Role.A, Role.B, Role.DA, Role.DB)
+BLOCKS = (Role.A, Role.B, Role.DA, Role.DB)
 _TURNED = {Role.A: Role.B, Role.B: Role.A, Role.DA: Role.DB, Role.DB: Role.DA}
-
-
-class Unserved(ValueError):
-    """Operands that these kernels don't take, in a form that others may."""
 
 
 def padded(side: int) -> int:
@@ -38,11 +36,17 @@ class View(NamedTuple):
     """A matrix (or a stack of squares) inside one of the call's tensors: strides in elements."""
 
     tensor: int
+    dtype: torch.dtype
     offset: int
     row: int
     col: int
     square: int
     aligned: bool  # its first element, to 16 bytes
+
+    @property
+    def wide(self) -> bool:
+        """Whether it can be moved 16 bytes at a time, from any multiple of :data:`ALIGN` columns on."""
+        return self.aligned and self.col == 1 and self.row % ALIGN == 0 and self.square % ALIGN == 0
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,18 @@ class Layer:
     views: Mapping[Role, View]
 
 
+def turns(G: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether ``B`` is the wider side, as :mod:`apo_kernels.aten` has it where derivatives follow."""
+    m, n = G.shape[-2:]
+    return width(B, G, m) > width(A, G, n)
+
+
 def layers_of(operands: Mapping[Role, Sequence[Tensor]], *, turn: bool) -> list[Layer]:
     """The matrices of the call, each entry of a batch one; empty ones left out.
 
     Args:
         operands: the tensors by role, lists of equal length. A view's ``tensor`` counts through them role by role.
-        turn: turn a layer whose ``B`` is the wider side, as :mod:`apo_kernels.aten` does.
+        turn: turn the layers that :func:`turns` names. Their blocks change roles, and so do the blocks' dtypes.
     """
     length = len(operands[Role.G])
     layers: list[Layer] = []
@@ -111,12 +121,12 @@ def layers_of(operands: Mapping[Role, Sequence[Tensor]], *, turn: bool) -> list[
         if G.numel() == 0:
             continue
         squares = {Role.A: _squares(A, G, n), Role.B: _squares(B, G, m)}
-        turned = turn and width(B, G, m) > width(A, G, n)
+        turned = turn and turns(G, A, B)
         for index in product(*(range(size) for size in G.shape[:-2])):
             views = {}
             for position, (role, tensors) in enumerate(operands.items()):
-                view = _view(tensors[i], position * length + i, index, role in _BLOCKS and is_stack(tensors[i], G))
-                if turned and role not in _BLOCKS:
+                view = _view(tensors[i], position * length + i, index, role in BLOCKS and is_stack(tensors[i], G))
+                if turned and role not in BLOCKS:
                     view = view._replace(row=view.col, col=view.row)
                 views[_TURNED.get(role, role) if turned else role] = view
             if turned:
@@ -141,4 +151,4 @@ def _view(x: Tensor, tensor: int, index: tuple[int, ...], stacked: bool) -> View
     if reach >= _STRIDE_LIMIT:
         raise Unserved(f"triton serves matrices whose strides sum up to less than 2**24, but one has {x.stride()}")
     aligned = (x.data_ptr() + offset) % 16 == 0
-    return View(tensor, offset, row, col, x.stride()[-3] if stacked else 0, aligned)
+    return View(tensor, x.dtype, offset, row, col, x.stride()[-3] if stacked else 0, aligned)

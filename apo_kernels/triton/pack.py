@@ -63,8 +63,9 @@ def pack(
     if SCAN:
         tl.store(amax + pid, tl.max(tl.abs(x)))
     if destination != 0:
+        target = tl.load(addresses + destination).to(tl.pointer_type(COMPUTE))
         # Zeros down to the next multiple of 8 rows, and across to the pitch.
         height = (rows + UNIT - 1) // UNIT * UNIT
-        to = destination.to(tl.pointer_type(COMPUTE)) + row0 * pitch + col0
+        to = target + row0 * pitch + col0
         fits = (row0 + r < height)[:, None] & (col0 + c < pitch)[None, :]
         tl.store(to + (r[:, None] * pitch.to(tl.int32) + c[None, :]), storable(x, COMPUTE), mask=fits)

@@ -1,22 +1,27 @@
-"""Plans: the tables, the configurations and the workspace for a list of layers, built once and used step after step.
+"""Plans: the tables and configurations for a list of layers, built once and used step after step.
 
 A plan is found again by the shapes, strides, dtypes and alignment of its operands. From step to step only addresses
 change: they go to the device in one small asynchronous copy, and not even that where they are as before (static
-weights and gradients, a captured graph). Nothing synchronises with the host, and nothing is allocated but results.
+weights and gradients, a captured graph). Nothing synchronises with the host. A run takes its workspace from torch's
+allocator and gives it back: nothing but tables outlives it.
 
 **CUDA graphs.** Call once outside of the capture with operands of the same form, so that everything is compiled, then
-capture. A replay repeats the copies of tables that the capture made, from pinned memory that the plan keeps alive; a
-plan that was captured is never dropped. Capture on the stream that you called on, and the plan is there; on another,
-each captured call makes one of its own. Only its graph can use that one: its tables are filled by a replay.
+capture. A replay repeats the copies of tables that the capture made, from pinned memory; what it reads is kept as long
+as the graph (:mod:`apo_kernels.triton.graphs`). Capture on the stream that you called on, and the plan is there; on
+another, each captured call makes one of its own. Only its graph can use that one: its tables are filled by a replay.
 
-**Streams.** A plan's workspace belongs to the stream that it was made on; another stream gets another plan.
+**Streams.** A plan's tables were copied on the stream that it was made on; another stream gets another plan.
+
+**Threads.** Plans are found and made ready under a lock. Runs share nothing but tables that don't change.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -25,13 +30,17 @@ from apo_kernels.targets import Target, target_of
 from apo_kernels.triton import config
 from apo_kernels.triton.addresses import Addresses
 from apo_kernels.triton.draft import Draft, Operands, Operation, to_device
+from apo_kernels.triton.errors import Interrupted
 from apo_kernels.triton.gemm_part import GemmPart
+from apo_kernels.triton.graphs import keep_for_graph, release_of_gone_graphs
+from apo_kernels.triton.launch import Run, current_stream
 from apo_kernels.triton.layers import Layer
 from apo_kernels.triton.roles import Role
 from apo_kernels.triton.tile_part import TilePart
 
-__all__ = ["Operation", "Plan", "Step", "clear_plans", "plan_for"]
+__all__ = ["Bound", "Operation", "Plan", "Ready", "Step", "clear_plans", "plan_for", "start"]
 
+_shape = attrgetter("shape")
 _BINDINGS = 8
 _PLANS = 32
 
@@ -60,7 +69,7 @@ class Plan:
         operands: the tensors by role, at least one a role; those of one role have one dtype.
 
     Attributes:
-        launches: what :meth:`run` launches, in order.
+        launches: what a run launches, in order.
     """
 
     def __init__(self, target: Target, precision: str | None, operation: Operation, operands: Operands) -> None:
@@ -78,83 +87,142 @@ class Plan:
         table = draft.table(draft.shapes)
         found = [part.launches(table) for part in parts]
         # What writes weights comes last: until then nothing is lost if a launch fails.
-        self.launches = [launch for launches in found for launch in launches if "update" not in launch.name]
-        self.launches += [launch for launches in found for launch in launches if "update" in launch.name]
+        self.launches = [launch for launches in found for launch in launches if not launch.updates]
+        self.launches += [launch for launches in found for launch in launches if launch.updates]
         self._addresses = Addresses(draft.layers, draft.made, draft.singles)
-        self._held = draft.held
+        self._workspace_bytes, self._amax = draft.workspace_bytes, draft.amax
+        self._hosts = draft.hosts if _capturing(self.device) else []
         self._bindings: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
-        self._captured: list[Tensor] = []
-        self._compiled = False
 
-    @property
-    def captured(self) -> bool:
-        """Whether a CUDA graph may hold on to this plan."""
-        return bool(self._captured)
-
-    def run(self, operands: Operands, step: Step) -> None:
-        """Launch everything for these operands, of the form that the plan was made for."""
-        addresses = self._bind(tuple(x.data_ptr() for tensors in operands.values() for x in tensors))
-        if not self._compiled:
-            for launch in self.launches:
-                launch.compile(addresses, step.scalars)
-            self._compiled = True
+    def ready(self, pointers: Sequence[int], step: Step, stream: int) -> Ready:
+        """All that can fail, for operands of the form that the plan was made for, which lie at ``pointers``."""
+        workspace = None
+        if self._workspace_bytes:
+            workspace = torch.empty(self._workspace_bytes // 4, dtype=torch.float32, device=self.device)
+            pointers = [*pointers, workspace.data_ptr()]
+        table = self._bind(tuple(pointers), stream)
+        run = Run(table, None if workspace is None else workspace[self._amax // 4 :], step.scalars, stream)
         for launch in self.launches:
-            launch(addresses, step.scalars)
+            launch.compile(run)
+        return Ready(self, run)
 
-    def _bind(self, pointers: tuple[int, ...]) -> Tensor:
-        """The table of addresses for tensors that lie at ``pointers``, on the device."""
+    def _bind(self, pointers: tuple[int, ...], stream: int) -> Tensor:
+        """The table of addresses for tensors that lie at ``pointers``, the workspace last, on the device."""
         capturing = _capturing(self.device)
         table = self._bindings.get(pointers)
+        host = None
         if table is not None:
             self._bindings.move_to_end(pointers)
         else:
             host, table = to_device(self._addresses.fill(pointers), self.device)
-            if capturing:
-                self._captured.append(host)
-            else:
+            if not capturing:
                 self._bindings[pointers] = table
                 while len(self._bindings) > _BINDINGS:
                     self._bindings.popitem(last=False)
         if capturing:
-            self._captured.append(table)
+            keep_for_graph(stream, self, host, table)
         return table
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A plan with everything that one run needs: planned, bound and compiled. It keeps the run's workspace."""
+
+    plan: Plan
+    run: Run
+
+
 _plans: OrderedDict[Hashable, Plan] = OrderedDict()
-_of_graphs: list[Plan] = []
+_lock = RLock()
 
 
-def plan_for(precision: str | None, operation: Operation, operands: Operands) -> Plan:
-    """The plan for operands of this form, made if it isn't there. Their device must be the current one."""
+class Bound:
+    """Runs on the same tensors, planned once for each operation and stream.
+
+    The tensors must lie where they lay, in the form that they had; their device must be the current one at each call.
+
+    Args:
+        groups: operands, at least one; those of one role in one group have one dtype.
+
+    Raises:
+        TypeError: an operand's memory has no address.
+    """
+
+    def __init__(self, precision: str | None, groups: Sequence[Operands]) -> None:
+        self.precision, self.groups = precision, groups
+        self.device = groups[0][Role.G][0].device
+        self._pointers = [[x.data_ptr() for tensors in group.values() for x in tensors] for group in groups]
+        for group, pointers in zip(groups, self._pointers, strict=True):
+            if 0 in pointers:
+                _refuse_without_address(group)
+        self._plans: dict[Hashable, list[Plan]] = {}
+
+    def run(self, operation: Operation, step: Step) -> None:
+        """Plan and compile for every group, then launch.
+
+        Raises:
+            Interrupted: a launch failed, and one before it has written weights.
+        """
+        stream = current_stream(self.device)
+        key = operation, stream, config.overrides_key()
+        with _lock:
+            if (plans := self._plans.get(key)) is None:
+                each = zip(self.groups, self._pointers, strict=True)
+                plans = [plan_for(self.precision, operation, group, pointers) for group, pointers in each]
+                if not _capturing(self.device):  # else it is its graph's alone
+                    self._plans[key] = plans
+            ready = [plan.ready(at, step, stream) for plan, at in zip(plans, self._pointers, strict=True)]
+        start(ready)
+
+
+def start(every: Iterable[Ready]) -> None:
+    """Launch what is ready, in order.
+
+    Raises:
+        Interrupted: a launch failed, and one before it has written weights.
+    """
+    written = False
+    try:
+        for each in every:
+            for launch in each.plan.launches:
+                launch(each.run)
+                written |= launch.updates
+    except Exception as error:
+        if written:
+            raise Interrupted(
+                f"a launch failed after some weights had been stepped: {type(error).__name__}: {error}"
+            ) from error
+        raise
+
+
+def plan_for(precision: str | None, operation: Operation, operands: Operands, pointers: Sequence[int]) -> Plan:
+    """The plan for operands of this form that lie at ``pointers``, made if it isn't there. Their device must be the
+    current one."""
     device = operands[Role.G][0].device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    forms = tuple(
-        (role, x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0) for role, xs in operands.items() for x in xs
-    )
-    key = (device, stream, precision, operation, config.overrides_key(), forms)
-    plan = _plans.get(key)
-    if plan is not None:
-        _plans.move_to_end(key)
+    forms = [
+        (role, xs[0].dtype, tuple(map(_shape, xs)), tuple(map(Tensor.stride, xs))) for role, xs in operands.items()
+    ]
+    alignments = tuple([pointer % 16 for pointer in pointers])
+    key = (device, current_stream(device), precision, operation, config.overrides_key(), *forms, alignments)
+    with _lock:
+        plan = _plans.get(key)
+        if plan is not None:
+            _plans.move_to_end(key)
+            return plan
+        release_of_gone_graphs()
+        plan = Plan(target_of(device), precision, operation, operands)
+        if not _capturing(device):
+            _plans[key] = plan
+            while len(_plans) > _PLANS:
+                _plans.popitem(last=False)
         return plan
-    plan = Plan(target_of(device), precision, operation, operands)
-    if _capturing(device):
-        _of_graphs.append(plan)
-    else:
-        _plans[key] = plan
-        _drop_oldest()
-    return plan
 
 
 def clear_plans() -> None:
-    """Give back all workspaces, but those of plans that a CUDA graph was captured with."""
-    for key in [key for key, plan in _plans.items() if not plan.captured]:
-        del _plans[key]
-
-
-def _drop_oldest() -> None:
-    for key in list(_plans)[: max(0, len(_plans) - _PLANS)]:
-        if not _plans[key].captured:
-            del _plans[key]
+    """Give back all tables, but those that a CUDA graph reads."""
+    with _lock:
+        _plans.clear()
+        release_of_gone_graphs()
 
 
 def _capturing(device: torch.device) -> bool:
@@ -163,3 +231,13 @@ def _capturing(device: torch.device) -> bool:
 
 def _has_one_tile(layer: Layer) -> bool:
     return layer.A.count == layer.B.count == 1
+
+
+def _refuse_without_address(operands: Operands) -> None:
+    for role, tensors in operands.items():
+        for i, x in enumerate(tensors):
+            if x.data_ptr() == 0:
+                raise TypeError(
+                    f"backend triton needs tensors that lie in memory, but number {i} of {role.name}, a "
+                    f"{type(x).__name__}, has no address"
+                )

@@ -95,7 +95,7 @@ class PackField(IntEnum):
 
     SOURCE = 0  # index of its address
     CODE = 1  # its dtype: 0, 1 or 2 for float32, float16 and bfloat16
-    DESTINATION = 2  # address, or 0
+    DESTINATION = 2  # index of its address, or 0
     ROW = 3
     COL = 4
     SQUARE = 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from torch import Tensor
 from apo_kernels.triton import config
 from apo_kernels.triton.draft import TYPES, Draft, Operation
 from apo_kernels.triton.launch import Launch
-from apo_kernels.triton.layers import Squares
-from apo_kernels.triton.roles import Role
+from apo_kernels.triton.layers import BLOCKS, Squares
+from apo_kernels.triton.roles import ALIGN, Role
 from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
 
 __all__ = ["SUM_CHUNK", "TilePart", "backward_constants", "forward_constants"]
@@ -24,11 +25,12 @@ SUM_CHUNK = 1024
 class TilePart:
     """The layers at ``indices`` of a draft, all of their squares at most ``limit`` wide.
 
-    One launch forward, and at most three for the derivatives.
+    One launch forward where all tiles lie alike in memory, at most three where they don't; so for each part of the
+    derivatives.
     """
 
     def __init__(self, draft: Draft, indices: Sequence[int], limit: int) -> None:
-        self.draft = draft
+        self.draft, self.limit = draft, limit
         self.sides: dict[int, tuple[Squares, Squares]] = {}
         for at in indices:
             layer = draft.layers[at]
@@ -48,61 +50,91 @@ class TilePart:
         if not parts:
             return []
         jobs: list[tuple[int, ...]] = []
-        addresses = draft.workspace([4 * length * count for _, _, length, count in parts])
-        for (at, role, length, count), address in zip(parts, addresses, strict=True):
-            draft.made[at].parts[role] = address, length
-            result = draft.single(draft.layers[at].views[role])
-            jobs += [(address, result, first, length, count) for first in range(0, length, SUM_CHUNK)]
+        offsets = draft.workspace([4 * length * count for _, _, length, count in parts])
+        for (at, role, length, count), offset in zip(parts, offsets, strict=True):
+            draft.made[at].parts[role] = offset, length
+            source, result = draft.single(offset), draft.single(draft.layers[at].views[role])
+            jobs += [(source, result, first, length, count) for first in range(0, length, SUM_CHUNK)]
         return jobs
 
     def launches(self, layers: Tensor) -> list[Launch]:
         if not self.sides:
             return []
         draft, op = self.draft, self.draft.operation
-        tiles = [(at, i, j, 0) for at, (B, A) in self.sides.items() for i in range(B.groups) for j in range(A.groups)]
-        tables = draft.table(tiles, np.int32), layers
         if not op.wanted:
-            return [self._forward(tables, "tile_update" if op.update else "tile_forward", of_V=False)]
-        found: list[Launch] = []
-        if set(op.wanted) & set("ABS"):
-            chosen, types = self._config(backward=True), self._types()
-            types.insert(1, draft.type_of(Role.V))
-            every = backward_constants(
-                chosen, op.wanted, compute=TYPES[draft.compute], precision=draft.precision, types=types
-            )
-            found += [
-                Launch("tile_backward", tile_backward, len(tiles), tables, constants, chosen.warps, chosen.stages)
-                for constants in every
-            ]
+            return self._forward(layers, "tile_update" if op.update else "tile_keep" if op.keep else "tile_forward")
+        found = self._backward(layers) if set(op.wanted) & set("ABS") else []
         if self.sums:
             jobs = draft.table(self.sums)
             found.append(Launch("sum_parts", sum_parts, len(self.sums), (jobs,), {"CHUNK": SUM_CHUNK}, 4, 1))
-        if "G" in op.wanted:
-            found.append(self._forward(tables, "tile_dG", of_V=True))
-        return found
+        return found + (self._forward(layers, "tile_dG") if "G" in op.wanted else [])
 
-    def _config(self, backward: bool) -> config.TileConfig:
+    def _tiles(self, stage: str, side: int) -> dict[tuple[bool, bool], Tensor]:
+        """The tables of a stage's launches, by what can be moved 16 bytes at a time (:func:`config.ways`): three at
+        most, for all tiles whose matrices can share one."""
+        found: dict[tuple[bool, bool], list[tuple[int, ...]]] = {}
+        for at, (B, A) in self.sides.items():
+            for i, j in product(range(B.groups), range(A.groups)):
+                found.setdefault(self._way(at, i, j), []).append((at, i, j, 0))
+        if len({way for way in found if way[0]}) == 2:
+            found[True, False] += found.pop((True, True))
+        served = config.ways(stage, side, self.limit)
+        tables: dict[tuple[bool, bool], list[tuple[int, ...]]] = {}
+        for (matrices, squares), tiles in found.items():
+            way = max(way for way in served if way[0] <= matrices and way[1] <= squares)
+            tables.setdefault(way, []).extend(tiles)
+        return {way: self.draft.table(tiles, np.int32) for way, tiles in tables.items()}
+
+    def _way(self, at: int, i: int, j: int) -> tuple[bool, bool]:
+        """Whether 16 bytes can be moved at a time of a tile's matrices, and of its squares."""
+        views, (B, A) = self.draft.layers[at].views, self.sides[at]
+        if A.extent(j) % ALIGN:
+            return False, False
+        matrices = A.start(j) % ALIGN == 0 and all(view.wide for role, view in views.items() if role not in BLOCKS)
+        alone = A.group == B.group == 1 and A.side % ALIGN == B.side % ALIGN == B.extent(i) % ALIGN == 0
+        return matrices, alone and all(view.wide for role, view in views.items() if role in BLOCKS)
+
+    def _config(self, backward: bool, way: tuple[bool, bool] = (True, True)) -> config.TileConfig:
         draft = self.draft
         widest = max(squares.group * squares.side for pair in self.sides.values() for squares in pair)
         keep = draft.operation.keep
-        return config.tile_config(draft.target, draft.compute, draft.precision, backward, widest, keep)
+        return config.tile_config(draft.target, draft.compute, draft.precision, backward, widest, keep, way)
 
-    def _types(self) -> list[Any]:
-        return [self.draft.type_of(role) for role in (Role.G, Role.A, Role.B, Role.S)]
+    def _types(self, *roles: Role) -> list[Any]:
+        return [self.draft.type_of(role) for role in roles]
 
-    def _forward(self, tables: tuple[Tensor, Tensor], name: str, *, of_V: bool) -> Launch:
+    def _backward(self, layers: Tensor) -> list[Launch]:
+        draft = self.draft
+        types = self._types(Role.G, Role.V, Role.A, Role.B, Role.S)
+        found = []
+        for way, tiles in self._tiles("tile_backward", self._config(backward=True).side).items():
+            chosen = self._config(backward=True, way=way)
+            found += [
+                Launch("tile_backward", tile_backward, len(tiles), (tiles, layers), each, chosen.warps, chosen.stages)
+                for each in backward_constants(
+                    chosen, draft.operation.wanted, compute=TYPES[draft.compute], precision=draft.precision,
+                    types=types, way=way,
+                )
+            ]  # fmt: skip
+        return found
+
+    def _forward(self, layers: Tensor, stage: str) -> list[Launch]:
         draft, op = self.draft, self.draft.operation
-        chosen, types = self._config(backward=False), self._types()
-        if of_V:
-            types[0] = draft.type_of(Role.V)
-        types += [draft.type_of(Role.OUT), draft.type_of(Role.MOMENTUM)]
-        constants = forward_constants(
-            chosen, op, compute=TYPES[draft.compute], precision=draft.precision, types=types, of_V=of_V
-        )
-        return Launch(
-            name, tile_forward, len(tables[0]), tables, constants, chosen.warps, chosen.stages, scalars=True,
-            updates=op.update,
-        )  # fmt: skip
+        of_V = stage == "tile_dG"
+        types = self._types(Role.V if of_V else Role.G, Role.A, Role.B, Role.S, Role.OUT, Role.MOMENTUM)
+        found = []
+        for way, tiles in self._tiles(stage, self._config(backward=False).side).items():
+            chosen = self._config(backward=False, way=way)
+            constants = forward_constants(
+                chosen, op, compute=TYPES[draft.compute], precision=draft.precision, types=types, of_V=of_V, way=way
+            )
+            found.append(
+                Launch(
+                    stage, tile_forward, len(tiles), (tiles, layers), constants, chosen.warps, chosen.stages,
+                    scalars=True, updates=op.update,
+                )
+            )  # fmt: skip
+        return found
 
 
 def forward_constants(
@@ -113,10 +145,12 @@ def forward_constants(
     precision: str,
     types: Sequence[Any],
     of_V: bool,
+    way: tuple[bool, bool],
 ) -> dict[str, Any]:
     """What :func:`tile_forward` is compiled for.
 
     Args:
+        way: what can be moved 16 bytes at a time, one of :func:`config.ways`.
         types: Triton's, of ``G`` (or ``V``), ``A``, ``B``, ``S``, the result (or weight), and the momentum.
     """
     names = ("TYPE_G", "TYPE_A", "TYPE_B", "TYPE_S", "TYPE_OUT", "TYPE_MOMENTUM")
@@ -130,15 +164,24 @@ def forward_constants(
         "OF_V": of_V,
         "SIDE": chosen.side,
         "SLAB": chosen.slab,
+        "WIDE_MATRICES": way[0],
+        "WIDE_SQUARES": way[1],
     }
 
 
 def backward_constants(
-    chosen: config.TileConfig, wanted: str, *, compute: Any, precision: str, types: Sequence[Any]
+    chosen: config.TileConfig,
+    wanted: str,
+    *,
+    compute: Any,
+    precision: str,
+    types: Sequence[Any],
+    way: tuple[bool, bool],
 ) -> list[dict[str, Any]]:
     """What the launches of :func:`tile_backward` are compiled for: one, or with ``dB`` apart two.
 
     Args:
+        way: what can be moved 16 bytes at a time, one of :func:`config.ways`.
         types: Triton's, of ``G``, ``V``, ``A``, ``B`` and ``S``.
     """
     names = ("TYPE_G", "TYPE_V", "TYPE_A", "TYPE_B", "TYPE_S")
@@ -148,6 +191,8 @@ def backward_constants(
         "PRECISION": precision,
         "SIDE": chosen.side,
         "SLAB": chosen.slab,
+        "WIDE_MATRICES": way[0],
+        "WIDE_SQUARES": way[1],
     }
     shares = ["AS", "B"] if chosen.split else ["ABS"]
     found = [{f"WANT_{x}": x in share and x in wanted for x in "ABS"} for share in shares]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from torch.utils.flop_counter import FlopCounterMode
 
 import apo_kernels as ak
@@ -143,6 +144,26 @@ def test_compile_fullgraph_of_the_whole_meta_step() -> None:
     found = torch.compile(meta_step, fullgraph=True, backend="aot_eager")(*compiled)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(compiled[:2], eager[:2])
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_no_graph_is_captured_around_the_operators(keep: bool) -> None:
+    """By inductor's own check for ``mode="reduce-overhead"``: the memory that a plan keeps would be the graph's."""
+    layer = make(3, 4, dtype=torch.float32)
+
+    def call(*operands: Tensor) -> Tensor:
+        found = ak.precondition(*operands, keep=keep)
+        return found[0] if keep else found
+
+    traced: list[torch.fx.GraphModule] = []
+    torch.compile(call, fullgraph=True, backend=lambda module, _: traced.append(module) or module.forward)(
+        *layer.operands
+    )
+    node = get_first_incompatible_cudagraph_node(traced[0])
+    assert node is not None
+    assert node.target.namespace == "apo_kernels"
+    for name in ("precondition", *(f"foreach_precondition{end}" for end in ("", "_keep", "_vjp", "_step_"))):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.apo_kernels, name).default.tags
 
 
 def test_compiled_bad_input_is_named() -> None:

@@ -19,6 +19,30 @@ def r(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(dtype)
 
 
+class Around(Tensor):
+    """A tensor around another one, with no memory of its own, as DTensor is."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Around:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(tensors: dict[str, Tensor], *_: object) -> Around:
+        return Around(tensors["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(f"{op}")
+
+
 def good() -> dict[str, Any]:
     return {"G": r(M, N), "A": r(N, N), "B": r(M, M), "S": r(M, N)}
 
@@ -87,6 +111,28 @@ def test_operands(call: str, name: str, error: type[Exception], text: str, bad: 
     message = str(raised.value)
     assert message.startswith(shown)
     assert text in message.replace("s[0]", "")
+
+
+@pytest.mark.parametrize("name", ["G", "A", "B", "S"])
+def test_tensors_around_others_are_refused(name: str) -> None:
+    arguments = good()
+    arguments[name] = Around(arguments[name])
+    text = "must lie in one tensor's memory, but is a Around"
+    with pytest.raises(TypeError, match=f"^{name} {text}"):
+        ak.precondition(**arguments)
+    lists = [[x] for x in arguments.values()]
+    with pytest.raises(TypeError, match=rf"^{name}s\[0\] {text}"):
+        ak.foreach_precondition_vjp(*lists, [r(M, N)])
+    with pytest.raises(TypeError, match=rf"^{name}s\[0\] {text}"):
+        ak.foreach_precondition_step_([r(M, N)], *lists, lr=0.1)
+
+
+@pytest.mark.parametrize("name", ["G", "A", "B", "S"])
+def test_lazily_negated_tensors_are_what_they_stand_for(name: str) -> None:
+    arguments = good()
+    arguments[name] = torch._neg_view(arguments[name])
+    resolved = {key: x.resolve_neg() for key, x in arguments.items()}
+    torch.testing.assert_close(ak.precondition(**arguments), ak.precondition(**resolved))
 
 
 BATCHES: list[tuple[str, str, Callable[[], Any]]] = [
@@ -221,6 +267,12 @@ STEPS: list[tuple[type[Exception], str, dict[str, Any]]] = [
         "thetas[0] is written and must not share memory with Gs[0]",
         {"thetas": [shared, r(M, N)], "Gs": [shared, r(M, N)]},
     ),
+    (
+        V,
+        "thetas[1] must be written as it lies in memory, but is lazily",
+        {"thetas": [r(M, N), torch._neg_view(r(M, N))]},
+    ),
+    (V, "momentum_buffers[0] must be written", {"momentum_buffers": [torch._neg_view(r(M, N)), r(M, N)]}),
     (V, "Ss[1] must have Gs[1]'s shape", {"Ss": [r(M, N), r(M, M)]}),
     (V, "backend must be None or one of", {"backend": "cutlass"}),
 ]

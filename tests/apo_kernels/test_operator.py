@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import apo_kernels as ak
 from apo_kernels import aten, reference
@@ -212,7 +214,103 @@ def test_foreach_is_one_by_one() -> None:
     assert all(relative_error(x, y) < 1e-13 for x, y in zip(plain, Ys, strict=True))
 
 
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_layers_of_one_form_are_computed_together(dtype: torch.dtype, relative: bool) -> None:
+    """Each result is as if its layer were alone, and in memory of its own."""
+    forms = [(8, 8, 4, 4), (7, 12, 5, None), (8, 8, 4, 4), (7, 12, 5, None), (8, 8, None, None), (8, 8, 4, 4)]
+    layers = [make(*form, dtype=dtype, seed=seed) for seed, form in enumerate(forms)]
+    layers += [make(3, 4, 2, 2, batch=(2, 3), dtype=dtype, seed=seed) for seed in (7, 8)]
+    operands = [list(x) for x in zip(*(layer.operands for layer in layers), strict=True)]
+    Vs, tolerance = [layer.V for layer in layers], TOLERANCE[dtype]
+    Ys, kept = ak.foreach_precondition(*operands, keep=True)
+    found = [Ys, ak.foreach_precondition(*operands)]
+    for held in (kept, None):
+        grads = ak.foreach_precondition_vjp(*operands, Vs, kept=held, wanted="GABS", relative=relative)
+        for layer, each in zip(layers, grads, strict=True):
+            for letter, x in zip("GABS", each, strict=True):
+                assert relative_error(x, layer.derivatives(relative=relative)[letter]) < tolerance
+        found += [list(each) for each in zip(*grads, strict=True)]
+    thetas = [torch.zeros_like(layer.G) for layer in layers]
+    ak.foreach_precondition_step_(thetas, *operands, lr=1.0)
+    for results in (Ys, found[1], [-theta for theta in thetas]):
+        for layer, Y in zip(layers, results, strict=True):
+            assert relative_error(Y, layer.forward()) < tolerance
+    every = [x for tensors in found for x in tensors] + [x for each in kept for x in each]
+    assert len({x.untyped_storage().data_ptr() for x in every}) == len(every)
+    assert all(x.is_contiguous() for tensors in found for x in tensors)
+
+
+def test_layers_of_one_form_take_a_constant_number_of_operations() -> None:
+    def count(length: int) -> int:
+        layers = [make(8, 8, 4, 4, seed=seed) for seed in range(length)]
+        operands = [list(x) for x in zip(*(layer.operands for layer in layers), strict=True)]
+        with Count() as counted:
+            ak.foreach_precondition(*operands)
+        return counted.operations
+
+    assert count(3) == count(9) == count(60)
+
+
+class Count(TorchDispatchMode):
+    """How many operations are dispatched inside."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("side", [None, 4])
+def test_a_bound_step_is_the_step(side: int | None) -> None:
+    """Also with other numbers, after a tensor has moved, and with a weight that isn't in the way of autograd."""
+    layers = [make(6, 9, side, side, seed=seed) for seed in range(3)]
+    operands = [list(x) for x in zip(*(layer.operands for layer in layers), strict=True)]
+    thetas = [torch.nn.Parameter(torch.ones_like(layer.G)) for layer in layers]
+    buffers = [torch.zeros_like(layer.G) for layer in layers]
+    copies, copied = [theta.detach().clone() for theta in thetas], [v.clone() for v in buffers]
+    with torch.no_grad():
+        step = ak.BoundStep(thetas, *operands, momentum_buffers=buffers)
+        for lr, momentum, decay in ((0.1, 0.9, 0.0), (0.2, 0.0, 0.1), (torch.tensor(0.3).double(), 0.5, 0.1)):
+            step(lr=lr, momentum=momentum, weight_decay=decay)
+            ak.foreach_precondition_step_(
+                copies, *operands, lr=lr, momentum=momentum, momentum_buffers=copied, weight_decay=decay
+            )
+            for x, y in zip([*thetas, *buffers], [*copies, *copied], strict=True):
+                assert torch.equal(x, y)
+            thetas[1].data = thetas[1].data.clone()
+            operands[0][0].mul_(-2)
+    with pytest.raises(ValueError, match=r"^thetas\[0\] must not require grad"):
+        step(lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"lr": -1.0}, "lr must be"),
+        ({"momentum": 2.0}, "momentum must be"),
+        ({"weight_decay": -1}, "weight_decay must"),
+    ],
+)
+def test_a_bound_step_refuses_what_the_step_does(change: dict[str, Any], text: str) -> None:
+    layer = make(3, 4)
+    theta = torch.ones(3, 4, dtype=torch.float64)
+    step = ak.BoundStep([theta], *([x] for x in layer.operands))
+    with pytest.raises(ValueError, match=f"^{text}"):
+        step(**{"lr": 0.1, **change})
+    theta.data = torch.ones(4, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^thetas\[0\] must have Gs\[0\]'s shape"):
+        step(lr=0.1)
+    assert (theta == 1).all()
+    with pytest.raises(ValueError, match=r"^Gs\[0\] must be read as it lies in memory, but is lazily negated"):
+        ak.BoundStep([torch.ones(3, 4).double()], [torch._neg_view(layer.G)], [layer.A], [layer.B], [layer.S])
+    with pytest.raises(ValueError, match=r"^thetas\[0\] is written and must not share memory"):
+        ak.BoundStep([layer.G], *([x] for x in layer.operands))
+
+
 def test_foreach_of_nothing() -> None:
+    ak.BoundStep([], [], [], [], [])(lr=0.1)
     assert ak.foreach_precondition([], [], [], []) == []
     assert ak.foreach_precondition([], [], [], [], keep=True) == ([], [])
     assert ak.foreach_precondition_vjp([], [], [], [], []) == []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from apo_kernels import dispatch
 from apo_kernels.targets import CONSUMER, INTERPRETER, TARGETS, Target, target_of
 from apo_kernels.triton import config
 from tests.apo_kernels.triton.examples import DTYPES
@@ -26,9 +28,11 @@ def test_every_choice_can_be_launched(target: Target, dtype: torch.dtype) -> Non
             assert side >= 16
             assert side & (side - 1) == 0, "tl.arange takes powers of two"
         assert chosen.warps in (1, 2, 4, 8)
-    for backward in (False, True):
+    for backward, way in product((False, True), config.ways("tile_forward", 64, 64)):
         for widest in range(1, config.tile_limit(target, dtype, backward) + 1):
-            tile = config.tile_config(target, dtype, precision, backward, widest)
+            tile = config.tile_config(target, dtype, precision, backward, widest, way=way)
+            other = config.tile_config(target, dtype, precision, backward, widest)
+            assert tile.side == other.side, "the launches of a part share its tiles"
             assert tile.side >= widest
             assert tile.side % tile.slab == 0
             assert tile.slab >= 16
@@ -58,6 +62,33 @@ def test_targets_of_gpus(capability: tuple[int, int], expected: Target, monkeypa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(ValueError, match=r"8\.0 or above, but cuda has 7\.5"):
         target_of(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("arch", "served"), [("gfx942:sramecc+:xnack-", True), ("gfx90a", False), ("gfx1100", False)])
+def test_targets_of_amd(arch: str, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have other warps and other matrix instructions: ATen serves them."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=arch))
+    device = torch.device("cuda")
+    dispatch._device_obstacle.cache_clear()
+    try:
+        if served:
+            assert target_of(device) == TARGETS["gfx942"]
+            assert dispatch._device_obstacle(device) is None
+        else:
+            with pytest.raises(ValueError, match=f"gfx942 of AMD's GPUs, but cuda is {arch}"):
+                target_of(device)
+            assert arch in (dispatch._device_obstacle(device) or "")
+    finally:
+        dispatch._device_obstacle.cache_clear()
+
+
+def test_what_is_compiled_for_how_tiles_lie() -> None:
+    """Any tile is served by some way that asks no more than it offers."""
+    for stage, side in product(("tile_forward", "tile_update", "tile_keep", "tile_dG", "tile_backward"), (16, 32, 64)):
+        ways = config.ways(stage, side, 64)
+        assert ways[0] == (False, False)
+        assert list(ways) == sorted(set(ways))
 
 
 def test_small_models_get_small_tiles() -> None:

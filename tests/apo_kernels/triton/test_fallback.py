@@ -9,11 +9,13 @@ import apo_kernels as ak
 from apo_kernels import dispatch
 from apo_kernels.dispatch import Choice
 from tests.apo_kernels.triton.conftest import INTERPRETED
-from tests.apo_kernels.triton.examples import assert_close, model
+from tests.apo_kernels.triton.examples import Model, assert_close, model
 
 pytest.importorskip("triton.language")
 from apo_kernels.triton.backend import TritonBackend
-from apo_kernels.triton.layers import Unserved, layers_of
+from apo_kernels.triton.errors import Interrupted, Unserved
+from apo_kernels.triton.launch import Launch, Run
+from apo_kernels.triton.layers import layers_of
 from apo_kernels.triton.roles import Role
 
 
@@ -62,6 +64,111 @@ def test_a_backend_that_was_asked_for_fails_loudly(monkeypatch: pytest.MonkeyPat
     layers = model(((5, 7),), torch.float32)
     monkeypatch.setattr(TritonBackend, "foreach_precondition", fails(RuntimeError("no such instruction")))
     with pytest.raises(RuntimeError, match="no such instruction"):
+        ak.foreach_precondition(*layers.operands, backend="triton")
+
+
+def two_groups(side: int | None = None) -> tuple[list[torch.Tensor], Model]:
+    """Weights at 1, and layers of two dtypes."""
+    layers, more = model(((8, 8),), torch.float32, A=side, B=side), model(((2, 8),), torch.bfloat16, A=side, B=side)
+    both = Model(*(getattr(layers, name) + getattr(more, name) for name in ("Gs", "As", "Bs", "Ss", "Vs")))
+    return [torch.ones_like(G) for G in both.Gs], both
+
+
+def far_apart(x: torch.Tensor) -> torch.Tensor:
+    """In strides that these kernels don't take."""
+    wide = torch.empty((2, 2**24 + 8), dtype=x.dtype)[:, : x.shape[1]]
+    return wide.copy_(x)
+
+
+def assert_stepped_once(thetas: list[torch.Tensor], layers: Model, lr: float) -> None:
+    for theta, P in zip(thetas, layers.expected(), strict=True):
+        assert_close(theta, 1 - lr * P, theta.dtype)
+
+
+@pytest.mark.interpret
+def test_a_group_that_isnt_served_leaves_all_weights_as_they_were() -> None:
+    thetas, layers = two_groups()
+    layers.Gs[1] = far_apart(layers.Gs[1])
+    with pytest.raises(Unserved, match="less than"):
+        ak.foreach_precondition_step_(thetas, *layers.operands, lr=0.5, backend="triton")
+    assert all((theta == 1).all() for theta in thetas)
+
+
+@pytest.mark.interpret
+def test_a_group_that_isnt_served_is_stepped_once_by_aten(chosen: None) -> None:
+    thetas, layers = two_groups()
+    layers.Gs[1] = far_apart(layers.Gs[1])
+    with pytest.warns(RuntimeWarning, match="aten serves a call"):
+        ak.foreach_precondition_step_(thetas, *layers.operands, lr=0.5)
+    assert_stepped_once(thetas, layers, 0.5)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("side", [None, 8])
+def test_a_group_that_doesnt_compile_is_stepped_once_by_aten(
+    side: int | None, chosen: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thetas, layers = two_groups(side)
+    compiled: list[str] = []
+
+    def refuse(launch: Launch, run: object) -> None:
+        compiled.append(launch.name)
+        if compiled.count(launch.name) == 2:
+            raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(Launch, "compile", refuse)
+    with pytest.warns(RuntimeWarning, match="no such instruction"):
+        ak.foreach_precondition_step_(thetas, *layers.operands, lr=0.5)
+    assert_stepped_once(thetas, layers, 0.5)
+
+
+@pytest.mark.interpret
+def test_a_launch_that_fails_after_a_weight_was_stepped_is_raised(
+    chosen: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the guard too: a fallback would step that weight again."""
+    thetas, layers = two_groups()
+    launched, start = [], Launch.__call__
+
+    def fail(launch: Launch, run: Run) -> None:
+        if launch.name in launched:
+            raise RuntimeError("too many resources")
+        launched.append(launch.name)
+        start(launch, run)
+
+    monkeypatch.setattr(Launch, "__call__", fail)
+    with pytest.raises(Interrupted, match=r"after some weights had been stepped: .*too many resources"):
+        ak.foreach_precondition_step_(thetas, *layers.operands, lr=0.5)
+    assert_close(thetas[0], 1 - 0.5 * layers.expected()[0], torch.float32)
+    assert (thetas[1] == 1).all()
+    assert dispatch._failure is None
+
+
+@pytest.mark.interpret
+def test_a_bound_step_that_fails_is_atens_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    thetas, layers = two_groups()
+    monkeypatch.setattr("apo_kernels.functional.serving", lambda *_: Choice("triton", "", forced=False).backend)
+    monkeypatch.setattr(dispatch, "_failure", None)
+    step = ak.BoundStep(thetas, *layers.operands)
+    monkeypatch.setattr(Launch, "compile", fails(RuntimeError("no such instruction")))
+    with pytest.warns(RuntimeWarning, match="aten serves from now on .*no such instruction"):
+        step(lr=0.5)
+    assert_stepped_once(thetas, layers, 0.5)
+    step(lr=0.5)
+    assert_stepped_once(thetas, layers, 1.0)
+
+
+@pytest.mark.interpret
+def test_a_tensor_without_an_address_is_refused_by_name() -> None:
+    """A subclass may say so of itself, whatever it holds."""
+
+    class Elsewhere(torch.Tensor):
+        def data_ptr(self) -> int:
+            return 0
+
+    layers = model(((5, 7),), torch.float32)
+    layers.As[0] = layers.As[0].as_subclass(Elsewhere)
+    with pytest.raises(TypeError, match="number 0 of A, a Elsewhere, has no address"):
         ak.foreach_precondition(*layers.operands, backend="triton")
 
 

@@ -98,6 +98,43 @@ def test_what_is_kept(dtype: torch.dtype, A: int | None, B: int | None) -> None:
             assert_close(x, x_expected, dtype, name)
 
 
+@pytest.mark.parametrize(("side_A", "side_B"), [(None, None), (8, 16)])
+@pytest.mark.parametrize(
+    ("dtype_A", "dtype_B"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)],
+)
+def test_what_is_kept_of_blocks_of_two_dtypes(
+    side_A: int | None, side_B: int | None, dtype_A: torch.dtype, dtype_B: torch.dtype
+) -> None:
+    """Some layers are worked on transposed, beside others that aren't; and so through autograd, which keeps."""
+    layers = model(((16, 8), (8, 16), (70, 33), (12, 12)), torch.float32, A=side_A, B=side_B)
+    layers.As = [A.to(dtype_A) for A in layers.As]
+    layers.Bs = [B.to(dtype_B) for B in layers.Bs]
+    _, expected = foreach_precondition_keep(*([x.double() for x in tensors] for tensors in layers.operands))
+    Ys, kept = ak.foreach_precondition(*layers.operands, keep=True, backend="triton")
+    for each, each_expected in zip(kept, expected, strict=True):
+        for name, x, x_expected in zip("UMW", each, each_expected, strict=True):
+            assert_close(x, x_expected, torch.float32, name)
+    As = [A.clone().requires_grad_() for A in layers.As]
+    watched = ak.foreach_precondition(layers.Gs, As, layers.Bs, layers.Ss, backend="triton")
+    for Y, same, Y_expected in zip(Ys, watched, layers.expected(), strict=True):
+        assert_close(Y, Y_expected, torch.float32)
+        assert_close(same.detach(), Y_expected, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["Gs", "As", "Bs", "Ss", "Vs"])
+@pytest.mark.parametrize("side", [None, 8])
+def test_lazily_negated_operands(name: str, side: int | None) -> None:
+    """Their memory holds the opposite of what they are."""
+    layers = model(((12, 20),), torch.float32, A=side, B=side)
+    setattr(layers, name, [torch._neg_view(x) for x in getattr(layers, name)])
+    (found,) = ak.foreach_precondition(*layers.operands, backend="triton")
+    assert_close(found, layers.expected()[0], torch.float32)
+    (grads,) = ak.foreach_precondition_vjp(*layers.operands, layers.Vs, wanted="GABS", backend="triton")
+    for letter, x in zip("GABS", grads, strict=True):
+        assert_close(x, layers.expected_vjp()[0][letter], torch.float32, letter)
+
+
 @pytest.mark.parametrize("side", [None, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -137,6 +174,26 @@ def test_the_update(
         assert_close(theta, theta_expected, dtype, "θ", (old, 0.1 * P))
         if buffer:
             assert_close(v, v_expected, dtype, "v", (P,))
+
+
+@pytest.mark.parametrize(("side_A", "side_B"), [(100, None), (None, 100), (72, 136)])
+def test_each_weight_is_stepped_once(side_A: int | None, side_B: int | None) -> None:
+    """Also where a tile of the grouped GEMM reaches beyond its square, into what another product writes."""
+    layers = model(((66, 300), (300, 66)), torch.float32, A=side_A, B=side_B, scale=1.0)
+    thetas, buffers = [torch.randn_like(G) for G in layers.Gs], [torch.randn_like(G) for G in layers.Gs]
+    expected = [
+        reference.precondition_step(
+            theta.double(), *(x.double() for x in each), lr=0.1, momentum=0.9, momentum_buffer=v.double(),
+            weight_decay=0.1,
+        )
+        for theta, v, *each in zip(thetas, buffers, *layers.operands, strict=True)
+    ]  # fmt: skip
+    ak.foreach_precondition_step_(
+        thetas, *layers.operands, lr=0.1, momentum=0.9, momentum_buffers=buffers, weight_decay=0.1, backend="triton"
+    )
+    for theta, v, (theta_expected, v_expected) in zip(thetas, buffers, expected, strict=True):
+        assert_close(theta, theta_expected, torch.float32, "θ")
+        assert_close(v, v_expected, torch.float32, "v")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,6 +6,7 @@ capture and replay, bitwise repetition, and compute-sanitizer where it is instal
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from apo_kernels import reference
 from tests.apo_kernels.triton.examples import DTYPES, EVEN, ODD, TOLERANCE, Model, assert_close, model
 
 pytest.importorskip("triton.language")
+from apo_kernels.triton import graphs
 
 pytestmark = pytest.mark.gpu
 
@@ -128,6 +130,38 @@ def test_a_captured_graph_does_what_the_call_does(side: int | None, same_stream:
         _step(layers, copies, lr)
         for x, y in zip(thetas, copies, strict=True):
             assert torch.equal(x, y)
+
+
+def test_what_a_graph_reads_is_let_go_with_it() -> None:
+    layers = model(WIDE, torch.bfloat16, device="cuda")
+    thetas, lr = [torch.zeros_like(G) for G in layers.Gs], torch.tensor(0.1, device="cuda")
+    _step(layers, thetas, lr)
+    before = len(graphs.kept_for_graphs())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _step(layers, thetas, lr)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert len(graphs.kept_for_graphs()) > before
+    del graph
+    gc.collect()
+    graphs.release_of_gone_graphs()
+    assert len(graphs.kept_for_graphs()) == before
+
+
+def test_compiled_with_graphs() -> None:
+    """``reduce-overhead`` warms up and records in a pool of its own, in which no plan may leave anything."""
+    layers = model(WIDE, torch.bfloat16, A=64, B=64, device="cuda")
+
+    @torch.compile(mode="reduce-overhead")
+    def call(Gs: list[torch.Tensor]) -> list[torch.Tensor]:
+        Ys = ak.foreach_precondition([2 * G for G in Gs], layers.As, layers.Bs, layers.Ss, backend="triton")
+        return [Y + 1 for Y in Ys]
+
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        for Y, expected in zip(call(layers.Gs), layers.expected(), strict=True):
+            assert_close(Y, 2 * expected + 1, torch.bfloat16)
 
 
 @pytest.mark.parametrize("side", [None, 8, 64])

@@ -185,10 +185,19 @@ def test_the_second_call_compiles_nothing(gpu: Recorder, monkeypatch: pytest.Mon
     def step(lr: float, momentum: float) -> None:
         TritonBackend().foreach_precondition_step_(thetas, *layers.operands, [], lr, momentum, 0.1)
 
+    def step_by_tensor(at: int) -> None:
+        lr = torch.full((8,), 0.1)[at]
+        TritonBackend().foreach_precondition_step_(thetas, *layers.operands, [], lr, 0.0, 0.1)
+
     step(0.1, 0.9)
+    step_by_tensor(0)
     compiled: list[object] = []
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **each: compiled.append(each["fn"].name) and None)
     for lr, momentum in ((0.0, 0.9), (1.0, 1.0), (1e-30, 0.5)):
         thetas = [layers.Gs[0].clone()]
         step(lr, momentum)
+    step_by_tensor(1)
     assert compiled == []
+    plans.clear_plans()
+    step_by_tensor(1)
+    assert compiled == [], "where a rate lies is nothing to a kernel"

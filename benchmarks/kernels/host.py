@@ -1,0 +1,130 @@
+"""``python -m benchmarks host``: what a call costs the host, apart from what it computes.
+
+The Triton path with Triton's launcher replaced by nothing: checks, plans, addresses and arguments are the real ones,
+on tensors of the CPU, planned as for an H100. And the ATen path on layers so small that little but calls is left. All
+in one process, in turn; medians of its time, which other processes don't count in.
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import apo_kernels as ak
+from benchmarks.common import results
+from benchmarks.common.console import console, table
+
+Call = Callable[[], object]
+
+MODELS = {
+    "21 layers, squares of 64": (21, 128, 64),
+    "60 layers, squares of 64": (60, 128, 64),
+    "60 layers, full blocks of 128": (60, 128, None),
+}
+"""How many layers, of which side, with squares of which side."""
+
+SMALL = {
+    "60 layers of 8, squares of 4": (60, 8, 4),
+    "60 layers of 8, full blocks": (60, 8, None),
+}
+
+GOALS = {
+    ("21 layers, squares of 64", "bound step"): 40.0,
+    ("60 layers, squares of 64", "bound step"): 80.0,
+    ("60 layers of 8, squares of 4", "step"): 900.0,
+}
+"""Microseconds that a call is to stay below."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=101, help="calls of each (default: %(default)s)")
+
+
+def run(options: Namespace) -> dict[str, Any]:
+    """Print a table and write ``host.json``: microseconds a call (``"calls"``)."""
+    rounds = 5 if options.quick else options.rounds
+    with no_launcher():
+        rows = [row for name, model in MODELS.items() for row in _rows(name, "triton", *model, rounds)]
+    rows += [row for name, model in SMALL.items() for row in _rows(name, "aten", *model, rounds)]
+    cells = [
+        (row["model"], row["backend"], row["call"], f"{row['microseconds']:.0f}",
+         f"{row['microseconds'] / row['layers']:.1f}", "" if row["goal"] is None else f"{row['goal']:.0f}")
+        for row in rows
+    ]  # fmt: skip
+    columns = ("model", "backend", "call", "µs", "µs a layer", "goal")
+    console.print(table("Host time of a call", columns, cells, labels=("backend", "call")))
+    console.print(f"wrote {results.write(options.out, 'host', 'cpu', {'calls': rows})}", soft_wrap=True)
+    return {"calls": rows}
+
+
+def calls(count: int, side: int, squares: int | None, backend: str) -> dict[str, Call]:
+    """The functions of ``apo_kernels`` on a model of square layers, blocks in bfloat16 on ``triton``."""
+    dtype = torch.bfloat16 if backend == "triton" else torch.float32
+    matrices = partial(_tensors, count, (side, side))
+    shape = (side, side) if squares is None else (-(-side // squares), squares, squares)
+    blocks = partial(_tensors, count, shape)
+    Gs, Ss, Vs, thetas, buffers = (matrices(torch.float32) for _ in range(5))
+    operands = Gs, blocks(dtype), blocks(dtype), Ss
+    scalars = {"lr": 1e-9, "momentum": 0.9, "weight_decay": 0.1}
+    step = partial(ak.foreach_precondition_step_, thetas, *operands, momentum_buffers=buffers, backend=backend)
+    bound = ak.BoundStep(thetas, *operands, momentum_buffers=buffers, backend=backend)
+    return {
+        "bound step": partial(bound, **scalars),
+        "step": partial(step, **scalars),
+        "forward": partial(ak.foreach_precondition, *operands, backend=backend),
+        "forward, keep": partial(ak.foreach_precondition, *operands, keep=True, backend=backend),
+        "derivatives": partial(ak.foreach_precondition_vjp, *operands, Vs, backend=backend),
+    }
+
+
+def measure(every: dict[str, Call], rounds: int) -> dict[str, float]:
+    """Seconds of process time a call, the median over rounds in which each has its turn."""
+    times: dict[str, list[float]] = {name: [] for name in every}
+    for name, call in [*every.items()] * (rounds + 1):  # the first one plans
+        began = time.process_time()
+        call()
+        times[name].append(time.process_time() - began)
+    return {name: median(found[1:]) for name, found in times.items()}
+
+
+@contextmanager
+def no_launcher() -> Iterator[None]:
+    """The Triton path on the CPU, all but the launches."""
+    from apo_kernels.targets import TARGETS
+    from apo_kernels.triton import launch, plan
+
+    def compiled(self: launch.Launch, run: launch.Run) -> None:
+        if self._start is None:
+            constants = tuple(self.constants[name] for name in self.kernel.arg_names if name in self.constants)
+            self._start = partial(self._direct, lambda *_, **__: None, constants)
+
+    with (
+        patch("apo_kernels.dispatch._obstacle", lambda _: None),
+        patch.object(plan, "target_of", lambda _: TARGETS["sm_90"]),
+        patch.object(launch.Launch, "compile", compiled),
+    ):
+        plan.clear_plans()
+        yield
+    plan.clear_plans()
+
+
+def _tensors(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(shape).to(dtype) for _ in range(count)]
+
+
+def _rows(name: str, backend: str, count: int, side: int, squares: int | None, rounds: int) -> list[dict[str, Any]]:
+    found = measure(calls(count, side, squares, backend), rounds)
+    return [
+        {"model": name, "backend": backend, "call": call, "layers": count, "microseconds": 1e6 * seconds,
+         "goal": GOALS.get((name, call))}
+        for call, seconds in found.items()
+    ]  # fmt: skip
