@@ -12,6 +12,7 @@ from apo.discrepancy import KL, BernoulliKL, GaussianKL, SquaredError
 from apo.full_preconditioner import FullPreconditioner
 from apo.objective import Evaluation, ProximalObjective
 from apo.preconditioned import APO
+from apo_kernels import __version__
 
 __all__ = [
     "APO",
@@ -23,5 +24,6 @@ __all__ = [
     "GaussianKL",
     "ProximalObjective",
     "SquaredError",
+    "__version__",
     "proximal",
 ]

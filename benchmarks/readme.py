@@ -1,7 +1,7 @@
-"""README's measured tables, made from the results files: ``python -m benchmarks.readme`` writes them anew.
+"""The measured tables of docs/benchmarks.md and README, made from the results files.
 
-A table stands between ``<!-- name -->`` and ``<!-- /name -->``. A test holds README against the files, so a figure
-that no run has given can't stand there.
+``python -m benchmarks.readme`` writes them anew. A table stands between ``<!-- name -->`` and ``<!-- /name -->``. A
+test holds the pages against the files, so a figure that no run has given can't stand there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.throughput.contestants import BLOCKS, CHAIN, COMPILED, EIGEN, FU
 from benchmarks.training.optimizers import METHODS
 from benchmarks.training.searched import COMMITTED
 
-__all__ = ["RESULTS", "TABLES", "render"]
+__all__ = ["PAGES", "RESULTS", "TABLES", "render"]
 
 ROOT = Path(__file__).parent.parent
 RESULTS = COMMITTED / "amd-epyc"
@@ -29,14 +29,14 @@ TITLES = {"mlp": "MLP 784-1000-1000-10", "lenet": "LeNet", "vgg16": "VGG16", "re
 TITLES["transformer"] = "Transformer 6+6, 512"
 
 
-def render(text: str) -> str:
-    """README with every table as the results files have it."""
-    for name, make in TABLES.items():
+def render(page: str, text: str) -> str:
+    """A page's text with every table as the results files have it."""
+    for name in PAGES[page]:
         opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if text.count(opening) != 1 or text.count(closing) != 1:
-            raise ValueError(f"README must hold the marks of the table {name!r} once")
+            raise ValueError(f"{page} must hold the marks of the table {name!r} once")
         before, rest = text.split(opening)
-        text = f"{before}{opening}{make()}\n{closing}{rest.split(closing)[1]}"
+        text = f"{before}{opening}{TABLES[name]()}\n{closing}{rest.split(closing)[1]}"
     return text
 
 
@@ -135,7 +135,7 @@ def _overhead() -> str:
         [name, f"{1e3 * row['step_seconds']:.1f}", f"{row['ratio']:.2f}"]
         for name, row in content["contestants"].items()
     ]
-    return markdown.table(["optimizer", "ms a step", "÷ SGDm"], rows, numbers=True)
+    return markdown.table(["optimizer", "ms per step", "÷ SGDm"], rows, numbers=True)
 
 
 KERNELS = {
@@ -184,22 +184,48 @@ def _milliseconds(row: dict[str, Any]) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _tasks() -> str:
-    names = ("sgdm", "adam", "kfac", "shampoo", "apo")
-    rows = []
+COMPARED = ("sgdm", "adam", "kfac", "shampoo", "apo")
+
+
+def _searched_tasks() -> dict[str, tuple[str, list[Group]]]:
+    """Each task that all five optimizers were searched on: what was run, and their runs."""
+    found = {}
     for task, runs in collect([COMMITTED]).items():
         groups = {group.name: group for group in grouped(runs)}
-        if not groups.keys() >= set(names):
-            continue
-        shown = [groups[name] for name in names]
-        step = min(min(group.last("step")) for group in shown if not group.diverged)
-        losses = [median(group.at_step(step)) for group in shown]
-        times = [1000 * median(group.last("seconds")) / max(group.last("step")) for group in shown]
-        first = runs[0]
-        what = f"{task}, {first['epochs']:.3g} epochs, {len(shown[0].runs)} seed{'s'[: len(shown[0].runs) - 1]}"
-        cells = [_loss(loss, group) for loss, group in zip(losses, shown, strict=True)]
-        rows.append([what, *(f"{loss}, {ms:.3g}" for loss, ms in zip(cells, times, strict=True))])
-    return markdown.table(["task", *(f"{METHODS[name].label}: loss, ms a step" for name in names)], rows, numbers=True)
+        if groups.keys() >= set(COMPARED):
+            seeds = len(groups[COMPARED[0]].runs)
+            what = f"{task}, {runs[0]['epochs']:.3g} epochs, {seeds} seed{'s' if seeds > 1 else ''}"
+            found[task] = what, [groups[name] for name in COMPARED]
+    return found
+
+
+def _tasks() -> str:
+    rows = []
+    for what, groups in _searched_tasks().values():
+        cells = zip(_losses(groups), _milliseconds_per_step(groups), strict=True)
+        rows.append([what, *(f"{loss}, {ms:.3g}" for loss, ms in cells)])
+    labels = [METHODS[name].label for name in COMPARED]
+    return markdown.table(["task", *(f"{label}: loss, ms per step" for label in labels)], rows, numbers=True)
+
+
+def _summary() -> str:
+    """README's one table: the losses, and what a step of APO costs."""
+    rows = []
+    for task, (_, groups) in _searched_tasks().items():
+        times = dict(zip(COMPARED, _milliseconds_per_step(groups), strict=True))
+        rows.append([task, *_losses(groups), f"{times['apo'] / times['adam']:.1f}×"])
+    labels = [METHODS[name].label for name in COMPARED[:-1]]
+    return markdown.table(["task", *labels, "APO", "a step of APO ÷ Adam's"], rows, numbers=True)
+
+
+def _losses(groups: list[Group]) -> list[str]:
+    """Training losses after equal steps, medians over the seeds."""
+    step = min(min(group.last("step")) for group in groups if not group.diverged)
+    return [_loss(median(group.at_step(step)), group) for group in groups]
+
+
+def _milliseconds_per_step(groups: list[Group]) -> list[float]:
+    return [1000 * median(group.last("seconds")) / max(group.last("step")) for group in groups]
 
 
 def _loss(loss: float, group: Group) -> str:
@@ -264,9 +290,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "study": _study,
     "tasks": _tasks,
     "rates": _rates,
+    "summary": _summary,
 }
+
+PAGES: dict[str, list[str]] = {
+    "docs/benchmarks.md": [name for name in TABLES if name != "summary"],
+    "README.md": ["summary"],
+}
+"""Which tables stand on which page."""
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(render(page, path.read_text()))
