@@ -41,6 +41,12 @@ def test_commands(page: Path) -> None:
                 assert any((ROOT / f"{script}{end}").exists() for end in ("", ".py")), f"{name_of(page)}: {line}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_that_are_named(page: Path) -> None:
+    for path in re.findall(r"`((?:apo|apo_kernels|benchmarks|docs|tests|\.ci)/[\w./-]*)`", page.read_text()):
+        assert (ROOT / path).exists(), f"{name_of(page)} names {path}, which isn't there"
+
+
 def test_readme_is_short_and_the_two_commands_stay() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
