@@ -1,9 +1,11 @@
 """Front ends of Amortized Proximal Optimization on the apo_kernels backend.
 
-* :class:`AdaptiveLR` learns the learning rate of any ``torch.optim.Optimizer`` that is linear in it;
-* :class:`APO` learns a structured preconditioner, with its learning rate;
-* :class:`ProximalObjective` is what both descend (Eq. 8);
-* :mod:`apo.proximal` holds the proximal point methods that they amortize.
+* :class:`AdaptiveLR` learns the learning rate of any ``torch.optim.Optimizer`` whose step is proportional to it;
+* :class:`APO` learns a structured preconditioner and the learning rate in front of it;
+* :class:`FullPreconditioner` learns one full matrix, for small problems;
+* :class:`ProximalObjective` is what they minimise (Eq. 8);
+* :mod:`apo.proximal` holds the proximal point methods that they amortize;
+* :mod:`apo.reference` is Algorithm 1 on one page, which they are tested against.
 """
 
 from apo import proximal
