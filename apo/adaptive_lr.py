@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from apo import checks
 from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
+from apo.inner_products import inner_products
 from apo.linearity import Linearity, check_linear
 from apo.meta_learner import MetaLearner, Trial
 from apo.objective import ProximalObjective, check_objective
@@ -212,15 +213,11 @@ class AdaptiveLR(MetaLearner):
         return True
 
     def _slopes(self, trial: Trial) -> list[float]:
-        """``dQ/d log lr = ⟨V, θ′ − θ⟩`` of each group, summed in float64; one synchronisation."""
-        sums, first = [], 0
-        for group in self.param_groups:
-            last = first + len(group["params"])
-            pairs = zip(trial.V[first:last], trial.steps[first:last], strict=True)
-            products = [torch.sum(v * s, dtype=torch.float64).cpu() for v, s in pairs]
-            sums.append(torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64))
-            first = last
-        return [float(x) for x in sums]
+        """``dQ/d log lr = ⟨V, θ′ − θ⟩`` of each group; one synchronisation."""
+        products = inner_products(trial.V, trial.steps)
+        counts = [len(group["params"]) for group in self.param_groups]
+        values: list[float] = torch.stack([part.sum() for part in torch.split(products, counts)]).tolist()
+        return values
 
     def _move(self, proposal: _Factors, trial: Trial) -> None:
         """``θ + (lr_new / lr_old)(θ′ − θ)``: the optimizer's state doesn't depend on the rate."""

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from apo import checks
 from apo.meta_learner import MetaLearner, Trial
-from apo.meta_optimizer import MetaOptimizer, MetaOptimizerName
+from apo.meta_optimizer import Learned, MetaOptimizer, MetaOptimizerName
 from apo.objective import ProximalObjective, check_objective
 from apo.rates import get_rate
 from apo.trial import Lookahead
@@ -69,8 +69,7 @@ class FullPreconditioner(MetaLearner):
         super().__init__(weights, {"lr": lr})
         dtype = torch.promote_types(weights[0].dtype, torch.float32)
         self.P = torch.eye(size, dtype=dtype, device=weights[0].device)
-        self._count_of_updates = torch.zeros(())
-        self.meta.add([self.P], [meta_lr], self._count_of_updates)
+        self.meta.add([Learned(self.P, meta_lr)])
         self._prepare_group(self.param_groups[0])
         self._show_state()
         filled = objective.with_defaults(fsd_weight=1.0)
@@ -124,12 +123,12 @@ class FullPreconditioner(MetaLearner):
     def _state(self) -> dict[str, Tensor]:
         """P and what the meta-optimizer remembers of it, kept under the first parameter."""
         (own,) = self.meta.learned
-        return {"step": self._count_of_updates, "P": self.P, **{f"P_{k}": t for k, t in own.buffers.items()}}
+        return {"step": own.count, "P": self.P, **{f"P_{k}": t for k, t in own.buffers.items()}}
 
     def _show_state(self) -> None:
         self.state.clear()
         for p in self.parameters:
-            self.state[p] = {"step": self._count_of_updates}
+            self.state[p] = {"step": self.meta.learned[0].count}
         self.state[self.parameters[0]] = self._state()
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:

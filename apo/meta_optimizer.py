@@ -21,29 +21,28 @@ EPS = {torch.float32: 1e-18, torch.float64: 1e-150}
 eps that shows would be a setting. This one only keeps squares that underflow from being divided by."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Learned:
     """A tensor of φ and what the meta-optimizer remembers of it.
 
     Attributes:
         tensor: float32 or float64, written in place.
         rate: its meta-rate.
-        count: 0-d float32, how many meta-updates it had; one for all tensors of a layer.
-        buffers: running means, by name.
+        count: 0-d float32 on the CPU, how many meta-updates it had; one for all tensors of a layer.
         block: whether it is a block A or B, not a scaling S.
+        buffers: running means, by name.
     """
 
     tensor: Tensor
-    rate: float
-    count: Tensor
-    buffers: dict[str, Tensor] = field(default_factory=dict)
+    rate: float = 0.0
+    count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu"))
     block: bool = False
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
 def count_updates(found: Iterable[Learned]) -> None:
     """Add one to the count of each layer that takes part."""
-    for count in {id(each.count): each.count for each in found}.values():
-        count += 1
+    torch._foreach_add_(list({id(each.count): each.count for each in found}.values()), 1)
 
 
 class MetaOptimizer:
@@ -61,12 +60,11 @@ class MetaOptimizer:
         self.decay = decay
         self.learned: list[Learned] = []
 
-    def add(self, tensors: Iterable[Tensor], rates: Iterable[float], count: Tensor | None = None) -> list[Learned]:
-        """Take in the tensors of a layer; one meta-rate each; the layer's count of updates."""
-        count = torch.zeros(()) if count is None else count
-        new = [Learned(t, rate, count, self._start(t)) for t, rate in zip(tensors, rates, strict=True)]
-        self.learned += new
-        return new
+    def add(self, learned: Sequence[Learned]) -> None:
+        """Take in further tensors."""
+        for own in learned:
+            own.buffers = self._start(own.tensor)
+        self.learned += learned
 
     def _start(self, tensor: Tensor) -> dict[str, Tensor]:
         names = ("exp_avg", "exp_avg_sq") if self.name == "adam" else ("square_avg",)
@@ -76,6 +74,8 @@ class MetaOptimizer:
     def step(self, grads: Sequence[Tensor | None]) -> None:
         """One step from the meta-gradients, one per tensor; None leaves it as it is."""
         pairs = [(own, g) for own, g in zip(self.learned, grads, strict=True) if g is not None]
+        if not pairs:
+            return
         count_updates(own for own, _ in pairs)
         for own, grad in pairs:
             if self.name == "adam":

@@ -194,8 +194,7 @@ class ProximalObjective:
         if self._weight:
             outputs = self._compared(returned)
             kept = kept_positions(self.mask, self.module, batch, self._targets(batch), outputs)
-            held = {p.untyped_storage().data_ptr() for p in self.module.parameters()}
-            outputs = _apart(outputs if kept is None else select(outputs, kept), held)
+            outputs = _apart(outputs if kept is None else select(outputs, kept), self._overwritten)
         loss = None if self.loss is None else self._own_loss(returned, batch).detach()
         return Anchor(batch, outputs, kept, loss, rng)
 
@@ -211,6 +210,14 @@ class ProximalObjective:
             new = select(new, anchor.kept)
         rho = KL() if self._classes_moved else self.discrepancy
         return loss, _one_number("discrepancy", rho(new, anchor.outputs))
+
+    def _overwritten(self, output: Tensor) -> bool:
+        """Whether evaluating the trial writes over an output: a view of the weights, or in a CUDA graph's memory."""
+        address = output.untyped_storage().data_ptr()
+        if any(p.untyped_storage().data_ptr() == address for p in self.module.parameters()):
+            return True
+        compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in self.module.modules())
+        return compiled and output.is_cuda
 
     @property
     def _weight(self) -> float:
@@ -294,16 +301,16 @@ def _main_output(returned: Any) -> Any:
     return next((x for x in parts if isinstance(x, Tensor) and x.ndim > 0), parts[0] if parts else returned)
 
 
-def _apart(outputs: Any, held: set[int]) -> Any:
-    """The outputs without their graph, copied where they are views of the weights, which are about to be
-    overwritten."""
+def _apart(outputs: Any, overwritten: Callable[[Tensor], bool]) -> Any:
+    """The outputs without their graph, copied where they are about to be overwritten."""
 
     def own(x: Any) -> Any:
         if isinstance(x, Tensor):
-            x = x.detach()
-            return x.clone() if x.untyped_storage().data_ptr() in held else x
+            return x.detach().clone() if overwritten(x) else x.detach()
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
-            return dataclasses.replace(x, **{f.name: _apart(getattr(x, f.name), held) for f in dataclasses.fields(x)})
+            return dataclasses.replace(
+                x, **{f.name: _apart(getattr(x, f.name), overwritten) for f in dataclasses.fields(x)}
+            )
         return x
 
     return tree_map(own, outputs)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 import apo_kernels as ak
 from apo import checks, preconditioner
 from apo.held_parameters import HeldParameters
+from apo.inner_products import inner_products
 from apo.matrix_view import matrix_views
 from apo.meta_learner import MetaLearner, Trial
 from apo.meta_optimizer import MetaOptimizer
@@ -222,24 +223,28 @@ class APO(MetaLearner):
     def _take_in(self, layers: Sequence[Layer]) -> None:
         """Let the meta-optimizer learn these layers, and checkpoints hold them, from now on."""
         for layer in layers:
-            if isinstance(self.meta, RelativeSteps):
-                are_blocks = [name != "S" for name in layer.learned]
-                layer.meta = self.meta.add(layer.tensors(), [self.meta_lr] * len(are_blocks), are_blocks, layer.count)
-            else:
-                layer.meta = self.meta.add(layer.tensors(), layer.meta_rates(self.meta_lr), layer.count)
+            relative = isinstance(self.meta, RelativeSteps)
+            rates = [self.meta_lr] * len(layer.phi) if relative else layer.entrywise_rates(self.meta_lr)
+            for own, rate in zip(layer.phi, rates, strict=True):
+                own.rate = rate
             if self._group(layer)["momentum"] != 0:
                 layer.momentum = torch.zeros_like(layer.S)
             self.layers.append(layer)
+        self.meta.add([own for layer in layers for own in layer.phi])
         self._show_state()
 
     def _show_state(self) -> None:
         self.state = defaultdict(dict)
         for p in self.parameters:
-            self.state[p] = {"step": torch.zeros(())}
+            self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
         for layer in self.layers:
             for p in layer.view.parameters:
                 self.state[p] = {"step": layer.count}
             self.state[layer.view.weight] = layer.state()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._show_state()
 
     @property
     def _models(self) -> list[nn.Module]:
@@ -306,13 +311,19 @@ class APO(MetaLearner):
             if layer.momentum is None and self._group(layer)["momentum"] != 0:
                 layer.momentum = torch.zeros_like(layer.S)
                 self.state[layer.view.weight] = layer.state()
+        if not layers:
+            return
         # Nothing is allocated below, so running out of memory can't leave a partial step.
-        for layer, direction in zip(layers, directions, strict=True):
-            rate = get_rate(self._group(layer))
-            if layer.momentum is None:
-                direction.mul_(rate)
-            else:
-                layer.momentum.mul_(self._group(layer)["momentum"]).add_(direction, alpha=rate)
+        torch._foreach_mul_(directions, [get_rate(self._group(layer)) for layer in layers])
+        carried = [
+            (layer.momentum, direction, float(self._group(layer)["momentum"]))
+            for layer, direction in zip(layers, directions, strict=True)
+            if layer.momentum is not None
+        ]
+        if carried:
+            momenta = [v for v, _, _ in carried]
+            torch._foreach_mul_(momenta, [mu for _, _, mu in carried])
+            torch._foreach_add_(momenta, [direction for _, direction, _ in carried])
         self._write(layers, [d if x.momentum is None else x.momentum for x, d in zip(layers, directions, strict=True)])
 
     def _bound_promise(
@@ -329,8 +340,8 @@ class APO(MetaLearner):
         if not layers or most == math.inf:
             return
         shares = [get_rate(self._group(x)) * self._carried(x) for x in layers]
-        each = zip(shares, gradients, directions, strict=True)
-        total = torch.stack([share * _inner(G, d, layers[0].S.dtype) for share, G, d in each]).sum()
+        promises = inner_products(gradients, directions)
+        total = torch.dot(promises, torch.tensor(shares, dtype=promises.dtype, device=promises.device))
         factor = (most / total.clamp_min(most)).to(directions[0].dtype)
         self._promise = factor
         if factor.device.type == "cpu" and factor.item() == 1:  # to look at it costs nothing there
@@ -371,12 +382,12 @@ class APO(MetaLearner):
         sizes: dict[Layer, tuple[Tensor, ...]],
         by_group: Sequence[float],
     ) -> bool:
-        for layer in derivatives:
-            # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G), relative to the blocks where the steps are
-            length = get_rate(self._group(layer)) * self._reach(layer)
-            torch._foreach_mul_(derivatives[layer], -length)
-            if sizes:
-                torch._foreach_mul_(sizes[layer], length)
+        # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G), relative to the blocks where the steps are
+        for found, sign in ((derivatives, -1.0), (sizes, 1.0)):
+            scaled = [x for own in found.values() for x in own]
+            lengths = [get_rate(self._group(layer)) * self._reach(layer) for layer in found for _ in found[layer]]
+            if scaled:
+                torch._foreach_mul_(scaled, [sign * length for length in lengths])
         judged = [x for own in derivatives.values() for x in own]
         judged += [first for first, *_ in sizes.values()]  # the others are sums of the same, or its terms
         if judged and not bool(torch.stack(torch._foreach_norm(judged)).isfinite().all()):
@@ -435,13 +446,14 @@ class APO(MetaLearner):
 
     def _velocities(self, layers: Sequence[Layer], directions: Sequence[Tensor]) -> list[Tensor]:
         """What the trial subtracts from θ, without touching v."""
-        velocities = []
-        for layer, direction in zip(layers, directions, strict=True):
-            group = self._group(layer)
-            step = direction * (get_rate(group) * self._reach(layer))
-            if self.lookahead == "step" and layer.momentum is not None:
-                step.add_(layer.momentum, alpha=group["momentum"])
-            velocities.append(step)
+        if not layers:
+            return []
+        lengths = [get_rate(self._group(layer)) * self._reach(layer) for layer in layers]
+        velocities = list(torch._foreach_mul(list(directions), lengths))
+        if self.lookahead == "step":
+            for layer, velocity in zip(layers, velocities, strict=True):
+                if layer.momentum is not None:
+                    velocity.add_(layer.momentum, alpha=self._group(layer)["momentum"])
         return velocities
 
     def _carried(self, layer: Layer) -> float:
@@ -455,34 +467,36 @@ class APO(MetaLearner):
     def _slopes(
         self, layers: Sequence[Layer], directions: Sequence[Tensor], cotangents: Sequence[Tensor]
     ) -> list[float]:
-        """``dQ/d log lr = −lr ⟨V, c P(G) + λθ⟩`` of each group, the rows' sums in float64 (every entry in float64
-        takes ten times as long); one synchronisation."""
-        device = self.parameters[0].device
-        sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in self.param_groups]
-        for layer, direction, V in zip(layers, directions, cotangents, strict=True):
-            group = self._group(layer)
-            reach = get_rate(group) * self._reach(layer)
-            sums[layer.group] -= reach * torch.sum(V * direction, -1, dtype=layer.S.dtype).sum(dtype=torch.float64)
-            decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-            if decay:
-                theta = layer.view.gather(layer.view.parameters)
-                decayed = torch.sum(V * theta, -1, dtype=layer.S.dtype).sum(dtype=torch.float64)
-                sums[layer.group] -= get_rate(group) * decay * decayed
-        values: list[float] = torch.stack(sums).tolist()
-        return values
+        """``dQ/d log lr = −lr ⟨V, c P(G) + λθ⟩`` of each group; one synchronisation."""
+        sums = [0.0] * len(self.param_groups)
+        if not layers:
+            return sums
+        decayed = [layer for layer in layers if self._decay(layer)]
+        V_of = dict(zip(layers, cotangents, strict=True))
+        thetas = [layer.view.gather(layer.view.parameters) for layer in decayed]
+        values = inner_products([*cotangents, *(V_of[layer] for layer in decayed)], [*directions, *thetas]).tolist()
+        weights = [self._reach(layer) for layer in layers] + [self._decay(layer) for layer in decayed]
+        for layer, weight, value in zip([*layers, *decayed], weights, values, strict=True):
+            sums[layer.group] -= get_rate(self._group(layer)) * weight * value
+        return sums
+
+    def _decay(self, layer: Layer) -> float:
+        """λ, where the decay isn't part of the gradient."""
+        group = self._group(layer)
+        return float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0
 
     def _write(self, layers: Sequence[Layer], velocities: Sequence[Tensor]) -> None:
         """``θ ← (1 − lr·λ) θ − v`` of every parameter that has a gradient."""
-        weights, steps = [], []
+        weights, steps, shrunk = [], [], []
         for layer, velocity in zip(layers, velocities, strict=True):
-            group = self._group(layer)
-            decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
+            shrink = 1 - get_rate(self._group(layer)) * self._decay(layer)
             for p, step in zip(layer.view.parameters, layer.view.scatter(velocity), strict=True):
                 if p.grad is not None:
                     weights.append(p)
                     steps.append(step)
-                    if decay:
-                        p.mul_(1 - get_rate(group) * decay)
+                    shrunk.append(shrink)
+        if any(shrink != 1 for shrink in shrunk):
+            torch._foreach_mul_(weights, shrunk)
         if weights:
             torch._foreach_sub_(weights, steps)
 
@@ -547,10 +561,3 @@ def _check_group(group: dict[str, Any]) -> None:
         if group[name] is not None:
             checks.integer(name, group[name], least=1)
     checks.one_of("block_dtype", group["block_dtype"], (None, *_BLOCK_DTYPES))
-
-
-def _inner(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """``⟨x, y⟩`` of two matrices, summed in ``dtype``."""
-    if x.device.type == "cpu" and x.dtype == dtype and x.is_contiguous() and y.is_contiguous():
-        return torch.dot(x.flatten(), y.flatten())  # a pass and no copy
-    return torch.sum(x * y, dtype=dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,29 +27,21 @@ class Layer:
 
     Attributes:
         view: the parameters, and how they are read.
-        A, B: blocks of the ``n`` and of the ``m`` side, full or a stack; ones on the diagonal where the side
-            has none, and then never changed.
-        S: ``(*batch, m, n)``.
+        parts: A, B and S, of which those in :attr:`learned` are learned.
         sides: of A and of B.
         dtype: what the products read A, B and S as.
         group: index of the param group.
         working: A, B and S in the dtype that the products read, where that isn't their own.
         momentum: the momentum buffer, a matrix like S; None where the group has no momentum.
-        count: 0-d float32 on the CPU, the number of meta-updates.
-        meta: what the meta-optimizer remembers of :meth:`tensors`, in their order.
     """
 
     view: MatrixView
     sides: tuple[Side, Side]
-    A: Tensor
-    B: Tensor
-    S: Tensor
+    parts: dict[str, Learned]
     dtype: torch.dtype
     group: int = 0
     working: tuple[Tensor, Tensor, Tensor] | None = None
     momentum: Tensor | None = None
-    count: Tensor = field(default_factory=lambda: torch.zeros(()))
-    meta: list[Learned] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -69,23 +61,56 @@ class Layer:
             one = ak.identity_block(side.length, side.block_size, dtype=master, device=device)
             return one.expand(*view.batch, *one.shape).contiguous()
 
-        S = torch.ones(view.shape, dtype=master, device=device)
-        layer = cls(view, sides, block(sides[0]), block(sides[1]), S, dtype or master, group)
+        S, count = (
+            torch.ones(view.shape, dtype=master, device=device),
+            torch.zeros((), dtype=torch.float32, device="cpu"),
+        )
+        parts = {
+            "A": Learned(block(sides[0]), count=count, block=True),
+            "B": Learned(block(sides[1]), count=count, block=True),
+            "S": Learned(S, count=count),
+        }
+        layer = cls(view, sides, parts, dtype or master, group)
         layer.refresh()
         return layer
+
+    @property
+    def A(self) -> Tensor:
+        """The block of the ``n`` side, full or a stack; ones on the diagonal where it has none, never changed."""
+        return self.parts["A"].tensor
+
+    @property
+    def B(self) -> Tensor:
+        """The block of the ``m`` side, likewise."""
+        return self.parts["B"].tensor
+
+    @property
+    def S(self) -> Tensor:
+        """``(*batch, m, n)``."""
+        return self.parts["S"].tensor
+
+    @property
+    def count(self) -> Tensor:
+        """How many meta-updates it had: 0-d float32 on the CPU."""
+        return self.parts["S"].count
 
     @property
     def learned(self) -> str:
         """Which of ``"ABS"`` are learned."""
         return "A" * self.sides[0].learned + "B" * self.sides[1].learned + "S"
 
+    @property
+    def phi(self) -> list[Learned]:
+        """What is learned, in the order of :attr:`learned`."""
+        return [self.parts[name] for name in self.learned]
+
     def tensors(self) -> list[Tensor]:
         """Those learned, in the order of :attr:`learned`."""
-        return [getattr(self, name) for name in self.learned]
+        return [own.tensor for own in self.phi]
 
-    def meta_rates(self, meta_lr: float) -> list[float]:
-        """The meta-rate of each: divided by a block's side, for an entrywise step of ε can move the spectral norm
-        of a block by ε times its side."""
+    def entrywise_rates(self, meta_lr: float) -> list[float]:
+        """The meta-rate of each, for steps that go by the entry: divided by a block's side, because such a step of ε
+        can move the spectral norm of a block by ε times its side."""
         widths = {"A": self.sides[0].width, "B": self.sides[1].width, "S": 1}
         return [meta_lr / widths[name] for name in self.learned]
 
@@ -109,7 +134,7 @@ class Layer:
         held = {"step": self.count, **{name: getattr(self, name) for name in self.learned}}
         if self.momentum is not None:
             held["momentum_buffer"] = self.momentum
-        for name, own in zip(self.learned, self.meta, strict=True):
+        for name, own in zip(self.learned, self.phi, strict=True):
             held |= {f"{name}_{buffer}": tensor for buffer, tensor in own.buffers.items()}
         return held
 
@@ -178,8 +203,12 @@ def sizes(layers: Sequence[Layer], kept: Sequence[ak.Kept]) -> dict[Layer, tuple
     """What :func:`block_gradients` gives, relative, for ``V = G``, a tuple a layer in the order of ``layer.learned``:
     the diagonals for blocks, in the shape of ``A[..., 0]``, and ``S dS`` for S."""
     found: dict[Layer, tuple[Tensor, ...]] = {}
-    for layer, own in zip(layers, kept, strict=True):
-        of_S = (layer.S * own.M).square_().mul_(2)
+    if not layers:
+        return found
+    of_all = torch._foreach_mul([layer.S for layer in layers], [own.M for own in kept])
+    torch._foreach_mul_(of_all, list(of_all))
+    torch._foreach_mul_(of_all, 2)
+    for layer, of_S in zip(layers, of_all, strict=True):
         named = {"A": (-2, layer.A), "B": (-1, layer.B)}
         of_blocks = (_by_square(of_S.sum(dim), block) for name, (dim, block) in named.items() if name in layer.learned)
         found[layer] = (*of_blocks, of_S)

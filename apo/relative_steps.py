@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from apo.meta_optimizer import EPS, Learned, count_updates
+from apo.shared_storage import Numbers, SharedScalings, SharedSquares, shared
 from apo_kernels.aten import aligned_product
 
 __all__ = ["RelativeSteps"]
@@ -43,64 +45,93 @@ class RelativeSteps:
 
     def __init__(self) -> None:
         self.learned: list[Learned] = []
+        self._shared: list[SharedSquares | SharedScalings] = []
 
-    def add(
-        self, tensors: Iterable[Tensor], rates: Iterable[float], blocks: Iterable[bool], count: Tensor | None = None
-    ) -> list[Learned]:
-        """Take in the tensors of a layer; ε, and whether it is a block, of each; the layer's count of updates."""
-        count = torch.zeros(()) if count is None else count
-        new = []
-        for tensor, rate, block in zip(tensors, rates, blocks, strict=True):
-            size = tensor.new_zeros(tensor.shape[:-1] if block else tensor.shape)
-            new.append(Learned(tensor, rate, count, {"slope": torch.zeros_like(tensor), "size": size}, block))
-        self.learned += new
-        return new
+    def add(self, learned: Sequence[Learned]) -> None:
+        """Take in further tensors: they and their running means become views of storage that like ones share."""
+        for own in learned:
+            size = own.tensor.shape[:-1] if own.block else own.tensor.shape
+            own.buffers = {"slope": torch.zeros_like(own.tensor), "size": own.tensor.new_zeros(size)}
+        self.learned += learned
+        self._shared = shared(self.learned)
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor | None], sizes: Sequence[Tensor | None]) -> None:
-        """One step from the meta-gradients, one a tensor; None leaves it as it is.
+        """One step from the meta-gradients, one per tensor; None leaves it as it is.
 
         Args:
             grads: ``AᵀdA`` of a block A, ``dS`` of a scaling S.
             sizes: of a block's diagonal, in the shape of ``A[..., 0]``; of ``S dS``, in that of S. All >= 0.
         """
-        found = [
-            (own, grad, size)
-            for own, grad, size in zip(self.learned, grads, sizes, strict=True)
-            if grad is not None and size is not None
-        ]
-        count_updates(own for own, _, _ in found)
-        for own, grad, size in found:
-            if own.block:
-                self._step_block(own, grad, size)
-            else:
-                self._step_scaling(own, grad, size)
+        given = zip(self.learned, grads, sizes, strict=True)
+        found = {own: (grad, size) for own, grad, size in given if grad is not None and size is not None}
+        if not found:
+            return
+        count_updates(found)
+        counts = dict(zip(found, torch.stack([own.count for own in found]).tolist(), strict=True))
+        for each in self._shared:
+            self._step_alike(each, found, counts)
 
-    def _step_block(self, own: Learned, R: Tensor, size: Tensor) -> None:
-        average, mean, unbias = self._means(own, R, size, self.BLOCK_BETAS)
-        least = self.BLOCK_FLOOR * mean.mean(-1, keepdim=True) + EPS[own.tensor.dtype]
-        scale = (mean + least).rsqrt_()
-        change = torch.add(average, average.mT).mul_((scale * (unbias / 2)).unsqueeze(-1)).mul_(scale.unsqueeze(-2))
-        length = torch.linalg.vector_norm(change, dim=(-2, -1), keepdim=True)
-        change.mul_(own.rate * self.LONGEST / length.clamp_min_(self.LONGEST))
-        own.tensor.sub_(aligned_product(own.tensor, change))
+    def _step_alike(
+        self,
+        each: SharedSquares | SharedScalings,
+        found: Mapping[Learned, tuple[Tensor, Tensor]],
+        counts: Mapping[Learned, float],
+    ) -> None:
+        taking_part = [own for own in each.learned if own in found]
+        if not taking_part:
+            return
+        slopes, sizes = ([found[own][i] for own in taking_part] for i in (0, 1))
+        squares = isinstance(each, SharedSquares)
+        betas = self.BLOCK_BETAS if squares else self.S_BETAS
+        if not squares:
+            slopes = list(torch._foreach_mul(slopes, [own.tensor for own in taking_part]))
+        torch._foreach_lerp_([own.buffers["slope"] for own in taking_part], slopes, 1 - betas[0])
+        torch._foreach_lerp_([own.buffers["size"] for own in taking_part], sizes, 1 - betas[1])
+        unbias = each.each(lambda own: _unbias(counts[own], betas) if own in found else 1.0)
+        # a rate of 0 leaves a tensor that doesn't take part as it is
+        rate = each.each(lambda own: own.rate if own in found else 0.0)
+        if isinstance(each, SharedSquares):
+            self._step_squares(each, rate, unbias)
+        else:
+            self._step_scalings(each, rate, unbias)
 
-    def _step_scaling(self, own: Learned, grad: Tensor, size: Tensor) -> None:
-        S = own.tensor
-        average, mean, unbias = self._means(own, S * grad, size, self.S_BETAS)
-        ratio = average / (mean + (self.S_FLOOR * mean.mean() + EPS[S.dtype]))
-        S.mul_(ratio.clamp_(-1 / unbias, 1 / unbias).mul_(-own.rate * unbias).exp_())
+    def _step_squares(self, squares: SharedSquares, rate: Numbers, unbias: Numbers) -> None:
+        for part in squares.parts():
+            X, average, mean = squares.tensor[part], squares.slope[part], squares.size[part]
+            least = self.BLOCK_FLOOR * mean.mean(-1, keepdim=True) + EPS[X.dtype]
+            scale = (mean + least).rsqrt_()
+            change = torch.add(average, average.mT).mul_(scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2))
+            change.mul_(_part(unbias, part) / 2)
+            length = torch.linalg.vector_norm(change, dim=(-2, -1), keepdim=True)
+            change.mul_(_part(rate, part) * self.LONGEST / length.clamp_min_(self.LONGEST))
+            X.sub_(torch.bmm(X, change) if len(X) > 1 else aligned_product(X, change))
 
-    def _means(
-        self, own: Learned, slope: Tensor, size: Tensor, betas: tuple[float, float]
-    ) -> tuple[Tensor, Tensor, float]:
-        """The running means of the derivative and of its size, and what takes the bias from their ratio."""
-        average = own.buffers["slope"].lerp_(slope, 1 - betas[0])
-        mean = own.buffers["size"].lerp_(size, 1 - betas[1])
-        of_average, of_mean = (1 - beta ** own.count.item() for beta in betas)
-        return average, mean, of_mean / of_average
+    def _step_scalings(self, scalings: SharedScalings, rate: Numbers, unbias: Numbers) -> None:
+        floors = scalings.mean_sizes().mul_(self.S_FLOOR).add_(EPS[scalings.tensor.dtype])
+        for part, floor in scalings.parts(floors):
+            ratio = scalings.slope[part] / (scalings.size[part] + floor)
+            ratio.mul_(_part(unbias, part)).clamp_(-1, 1)
+            scalings.tensor[part].mul_(ratio.mul_(-_part(rate, part)).exp_())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"learned": self.learned}  # a pickle doesn't keep views of one storage together
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.learned = state["learned"]
+        self._shared = shared(self.learned)
 
     def scale_rates(self, factor: float) -> None:
         """Multiply every ε, for schedules of them."""
         for own in self.learned:
             own.rate *= factor
+
+
+def _unbias(count: float, betas: tuple[float, float]) -> float:
+    """What takes the bias from the ratio of the two running means."""
+    of_average, of_mean = (1 - beta**count for beta in betas)
+    return float(of_mean / of_average)
+
+
+def _part(number: Numbers, part: slice) -> Numbers:
+    return number[part] if isinstance(number, Tensor) else number

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from apo.meta_optimizer import EPS, Learned
+from apo.meta_optimizer import EPS, Learned, count_updates
 from apo.relative_steps import RelativeSteps
 
 __all__ = ["ByLength"]
@@ -18,16 +20,26 @@ class ByLength(RelativeSteps):
     S_SHARE = 0.3
     """S's rate over ε."""
 
-    def _step_block(self, own: Learned, R: Tensor, size: Tensor) -> None:
-        X = own.tensor
-        average, *_ = self._means(own, R, size, self.BLOCK_BETAS)
+    @torch.no_grad()
+    def step(self, grads: Sequence[Tensor | None], sizes: Sequence[Tensor | None]) -> None:
+        found = [(own, grad) for own, grad in zip(self.learned, grads, strict=True) if grad is not None]
+        count_updates(own for own, _ in found)
+        for own, grad in found:
+            if own.block:
+                self._step_block(own, grad)
+            else:
+                self._step_scaling(own, grad)
+
+    def _step_block(self, own: Learned, R: Tensor) -> None:
+        X, average = own.tensor, own.buffers["slope"].lerp_(R, 1 - self.BLOCK_BETAS[0])
         change = average + average.mT
         X.sub_(X @ change.mul_(own.rate / torch.linalg.vector_norm(change).clamp_min(EPS[X.dtype])))
 
-    def _step_scaling(self, own: Learned, grad: Tensor, size: Tensor) -> None:
+    def _step_scaling(self, own: Learned, grad: Tensor) -> None:
         S = own.tensor
         slope = S * grad
-        average, square, unbias = self._means(own, slope, slope.square(), self.S_BETAS)
-        of_square = 1 - self.S_BETAS[1] ** own.count.item()
-        change = average * (unbias / of_square) / (square / of_square).sqrt_().add_(EPS[S.dtype])
+        average = own.buffers["slope"].lerp_(slope, 1 - self.S_BETAS[0])
+        square = own.buffers["size"].lerp_(slope.square(), 1 - self.S_BETAS[1])
+        of_average, of_square = (1 - beta ** own.count.item() for beta in self.S_BETAS)
+        change = (average / of_average) / (square / of_square).sqrt_().add_(EPS[S.dtype])
         S.mul_(change.mul_(-own.rate * self.S_SHARE).exp_())

@@ -57,9 +57,9 @@ class Variant:
         optimizer = apo.APO(model, goal, **self.settings)
         if self.by_length:
             learned, optimizer.meta = optimizer.meta.learned, ByLength()
-            optimizer.meta.learned = learned
+            optimizer.meta.add(learned)
         for layer in optimizer.layers:
-            for name, own in zip(layer.learned, layer.meta, strict=True):
+            for name, own in zip(layer.learned, layer.phi, strict=True):
                 own.rate *= name in self.learned
         if self.moments:
             blocks_from_moments(optimizer, task, model, batches)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import apo
 from apo import preconditioned, preconditioner
+from apo.meta_optimizer import Learned
 from apo.preconditioner import Layer
 from apo.relative_steps import RelativeSteps
 from tests.apo.helpers import closure_of, convnet, mlp, objective, weights
@@ -21,7 +22,8 @@ RATE = 0.1
 
 def made(tensors: list[Tensor], rates: list[float], blocks: list[bool]) -> RelativeSteps:
     steps = RelativeSteps()
-    steps.add(tensors, rates, blocks)
+    each = zip(tensors, rates, blocks, strict=True)
+    steps.add([Learned(tensor, rate, block=block) for tensor, rate, block in each])
     return steps
 
 
@@ -29,9 +31,10 @@ def stepped(tensor: Tensor, grads: list[Tensor], sizes: list[Tensor], *, block: 
     """Where steps along these derivatives lead; a block's are made relative to where it is."""
     tensor = tensor.clone()
     steps = made([tensor], [RATE], [block])
+    (own,) = steps.learned
     for grad, size in zip(grads, sizes, strict=True):
-        steps.step([tensor.mT @ grad if block else grad], [size])
-    return tensor
+        steps.step([own.tensor.mT @ grad if block else grad], [size])
+    return own.tensor
 
 
 def drawn(*shape: int, count: int = 1) -> list[Tensor]:
@@ -45,10 +48,10 @@ def test_a_gradient_that_stays_lengthens_what_it_sees_and_one_that_turns_shorten
     A = torch.randn(4, 4, dtype=torch.float64)
     size = 2 * columns.square().sum(0)
     for sign in (-1, 1):
-        steps = made([found := A.clone()], [RATE], [True])
+        steps = made([A.clone()], [RATE], [True])
         steps.step([sign * 2 * columns.mT @ columns], [size])
         expected = A * (1 - sign * RATE * size / (size + 1e-6 * size.mean()))
-        assert torch.allclose(found, expected, rtol=1e-9)
+        assert torch.allclose(steps.learned[0].tensor, expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (3, 4, 4)])

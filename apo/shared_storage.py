@@ -1,0 +1,115 @@
+"""Storage that like tensors of φ share, so that one operation steps all of them, whatever the number of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from apo.meta_optimizer import Learned
+
+__all__ = ["Numbers", "SharedScalings", "SharedSquares", "shared"]
+
+ALIGNMENT = 8
+"""Elements: every view starts at a multiple, so that kernels may read 16 bytes at a time."""
+SQUARES_AT_A_TIME = 64
+SCALINGS_AT_A_TIME = 2**15
+"""On a CPU: as many as stay in its cache."""
+
+Numbers = float | Tensor
+"""One number for all, where it is the same, or one for each in a shape that broadcasts."""
+
+
+class SharedSquares:
+    """The squares of all blocks of one side: ``tensor`` and ``slope`` ``(count, b, b)``, ``size`` ``(count, b)``."""
+
+    def __init__(self, learned: Sequence[Learned]) -> None:
+        self.learned = list(learned)
+        b = learned[0].tensor.shape[-1]
+        self._counts = [own.tensor.numel() // (b * b) for own in learned]
+        apart = _aligned(b * b)
+        count, like = sum(self._counts), learned[0].tensor
+        self.tensor, self.slope = (like.new_zeros(count, apart).as_strided((count, b, b), (apart, b, 1)) for _ in "12")
+        self.size = like.new_zeros(count, b)
+        first = 0
+        for own, squares in zip(self.learned, self._counts, strict=True):
+            here = slice(first, first + squares)
+            _move(own, self.tensor[here], self.slope[here], self.size[here])
+            first += squares
+
+    def each(self, number: Callable[[Learned], float]) -> Numbers:
+        """A number of each tensor's, in the shape ``(count, 1, 1)`` where they differ."""
+        found = _one_or_each([number(own) for own in self.learned], self._counts, self.size)
+        return found[:, None, None] if isinstance(found, Tensor) else found
+
+    def parts(self) -> Iterator[slice]:
+        """All squares at once, or, on a CPU, in parts that stay in its cache."""
+        count = len(self.size)
+        step = SQUARES_AT_A_TIME if self.size.device.type == "cpu" else count
+        return (slice(first, first + step) for first in range(0, count, step))
+
+
+class SharedScalings:
+    """The entries of all scalings S, one after the other, with zeros between them that stay zero."""
+
+    def __init__(self, learned: Sequence[Learned]) -> None:
+        self.learned = list(learned)
+        self._counts = [_aligned(own.tensor.numel()) for own in learned]
+        like = learned[0].tensor
+        self.tensor, self.slope, self.size = (like.new_zeros(sum(self._counts)) for _ in "123")
+        self._lengths = torch.tensor(self._counts, device=like.device)
+        self._entries = torch.tensor([own.tensor.numel() for own in learned], dtype=like.dtype, device=like.device)
+        first = 0
+        for own, count in zip(self.learned, self._counts, strict=True):
+            here = slice(first, first + own.tensor.numel())
+            _move(own, self.tensor[here], self.slope[here], self.size[here])
+            first += count
+
+    def each(self, number: Callable[[Learned], float]) -> Numbers:
+        """A number of each tensor's, one for every entry where they differ."""
+        return _one_or_each([number(own) for own in self.learned], self._counts, self.size)
+
+    def mean_sizes(self) -> Tensor:
+        """The mean of each tensor's sizes, one per tensor."""
+        return torch.stack(torch._foreach_norm([own.buffers["size"] for own in self.learned], ord=1)) / self._entries
+
+    def parts(self, numbers: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """All entries, each with its tensor's number: at once, or, on a CPU, in parts that stay in its cache."""
+        if self.size.device.type != "cpu":
+            yield slice(None), numbers.repeat_interleave(self._lengths, output_size=len(self.size))
+            return
+        first = 0
+        for count, number in zip(self._counts, numbers, strict=True):
+            for part in range(first, first + count, SCALINGS_AT_A_TIME):
+                yield slice(part, min(part + SCALINGS_AT_A_TIME, first + count)), number
+            first += count
+
+
+def shared(learned: Sequence[Learned]) -> list[SharedSquares | SharedScalings]:
+    """Let like tensors share storage: their ``tensor`` and ``buffers`` become views of it."""
+    alike: dict[tuple[int, torch.dtype, torch.device], list[Learned]] = {}
+    for own in learned:
+        side = own.tensor.shape[-1] if own.block else 0
+        alike.setdefault((side, own.tensor.dtype, own.tensor.device), []).append(own)
+    return [(SharedSquares if each[0].block else SharedScalings)(each) for each in alike.values()]
+
+
+def _move(own: Learned, tensor: Tensor, slope: Tensor, size: Tensor) -> None:
+    """Let a tensor and its running means live in these parts of the shared storage."""
+    held = own.tensor, own.buffers["slope"], own.buffers["size"]
+    views = [part.view(x.shape) for part, x in zip((tensor, slope, size), held, strict=True)]
+    for view, x in zip(views, held, strict=True):
+        view.copy_(x)
+    own.tensor, own.buffers = views[0], {"slope": views[1], "size": views[2]}
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
+def _one_or_each(values: list[float], counts: list[int], like: Tensor) -> Numbers:
+    if len(set(values)) == 1:
+        return values[0]
+    each = torch.tensor(values, dtype=like.dtype, device=like.device)
+    return each.repeat_interleave(torch.tensor(counts, device=like.device), output_size=sum(counts))
