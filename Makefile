@@ -26,8 +26,8 @@ targets: install  ## compile every default configuration of the kernels for ever
 docs: install  ## the documentation as a site in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-package: install  ## wheel and sdist in dist/, checked, and the wheel used in a clean environment
-	$(BIN)/python .ci/package.py
+package: install  ## wheel and sdist in dist/, checked, and the wheel used in clean environments: MATRIX says which
+	$(BIN)/python .ci/package.py $(MATRIX)
 
 lint: install
 	$(BIN)/ruff check .
