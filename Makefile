@@ -21,7 +21,7 @@ test: install lint  ## lint, types and tests; the kernels in Triton's interprete
 	wait $$kernels; interpreted=$$?; cat $(VENV)/interpret.log; exit $$((others + interpreted))
 
 targets: install  ## compile every default configuration of the kernels for every GPU: minutes, the first time
-	$(BIN)/python -m pytest -q -m aot tests/apo_kernels/triton tests/benchmarks/test_targets.py
+	$(BIN)/python -m pytest -q -m aot tests/apo_kernels/triton tests/benchmarks/kernels/test_targets.py
 
 docs: install  ## the documentation as a site in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

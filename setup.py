@@ -12,10 +12,10 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "apo_kernels" / "__init__.
 assert VERSION is not None
 
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
-BENCH = ["pytest>=8", "pytest-benchmark>=5", "rich>=13", "matplotlib>=3.8", "scikit-learn>=1.4"]
+BENCH = ["rich>=13", "matplotlib>=3.8", "scikit-learn>=1.4"]
 TRANSLATION = ["sacrebleu>=2.4"]
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
-TEST = [*BENCH, *TRANSLATION, *TRITON, "hypothesis>=6.100", "lion-pytorch>=0.2", "torch-optimi>=0.3"]
+TEST = [*BENCH, *TRANSLATION, *TRITON, "pytest>=8", "hypothesis>=6.100", "lion-pytorch>=0.2", "torch-optimi>=0.3"]
 DEV = [*TEST, *DOCS, "ruff>=0.6", "mypy>=1.11", "build>=1.2", "twine>=6"]
 
 setup(

@@ -1,4 +1,5 @@
-"""Benchmarks of apo_kernels and apo: throughput and numerical stability, each from one command.
+"""Benchmarks of ``apo_kernels`` and ``apo``, run from a checkout: ``python -m benchmarks --help`` lists the commands.
 
-``python -m benchmarks`` runs everything; ``python -m benchmarks --help`` lists the parts.
+``kernels`` measures the backend, ``paper`` trains the paper's tasks, ``common`` holds what both use. ``kernels``
+imports nothing from ``paper``, and ``common`` nothing from either.
 """

@@ -1,7 +1,7 @@
 """The measured tables of docs/benchmarks.md and README, made from the results files.
 
 ``python -m benchmarks.readme`` writes them anew. A table stands between ``<!-- name -->`` and ``<!-- /name -->``. A
-test holds the pages against the files, so a figure that no run has given can't stand there.
+test compares the pages with the files, so a figure that no run has given can't stand there.
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks import markdown, results
-from benchmarks.report.aggregate import Group, grouped
-from benchmarks.report.collect import collect
-from benchmarks.studies.tables import summary
-from benchmarks.throughput.contestants import BLOCKS, CHAIN, COMPILED, EIGEN, FULL, INVERSE
-from benchmarks.training.optimizers import METHODS
-from benchmarks.training.searched import COMMITTED
-
-__all__ = ["PAGES", "RESULTS", "TABLES", "render"]
+from benchmarks.common import results
+from benchmarks.common.tables import markdown
+from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, FULL, NAMES
+from benchmarks.paper.report.aggregate import Group, grouped
+from benchmarks.paper.report.collect import collect
+from benchmarks.paper.studies.tables import summary
+from benchmarks.paper.training.optimizers import METHODS
+from benchmarks.paper.training.search_files import COMMITTED
 
 ROOT = Path(__file__).parent.parent
 RESULTS = COMMITTED / "amd-epyc"
 COMPILED_RESULTS = COMMITTED / "triton-3.7.1"
-TITLES = {"mlp": "MLP 784-1000-1000-10", "lenet": "LeNet", "vgg16": "VGG16", "resnet18": "ResNet-18"}
-TITLES["transformer"] = "Transformer 6+6, 512"
+TITLES = {
+    "mlp": "MLP 784-1000-1000-10",
+    "lenet": "LeNet",
+    "vgg16": "VGG16",
+    "resnet18": "ResNet-18",
+    "transformer": "Transformer 6+6, 512",
+}
 
 
 def render(page: str, text: str) -> str:
@@ -42,35 +46,40 @@ def render(page: str, text: str) -> str:
 
 def _machine() -> str:
     content = results.load(RESULTS / "throughput.json")
-    packages = content["environment"]["packages"]
+    torch, python = content["environment"]["packages"]["torch"], content["environment"]["python"]
+    rates = (f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in content["matmul_flops_per_s"].items())
     return (
-        f"Measured on {content['device_name']}, {content['threads']} thread, torch {packages['torch']}, Python "
-        f"{content['environment']['python']}, whose matrix products reach "
-        + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in content["matmul_flops_per_s"].items())
-        + "."
+        f"Measured on {content['device_name']}, {content['threads']} thread, torch {torch}, Python {python}, whose "
+        f"matrix products reach {', '.join(rates)}."
     )
 
 
 def _ratios() -> str:
-    content = results.load(RESULTS / "throughput.json")
     header = ["", "forward ÷ chain", "forward + VJP ÷ autograd", "bf16 ÷ fp32", "fp16 ÷ fp32", "full ÷ blocks of 64"]
     keys = ["forward", "with VJP", "in bf16", "in fp16", "full/blocks"]
-    rows = [[TITLES[row["model"]], *(_ratio(row[key]) for key in keys)] for row in content["ratios"]]
-    return markdown.table(header, rows, numbers=True)
+    rows = [
+        [TITLES[row["model"]], *("–" if row[key] is None else f"{row[key]:.2f}" for key in keys)]
+        for row in results.load(RESULTS / "throughput.json")["ratios"]
+    ]
+    return markdown(header, rows, numbers=True)
 
 
 def _times() -> str:
     content = results.load(RESULTS / "throughput.json")
-    names = (FULL, BLOCKS, CHAIN, COMPILED, INVERSE, EIGEN)
-    cells = {
-        (row["model"], row["operation"], row["contestant"]): row for row in content["rows"] if row["dtype"] == "fp32"
-    }
-    rows = []
-    for model in TITLES:
-        for operation in ("apply", "refresh", "step"):
-            found = [cells[model, operation, name] for name in names]
-            rows.append([TITLES[model], operation, *(_milliseconds(row) for row in found)])
-    return markdown.table(["ms, fp32", "", *names], rows, numbers=True)
+    cells = {(r["model"], r["operation"], r["contestant"]): r for r in content["rows"] if r["dtype"] == "fp32"}
+    rows = [
+        [TITLES[model], operation, *(_milliseconds(cells[model, operation, name]) for name in NAMES)]
+        for model in TITLES
+        for operation in ("apply", "refresh", "step")
+    ]
+    return markdown(["ms, fp32", "", *NAMES], rows, numbers=True)
+
+
+def _milliseconds(row: dict[str, Any]) -> str:
+    if "median_ms" not in row:
+        return f"({row['expected_s']:.0f} s expected)" if "expected_s" in row else "failed"
+    value = row["median_ms"]
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _shapes() -> str:
@@ -78,11 +87,10 @@ def _shapes() -> str:
     cells = {(row["m"], row["n"], row["contestant"]): row["median_ms"] for row in content["by_shape"]}
     rows = []
     for m, n in ((1000, 785), (1000, 1001), (256, 2305), (512, 2049), (512, 4609)):
-        full, blocks, chain = (cells[m, n, name] for name in (FULL, BLOCKS, CHAIN))
+        chain, full, blocks = (cells[m, n, name] for name in (CHAIN, FULL, BLOCKS))
         rows.append([f"{m}×{n}", *(f"{x:,.1f}" for x in (chain, full, blocks)), f"{full / blocks:.1f}×"])
-    return markdown.table(
-        ["layer", "chain, ms", "full, ms", "blocks of 64, ms", "blocks faster than full by"], rows, numbers=True
-    )
+    header = ["layer", "chain, ms", "full, ms", "blocks of 64, ms", "blocks faster than full by"]
+    return markdown(header, rows, numbers=True)
 
 
 def _stability() -> str:
@@ -94,28 +102,29 @@ def _stability() -> str:
             found = [records[dtype, method] for dtype in ("fp32", "bf16", "fp16")]
             rows.append([label, *map(_breakdowns, found), *(f"{each['worst_arithmetic']:.0e}" for each in found)])
     header = ["recorded layers", "breakdowns in fp32", "in bf16", "in fp16", "worst arithmetic error in fp32", "bf16"]
-    return markdown.table([*header, "fp16"], rows, numbers=True)
+    return markdown([*header, "fp16"], rows, numbers=True)
+
+
+def _breakdowns(record: dict[str, Any]) -> str:
+    count = f"{record['broken']} of {record['problems']}"
+    return f"{count}, none from {record['saved_from']:g}" if record["broken"] else count
 
 
 def _learning_rates() -> str:
-    content = results.load(RESULTS / "learning_rates.json")
     rows = []
-    for name, each in content["optimizers"].items():
-        fixed, learned = _by_rate(each["fixed"]), _by_rate(each["learned"])
-        started = [learned[lr] for lr in learned if lr != 1000 * each["best_fixed"]]
-        losses, accuracies = zip(*started, strict=True)
-        rows.append(
-            [
-                name,
-                f"{fixed[each['best_fixed']][0]:.1e} at {each['best_fixed']:g}",
-                f"{min(losses):.1e} to {max(losses):.1e}",
-                f"{max(accuracy for _, accuracy in fixed.values()):.1f}",
-                f"{min(accuracies):.1f} to {max(accuracies):.1f}",
-                "{:.1e}, {:.1f}".format(*learned[1000 * each["best_fixed"]]),
-            ]
-        )
+    for name, each in results.load(RESULTS / "learning_rates.json")["optimizers"].items():
+        fixed, learned, best = _by_rate(each["fixed"]), _by_rate(each["learned"]), each["best_fixed"]
+        losses, accuracies = zip(*(learned[lr] for lr in learned if lr != 1000 * best), strict=True)
+        cells = [
+            f"{fixed[best][0]:.1e} at {best:g}",
+            f"{min(losses):.1e} to {max(losses):.1e}",
+            f"{max(accuracy for _, accuracy in fixed.values()):.1f}",
+            f"{min(accuracies):.1f} to {max(accuracies):.1f}",
+            "{:.1e}, {:.1f}".format(*learned[1000 * best]),
+        ]
+        rows.append([name, *cells])
     header = ["optimizer", "loss, best fixed rate", "loss, learned from 1e-4 … 1e-1", "accuracy, best fixed rate, %"]
-    return markdown.table([*header, "accuracy, learned, %", "from 1000 × the best rate"], rows, numbers=True)
+    return markdown([*header, "accuracy, learned, %", "from 1000 × the best rate"], rows, numbers=True)
 
 
 def _by_rate(outcomes: list[dict[str, Any]]) -> dict[float, tuple[float, float]]:
@@ -124,18 +133,15 @@ def _by_rate(outcomes: list[dict[str, Any]]) -> dict[float, tuple[float, float]]
     for outcome in outcomes:
         groups.setdefault(outcome["initial"], []).append(outcome)
     return {
-        lr: (fmean(float(o["loss"]) for o in group), fmean(o["accuracy"] for o in group))
+        lr: (fmean(float(each["loss"]) for each in group), fmean(each["accuracy"] for each in group))
         for lr, group in groups.items()
     }
 
 
 def _overhead() -> str:
-    content = results.load(RESULTS / "overhead.json")
-    rows = [
-        [name, f"{1e3 * row['step_seconds']:.1f}", f"{row['ratio']:.2f}"]
-        for name, row in content["contestants"].items()
-    ]
-    return markdown.table(["optimizer", "ms per step", "÷ SGDm"], rows, numbers=True)
+    contestants = results.load(RESULTS / "overhead.json")["contestants"]
+    rows = [[name, f"{1e3 * row['step_seconds']:.1f}", f"{row['ratio']:.2f}"] for name, row in contestants.items()]
+    return markdown(["optimizer", "ms per step", "÷ SGDm"], rows, numbers=True)
 
 
 KERNELS = {
@@ -158,80 +164,58 @@ def _targets() -> str:
         for dtype in ("bfloat16", "float16", "float32"):
             of_all = [row for row in rows if row["stage"] in stages and row["dtype"] == dtype]
             lines.append([title, dtype, *(_worst([row for row in of_all if row["target"] == name]) for name in names)])
-    return markdown.table(["", "", *names], lines, numbers=True)
+    return markdown(["", "", *names], lines, numbers=True)
 
 
 def _worst(rows: list[dict[str, Any]]) -> str:
     registers, spills, shared = (max(row[key] for row in rows) for key in ("registers", "spills", "shared"))
     matrix = {name.strip("._").removeprefix("v_").upper() for row in rows for name in row["matrix"]}
-    figures = f"{registers} / {spills} / {shared / 1024:.0f}"
-    return f"{figures} {'+'.join(sorted(matrix))}" if matrix else figures
-
-
-def _breakdowns(record: dict[str, Any]) -> str:
-    count = f"{record['broken']} of {record['problems']}"
-    return f"{count}, none from {record['saved_from']:g}" if record["broken"] else count
-
-
-def _ratio(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _milliseconds(row: dict[str, Any]) -> str:
-    if "median_ms" not in row:
-        return f"({row['expected_s']:.0f} s expected)" if "expected_s" in row else "failed"
-    value = row["median_ms"]
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{registers} / {spills} / {shared / 1024:.0f} {'+'.join(sorted(matrix))}".rstrip()
 
 
 COMPARED = ("sgdm", "adam", "kfac", "shampoo", "apo")
 
 
-def _searched_tasks() -> dict[str, tuple[str, list[Group]]]:
-    """Each task that all five optimizers were searched on: what was run, and their runs."""
-    found = {}
+def _searched_tasks() -> list[tuple[str, list[Group], list[str]]]:
+    """The tasks that all five were searched on: the name, each one's runs, and its loss after equal steps."""
+    found = []
     for task, runs in collect([COMMITTED]).items():
         groups = {group.name: group for group in grouped(runs)}
         if groups.keys() >= set(COMPARED):
-            seeds = len(groups[COMPARED[0]].runs)
-            what = f"{task}, {runs[0]['epochs']:.3g} epochs, {seeds} seed{'s' if seeds > 1 else ''}"
-            found[task] = what, [groups[name] for name in COMPARED]
+            shown = [groups[name] for name in COMPARED]
+            step = min(min(group.last("step")) for group in shown if not group.diverged)
+            found.append((task, shown, [_loss(group, step) for group in shown]))
     return found
 
 
 def _tasks() -> str:
     rows = []
-    for what, groups in _searched_tasks().values():
-        cells = zip(_losses(groups), _milliseconds_per_step(groups), strict=True)
-        rows.append([what, *(f"{loss}, {ms:.3g}" for loss, ms in cells)])
-    labels = [METHODS[name].label for name in COMPARED]
-    return markdown.table(["task", *(f"{label}: loss, ms per step" for label in labels)], rows, numbers=True)
+    for task, groups, losses in _searched_tasks():
+        runs = groups[0].runs
+        what = f"{task}, {runs[0]['epochs']:.3g} epochs, {len(runs)} seed{'s'[: len(runs) - 1]}"
+        rows.append([what, *(f"{loss}, {_step_ms(group):.3g}" for loss, group in zip(losses, groups, strict=True))])
+    return markdown(["task", *(f"{METHODS[name].label}: loss, ms per step" for name in COMPARED)], rows, numbers=True)
 
 
 def _summary() -> str:
     """README's one table: the losses, and what a step of APO costs."""
     rows = []
-    for task, (_, groups) in _searched_tasks().items():
-        times = dict(zip(COMPARED, _milliseconds_per_step(groups), strict=True))
-        rows.append([task, *_losses(groups), f"{times['apo'] / times['adam']:.1f}×"])
+    for task, groups, losses in _searched_tasks():
+        _, adam, _, _, apo = map(_step_ms, groups)
+        rows.append([task, *losses, f"{apo / adam:.1f}×"])
     labels = [METHODS[name].label for name in COMPARED[:-1]]
-    return markdown.table(["task", *labels, "APO", "a step of APO ÷ Adam's"], rows, numbers=True)
+    return markdown(["task", *labels, "APO", "a step of APO ÷ Adam's"], rows, numbers=True)
 
 
-def _losses(groups: list[Group]) -> list[str]:
-    """Training losses after equal steps, medians over the seeds."""
-    step = min(min(group.last("step")) for group in groups if not group.diverged)
-    return [_loss(median(group.at_step(step)), group) for group in groups]
-
-
-def _milliseconds_per_step(groups: list[Group]) -> list[float]:
-    return [1000 * median(group.last("seconds")) / max(group.last("step")) for group in groups]
-
-
-def _loss(loss: float, group: Group) -> str:
+def _loss(group: Group, step: float) -> str:
+    loss = median(group.loss_at("step", step))
     if not isfinite(loss):
         return "diverged"
     return f"{loss:.3g} ({group.diverged} of {len(group.runs)} diverged)" if group.diverged else f"{loss:.3g}"
+
+
+def _step_ms(group: Group) -> float:
+    return 1000 * median(group.last("seconds")) / max(group.last("step"))
 
 
 def _rates() -> str:
@@ -240,12 +224,11 @@ def _rates() -> str:
     rows = []
     for base, learned in (("sgdm", "apo-lr"), ("rmsprop", "apo-lr:rmsprop")):
         found = [groups[name] for name in (base, f"{base}+step", learned)]
-        losses = [sorted(run["curve"]["loss"][-1] for run in group.runs) for group in found]
-        accuracies = [fmean(run["curve"]["metric"][-1] for run in group.runs) for group in found]
+        losses = [sorted(group.last("loss")) for group in found]
         cells = [f"{fmean(each):.4f} ({each[0]:.4f} to {each[-1]:.4f})" for each in losses]
-        rows.append([METHODS[base].label, *cells, " / ".join(f"{each:.2f}" for each in accuracies)])
+        rows.append([METHODS[base].label, *cells, " / ".join(f"{fmean(group.last('metric')):.2f}" for group in found)])
     header = ["", "best fixed rate", "best step schedule", "AdaptiveLR", "test accuracy of the three, %"]
-    return markdown.table(header, rows, numbers=True)
+    return markdown(header, rows, numbers=True)
 
 
 STUDIED = {
@@ -258,24 +241,18 @@ STUDIED = {
     "by length": "steps by their length alone, momentum 0.9, λ_WSD 0",
     "adam fast": "Adam on A, B and S",
     "P fixed": "P fixed: only the rate is learned",
-    "KFAC": "KFAC",
-    "Shampoo": "Shampoo",
-    "Adam": "Adam",
-    "SGDm": "SGDm",
+    **{name: name for name in ("KFAC", "Shampoo", "Adam", "SGDm")},
 }
 
 
 def _study() -> str:
     found = summary(results.load(COMMITTED / "studies" / "meta-update.json")["runs"])
     tasks = ("ill-conditioned", "diabetes", "digits-autoencoder", "digits")
-    rows = [
-        [
-            label,
-            *(f"{found[name][task][0]:#.3g} ({found[name][task][3]})" if task in found[name] else "" for task in tasks),
-        ]
-        for name, label in STUDIED.items()
-    ]
-    return markdown.table(["training loss (seeds)", *tasks], rows, numbers=True)
+    rows = []
+    for name, label in STUDIED.items():
+        cells = (found[name].get(task) for task in tasks)
+        rows.append([label, *("" if cell is None else f"{cell[0]:#.3g} ({cell[3]})" for cell in cells)])
+    return markdown(["training loss (seeds)", *tasks], rows, numbers=True)
 
 
 TABLES: dict[str, Callable[[], str]] = {

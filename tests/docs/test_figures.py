@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from benchmarks import readme, results
+from benchmarks import readme
+from benchmarks.common import results
 from tests.docs.pages import DOCS, ROOT
 
 

@@ -1,6 +1,0 @@
-"""Examples to train and test on, read from the files in which data sets are published. A file a format."""
-
-from benchmarks.data.examples import Dataset, Examples, standardised
-from benchmarks.data.source import MissingData, Source
-
-__all__ = ["Dataset", "Examples", "MissingData", "Source", "standardised"]

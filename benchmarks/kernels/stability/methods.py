@@ -1,0 +1,146 @@
+"""Four ways to the same preconditioned gradient, each in the dtype of what it is given.
+
+Every method's **operands** are made in float64 and then rounded to the storage dtype, which is the dtype the
+method sees. What they are differs, and that is the point of the comparison:
+
+* ``inverse`` and ``eigen`` are given KFAC's **factors** ``F_A, F_B``. They must decompose them again and
+  again in training, so the decomposition is part of the method. LAPACK knows no 16-bit types: factors are
+  widened to float32, damped and decomposed there, and the inverse or basis is rounded back to storage.
+* ``chain`` and ``ours`` are given **blocks**, ``A = Q_A, B = Q_B, S² = 1 / ((λ_B + δ_B)(λ_A + δ_A)ᵀ)``: the
+  same preconditioner in the form of Eq. 10 of APO (Bae et al. 2022). Float64 serves only to construct them.
+  APO doesn't construct blocks: it learns them by gradient descent, and never inverts or decomposes anything.
+  So this measures how well a preconditioner can be *held and applied*, not how well APO finds it.
+* ``chain_balanced`` and ``ours_balanced`` are given the same blocks after powers of two have been moved
+  from S to A and B, until all three have about the same spectral norm. APO starts its blocks so, as one
+  multiple of the identity each. It makes a difference only where a dtype runs out of range: in fp16.
+
+In favour of the factors, all methods are told the float64 damping shifts ``δ_A`` and ``δ_B``, the shifts are
+added after widening, and eigenvalues that came out negative are taken as zero. No gradient is scaled before
+it is rounded (no "loss scaling"): P is linear, and what a scale wins in G it can lose in P(G).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import apo_kernels as ak
+from benchmarks.common.fisher.damping import damped_inverse, eigenbasis
+from benchmarks.kernels.stability.problem import Damped
+
+
+class Breakdown(Exception):
+    """A method has no result; the message says why."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The gradient ``G (m, n)`` and what the method holds: tensors by name. All of one dtype."""
+
+    G: Tensor
+    held: dict[str, Tensor]
+    delta_A: float
+    delta_B: float
+
+    def to(self, dtype: torch.dtype) -> Operands:
+        return replace(self, G=self.G.to(dtype), held={name: x.to(dtype) for name, x in self.held.items()})
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The result ``P(G) (m, n)`` and the intermediate results that can be seen, by name."""
+
+    result: Tensor
+    intermediates: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    key: str
+    label: str
+    prepare: Callable[[Damped], Operands]
+    apply: Callable[[Operands], Trace]
+
+
+def given_factors(problem: Damped) -> Operands:
+    held = {"F_A": problem.case.F_A, "F_B": problem.case.F_B}
+    return Operands(problem.case.G, held, problem.delta_A, problem.delta_B)
+
+
+def given_blocks(problem: Damped) -> Operands:
+    S = problem.inverse_eigenvalues.sqrt()
+    held = {"A": problem.case.eigen_A.Q, "B": problem.case.eigen_B.Q, "S": S}
+    return Operands(problem.case.G, held, problem.delta_A, problem.delta_B)
+
+
+def given_balanced_blocks(problem: Damped) -> Operands:
+    """``2ᵏA, 2ᵏB, 2⁻²ᵏS``, ``k`` such that the largest entry of S comes near the other two's norm, ``2ᵏ``."""
+    operands = given_blocks(problem)
+    A, B, S = operands.held["A"], operands.held["B"], operands.held["S"]
+    k = round(math.log2(S.max().item()) / 3)
+    return replace(operands, held={"A": A * 2.0**k, "B": B * 2.0**k, "S": S * 2.0 ** (-2 * k)})
+
+
+def inverse(x: Operands) -> Trace:
+    """KFAC (Martens & Grosse 2015): ``(F_B + δ_B I)⁻¹ G (F_A + δ_A I)⁻¹`` by Cholesky inverses."""
+    inverse_A = _inverse("F_A", x.held["F_A"], x.delta_A)
+    inverse_B = _inverse("F_B", x.held["F_B"], x.delta_B)
+    return Trace(inverse_B @ x.G @ inverse_A, {"inverse_A": inverse_A, "inverse_B": inverse_B})
+
+
+def eigen(x: Operands) -> Trace:
+    """EKFAC's form (George et al. 2018): ``Q_B ((Q_Bᵀ G Q_A) / Λ) Q_Aᵀ``, with KFAC's own eigenvalues.
+
+    ``Λ = (λ_B + δ_B)(λ_A + δ_A)ᵀ (m, n)`` is formed in the decomposition's dtype and stored, as the bases.
+    """
+    values_A, Q_A = _eigenbasis("F_A", x.held["F_A"])
+    values_B, Q_B = _eigenbasis("F_B", x.held["F_B"])
+    Lambda = ((values_B + x.delta_B)[:, None] * (values_A + x.delta_A)[None, :]).to(x.G.dtype)
+    M = Q_B.T @ x.G @ Q_A
+    T = M / Lambda
+    return Trace(Q_B @ T @ Q_A.T, {"eigenvalues": Lambda, "M": M, "M/eigenvalues": T})
+
+
+def ours(x: Operands) -> Trace:
+    """``B (S² ⊙ BᵀGA) Aᵀ`` by :func:`apo_kernels.precondition`, whose intermediates can't be seen."""
+    A, B, S = x.held["A"], x.held["B"], x.held["S"]
+    return Trace(ak.precondition(x.G, A, B, S), {"S": S})
+
+
+def chain(x: Operands) -> Trace:
+    """The same product as anyone would write it: each step rounded to the storage dtype."""
+    A, B, S = x.held["A"], x.held["B"], x.held["S"]
+    S2 = S * S
+    M = B.T @ x.G @ A
+    T = S2 * M
+    return Trace(B @ T @ A.T, {"S": S, "S²": S2, "M": M, "S²⊙M": T})
+
+
+METHODS = (
+    Method("inverse", "inverse (KFAC)", given_factors, inverse),
+    Method("eigen", "eigenbasis (EKFAC)", given_factors, eigen),
+    Method("chain", "plain chain", given_blocks, chain),
+    Method("chain_balanced", "plain chain (balanced)", given_balanced_blocks, chain),
+    Method("ours", "apo_kernels", given_blocks, ours),
+    Method("ours_balanced", "apo_kernels (balanced)", given_balanced_blocks, ours),
+)
+
+
+def _inverse(name: str, F: Tensor, delta: float) -> Tensor:
+    """The damped inverse, in the storage dtype."""
+    found = damped_inverse(F, delta)
+    if found is None:
+        raise Breakdown(f"Cholesky of {name} failed")
+    return found.to(F.dtype)
+
+
+def _eigenbasis(name: str, F: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues in the decomposition's dtype, none below zero, and the basis in the storage dtype."""
+    found = eigenbasis(F)
+    if found is None:
+        raise Breakdown(f"eigendecomposition of {name} failed")
+    return found[0], found[1].to(F.dtype)

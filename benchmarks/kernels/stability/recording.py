@@ -1,0 +1,117 @@
+"""Gradients and KFAC factors of nets that train on scikit-learn's digits.
+
+The factors are those of :mod:`benchmarks.common.fisher.layers`, with targets sampled from the model's own predictions,
+in the scale of Grosse & Martens (2016): for a convolution ``F_A = E[Σ_t ā_t ā_tᵀ]`` and
+``F_B = E[Σ_t Ds_t Ds_tᵀ] / |T|``, over its positions ``t ∈ T``. ``G`` is the mini-batch's gradient of the mean loss
+on the data's targets.
+
+The nets train in float64, so that nothing that is recorded has been rounded to less before it is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.common import checks
+from benchmarks.common.fisher.capture import Capture
+from benchmarks.common.fisher.layers import FactoredLayer, factored_layers, sums_of_squares
+from benchmarks.common.fisher.likelihood import Categorical
+from benchmarks.common.steps import take_steps
+from benchmarks.kernels.stability.problem import Case
+
+AVERAGES = ("exponential", "plain")
+DECAY = 0.95
+BATCH = 64
+
+
+def mlp() -> nn.Module:
+    """64-128-64-10, ReLU."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def conv_net() -> nn.Module:
+    """Two 3×3 convolutions with 8 and 16 channels, then a linear layer of 256 inputs."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
+
+
+class Recorder:
+    """The running averages of ``F_A`` and ``F_B`` for every linear and convolutional layer of a model.
+
+    After ``k`` batches the old average keeps a weight of ``min(1 − 1/k, 0.95)`` if ``average`` is
+    "exponential", as the KFAC paper has it, and of ``1 − 1/k`` if it is "plain".
+    """
+
+    def __init__(self, model: nn.Module, average: str = "exponential") -> None:
+        checks.one_of("average", average, AVERAGES)
+        self.model, self.average = model, average
+        self.layers = factored_layers(model, list(model.parameters()), 0)
+        self.factors: dict[FactoredLayer, tuple[Tensor, Tensor]] = {}
+        self.batches = 0
+
+    def update(self, x: Tensor, generator: torch.Generator) -> None:
+        """Take one batch ``x`` into the averages."""
+        with Capture(self.model, self.layers, Categorical(), "sampled", generator) as capture:
+            self.model(x)
+        self.batches += 1
+        keep = min(1 - 1 / self.batches, DECAY if self.average == "exponential" else 1.0)
+        for layer in self.layers:
+            a, Ds = layer.positions(*capture.calls[layer][0])
+            sum_A, sum_B, count = sums_of_squares(a, Ds)
+            new = sum_A / len(a), sum_B / count
+            old = self.factors.get(layer, new)
+            self.factors[layer] = old[0].lerp(new[0], 1 - keep), old[1].lerp(new[1], 1 - keep)
+
+
+def record(moments: Sequence[int] = (1, 60, 600), *, average: str = "exponential", seed: int = 0) -> Iterator[Case]:
+    """The cases of each net's layers at the given training steps (SGD, momentum 0.9, batches of 64).
+
+    The factors are averages over the batches up to that step, each at the weights of its own time; the
+    gradient is that of the step's batch.
+    """
+    if not moments or min(moments) < 1:
+        raise ValueError(f"moments must be steps of at least 1, but got {tuple(moments)}")
+    for net in _NETS:
+        yield from _record_net(net, moments, average, seed)
+
+
+def _record_net(net: str, moments: Sequence[int], average: str, seed: int) -> Iterator[Case]:
+    x, y = _digits()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _NETS[net]().double()
+    generator = torch.Generator().manual_seed(seed)
+    recorder = Recorder(model, average)
+
+    def loss_at(step: int) -> Callable[[], Tensor]:
+        batch = torch.randint(len(x), (BATCH,), generator=generator)
+        recorder.update(x[batch], generator)
+        return lambda: F.cross_entropy(model(x[batch]), y[batch])
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for step, _ in enumerate(take_steps(optimizer, loss_at, range(1, max(moments) + 1)), 1):
+        if step in moments:
+            for number, layer in enumerate(recorder.layers, 1):
+                G = layer.gradient().clone()
+                yield Case(f"{net} layer {number}, step {step}", "recorded", G, *recorder.factors[layer])
+
+
+_NETS = {"mlp": mlp, "conv": conv_net}
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    """1,797 images ``(1, 8, 8)`` of values in [0, 1], and their classes."""
+    digits = load_digits()
+    return torch.from_numpy(digits.images)[:, None] / 16, torch.from_numpy(digits.target)

@@ -1,0 +1,202 @@
+"""The run: every contestant on every model, operation and dtype, interleaved; tables, plots and a JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from benchmarks.common import results
+from benchmarks.common.console import console, progress, wrote
+from benchmarks.common.dtypes import DTYPES
+from benchmarks.common.machine import device_name
+from benchmarks.common.options import names_of
+from benchmarks.common.threads import cpu_threads
+from benchmarks.common.timing import Sample, interleave
+from benchmarks.kernels import account, machine_peaks
+from benchmarks.kernels.shapes import MODELS, QUICK_MODELS
+from benchmarks.kernels.throughput import plots, tables
+from benchmarks.kernels.throughput.contestants import (
+    BLOCKS,
+    CHAIN,
+    FULL,
+    NAMES,
+    OPERATIONS,
+    Contestant,
+    Workload,
+    contestants,
+    estimate,
+)
+
+Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for option, known in (("--models", MODELS), ("--dtypes", DTYPES), ("--operations", OPERATIONS)):
+        parser.add_argument(option, type=names_of(known), metavar="NAME,…", help=f"of {', '.join(known)}")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; 1 compares best (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, help="to time each contestant for (default: 4, with --quick 0.25)")
+    limit = "leave out calls that may take more seconds (default: 60, with --quick 1)"
+    parser.add_argument("--limit", type=float, help=limit)
+    parser.add_argument("--add", action="store_true", help="keep the rows in --out that this run doesn't measure")
+    account = "time nothing: print the FLOPs, bytes and regime of every launch of the kernels on an H100"
+    parser.add_argument("--account", action="store_true", help=account)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What measures: the progress bar, the device and what it does at best, and for how long each is timed."""
+
+    bar: Progress
+    device: str
+    rates: dict[torch.dtype, float]
+    bandwidth: float
+    seconds: float
+    limit: float
+    compiled: bool
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure, show, and write ``throughput.json`` and the plots into ``options.out``."""
+    models = options.models or list(QUICK_MODELS if options.quick else MODELS)
+    dtypes = options.dtypes or list(DTYPES)
+    if options.account:
+        return {dtype: account.show(models, DTYPES[dtype]) for dtype in dtypes}
+    operations = options.operations or list(OPERATIONS)
+    seconds = options.seconds or (0.25 if options.quick else 4.0)
+    limit = options.limit or (1.0 if options.quick else 60.0)
+    with cpu_threads(options.threads), progress() as bar:
+        task = bar.add_task("measuring the machine", total=None)
+        rates = machine_peaks.matmul_rates(options.device, list(DTYPES.values()), seconds=min(seconds, 1.0))
+        bandwidth = machine_peaks.copy_bandwidth(options.device, seconds=min(seconds, 1.0))
+        bar.remove_task(task)
+        console.print(tables.machine(device_name(options.device), options.threads, rates, bandwidth))
+        bench = Bench(bar, options.device, rates, bandwidth, seconds, limit, not options.no_compile)
+        rows: list[Row] = []
+        for model in models:
+            work = {name: Workload(MODELS[model], DTYPES[name], options.device) for name in dtypes}
+            found = [row for operation in operations for row in _measure(bench, model, operation, work)]
+            console.print(tables.model_table(model, found))
+            rows += found
+        by_shape = _shapes(bench, models)
+    earlier = _earlier(options, rows, by_shape)
+    payload: dict[str, Any] = {
+        "device_name": device_name(options.device),
+        "threads": options.threads,
+        "matmul_flops_per_s": {name: rates[dtype] for name, dtype in DTYPES.items()},
+        "copy_bytes_per_s": bandwidth,
+        "rows": [*rows, *earlier["rows"]],
+        "by_shape": sorted([*by_shape, *earlier["by_shape"]], key=lambda row: row["m"] * row["n"]),
+        "ratios": tables.ratios([*rows, *earlier["rows"]]),
+        "earlier": earlier["environments"],
+    }
+    console.print(tables.ratio_table(payload["ratios"]))
+    path = results.write(options.out, "throughput", options.device, payload)
+    wrote(*plots.draw(payload, options.out), path)
+    return payload
+
+
+def _earlier(options: argparse.Namespace, rows: list[Row], by_shape: list[Row]) -> dict[str, Any]:
+    """With ``--add``: what the file that is to be written anew holds beside these rows, and where it was taken.
+
+    So a long run can be made in parts.
+    """
+    path = options.out / "throughput.json"
+    if not options.add or not path.exists():
+        return {"rows": [], "by_shape": [], "environments": []}
+    content = results.load(path)
+    return {
+        "rows": _without(rows, content["rows"], ("model", "operation", "dtype", "contestant")),
+        "by_shape": _without(by_shape, content["by_shape"], ("m", "n", "contestant")),
+        "environments": [content["environment"], *content["earlier"]],
+    }
+
+
+def _without(new: list[Row], old: list[Row], names: tuple[str, ...]) -> list[Row]:
+    """The old rows that no new one replaces."""
+    keys = {tuple(row[name] for name in names) for row in new}
+    return [row for row in old if tuple(row[name] for name in names) not in keys]
+
+
+def _measure(bench: Bench, model: str, operation: str, work: dict[str, Workload]) -> Iterator[Row]:
+    """One row per contestant and dtype. All dtypes are interleaved: their ratios are figures too."""
+    bar, ready, rows = bench.bar, dict[str, Callable[[], object]](), dict[str, Row]()
+    torch._dynamo.reset()
+    task = bar.add_task(f"{model}: {operation}, preparing", total=len(work) * len(NAMES))
+    for dtype, operands in work.items():
+        for name, contestant in contestants(operation, operands, compiled=bench.compiled):
+            bar.update(task, description=f"{model}: {operation}, preparing {name} in {dtype}", advance=1)
+            row: Row = {"model": model, "operation": operation, "dtype": dtype, "contestant": name}
+            row["gflop"] = None if contestant.flops is None else contestant.flops / 1e9
+            row["mb"] = None if contestant.bytes is None else contestant.bytes / 1e6
+            rows[f"{name} in {dtype}"] = row
+            expected = estimate(operation, name, MODELS[model], DTYPES[dtype], bench.rates)
+            if expected > bench.limit:
+                row["note"] = f"not run: expected to take over {bench.limit:g} s a call (--limit)"
+                row["expected_s"] = expected
+            elif (failure := _failure(name, contestant)) is not None:
+                row["note"] = failure
+            else:
+                ready[f"{name} in {dtype}"] = contestant.call
+    bar.update(task, description=f"{model}: {operation}, timing", total=1.0, completed=0)
+    samples = interleave(ready, seconds=bench.seconds, warm=True, advance=lambda x: bar.update(task, completed=x))
+    bar.remove_task(task)
+    for key, sample in samples.items():
+        rate = bench.rates[_product_dtype(rows[key], bench.device)]
+        rows[key].update(_figures(rows[key], sample, rate, bench.bandwidth))
+    yield from rows.values()
+    gc.collect()
+
+
+def _shapes(bench: Bench, models: list[str]) -> list[Row]:
+    """Each distinct layer alone, applied in float32: how the rate depends on the shape."""
+    shapes = sorted({shape for model in models for shape in MODELS[model]}, key=lambda shape: shape[0] * shape[1])
+    rows: list[Row] = []
+    for m, n in bench.bar.track(shapes, description="single layers"):
+        work = Workload([(m, n)], torch.float32, bench.device)
+        ready = {name: c for name, c in contestants("apply", work, compiled=False) if name in (FULL, BLOCKS, CHAIN)}
+        samples = interleave({name: c.call for name, c in ready.items()}, seconds=bench.seconds / 8)
+        for name, sample in samples.items():
+            row: Row = {"m": m, "n": n, "contestant": name, "gflop": (ready[name].flops or 0) / 1e9}
+            rows.append(row | _figures(row, sample, bench.rates[torch.float32], None))
+    return rows
+
+
+def _failure(name: str, contestant: Contestant) -> str | None:
+    """Why a contestant can't be run here. Where one of torch's own can't, that is a result; ours must not."""
+    try:
+        contestant.call()
+    except Exception as error:
+        if name in (FULL, BLOCKS):
+            raise
+        return f"{name} failed: {type(error).__name__}"
+    return None
+
+
+def _product_dtype(row: Row, device: str) -> torch.dtype:
+    """The dtype that a row's products are taken in: the rate to compare it with."""
+    dtype = DTYPES[row["dtype"]]
+    widened = row["contestant"] in (FULL, BLOCKS) and torch.device(device).type == "cpu"
+    return torch.float32 if widened else dtype
+
+
+def _figures(row: Row, sample: Sample, roof: float, bandwidth: float | None) -> Row:
+    low, high = sample.spread
+    figures: Row = {
+        "median_ms": sample.median * 1e3,
+        "low_ms": low * 1e3,
+        "high_ms": high * 1e3,
+        "rounds": len(sample.times),
+    }
+    if row["gflop"] is not None:
+        figures["gflop_per_s"] = row["gflop"] / sample.median
+        figures["share_of_matmul"] = row["gflop"] * 1e9 / sample.median / roof
+    if bandwidth is not None and row.get("mb") is not None:
+        figures["share_of_copy"] = row["mb"] * 1e6 / sample.median / bandwidth
+    return figures

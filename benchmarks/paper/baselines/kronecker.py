@@ -1,0 +1,215 @@
+"""What KFAC and EKFAC share: the factors and their averages, the schedule, KL clipping, the state."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import checks
+from benchmarks.common.fisher.capture import FISHERS, Capture, Fisher
+from benchmarks.common.fisher.damping import wide
+from benchmarks.common.fisher.layers import FactoredLayer, factored_layers, sums_of_squares
+from benchmarks.common.fisher.likelihood import Likelihood, likelihood_named
+from benchmarks.paper.baselines.base import Baseline, Closure, all_finite
+
+
+class KroneckerFactored(Baseline):
+    """Preconditions each layer's gradient by factors of its Fisher block.
+
+    Args:
+        model: whose layers are to be captured. The closure must call it, or a wrapper that calls it.
+        likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"`` or a :class:`Likelihood`.
+        params: parameters of the model's or param groups of them; by default all that require grad. A weight and its
+            bias belong in one group.
+        lr, momentum, weight_decay, damping: see :class:`Baseline`; the damping is γ.
+        decay: of the running averages, in [0, 1): after k batches the old average keeps ``min(1 − 1/k, decay)``.
+        fisher: ``"sampled"`` from the model's predictions, which costs a second backward on those steps, or
+            ``"empirical"``, from the closure's own.
+        factor_interval: update the averages every N steps.
+        inverse_interval: decompose every N steps.
+        warmup: do both at each of the first N steps.
+        kl_clip: κ: the step is scaled down to ``lr² Σ ⟨P(G), G⟩ ≤ κ``, the sum over all layers with factors (Ba et
+            al. 2017). None: no clipping.
+
+    The loss must be the mean of ``−log p`` over its terms. Dimension 0 of what a layer is given counts the examples.
+    Everything but Linear and Conv2d (norms, embeddings, attention's packed projections, lone parameters) gets its
+    plain gradient, with the same momentum and ``lr``; param groups can give those a rate of their own.
+
+    Attributes:
+        layers: those with factors.
+        failed_inverses: how many decompositions failed and were tried again or left out.
+        nonfinite_factors: how many times a layer's batch was left out of the averages because it wasn't finite.
+        steps, skipped_steps: see :class:`Baseline`.
+    """
+
+    COUNTERS = (*Baseline.COUNTERS, "failed_inverses", "nonfinite_factors")
+    SETTINGS = ("fisher",)
+    failed_inverses: int
+    nonfinite_factors: int
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood = "categorical",
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        damping: float = 1e-3,
+        decay: float = 0.95,
+        fisher: Fisher = "sampled",
+        factor_interval: int = 1,
+        inverse_interval: int = 10,
+        warmup: int = 10,
+        kl_clip: float | None = None,
+    ) -> None:
+        self.model = model
+        self.likelihood = likelihood_named(likelihood)
+        self.decay = checks.number("decay", decay, below=1)
+        checks.one_of("fisher", fisher, FISHERS)
+        self.fisher = fisher
+        self.factor_interval = checks.integer("factor_interval", factor_interval, least=1)
+        self.inverse_interval = checks.integer("inverse_interval", inverse_interval, least=1)
+        self.warmup = checks.integer("warmup", warmup, least=0)
+        self.kl_clip = None if kl_clip is None else checks.number("kl_clip", kl_clip, above=True)
+        self.layers: list[FactoredLayer] = []
+        self._init_counters()
+        if params is None:
+            params = [p for p in model.parameters() if p.requires_grad]
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
+        super().__init__(params, defaults)
+        device = self.param_groups[0]["params"][0].device
+        self.generator = torch.Generator(device=device).manual_seed(0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model's, with their own settings."""
+        super().add_param_group(param_group)
+        try:
+            group = len(self.param_groups) - 1
+            self.layers += factored_layers(self.model, self.param_groups[group]["params"], group)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """One step; the loss that the closure returned.
+
+        Args:
+            closure: clears the gradients, runs forward and backward, returns the loss: a mean over terms. Called
+                once. Several forwards and backwards (accumulation) count as one batch.
+        """
+        if closure is None:
+            raise ValueError("closure must be given: the factors come from the forward and backward that it runs")
+        capture = None
+        if self._due(self.factor_interval):
+            capture = Capture(self.model, self.layers, self.likelihood, self.fisher, self.generator)
+        with torch.enable_grad(), capture or nullcontext():
+            loss = closure()
+        if capture is not None and capture.terms == 0:
+            raise ValueError("closure must call the model, with gradients, but its forward was not seen")
+        with torch.no_grad():
+            if capture is not None:
+                self._update_factors(capture)
+            if self._due(self.inverse_interval):
+                for layer in self.layers:
+                    if {"F_A", "F_B"} <= self.state[layer.weight].keys():
+                        self._decompose(layer)
+            if capture is not None:
+                self._after_factors(capture)
+            self.steps += 1
+            if self._gradients_finite():
+                directions = self._directions()
+                if all_finite(list(directions.values())):
+                    self._descend(directions)
+                    return loss
+            self.skipped_steps += 1
+        return loss
+
+    @abstractmethod
+    def _decompose(self, layer: FactoredLayer) -> None:
+        """Make of the factors in the state what :meth:`_precondition` needs."""
+
+    @abstractmethod
+    def _precondition(self, layer: FactoredLayer, G: Tensor) -> Tensor | None:
+        """``P(G)``, float32 or wider; None where there is nothing to do it with yet."""
+
+    def _after_factors(self, capture: Capture) -> None:
+        """Take more from the same batch, once the decompositions are up to date."""
+
+    def _due(self, interval: int) -> bool:
+        return self.steps < self.warmup or self.steps % interval == 0
+
+    def _positions(self, layer: FactoredLayer, capture: Capture) -> list[tuple[Tensor, Tensor]]:
+        """``ā`` and ``Ds`` of each call, ``Ds`` so scaled that the sum of ``Ds Dsᵀ`` is ``F_B``.
+
+        Drawn: the loss's Fisher matrix is the sum over its M terms, divided by M. Empirical: what the backward gave
+        is the gradient of ``−log p``, divided by M.
+        """
+        scale = capture.terms ** (-0.5 if self.fisher == "sampled" else 0.5)
+        return [layer.positions(wide(inputs), wide(grad) * scale) for inputs, grad in capture.calls.get(layer, [])]
+
+    def _update_factors(self, capture: Capture) -> None:
+        for layer in self.layers:
+            if not capture.finite:
+                self.nonfinite_factors += 1
+                continue
+            sums = [sums_of_squares(a, Ds) for a, Ds in self._positions(layer, capture)]
+            if not sums:
+                continue
+            F_A, F_B, count = (sum(parts[1:], parts[0]) for parts in zip(*sums, strict=True))
+            F_A = F_A / count
+            if not all_finite([F_A, F_B]):
+                self.nonfinite_factors += 1
+                continue
+            state = self.state[layer.weight]
+            state["batches"] = state.get("batches", 0) + 1
+            self._average(state, "F_A", F_A, state["batches"])
+            self._average(state, "F_B", F_B, state["batches"])
+
+    def _average(self, state: dict[str, Any], name: str, new: Tensor, batches: int) -> None:
+        """Take ``new`` into a running average as its batch of this number."""
+        state[name] = state[name].lerp(new, 1 - min(1 - 1 / batches, self.decay)) if name in state else new
+
+    def _directions(self) -> dict[Tensor, Tensor]:
+        """``P(G)`` or the plain gradient of each parameter that has one."""
+        directions: dict[Tensor, Tensor] = {
+            p: wide(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None
+        }
+        factored: list[Tensor] = []
+        sizes: list[Tensor] = []
+        for layer in self.layers:
+            if layer.weight.grad is None:
+                continue
+            G = layer.gradient()
+            P = self._precondition(layer, G)
+            if P is None:
+                continue
+            for p, part in zip(layer.parameters, layer.parts(P), strict=True):
+                if p.grad is not None:
+                    directions[p] = part
+                    factored.append(part)
+            if self.kl_clip is not None:
+                sizes.append(float(self.param_groups[layer.group]["lr"]) ** 2 * (P * G).sum())
+        if self.kl_clip is not None and sizes:
+            # indefinite after rounding to 16 bits, it can come out negative: its size is bounded all the same
+            size = abs(torch.stack(sizes).sum().item())
+            if size > self.kl_clip:
+                torch._foreach_mul_(factored, math.sqrt(self.kl_clip / size))
+        return directions
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the state of the generator that targets are drawn with."""
+        return {**super().state_dict(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state_dict = dict(state_dict)
+        drawn = state_dict.pop("generator", None)
+        super().load_state_dict(state_dict)
+        self.generator.set_state(drawn.cpu())

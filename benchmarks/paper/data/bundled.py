@@ -1,0 +1,36 @@
+"""Data that need no file: scikit-learn's bundled sets, which stand in for published ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_diabetes, load_digits
+from torch import Tensor
+
+from benchmarks.paper.data.examples import Dataset, Examples, reconstruction, split, standardised
+from benchmarks.paper.data.source import Source
+
+
+def _digits(_: Path) -> Dataset:
+    """1,437 and 360 images of 8 × 8, scaled to [0, 1]."""
+    x, test_x, t, test_t = _parts(*load_digits(return_X_y=True))
+    return Dataset("digits", Examples((x / 16,), t.long()), Examples((test_x / 16,), test_t.long()))
+
+
+def _diabetes(_: Path) -> Dataset:
+    """353 and 89 patients of 10 features, both sides standardised by the training examples."""
+    x, test_x, t, test_t = _parts(*load_diabetes(return_X_y=True))
+    x, test_x = standardised(x, test_x)
+    t, test_t = standardised(t[:, None], test_t[:, None])
+    return Dataset("diabetes", Examples((x,), t), Examples((test_x,), test_t))
+
+
+def _parts(inputs: object, targets: object) -> list[Tensor]:
+    both = [torch.tensor(values, dtype=torch.float64).float() for values in (inputs, targets)]
+    return [values[chosen] for values in both for chosen in split(len(values))]
+
+
+DIGITS = Source("scikit-learn's digits", _digits, stand_in="MNIST")
+DIGITS_IMAGES = Source(DIGITS.name, lambda _: reconstruction(_digits(_)), stand_in="MNIST")
+DIABETES = Source("scikit-learn's diabetes", _diabetes, stand_in="UCI regression")

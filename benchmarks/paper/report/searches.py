@@ -1,0 +1,52 @@
+"""What the searches found: how many trials, the best of them, and KFAC's losses by damping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import results
+from benchmarks.common.tables import Table
+from benchmarks.paper.training.search_files import best
+
+HEADER = ["task", "optimizer", "trials", "diverged", "loss of the best", "its hyperparameters", "of"]
+
+
+def searches(folders: Sequence[Path]) -> Table:
+    """A row for each task and optimizer."""
+    rows = [row for path in _files(folders) for row in found(path.stem, results.load(path))]
+    return Table("Searches", HEADER, rows)
+
+
+def found(name: str, content: dict[str, Any]) -> list[list[str]]:
+    """The rows of one search: its best trial for each optimizer."""
+    length = f"{content['steps']} steps" if content["steps"] else f"{content['epochs']} epochs"
+    rows = []
+    for optimizer, trials in content["trials"].items():
+        chosen = best(content, optimizer)
+        hyper = "none came through" if chosen is None else ", ".join(f"{k}={v}" for k, v in chosen["hyper"].items())
+        loss = "–" if chosen is None else f"{float(chosen['loss']):.4g}"
+        diverged = sum(trial["status"] == "diverged" for trial in trials)
+        rows.append([name, optimizer, str(len(trials)), str(diverged), loss, hyper, length])
+    return rows
+
+
+def sweep(folders: Sequence[Path], task: str) -> Table | None:
+    """KFAC's trials on a task by damping; None without any."""
+    for path in _files(folders):
+        content = results.load(path)
+        trials = content["trials"].get("kfac")
+        if content["task"] == task and trials:
+            rows = []
+            for trial in sorted(trials, key=lambda trial: float(trial["hyper"]["damping"])):
+                hyper, loss = trial["hyper"], float(trial["loss"])
+                cells = [f"{hyper['damping']:.2g}", f"{hyper['lr']:.2g}", str(hyper.get("kl_clip"))]
+                rows.append([*cells, "diverged" if trial["status"] == "diverged" else f"{loss:.3g}"])
+            return Table(f"KFAC on {task}, every trial", ["damping", "lr", "kl_clip", "loss"], rows)
+    return None
+
+
+def _files(folders: Sequence[Path]) -> list[Path]:
+    """The search files, a later folder's in place of an earlier's."""
+    return sorted({path.name: path for folder in folders for path in (folder / "search").glob("*.json")}.values())

@@ -1,0 +1,100 @@
+"""Tables 2, 3 and 4: ours beside the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from benchmarks.common.tables import Table
+from benchmarks.paper.report import published
+from benchmarks.paper.report.aggregate import Group, grouped
+from benchmarks.paper.report.collect import SIXTEEN_BITS, Found, described
+from benchmarks.paper.tasks import TASKS, named
+
+SMALLER = {"multi30k": "iwslt14", "multi30k-narrow": "iwslt14"}
+"""Tasks that stand in Table 2 below the one of the paper that they are a smaller form of."""
+
+
+def table_2(found: Found) -> Table:
+    """Test accuracy, or BLEU, of the preconditioners."""
+    optimizers = ("sgdm", "adam", "kfac", "apo")
+    header = ["task", *(f"{published.LABELS[name]}: ours / paper" for name in optimizers), "ours on"]
+    rows = []
+    for task in [*published.TABLE_2, *SMALLER]:
+        runs = _full_precision(found.get(task, []))
+        if not runs and task in SMALLER:
+            continue
+        theirs = published.TABLE_2.get(task, {})
+        also = ("adamw", "adamw+warmup-decay") if task in ("iwslt14", *SMALLER) else ()
+        cells = [_pair(_ours(runs, (name, *(also if name == "adam" else ()))), theirs.get(name)) for name in optimizers]
+        rows.append([_title(task), *cells, described(runs) if runs else "not run"])
+    return Table("Table 2: test accuracy in %, BLEU for translation", header, rows)
+
+
+def table_3(found: Found) -> Table:
+    """Test accuracy of 16-bit networks, and KFAC's damping."""
+    optimizers = ("sgdm", "kfac", "apo")
+    figures = [f"{published.LABELS[name]}: ours / paper" for name in optimizers]
+    header = ["task", "precision", *figures, "KFAC's damping", "ours on"]
+    rows = []
+    for task, theirs in published.TABLE_3.items():
+        by_precision = {
+            precision: [run for run in found.get(task, []) if run["precision"] == precision]
+            for precision in SIXTEEN_BITS
+        }
+        for precision, runs in by_precision.items():
+            if not runs:
+                continue
+            damping = sorted({f"{run['hyper']['damping']:g}" for run in runs if run["optimizer"] == "kfac"})
+            cells = [_pair(_ours(runs, (name,)), theirs[name]) for name in optimizers]
+            rows.append([_title(task), precision, *cells, ", ".join(damping) or "–", described(runs)])
+        if not any(by_precision.values()):
+            rows.append([_title(task), "16 bits", *(_pair("–", theirs[n]) for n in optimizers), "–", "not run"])
+    return Table("Table 3: test accuracy in % of 16-bit networks", header, rows)
+
+
+def table_4(found: Found) -> Table:
+    """Test accuracy with a fixed, a decayed and a learned rate; the MLP of Figure 4 (right) by training loss."""
+    header = ["task", "base", "fixed: ours / paper", "decay: ours / paper", "APO: ours / paper", "ours on"]
+    rows = []
+    for column, task in enumerate(published.TABLE_4_COLUMNS):
+        runs = _full_precision(found.get(task, []))
+        for base, theirs in published.TABLE_4.items():
+            learned = (f"apo-lr:{base}", *(["apo-lr"] if base == "sgdm" else []))
+            ours = [_ours(runs, forms) for forms in ((base,), (f"{base}+step",), learned)]
+            cells = [_pair(mine, their) for mine, their in zip(ours, theirs[column], strict=True)]
+            where = described(runs) if any(cell != "–" for cell in ours) else "not run"
+            rows.append([_title(task), base, *cells, where])
+    return Table("Table 4: test accuracy in % with the learning rate fixed, decayed and learned", header, rows)
+
+
+def _full_precision(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [run for run in runs if run["precision"] not in SIXTEEN_BITS]
+
+
+def _ours(runs: Sequence[dict[str, Any]], optimizers: tuple[str, ...]) -> str:
+    """The mean over seeds of the first of these optimizers that was run; a run that diverged has no accuracy."""
+    for group in grouped(runs):
+        if group.first["optimizer"] in optimizers:
+            return _figure(group)
+    return "–"
+
+
+def _figure(group: Group) -> str:
+    if group.diverged:
+        return "diverged" if group.diverged == len(group.runs) else f"{group.diverged} of {len(group.runs)} diverged"
+    scores = [run["scores"].get("BLEU") for run in group.runs]
+    values = group.last("metric") if any(s is None for s in scores) else [float(s) for s in scores]
+    unit = " BLEU" if all(s is not None for s in scores) else ""
+    if not unit and not named(group.first["task"]).loss.metric.startswith("accuracy, %"):
+        unit = f" ({named(group.first['task']).loss.metric})"
+    return f"{mean(values):.2f}{unit}"
+
+
+def _pair(ours: str, theirs: float | None) -> str:
+    return f"{ours} / {'–' if theirs is None else f'{theirs:.2f}'}"
+
+
+def _title(task: str) -> str:
+    return f"{TASKS[task].source.name}, {TASKS[task].model_name}"

@@ -1,0 +1,59 @@
+"""The study's table, from its results alone."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import Any
+
+from benchmarks.common import tables
+from benchmarks.paper.studies.variants import BASELINES, VARIANTS
+
+Cell = tuple[float, float, float, int]
+
+
+def summary(runs: dict[str, Any]) -> dict[str, dict[str, Cell]]:
+    """``[way][task]``: median, least and greatest final loss of the seeds, and how many. A baseline at its best
+    setting: the lowest median among those run with most seeds."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for key, held in runs.items():
+        task, name, _, *setting = key.split("/")
+        last = float(held["losses"][-1])
+        found.setdefault((name, task, "/".join(setting)), []).append(last if math.isfinite(last) else math.inf)
+    best: dict[tuple[str, str], list[float]] = {}
+    for (name, task, _), losses in found.items():
+        now = best.get((name, task))
+        if now is None or (-len(losses), median(losses)) < (-len(now), median(now)):
+            best[name, task] = losses
+    rows: dict[str, dict[str, Cell]] = {}
+    for (name, task), losses in best.items():
+        rows.setdefault(name, {})[task] = (median(losses), min(losses), max(losses), len(losses))
+    return rows
+
+
+def markdown(runs: dict[str, Any]) -> str:
+    """Final training loss after equal steps, median (least to greatest; seeds), and seconds per run."""
+    rows, tasks = summary(runs), list(dict.fromkeys(key.split("/")[0] for key in runs))
+    header = ["way", "what", *tasks, *(f"s, {task}" for task in tasks)]
+    lines = []
+    for name in [*BASELINES, *VARIANTS]:
+        if name not in rows:
+            continue
+        what = VARIANTS[name].what if name in VARIANTS else f"best of {len(BASELINES[name].grid)} settings"
+        cells = [_cell(rows[name].get(task)) for task in tasks] + [_seconds(runs, name, task) for task in tasks]
+        lines.append([name, what, *cells])
+    return tables.markdown(header, lines) + "\n"
+
+
+def _cell(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    middle, least, greatest, count = cell
+    return f"{middle:#.3g} ({least:#.3g} to {greatest:#.3g}; {count})"
+
+
+def _seconds(runs: dict[str, Any], name: str, task: str) -> str:
+    """Of the runs that went to their end."""
+    own = [run for key, run in runs.items() if key.split("/")[:2] == [task, name]]
+    held = [run["seconds"][-1] for run in own if math.isfinite(float(run["losses"][-1]))]
+    return f"{median(held):.1f}" if held else ""

@@ -1,0 +1,26 @@
+"""The manual schedules of the learning rate, which learned rates are compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+SCHEDULES = {
+    "step": "multiplied by `factor` at the task's milestones (Table 4's Decay)",
+    "warmup": "rising linearly over the share `warmup` of the run, then constant",
+    "warmup-decay": "rising likewise, then falling as one over the root of the step",
+}
+
+
+def factor(
+    name: str, total: int, milestones: Sequence[float], *, decay: float, warmup: float
+) -> Callable[[int], float]:
+    """What the rate is multiplied by at each step of a run of ``total`` steps; ValueError where there is none."""
+    if name == "step":
+        return lambda step: decay ** sum(step >= round(m * total) for m in milestones)
+    rise = max(round(warmup * total), 1)
+    if name == "warmup":
+        return lambda step: min((step + 1) / rise, 1.0)
+    if name == "warmup-decay":
+        return lambda step: min((step + 1) / rise, math.sqrt(rise / (step + 1)))
+    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, but got {name!r}")

@@ -1,0 +1,43 @@
+"""The file of a search, ``search/TASK.json``: all trials, and the best of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import results
+from benchmarks.paper.tasks import named
+
+COMMITTED = Path(__file__).parents[2] / "results"
+"""Where the searches lie that come with the project."""
+
+
+def file_of(out: Path, task: str, precision: str) -> Path:
+    """``search/TASK.json``; in 16 bits ``search/TASK-bf16.json``."""
+    return out / "search" / (f"{task}-{precision}.json" if precision in ("bf16", "fp16") else f"{task}.json")
+
+
+def best(content: dict[str, Any], optimizer: str) -> dict[str, Any] | None:
+    """The best trial of an optimizer; None where it has none that came through."""
+    by = content["judged_by"]
+    sign = -1 if by == "metric" and named(content["task"]).loss.higher_is_better else 1
+    trials = content["trials"].get(optimizer, [])  # "nan" and "inf" are strings in the file
+    sound = [trial for trial in trials if trial["status"] != "diverged" and math.isfinite(float(trial[by]))]
+    return min(sound, key=lambda trial: sign * float(trial[by]), default=None)
+
+
+def found(out: Path, task: str, optimizer: str, precision: str) -> tuple[dict[str, Any], str]:
+    """``(hyperparameters, where they come from)`` by the best trial of a search.
+
+    Looked for in ``out`` first, then among those that come with the project; in 16 bits, where there is no search of
+    its own, full precision's is taken, as the paper does with the λs. The defaults where there is none.
+    """
+    for each in (precision, "fp32") if precision in ("bf16", "fp16") else (precision,):
+        for path in filter(Path.is_file, (file_of(out, task, each), file_of(COMMITTED, task, each))):
+            content = results.load(path)
+            trial = best(content, optimizer)
+            if trial is not None:
+                count = len(content["trials"][optimizer])
+                return dict(trial["hyper"]), f"search of {count} trials in {each}, {path.name}"
+    return {}, "defaults, not searched"

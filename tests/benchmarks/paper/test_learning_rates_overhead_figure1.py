@@ -1,0 +1,89 @@
+"""What the benchmarks of the front ends say: Figure 1, the overhead, the table of learning rates."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from apo.proximal import PROXIMAL_POINT
+from benchmarks.common.results import load
+from benchmarks.paper import figure1, learning_rates, overhead
+
+
+def options(module: ModuleType, *arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.set_defaults(quick=False, device="cpu")
+    module.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_figure_1_shows_what_the_paper_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {panel: weights[1:3] for panel, weights in figure1.PANELS.items()}
+    monkeypatch.setattr(figure1, "PANELS", few)
+    assert PROXIMAL_POINT.loss == PROXIMAL_POINT.fsd == "exact"
+    drawn = figure1.run(options(figure1, "--out", str(tmp_path)))
+    assert (tmp_path / "figure1.png").stat().st_size > 10_000
+    grid = torch.linspace(-2, 2, 401, dtype=torch.float64)
+    before = torch.tensor(drawn["before"])
+    x, t = figure1.POINT
+    at, far = (grid - x).abs() < 0.01, (grid - x).abs() > 1
+    near = ((grid - x).abs() > 0.1) & ((grid - x).abs() < 0.3)
+
+    def moved(panel: str, where: torch.Tensor) -> float:
+        last = torch.tensor(list(drawn[panel].values())[-1])
+        return (last - before)[where].abs().mean().item()
+
+    needed = t - before[at].mean().item()
+    # the weight-space term alone: a global adjustment
+    assert moved("weight space", far) > 0.3 * needed
+    # the function-space term alone: a spike that leaves even its neighbours
+    assert moved("function space", at) > 0.8 * needed
+    assert moved("function space", near) < 0.2 * needed
+    # both: a local adjustment, which takes the neighbours with it
+    assert moved("both", at) > 0.8 * needed
+    assert moved("both", far) < 0.1 * needed
+    assert moved("both", near) > 1.5 * moved("function space", near)
+
+
+def test_overhead_times_every_front_end(tmp_path: Path) -> None:
+    made = overhead.run(
+        options(overhead, "--seconds", "0.2", "--width", "32", "--interval", "2", "--out", str(tmp_path))
+    )
+    assert overhead.BOUNDS.keys() < made["contestants"].keys()
+    for row in load(tmp_path / "overhead.json")["contestants"].values():
+        assert row["step_seconds"] > 0
+        assert row["periods"] >= 3
+    assert made["contestants"]["SGDm"]["ratio"] == 1
+
+
+def test_the_table_of_learning_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning_rates, "FIXED", (1e-2, 1e-1))
+    monkeypatch.setattr(learning_rates, "INITIAL", (1e-3,))
+    made = learning_rates.run(options(learning_rates, "--seeds", "1", "--epochs", "1", "--out", str(tmp_path)))
+    assert list(made["optimizers"]) == ["SGD", "SGDm", "RMSprop", "Adam"]
+    for each in load(tmp_path / "learning_rates.json")["optimizers"].values():
+        assert [run["initial"] for run in each["fixed"]] == [1e-2, 1e-1]
+        assert [run["initial"] for run in each["learned"]] == [1e-3, 1000 * each["best_fixed"]]
+
+
+BEST_FIXED = {"SGD": 0.3, "SGDm": 0.3, "RMSprop": 0.003, "Adam": 0.03}
+"""The best of the seven fixed rates by training loss, from ``learning_rates.run`` (which compares all, over seeds)."""
+
+
+@pytest.mark.parametrize("name", learning_rates.OPTIMIZERS)
+def test_learned_rates_on_digits(name: str) -> None:
+    """From rates far too small and far too large, with the defaults for all."""
+    best = learning_rates.train(name, BEST_FIXED[name], adaptive=False)
+    starts = (1e-4, 1e-1, 1000 * BEST_FIXED[name])
+    learned = [learning_rates.train(name, lr, adaptive=True) for lr in starts]
+    for outcome in learned:
+        assert outcome.loss < (0.03 if name == "SGD" else 0.01), outcome
+        assert outcome.accuracy > best.accuracy - 1, outcome  # an image is 0.28 points
+    assert sum(outcome.accuracy for outcome in learned) / len(learned) > best.accuracy - 0.7
+    assert learned[-1].failed_trials > 0
+    assert max(o.rate for o in learned) < 4 * min(o.rate for o in learned)
