@@ -14,8 +14,18 @@ assert VERSION is not None
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 BENCH = ["rich>=13", "matplotlib>=3.8", "scikit-learn>=1.4"]
 TRANSLATION = ["sacrebleu>=2.4"]
+INTEGRATIONS = ["lightning>=2.5", "torchmetrics>=1.5", "transformers>=5.0", "accelerate>=1.10"]
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
-TEST = [*BENCH, *TRANSLATION, *TRITON, "pytest>=8", "hypothesis>=6.100", "lion-pytorch>=0.2", "torch-optimi>=0.3"]
+TEST = [
+    *BENCH,
+    *TRANSLATION,
+    *TRITON,
+    *INTEGRATIONS,
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "lion-pytorch>=0.2",
+    "torch-optimi>=0.3",
+]
 DEV = [*TEST, *DOCS, "ruff>=0.6", "mypy>=1.11", "build>=1.2", "twine>=6"]
 
 setup(
@@ -35,6 +45,7 @@ setup(
         "triton": TRITON,
         "bench": BENCH,
         "translation": TRANSLATION,
+        "integrations": INTEGRATIONS,
         "docs": DOCS,
         "test": TEST,
         "dev": DEV,

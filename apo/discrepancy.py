@@ -11,6 +11,7 @@ examples, as ``F.cross_entropy`` is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +21,16 @@ from torch import Tensor
 
 from apo import checks
 
-__all__ = ["KL", "BernoulliKL", "Discrepancy", "GaussianKL", "SquaredError", "discrepancy_named"]
+__all__ = ["KL", "BernoulliKL", "Discrepancy", "FisherSample", "GaussianKL", "SquaredError", "discrepancy_named"]
 
 Discrepancy = Callable[[Any, Any], Tensor]
 """``rho(new, old) -> scalar``. Both are what the model returned, or what ``outputs=`` took from it."""
+
+
+FisherSample = Callable[[Any, torch.Generator], list[Tensor]]
+"""A discrepancy's ``fisher_sample(outputs, generator)``: one cotangent per tensor of the outputs, drawn such that their
+covariance is the discrepancy's Hessian at ``new = old``. Sent back through the model they are a gradient ``w`` with
+``E wwᵀ`` the Fisher matrix. A discrepancy without it gets no start by :mod:`apo.fisher_start`."""
 
 
 class KL:
@@ -43,6 +50,13 @@ class KL:
         log_q = F.log_softmax(new, self.dim)
         return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / (new.numel() // new.shape[self.dim])
 
+    def fisher_sample(self, outputs: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """``(softmax − onehot(y)) / √n`` with ``y`` sampled from the outputs: see :data:`FisherSample`."""
+        p = F.softmax(_wide(outputs).movedim(self.dim, -1), -1)
+        drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
+        found = p - F.one_hot(drawn, p.shape[-1])
+        return [found.movedim(-1, self.dim) / math.sqrt(drawn.numel())]
+
 
 class SquaredError:
     """``½ ‖new − old‖²``, summed over outputs and averaged over examples (dimension 0).
@@ -57,6 +71,10 @@ class SquaredError:
     def __call__(self, new: Tensor, old: Tensor) -> Tensor:
         new, old = _logits("SquaredError", new, old)
         return (new - old).square().sum() / (2 * (new.numel() if self.mean else len(new)))
+
+    def fisher_sample(self, outputs: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """``N(0, 1) / √n``: see :data:`FisherSample`."""
+        return [_normal(outputs, generator) / math.sqrt(outputs.numel() if self.mean else len(outputs))]
 
 
 class BernoulliKL:
@@ -79,6 +97,12 @@ class BernoulliKL:
         negative = F.logsigmoid(-old) - F.logsigmoid(-new)
         total = (p * positive + torch.sigmoid(-old) * negative).sum()
         return total / (new.numel() if self.mean else len(new))
+
+    def fisher_sample(self, outputs: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """``(σ − y) / √n`` with ``y`` sampled from the outputs: see :data:`FisherSample`."""
+        p = torch.sigmoid(_wide(outputs))
+        drawn = torch.bernoulli(p, generator=generator)
+        return [(p - drawn) / math.sqrt(outputs.numel() if self.mean else len(outputs))]
 
 
 class GaussianKL:
@@ -106,6 +130,14 @@ class GaussianKL:
         ratio = ((old_mean - mean).square() + old_log_var.exp()) * torch.exp(-log_var)
         return (change + ratio - 1).sum() / (2 * len(mean))
 
+    def fisher_sample(self, outputs: Any, generator: torch.Generator) -> list[Tensor]:
+        """``N(0, 1/variance) / √n`` of means, ``N(0, ½) / √n`` of log-variances: see :data:`FisherSample`."""
+        if self.variance is not None:
+            return [_normal(outputs, generator) / math.sqrt(self.variance * len(outputs))]
+        mean, log_var = outputs
+        of_mean = _normal(mean, generator) * torch.exp(-_wide(log_var) / 2)
+        return [of_mean / math.sqrt(len(mean)), _normal(log_var, generator) / math.sqrt(2 * len(mean))]
+
 
 _NAMED: dict[str, Callable[[], Discrepancy]] = {
     "kl": KL,
@@ -131,6 +163,15 @@ def discrepancy_named(discrepancy: str | Discrepancy) -> Discrepancy:
 def takes_pairs(discrepancy: Discrepancy) -> bool:
     """Whether the discrepancy is of the whole tuple that the model returns."""
     return isinstance(discrepancy, GaussianKL) and discrepancy.variance is None
+
+
+def _wide(outputs: Tensor) -> Tensor:
+    return outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.randn(like.shape, generator=generator, dtype=dtype, device=like.device)
 
 
 def _logits(name: str, new: object, old: object) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,16 @@ class Ranks:
         """Whether there are other ranks to agree with. Known after :meth:`settle`."""
         return self._group is not None
 
+    @property
+    def count(self) -> int:
+        """How many ranks there are, this one counted."""
+        return torch.distributed.get_world_size(self._group) if self.together else 1
+
+    @property
+    def rank(self) -> int:
+        """Which of them this one is."""
+        return torch.distributed.get_rank(self._group) if self.together else 0
+
     def settle(self, model: nn.Module, parameters: Sequence[Tensor], settings: str) -> None:
         """Find the group, once; a collective where ranks have to be compared.
 
@@ -68,7 +78,7 @@ class Ranks:
         pending = [torch.distributed.all_reduce(t, group=self._group, async_op=True) for t in dense]
         for work in pending:
             work.wait()
-        torch._foreach_div_(dense, torch.distributed.get_world_size(self._group))
+        torch._foreach_div_(dense, self.count)
         for t, averaged in zip(tensors, dense, strict=True):
             if averaged is not t:
                 t.copy_(averaged)

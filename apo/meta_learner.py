@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from apo import checks
+from apo.accumulated import GradientsBefore
 from apo.distributed import Ranks
 from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
@@ -77,6 +78,7 @@ class MetaLearner(Optimizer):
         self.last: Evaluation | None = None
         self.accepted = False
         self.in_trial = False
+        self._used_rates: list[float | Tensor] = []
         self._ranks = Ranks(process_group)
         self._held = HeldParameters(self._models, self.parameters)
 
@@ -140,9 +142,12 @@ class MetaLearner(Optimizer):
     def metrics(self) -> dict[str, float]:
         """What there is to log of the last step: learned rates, the last trial's terms, counts.
 
-        One synchronisation at most. Before the first trial its terms aren't there.
+        One synchronisation at most. Before the first trial its terms aren't there. The rates are those of the step,
+        whatever a scheduler has written since.
         """
-        rates = [get_rate(group) for group in self.param_groups]
+        rates = [float(rate) for rate in self._used_rates]
+        if len(rates) != len(self.param_groups):
+            rates = [get_rate(group) for group in self.param_groups]
         found = {"lr": rates[0]} if len(rates) == 1 else {f"lr/{i}": rate for i, rate in enumerate(rates)}
         if self.last is not None:
             found |= {
@@ -164,8 +169,11 @@ class MetaLearner(Optimizer):
         autocast = CallersAutocast({p.device.type for p in self.parameters})
         loss = None
         if closure is not None:
+            before = GradientsBefore(self.parameters) if meta and self.objective.loss is None else None
             with torch.enable_grad():
                 loss = closure()
+            if before is not None:
+                closure = before.guarded(closure)
         with autocast.lifted():
             scaling = self._scaling()
             scaling.unscale()
@@ -180,6 +188,7 @@ class MetaLearner(Optimizer):
                 self._plain_step()
             if move:
                 forget_casts()
+                self._used_rates = [_apart(group["lr"]) for group in self.param_groups]
                 self.steps += 1
         return loss
 
@@ -199,7 +208,7 @@ class MetaLearner(Optimizer):
         anchor = None
         if objective.needs_inputs:
             with self._undisturbed(touched), autocast.back():
-                anchor = objective.anchor(batch)
+                anchor = objective.anchor(batch, self._look_at)
         with ExitStack() as undo:
             with Lookahead(parameters) as lookahead:
                 proposal = self._propose(lookahead, undo)
@@ -289,6 +298,9 @@ class MetaLearner(Optimizer):
         """
         base = self._sign() * trial.evaluation.base
         return trial.evaluation.objective <= base + abs(base) + 1  # False where Q is NaN
+
+    def _look_at(self, outputs: Any) -> None:
+        """What the anchor compares, with its graph, before it is let go."""
 
     @abstractmethod
     def _propose(self, lookahead: Lookahead, undo: ExitStack) -> Any:
@@ -422,6 +434,7 @@ class MetaLearner(Optimizer):
             raise ValueError(f"state_dict must have param groups of {own} parameters, but got {sizes}")
         self._check_state(state_dict)
         self._load(copy.deepcopy(state_dict))
+        self._used_rates = []
 
     @abstractmethod
     def _load(self, state_dict: dict[str, Any]) -> None:

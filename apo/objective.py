@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from apo import checks
+from apo.batches import moved, only_device
 from apo.discrepancy import KL, Discrepancy, discrepancy_named, takes_pairs
 from apo.padding import Mask, kept_positions, select
 from apo.trial import random_state, restore_random_state
@@ -67,7 +69,8 @@ class ProximalObjective:
         inputs: B′, batches of the model's inputs: an iterable, gone through again when it ends, or a callable that
             returns a batch. They should not be the batch that is trained on: the term is to measure what the step
             does to *other* examples. A tensor is called as ``model(batch)``, a tuple or list as
-            ``model(*batch)``, a mapping as ``model(**batch)``. May be None where ``fsd_weight`` is 0.
+            ``model(*batch)``, a mapping as ``model(**batch)``, on the model's device. May be None where
+            ``fsd_weight`` is 0.
         discrepancy: ``"kl"`` of softmax outputs, ``"mse"``, ``"bernoulli"``, ``"gaussian"``
             (:mod:`apo.discrepancy`), or any ``rho(new, old) -> scalar``.
         fsd_weight: λ_FSD, >= 0: the first setting to tune. Large is cautious. None, the default, takes the
@@ -174,8 +177,10 @@ class ProximalObjective:
             raise ValueError("inputs must hold at least one batch, but got an empty iterable") from None
 
     def checked_draw(self) -> Any:
-        """The next batch B′, which a ``loss`` needs to hold targets. Drawing may advance the random state: it would
-        otherwise meet the batches that training draws next."""
+        """The next batch B′, on the model's device; with targets, where there is a ``loss``.
+
+        Drawing may advance the random state: it would otherwise meet the batches that training draws next.
+        """
         batch = self.draw()
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2
         if self.loss is not None and not pair and not isinstance(batch, Mapping):
@@ -183,18 +188,21 @@ class ProximalObjective:
                 "inputs must be pairs (inputs, targets), or mappings, where a loss is given, "
                 f"but got {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
             )
-        return batch
+        device = only_device(self.module)
+        return batch if device is None else moved(batch, device)
 
-    def anchor(self, batch: Any) -> Anchor:
+    def anchor(self, batch: Any, look: Callable[[Any], None] = lambda _: None) -> Anchor:
         """Evaluate B′ at the present weights, with gradients enabled as at the trial: some modules compute otherwise
-        without them."""
+        without them. ``look`` sees what the discrepancy compares, with its graph."""
         rng = random_state(self.module.parameters())
         returned = self._returned(batch)
         outputs, kept = None, None
         if self._weight:
             outputs = self._compared(returned)
             kept = kept_positions(self.mask, self.module, batch, self._targets(batch), outputs)
-            outputs = _apart(outputs if kept is None else select(outputs, kept), self._overwritten)
+            outputs = outputs if kept is None else select(outputs, kept)
+            look(outputs)
+            outputs = _apart(outputs, self._overwritten)
         loss = None if self.loss is None else self._own_loss(returned, batch).detach()
         return Anchor(batch, outputs, kept, loss, rng)
 
@@ -208,8 +216,17 @@ class ProximalObjective:
         new = self._compared(returned)
         if anchor.kept is not None:
             new = select(new, anchor.kept)
-        rho = KL() if self._classes_moved else self.discrepancy
-        return loss, _one_number("discrepancy", rho(new, anchor.outputs))
+        return loss, _one_number("discrepancy", self._rho(new, anchor.outputs))
+
+    def fisher_sample(self, outputs: Any, generator: torch.Generator) -> list[Tensor] | None:
+        """The discrepancy's :data:`~apo.discrepancy.FisherSample`, one cotangent per tensor of the outputs that
+        ``look`` of :meth:`anchor` saw; None where it has none."""
+        sample = getattr(self._rho, "fisher_sample", None)
+        return None if sample is None else list(sample(outputs, generator))
+
+    @property
+    def _rho(self) -> Discrepancy:
+        return KL() if self._classes_moved else self.discrepancy
 
     def _overwritten(self, output: Tensor) -> bool:
         """Whether evaluating the trial writes over an output: a view of the weights, or in a CUDA graph's memory."""

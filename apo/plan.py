@@ -84,18 +84,20 @@ class Plan:
         return PlanRow("total", (), "", "", weights, self.memory_bytes, self.step_flops, self.meta_flops)
 
 
-def plan_of(model: nn.Module, layers: Sequence[Layer], groups: Sequence[dict[str, Any]], meta_optimizer: str) -> Plan:
-    """The plan of these layers of the model."""
+def plan_of(
+    model: nn.Module, layers: Sequence[Layer], groups: Sequence[dict[str, Any]], meta_optimizer: str, *, starts: bool
+) -> Plan:
+    """The plan of these layers of the model; ``starts``: with what :mod:`apo.fisher_start` holds for a while."""
     held = {id(p) for layer in layers for p in layer.view.parameters}
     left_out = tuple(
         f"{name} ({'frozen' if not p.requires_grad else 'in no param group'})"
         for name, p in model.named_parameters()
         if id(p) not in held
     )
-    return Plan(tuple(_row(layer, groups[layer.group], meta_optimizer) for layer in layers), left_out)
+    return Plan(tuple(_row(layer, groups[layer.group], meta_optimizer, starts) for layer in layers), left_out)
 
 
-def _row(layer: Layer, group: dict[str, Any], meta_optimizer: str) -> PlanRow:
+def _row(layer: Layer, group: dict[str, Any], meta_optimizer: str, starts: bool) -> PlanRow:
     view, (A, B) = layer.view, layer.sides
     batch = 1 if not view.batch else view.batch[0]
     sizes = (view.m, view.n, A.block_size, B.block_size)
@@ -109,6 +111,8 @@ def _row(layer: Layer, group: dict[str, Any], meta_optimizer: str) -> PlanRow:
     if relative:  # which holds a size for each row of a block and each entry of S
         memory += layer.S.nbytes + sum(X.nbytes // X.shape[-1] for X in layer.tensors()[:-1])
     else:
+        memory += learned
+    if starts:
         memory += learned
     if group["momentum"] != 0:
         memory += layer.S.nbytes

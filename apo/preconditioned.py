@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 import apo_kernels as ak
 from apo import checks, preconditioner
+from apo.fisher_start import FisherStart
 from apo.held_parameters import HeldParameters
 from apo.inner_products import inner_products
 from apo.matrix_view import matrix_views
@@ -154,6 +155,7 @@ class APO(MetaLearner):
         lr_meta_lr: float = 0.03,
         shared_lr: bool = True,
         bounds: tuple[float, float] = (1e-10, 1e4),
+        fisher_start: int = 300,
         rescale_schedule: bool = False,
         grad_scaler: GradScaler | None = None,
         process_group: Any = None,
@@ -171,6 +173,8 @@ class APO(MetaLearner):
         self.meta_lr = META_LR[meta_optimizer] if meta_lr is None else checks.number("meta_lr", meta_lr)
         self.lookahead = lookahead
         self.meta = _meta_optimizer(meta_optimizer)
+        self._start = FisherStart(checks.integer("fisher_start", fisher_start, least=0))
+        self._sampled: list[Tensor | None] | None = None
         self._promise: Tensor | float = 1.0
         defaults = {
             "lr": lr,
@@ -231,6 +235,8 @@ class APO(MetaLearner):
                 layer.momentum = torch.zeros_like(layer.S)
             self.layers.append(layer)
         self.meta.add([own for layer in layers for own in layer.phi])
+        if self._start.updates:
+            self._start.prepare(layers)
         self._show_state()
 
     def _show_state(self) -> None:
@@ -252,7 +258,7 @@ class APO(MetaLearner):
 
     def plan(self) -> Plan:
         """Which parameter gets which treatment, and what that costs in memory and FLOPs. ``print`` it."""
-        return plan_of(self.model, self.layers, self.param_groups, self.meta.name)
+        return plan_of(self.model, self.layers, self.param_groups, self.meta.name, starts=self._starts)
 
     def metrics(self) -> dict[str, float]:
         """As :meth:`MetaLearner.metrics`, and ``promise_factor``: by what the last step was scaled down to keep what
@@ -348,6 +354,52 @@ class APO(MetaLearner):
             return
         torch._foreach_mul_(list(directions), factor)
 
+    @property
+    def _updates(self) -> int:
+        """How many meta-updates there have been."""
+        return int(max((layer.count.item() for layer in self.layers), default=0))
+
+    @property
+    def _starts(self) -> bool:
+        """Whether P is still started by sampled Fisher gradients."""
+        return self._updates < self._start.updates and bool(self.objective.fsd_weight)
+
+    def _look_at(self, outputs: Any) -> None:
+        """Send a sample of the outputs' Fisher matrix back through the model, in the first meta-updates."""
+        self._sampled = None
+        if not self._starts:
+            return
+        tensors = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        # a generator of its own, the same for a run that was resumed
+        generator = torch.Generator(tensors[0].device).manual_seed(self._ranks.rank * 2**32 + self._updates)
+        cotangents = self.objective.fisher_sample(outputs, generator)
+        if cotangents is None:
+            return
+        torch.autograd.backward(tensors, [c.to(t.dtype) for c, t in zip(cotangents, tensors, strict=True)])
+        delta = (self.objective.wsd_weight or 0.0) / (self.objective.fsd_weight or 1.0)
+        self._sampled = []
+        for p in self.parameters:
+            sampled, p.grad = p.grad, None
+            if sampled is not None and delta:
+                noise = torch.randn(p.shape, generator=generator, dtype=sampled.dtype, device=p.device)
+                sampled.add_(noise, alpha=math.sqrt(delta))
+            self._sampled.append(sampled)
+
+    def _take_sample(self, layers: Sequence[Layer]) -> bool:
+        """Let the start see the sampled gradient, if there is one and it is finite."""
+        sampled, self._sampled = self._sampled, None
+        if sampled is None:
+            return False
+        held = [w for w in sampled if w is not None]
+        self._ranks.average_(held)
+        if not held or not bool(torch.stack(torch._foreach_norm(held)).isfinite().all()):
+            return False
+        torch._foreach_mul_(held, math.sqrt(self._ranks.count))  # a sum over n examples of each rank, over √n
+        w_of = dict(zip(self.parameters, sampled, strict=True))
+        W = [layer.view.gather(w_of[p] for p in layer.view.parameters) for layer in layers]
+        self._start.look(layers, W)
+        return True
+
     def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Proposal:
         layers, gradients = self._gradients()
         directions, kept = preconditioner.apply_and_keep(layers, gradients)
@@ -370,8 +422,14 @@ class APO(MetaLearner):
         proposal.kept.clear()
         trial.V.clear()
         trial.steps.clear()
+        started = self._take_sample(layers)
         if not self._step_phi(derivatives, sizes, by_group):
             return False
+        if started:
+            self._start.step(layers)
+        if not self._starts:
+            self._start.release(self.layers)
+            self._show_state()
         for layer in self.layers:
             layer.refresh()
         return True
@@ -400,8 +458,7 @@ class APO(MetaLearner):
             self.meta.step(self._in_order(derivatives))
         if self.adapt_lr:
             self.rates.update(self.param_groups, by_group)
-            updates = int(max(layer.count.item() for layer in self.layers))
-            if isinstance(self.meta, RelativeSteps) and updates % MOVED_EVERY == 0:
+            if isinstance(self.meta, RelativeSteps) and self._updates % MOVED_EVERY == 0:
                 if not self.param_groups[0]["apo_overwritten"]:
                     self._move_scale_to_rates()
                 self._note("apo_overwritten", False)
@@ -426,6 +483,7 @@ class APO(MetaLearner):
         for layer, (*of_blocks, _) in zip(self.layers, rms, strict=True):
             factors += [*(1 / x for x in of_blocks), math.prod(of_blocks) / math.sqrt(moved[layer.group])]
         torch._foreach_mul_([x for layer in self.layers for x in layer.tensors()], factors)
+        self._start.rescale(self.layers, [1 / moved[layer.group] for layer in self.layers])
 
     def _gradients(self) -> tuple[list[Layer], list[Tensor]]:
         """The layers whose weight has a gradient, and the gradients' matrices, with L2 decay."""

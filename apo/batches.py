@@ -1,0 +1,30 @@
+"""Batches B′ on the device of the model that is called on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["moved", "only_device"]
+
+
+def only_device(model: nn.Module) -> torch.device | None:
+    """Where the model's parameters are; None where they are on several devices, or there are none."""
+    devices = {p.device for p in model.parameters()}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch with all its tensors on ``device``: in mappings, tuples and lists, and what has a ``to`` of its own."""
+    if isinstance(batch, Tensor) or callable(getattr(batch, "to", None)):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(value, device) for value in batch))
+    if type(batch) in (tuple, list):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
