@@ -61,6 +61,15 @@ class FisherStart:
                 own.buffers.pop(self.ENERGY, None)
             layer.parts["S"].buffers.pop(self.WEIGHT, None)
 
+    def missing(self, layer: Layer) -> dict[str, Tensor]:
+        """Zeros in the place of what :meth:`release` has dropped, by the names of a checkpoint."""
+        found = {
+            f"{name}_{self.ENERGY}": torch.zeros_like(own.tensor, memory_format=torch.contiguous_format)
+            for name, own in zip(layer.learned, layer.phi, strict=True)
+            if self.ENERGY not in own.buffers
+        }
+        return found | {f"S_{self.WEIGHT}": torch.zeros((), dtype=torch.float32, device="cpu")} if found else found
+
     def rescale(self, layers: Sequence[Layer], growths: Sequence[float]) -> None:
         """Follow a move of P's scale: the energies go with P."""
         held, factors = [], []

@@ -87,6 +87,9 @@ class APO(MetaLearner):
         lr_meta_lr: about how much ``log lr`` moves in a meta-update.
         shared_lr: one learned factor for all param groups; otherwise each group's rate is learned for itself.
         bounds: least and greatest rate.
+        fisher_start: in the first so many meta-updates P is also whitened by sampled Fisher gradients
+            (:mod:`apo.fisher_start`), at the cost of one more backward on B′ each. 0, the paper's bare algorithm, until
+            it has been measured on all tasks.
         rescale_schedule, grad_scaler, process_group: as for :class:`~apo.AdaptiveLR`.
 
     **How the meta-update was chosen** (``python -m benchmarks studies``; all ways and figures are in
@@ -155,7 +158,7 @@ class APO(MetaLearner):
         lr_meta_lr: float = 0.03,
         shared_lr: bool = True,
         bounds: tuple[float, float] = (1e-10, 1e4),
-        fisher_start: int = 300,
+        fisher_start: int = 0,
         rescale_schedule: bool = False,
         grad_scaler: GradScaler | None = None,
         process_group: Any = None,
@@ -364,6 +367,12 @@ class APO(MetaLearner):
         """Whether P is still started by sampled Fisher gradients."""
         return self._updates < self._start.updates and bool(self.objective.fsd_weight)
 
+    def _end_start(self) -> None:
+        """Let go of what the start holds, once it is over."""
+        if not self._starts:
+            self._start.release(self.layers)
+        self._show_state()
+
     def _look_at(self, outputs: Any) -> None:
         """Send a sample of the outputs' Fisher matrix back through the model, in the first meta-updates."""
         self._sampled = None
@@ -427,9 +436,7 @@ class APO(MetaLearner):
             return False
         if started:
             self._start.step(layers)
-        if not self._starts:
-            self._start.release(self.layers)
-            self._show_state()
+        self._end_start()
         for layer in self.layers:
             layer.refresh()
         return True
@@ -572,6 +579,16 @@ class APO(MetaLearner):
     def _group(self, layer: Layer) -> dict[str, Any]:
         return self.param_groups[layer.group]
 
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`MetaLearner.state_dict`; once the start is over with zeros in the place of its running means, so
+        that checkpoints have the same entries early and late."""
+        state = super().state_dict()
+        if self._start.updates:
+            for layer, saved in self._saved(state):
+                for name, zeros in self._start.missing(layer).items():
+                    saved.setdefault(name, zeros)
+        return state
+
     def _settings(self) -> dict[str, Any]:
         return {"meta_optimizer": self.meta_optimizer, "lookahead": self.lookahead, "shared_lr": self.rates.shared}
 
@@ -585,9 +602,11 @@ class APO(MetaLearner):
         # torch casts the blocks to the weights' dtype, so they are taken from the source
         saved = self._saved(state_dict)
         Optimizer.load_state_dict(self, state_dict)
+        if self._start.updates:
+            self._start.prepare(self.layers)
         for layer, state in saved:
             layer.load(state)
-        self._show_state()
+        self._end_start()
 
     def _saved(self, state_dict: dict[str, Any]) -> list[tuple[Layer, Any]]:
         """Each layer with its entry in a state dict, which names parameters by their place."""

@@ -101,7 +101,8 @@ def _move(own: Learned, tensor: Tensor, slope: Tensor, size: Tensor) -> None:
     views = [part.view(x.shape) for part, x in zip((tensor, slope, size), held, strict=True)]
     for view, x in zip(views, held, strict=True):
         view.copy_(x)
-    own.tensor, own.buffers = views[0], {"slope": views[1], "size": views[2]}
+    own.tensor = views[0]
+    own.buffers |= {"slope": views[1], "size": views[2]}
 
 
 def _aligned(count: int) -> int:

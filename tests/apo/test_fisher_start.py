@@ -1,0 +1,176 @@
+"""The start by sampled Fisher gradients: what is sampled, where it leads, that it leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import apo
+from apo.fisher_start import FisherStart
+from apo.preconditioner import Layer, apply
+from apo.proximal import hessian
+from tests.apo.helpers import closure_of, mlp, objective, same, weights
+
+DRAWS = 4000
+
+
+def flat(parts: Any) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])
+
+
+@pytest.mark.parametrize(
+    ("rho", "shape"),
+    [
+        (apo.KL(), (2, 3)),
+        (apo.KL(dim=1), (1, 3, 2)),
+        (apo.SquaredError(), (2, 2)),
+        (apo.SquaredError(mean=True), (2, 2)),
+        (apo.BernoulliKL(), (2, 2)),
+        (apo.BernoulliKL(mean=True), (2, 2)),
+        (apo.GaussianKL(variance=0.25), (2, 2)),
+    ],
+)
+def test_samples_have_the_discrepancys_hessian_as_covariance(rho: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    old = torch.randn(shape).double()
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.stack([flat(rho.fisher_sample(old, generator)) for _ in range(DRAWS)])
+    expected = hessian(lambda new: rho(new.view(shape), old), old.flatten())
+    assert (drawn.T @ drawn / DRAWS - expected).abs().max() < 0.06 * expected.abs().max()
+
+
+def test_samples_of_a_mean_and_a_log_variance() -> None:
+    torch.manual_seed(0)
+    old = torch.randn(2, 2, 1).double()
+    generator = torch.Generator().manual_seed(1)
+    rho = apo.GaussianKL()
+    drawn = torch.stack([flat(rho.fisher_sample(tuple(old), generator)) for _ in range(DRAWS)])
+    expected = hessian(lambda new: rho(tuple(new.view(2, 2, 1)), tuple(old)), old.flatten())
+    assert (drawn.T @ drawn / DRAWS - expected).abs().max() < 0.06 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("block_size", "n", "m"), [(None, 5, 4), (2, 5, 4), (2, 4, 3)])
+def test_the_fixed_point_is_the_inverse_up_to_scale(block_size: int | None, n: int, m: int) -> None:
+    """Theorem 1's ``(F + δI)⁻¹``, where P can represent it: a Kronecker product whose factors fit the blocks."""
+    torch.manual_seed(0)
+    model = nn.Linear(n, m, bias=False).double()
+    (layer,) = apo.APO(model, objective(model, torch.zeros(1, n)), block_size=block_size).layers
+    factors = [spread(side, layer_block) for side, layer_block in ((m, layer.B), (n, layer.A))]
+    F = torch.kron(*factors)
+    roots = torch.linalg.cholesky(F).T * math.sqrt(len(F))
+
+    start = FisherStart(1)
+    start.BETA = 1 - 1e-9  # the mean of all that is seen
+    for _ in range(500):
+        start.prepare([layer])
+        for w in roots:
+            start.look([layer], [w.view(m, n)])
+        start.step([layer])
+    P = dense(layer)
+    expected = torch.linalg.inv(F)
+    cosine = (P * expected).sum() / P.norm() / expected.norm()
+    assert cosine > 1 - 1e-5
+    assert (P / P.norm() - expected / expected.norm()).norm() < 1e-2
+
+
+def spread(side: int, block: Tensor) -> Tensor:
+    """A positive definite factor within the blocks, of condition 100 or so."""
+    width = block.shape[-1]
+    blocks = []
+    for first in range(0, side, width):
+        size = min(width, side - first)
+        Q = torch.linalg.qr(torch.randn(size, size).double()).Q
+        blocks.append(Q * torch.logspace(0, -2, size).double() @ Q.T)
+    return torch.block_diag(*blocks)
+
+
+def dense(layer: Layer) -> Tensor:
+    """P as a matrix over the flattened weight."""
+    m, n = layer.view.shape
+    return torch.stack([apply([layer], [e.view(m, n)])[0].flatten() for e in torch.eye(m * n).double()])
+
+
+def test_what_sticks_out_of_a_side_stays_the_identity() -> None:
+    model, x, t, other = mlp()
+    opt = apo.APO(model, objective(model, other), block_size=4, fisher_start=300, adapt_lr=False)
+    for _ in range(30):
+        opt.step(closure_of(opt, model, x, t))
+    A = opt.layers[0].A  # of side 6: two squares of 4
+    assert torch.equal(A[1, 2:, 2:], torch.eye(2).double())
+    assert not A[1, :2, 2:].any()
+    assert (A[1, :2, :2] - torch.eye(2)).abs().max() > 1e-3
+
+
+def test_it_draws_from_a_generator_of_its_own() -> None:
+    """And after it is over the same steps are taken with it as with the paper's bare algorithm from the same state."""
+    states = []
+    for updates in (0, 5):
+        model, x, t, other = mlp()
+        opt = apo.APO(model, objective(model, other), fisher_start=updates)
+        for _ in range(3):
+            opt.step(closure_of(opt, model, x, t))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_it_ends_and_lets_go_of_what_it_held() -> None:
+    model, x, t, other = mlp()
+    opt = apo.APO(model, objective(model, other), fisher_start=4)
+    first = opt.plan().memory_bytes
+    assert "S_energy" in opt.state[model[0].weight]
+    for _ in range(4):
+        opt.step(closure_of(opt, model, x, t))
+    assert "S_energy" not in opt.state[model[0].weight]
+    assert opt.plan().memory_bytes < first
+    late = opt.state_dict()
+    assert set(late["state"][0]) == set(
+        apo.APO(model, objective(model, other), fisher_start=4).state_dict()["state"][0]
+    )
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_resumed_to_the_bit_while_it_lasts_and_after(at: int) -> None:
+    model, x, t, other = mlp()
+    opt = apo.APO(model, objective(model, other), fisher_start=4)
+    for _ in range(at):
+        opt.step(closure_of(opt, model, x, t))
+    twin = copy.deepcopy(model)
+    resumed = apo.APO(twin, objective(twin, other), fisher_start=4)
+    resumed.load_state_dict(opt.state_dict())
+    for one, net in ((opt, model), (resumed, twin)):
+        for _ in range(4):
+            one.step(closure_of(one, net, x, t))
+    assert same(weights(model), weights(twin))
+
+
+def test_a_callable_discrepancy_gets_no_start() -> None:
+    model, x, t, other = mlp()
+    kl = apo.KL()
+    runs = []
+    for updates in (0, 50):
+        model, x, t, other = mlp()
+        goal = objective(model, other, discrepancy=lambda new, old: kl(new, old))
+        opt = apo.APO(model, goal, fisher_start=updates)
+        for _ in range(5):
+            opt.step(closure_of(opt, model, x, t))
+        runs.append(weights(model))
+    assert same(*runs)
+
+
+def test_a_sample_that_is_not_finite_is_left_out() -> None:
+    model, x, t, other = mlp()
+    opt = apo.APO(model, objective(model, other), fisher_start=300)
+    start = opt._start
+
+    def look(*_: Any) -> None:
+        raise AssertionError
+
+    opt.objective.fisher_sample = lambda outputs, generator: [torch.full_like(outputs, math.inf)]  # type: ignore[method-assign]
+    start.look = look  # type: ignore[method-assign]
+    opt.step(closure_of(opt, model, x, t))
+    assert all(p.isfinite().all() for p in model.parameters())
