@@ -84,11 +84,10 @@ def main(argv: Sequence[str] | None = None) -> float:
             total += loss.item()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        rate = optimizer.metrics()["lr/0"]  # in use; scheduler.step() writes its own, which the next step multiplies
         scheduler.step()
         losses.append(total)
         if step % 10 == 0 or step == args.steps - 1:
-            print(f"step {step:4d}  loss {total:.3f}  lr {rate:.2e}")
+            print(f"step {step:4d}  loss {total:.3f}  lr {optimizer.metrics()['lr/0']:.2e}")
 
     if args.checkpoint:
         state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
