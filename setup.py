@@ -12,7 +12,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "apo_kernels" / "__init__.
 assert VERSION is not None
 
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
-BENCH = ["rich>=13", "matplotlib>=3.8", "scikit-learn>=1.4"]
+BENCH = ["pytest>=8", "pytest-benchmark>=5", "rich>=13", "matplotlib>=3.8", "scikit-learn>=1.4"]
 TRANSLATION = ["sacrebleu>=2.4"]
 INTEGRATIONS = ["lightning>=2.5", "torchmetrics>=1.5", "transformers>=5.0", "accelerate>=1.10"]
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
@@ -21,7 +21,6 @@ TEST = [
     *TRANSLATION,
     *TRITON,
     *INTEGRATIONS,
-    "pytest>=8",
     "hypothesis>=6.100",
     "lion-pytorch>=0.2",
     "torch-optimi>=0.3",

@@ -17,11 +17,11 @@ from apo import checks
 from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
 from apo.inner_products import inner_products
-from apo.linearity import Linearity, check_linear
+from apo.linearity import check_linear, is_proportional
 from apo.meta_learner import MetaLearner, Trial
 from apo.objective import ProximalObjective, check_objective
 from apo.rates import LogRates, RateOptimizer
-from apo.snapshot import OptimizerSnapshot, run_post_hooks, with_wrapped, without_hooks
+from apo.snapshot import Rehearsal, with_wrapped
 from apo.trial import Lookahead
 
 __all__ = ["AdaptiveLR"]
@@ -33,9 +33,13 @@ class AdaptiveLR(MetaLearner):
     """Learns the learning rate of ``optimizer`` while it trains (section 4.2 of the paper, Algorithm 1).
 
     ``φ = log lr``; ``dQ/d log lr = ⟨∇_θ′ Q, θ′ − θ⟩``, so that a meta-step costs one more run of the closure, two
-    evaluations of B′ and a backward (no run of the closure where the objective has a ``loss`` of its own), and the
-    real step is the trial's, scaled: ``θ + (lr_new / lr_old)(θ′ − θ)``. While one runs it holds a copy of the weights
-    and of the optimizer's state, so that an exception or a failed trial can undo it.
+    evaluations of B′ and a backward (no run of the closure where the objective has a ``loss`` of its own). The real
+    step is the optimizer's own at the new rate, from the same state, gradients and random numbers. While a meta-step
+    runs it holds a copy of the weights and of the optimizer's state, so that an exception or a failed trial can undo
+    it.
+
+    Step hooks of ``optimizer``, and of optimizers that it wraps, run as ever: those before the step once, in the
+    trial, which needs what they make of the gradients; those after it only where the step is taken.
 
     The one-step objective is short-sighted: on deterministic problems it settles below the best fixed rate of plain
     SGD and RMSprop. And where gradient noise dominates, the loss on B itself doesn't let it decay the rate as a
@@ -55,7 +59,9 @@ class AdaptiveLR(MetaLearner):
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose step is proportional to ``lr``: SGD, RMSprop, Adam, AdamW,
-            Adagrad, NAdam, ..., with momentum, Nesterov and weight decay. Checked at the first meta-step.
+            Adagrad, NAdam, ..., with momentum, Nesterov and weight decay. Checked at the first meta-step. Steps that
+            are linear in ``lr`` beside a constant are served as well, for one more step of the optimizer in a
+            meta-step: a rate inside the momentum, wrappers such as Lookahead.
         objective: the :class:`~apo.ProximalObjective`. Its λ_FSD, if it was left open, is 0.3, or 0.1 where it has a
             ``loss`` of its own.
         interval: a meta-update every so many steps (K of Algorithm 1). 0: never.
@@ -111,7 +117,6 @@ class AdaptiveLR(MetaLearner):
         if isinstance(optimizer, MetaLearner):
             raise TypeError(f"optimizer must not adapt itself already, but got {type(optimizer).__name__}")
         check_objective(objective)
-        check_objective(objective)
         _check_groups(optimizer.param_groups)
         checks.integer("interval", interval, least=0)
         checks.integer("warmup", warmup, least=0)
@@ -131,7 +136,7 @@ class AdaptiveLR(MetaLearner):
         super().__init__([torch.zeros(0)], {})  # hooks and the like; the groups are the optimizer's
         self.optimizer = optimizer
         self.rates = rates
-        self._linearity: Linearity | None = None
+        self._rehearsal: Rehearsal | None = None
         filled = objective.with_defaults(fsd_weight=0.1 if fresh else 0.3)
         self._link()
         self._sign()  # refuses what can't be served
@@ -150,6 +155,8 @@ class AdaptiveLR(MetaLearner):
         for group in self.param_groups:
             self.rates.prepare(group)
             self._prepare_group(group)
+            group["apo_proportional"] = None  # not known yet
+        _part_tensor_rates(self.param_groups)
 
     def add_param_group(self, param_group: Group) -> None:
         """As the optimizer's own, to which groups may be added too; the new group's rate is learned as well."""
@@ -178,24 +185,29 @@ class AdaptiveLR(MetaLearner):
             raise ValueError("optimizer must maximize in all of its param groups or in none")
         return signs.pop()
 
+    @property
+    def _proportional(self) -> bool | None:
+        """What :func:`check_linear` found, or that it ceased to be so; in the groups, so that checkpoints hold it."""
+        found: bool | None = self.param_groups[0].get("apo_proportional")
+        return found
+
     def _scaling(self) -> Scaling:
-        return Scaling(self.grad_scaler, [self, self.optimizer])
+        return Scaling(self.grad_scaler, [self, *with_wrapped(self.optimizer)])
 
     def _plain_step(self) -> None:
         self.optimizer.step()
 
-    def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Factors:
-        if self._linearity is None:
-            self._linearity = check_linear(self.optimizer)
-        undo.enter_context(OptimizerSnapshot(self.optimizer))
-        if self._linearity is not None and self._linearity.edits_gradients:
-            held = [(p, p.grad, p.grad.clone()) for p in self.parameters if p.grad is not None]
-            undo.callback(_restore_gradients, held)
-        with without_hooks(with_wrapped(self.optimizer)):
-            self.optimizer.step()
-        if self.reach < 1:
-            torch._foreach_lerp_(self.parameters, lookahead.start, 1 - self.reach)
-        return _Factors([1.0] * len(self.param_groups))
+    def _begin(self, lookahead: Lookahead, undo: ExitStack) -> None:
+        if self._proportional is None:
+            self._note("apo_proportional", check_linear(self.optimizer))
+        self._rehearsal = Rehearsal(self.optimizer, lookahead)
+        undo.callback(self._rehearsal.start_over)
+
+    def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Attempt:
+        assert self._rehearsal is not None
+        attempt, self._rehearsal = _Attempt(self._rehearsal, lookahead), None
+        attempt.rehearsal.rehearse(self.reach)
+        return attempt
 
     def _verdict(self, trial: Trial) -> bool:
         passed = super()._verdict(trial)
@@ -205,26 +217,44 @@ class AdaptiveLR(MetaLearner):
             passed = slope / (2 * self.reach**2) <= 1 + abs(trial.evaluation.objective)
         return passed
 
-    def _learn(self, proposal: _Factors, trial: Trial) -> bool:
+    def _learn(self, proposal: _Attempt, trial: Trial) -> bool:
         by_group = self._slopes(trial)
+        if self._proportional is False:
+            by_group = self._slopes_beside_a_constant(by_group, proposal, trial)
         if not all(map(math.isfinite, by_group)):
             return False
-        proposal.by_group = self.rates.update(self.param_groups, by_group)
+        proposal.rehearsal.start_over()  # some optimizers hook the model's passes
+        proposal.factors = self.rates.update(self.param_groups, by_group)
         return True
 
     def _slopes(self, trial: Trial) -> list[float]:
         """``dQ/d log lr = ⟨V, θ′ − θ⟩`` of each group; one synchronisation."""
-        products = inner_products(trial.V, trial.steps)
+        return self._products(trial.V, trial.steps)
+
+    def _slopes_beside_a_constant(self, whole: list[float], attempt: _Attempt, trial: Trial) -> list[float]:
+        """The same where ``θ′ − θ = c + lr · d``: ``lr · d`` is twice what the step at half the rate falls short by."""
+        with attempt.lookahead:
+            attempt.rehearsal.rehearse(self.reach / 2)
+            steps = [p - start for p, start in zip(self.parameters, attempt.lookahead.start, strict=True)]
+        half = self._products(trial.V, steps)
+        return [2 * (a - b) for a, b in zip(whole, half, strict=True)]
+
+    def _products(self, V: list[Tensor], steps: list[Tensor]) -> list[float]:
         counts = [len(group["params"]) for group in self.param_groups]
-        values: list[float] = torch.stack([part.sum() for part in torch.split(products, counts)]).tolist()
+        parts = torch.split(inner_products(V, steps), counts)
+        values: list[float] = torch.stack([part.sum() for part in parts]).tolist()
         return values
 
-    def _move(self, proposal: _Factors, trial: Trial) -> None:
-        """``θ + (lr_new / lr_old)(θ′ − θ)``: the optimizer's state doesn't depend on the rate."""
-        each = zip(proposal.by_group, self.param_groups, strict=True)
-        torch._foreach_mul_(trial.steps, [factor / self.reach for factor, group in each for _ in group["params"]])
-        torch._foreach_add_(self.parameters, trial.steps)
-        run_post_hooks(with_wrapped(self.optimizer))
+    def _move(self, proposal: _Attempt, trial: Trial) -> None:
+        """The optimizer's own step at the new rates."""
+        proposal.rehearsal.perform()
+        if not self._proportional or proposal.factors is None:
+            return
+        sizes = [len(group["params"]) for group in self.param_groups]
+        factors = [f / self.reach for f, size in zip(proposal.factors, sizes, strict=True) for _ in range(size)]
+        # Steps may cease to be proportional later, as where weights are drawn to an average of theirs now and then.
+        if not is_proportional(proposal.lookahead.start, trial.steps, self.parameters, factors):
+            self._note("apo_proportional", False)
 
     def _shrink(self) -> None:
         self.rates.shrink(self.param_groups)
@@ -251,16 +281,12 @@ class AdaptiveLR(MetaLearner):
 
 
 @dataclass
-class _Factors:
-    """Each group's new rate over its old one."""
+class _Attempt:
+    """A trial's step: what takes it again, the weights at θ, and each group's new rate over its old one."""
 
-    by_group: list[float]
-
-
-def _restore_gradients(held: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    for p, grad, content in held:
-        grad.copy_(content)
-        p.grad = grad
+    rehearsal: Rehearsal
+    lookahead: Lookahead
+    factors: list[float] | None = None
 
 
 def _check_groups(groups: list[Group]) -> None:
@@ -268,5 +294,19 @@ def _check_groups(groups: list[Group]) -> None:
         if "lr" not in group:
             raise ValueError(f"optimizer must have an 'lr' in each param group, but group {i} has none")
         rate = group["lr"]
-        checks.number(f"optimizer.param_groups[{i}]['lr']", rate.item() if isinstance(rate, Tensor) else rate)
+        checks.number(f"optimizer.param_groups[{i}]['lr']", _number(rate))
     checks.parameters(p for group in groups for p in group["params"])
+
+
+def _number(rate: Any) -> Any:
+    """What a rate of NumPy's or in a tensor holds, if that is one number."""
+    return rate.item() if getattr(rate, "size", None) == 1 or (isinstance(rate, Tensor) and rate.numel() == 1) else rate
+
+
+def _part_tensor_rates(groups: list[Group]) -> None:
+    """Give each group a rate of its own: torch puts one and the same tensor into all of them."""
+    held = set[int]()
+    for group in groups:
+        if isinstance(group["lr"], Tensor) and id(group["lr"]) in held:
+            group["lr"] = group["lr"].clone()
+        held.add(id(group["lr"]))

@@ -60,6 +60,25 @@ class Scaling:
         return [held[id(one)] for one in self._optimizers if id(one) in held]
 
     @contextmanager
+    def one_step(self, *, move: bool) -> Iterator[None]:
+        """Remember what the scaler knows of these optimizers: the step as taken, or all as before if it raises."""
+        if self._scaler is None:
+            yield
+            return
+        held = self._scaler._per_optimizer_states
+        before = {id(one): dict(held[id(one)]) for one in self._optimizers if id(one) in held}
+        try:
+            yield
+        except BaseException:
+            for one in self._optimizers:
+                held.pop(id(one), None)
+            held.update(before)
+            raise
+        if move:
+            for state in self._states():
+                state["stage"] = OptState.STEPPED
+
+    @contextmanager
     def set_aside(self) -> Iterator[None]:
         """As if no ``unscale_`` had been called yet; afterwards as if none had been called in here."""
         if self._scaler is None:

@@ -32,7 +32,7 @@ class HeldParameters:
         return [
             (full, p, now)
             for full, module, name, p in self._places
-            if (now := module._parameters.get(name)) is not None and now is not p
+            if (now := dict(module._parameters.items()).get(name)) is not None and now is not p
         ]
 
     def check(self) -> None:

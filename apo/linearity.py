@@ -1,10 +1,8 @@
-"""Whether a step is proportional to the learning rate, which is what makes its meta-gradient ``⟨V, θ′ − θ⟩``."""
+"""How a step depends on the learning rate, which decides what its meta-gradient is."""
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,60 +10,113 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from apo.rates import get_rate, set_rate
-from apo.snapshot import OptimizerSnapshot, with_wrapped, without_hooks
-from apo.trial import Lookahead, random_state, restore_random_state
+from apo.snapshot import OptimizerSnapshot, copied, with_wrapped, without_hooks
+from apo.trial import Lookahead, random_state, restore_random_state, surely
 
-__all__ = ["Linearity", "check_linear"]
+__all__ = ["check_linear", "is_proportional"]
 
 SIGNAL = 1e3
 """How far the weights must move, in units of their rounding errors, for a comparison to mean anything."""
 
-
-@dataclass(frozen=True)
-class Linearity:
-    """What :func:`check_linear` found: whether the step edits ``.grad`` in place, as old L2 decays do."""
-
-    edits_gradients: bool
+GROWTH = (1.0, 1e2, 1e4, 1e6, 1e8)
+"""By what the rates are multiplied until that is so."""
 
 
-def check_linear(optimizer: Optimizer) -> Linearity | None:
+def check_linear(optimizer: Optimizer) -> bool | None:
     """Take the step at several rates, with a few of the parameters, and put everything back.
 
     Of each group the smallest parameter of each number of dimensions takes part, if it has a gradient that isn't
     zero. One copy of the weights is held meanwhile. Each probe starts from the same random state; no step hooks run.
 
+    Where the state depends on the rate, the step after it is looked at as well: it must depend on the rate too.
+
     Returns:
-        None where nothing moved, so that nothing can be said yet.
+        Whether the step is proportional to the rate, ``θ′ − θ = lr · d``, so that ``dQ/d log lr = ⟨V, θ′ − θ⟩``. False:
+        it is ``c + lr · d``, as where the rate stands inside the momentum or weights are drawn to others as well.
+        None: nothing moved, so that nothing can be said yet.
 
     Raises:
         TypeError: the optimizer's step needs a closure.
-        ValueError: the step isn't proportional to ``lr``, or its state depends on it.
+        ValueError: the step is neither proportional to ``lr`` nor linear in it beside a constant; it sets ``lr``; it
+            raises.
     """
-    name = type(optimizer).__name__
-    chosen = [_few(group["params"]) if get_rate(group) else [] for group in optimizer.param_groups]
-    parameters = [p for few in chosen for p in few]
-    if not parameters:
+    groups = [[p for p in group["params"] if get_rate(group)] for group in optimizer.param_groups]
+    chosen = [_few(params) for params in groups]
+    if not any(chosen):
         return None
-    probe = _Probe(optimizer, chosen)
-    try:
-        for grow in (1.0, 1e2, 1e4, 1e6, 1e8):
-            once, state_once = probe(grow)
-            twice, state_twice = probe(2 * grow)
-            noise = _norm([p.detach().double() * torch.finfo(p.dtype).eps for p in parameters])
-            moved, off = _norm(twice), _norm([b - 2 * a for a, b in zip(once, twice, strict=True)])
-            if off > 1e-2 * moved + 8 * noise or not _alike(state_once, state_twice):
+    name = type(optimizer).__name__
+    with Lookahead([p for group in optimizer.param_groups for p in group["params"]]) as weights:
+        try:
+            return _found(_Probe(optimizer, chosen, weights), name)
+        except _StepFailed:  # some take no step with only a part of their parameters
+            try:
+                return _found(_Probe(optimizer, groups, weights), name)
+            except _StepFailed as failure:
+                error = failure.__cause__
+                if isinstance(error, TypeError):
+                    raise TypeError(
+                        f"optimizer must have a step() that needs no closure, but got {name}: {error}"
+                    ) from error
                 raise ValueError(
-                    f"optimizer must take steps that are proportional to lr, with a state that doesn't depend on lr, "
-                    f"but got {name}: its step at twice the rate is off by {off / max(moved, 1e-300):.1e} of its "
-                    "length, or its state differs. AdaptiveLR can't learn its rate."
-                )
-            if moved == 0:
-                return None
-            if moved > SIGNAL * noise and grow > 1:
-                break
-    except TypeError as error:
-        raise TypeError(f"optimizer must have a step() that needs no closure, but got {name}: {error}") from error
-    return Linearity(probe.edits_gradients)
+                    f"optimizer must be able to take its step, but {name}.step() raised {type(error).__name__}: {error}"
+                ) from error
+
+
+class _StepFailed(Exception):
+    """The optimizer's step raised its ``__cause__``."""
+
+
+def _found(probe: _Probe, name: str) -> bool | None:
+    alike, proportional, moved, noise = True, True, 0.0, 0.0
+    for grow in GROWTH:
+        once, state_once = probe(grow)
+        twice, state_twice = probe(2 * grow)
+        noise = probe.noise()
+        moved, off = _norm(twice), _norm(_combined(twice, once, -2))
+        alike = alike and _alike(state_once, state_twice)
+        proportional = proportional and off <= 1e-2 * moved + 8 * noise
+        if not proportional and not _is_linear(probe, grow, 0):
+            raise ValueError(
+                f"optimizer must take steps that are proportional to lr, or linear in it, but got {name}: its step at "
+                f"twice the rate is off by {off / max(moved, 1e-300):.1e} of its length. AdaptiveLR can't learn its "
+                "rate."
+            )
+        if moved == 0:
+            return None
+        if moved > SIGNAL * noise and grow > 1:
+            break
+    if not alike and not _is_linear(probe, grow, 1):
+        raise ValueError(
+            f"optimizer must take steps that are proportional to lr, or linear in it, but got {name}: its state "
+            "depends on the rate in a way that decides its next step. AdaptiveLR can't learn its rate."
+        )
+    return proportional and alike
+
+
+def _is_linear(probe: _Probe, grow: float, after: int) -> bool:
+    """Whether the step, after some at the present rates, is ``c + lr · d`` with a d that isn't zero."""
+    one, two, three = (probe(factor * grow, after=after, by=grow)[0] for factor in (1, 2, 3))
+    bend = _norm([a - 2 * b + c for a, b, c in zip(one, two, three, strict=True)])
+    change, noise = _norm(_combined(three, one, -1)), probe.noise()
+    return change > 32 * noise and bend <= 1e-2 * change + 8 * noise
+
+
+def is_proportional(before: list[Tensor], tried: list[Tensor], taken: list[Tensor], factors: list[float]) -> bool:
+    """Whether a step that was taken is the one that was tried, times ``factors``; by the smallest of the parameters
+    of each number of dimensions, and one synchronisation."""
+    smallest: dict[int, int] = {}
+    for i in sorted(range(len(before)), key=lambda i: before[i].numel()):
+        if before[i].numel() and taken[i].grad is not None:
+            smallest.setdefault(before[i].ndim, i)
+    terms = []
+    for i in smallest.values():
+        wanted = factors[i] * tried[i].double()
+        off = taken[i].detach().double() - before[i].double() - wanted
+        terms.append(torch.stack([off.norm(), wanted.norm(), factors[i] * _rounding(before[i]).norm()]))
+    if not terms:
+        return True
+    off, moved, noise = torch.stack(terms).norm(dim=0).tolist()
+    return bool(off <= 1e-2 * moved + 8 * noise)
 
 
 def _few(params: list[Tensor]) -> list[Tensor]:
@@ -77,42 +128,98 @@ def _few(params: list[Tensor]) -> list[Tensor]:
 
 
 class _Probe:
-    """``probe(factor)``: the step at ``factor`` times the rates, in float64, and the state it leaves."""
+    """``probe(factor)``: the step at ``factor`` times the rates, in float64, and the state it leaves.
 
-    def __init__(self, optimizer: Optimizer, chosen: list[list[Tensor]]) -> None:
+    Everything else is put back. ``after``: how many steps at ``by`` times the rates come before it.
+    """
+
+    def __init__(self, optimizer: Optimizer, chosen: list[list[Tensor]], weights: Lookahead) -> None:
         self._optimizer = optimizer
         self._all = with_wrapped(optimizer)
         self._chosen = chosen
         self._parameters = [p for few in chosen for p in few]
         self._rates = [get_rate(group) for group in optimizer.param_groups]
-        self._weights = [p for group in optimizer.param_groups for p in group["params"]]
+        self._weights = weights
+        every = (p for group in optimizer.param_groups for p in group["params"])
+        start = {id(p): s for p, s in zip(every, weights.start, strict=True)}
+        self._start = [start[id(p)] for p in self._parameters]
         self._grads = [(p, p.grad, p.grad.clone()) for p in self._parameters if p.grad is not None]
-        self.edits_gradients = False
 
-    def __call__(self, factor: float) -> tuple[list[Tensor], Any]:
-        groups = self._optimizer.param_groups
-        rng = random_state(self._parameters)
-        with torch.no_grad(), OptimizerSnapshot(self._optimizer), Lookahead(self._weights) as lookahead:
-            start = {id(p): s for p, s in zip(self._weights, lookahead.start, strict=True)}
-            try:
-                for group, few, rate in zip(groups, self._chosen, self._rates, strict=True):
-                    group["params"][:] = few
-                    set_rate(group, rate * factor)
-                with without_hooks(self._all, before=True):
-                    self._optimizer.step()
-                step = [p.double() - start[id(p)].double() for p in self._parameters]
-                return step, [_copied(self._optimizer.state.get(p, {})) for p in self._parameters]
-            finally:
-                restore_random_state(rng)
-                self._restore_gradients()
+    def noise(self) -> float:
+        """The length of the weights' rounding errors."""
+        return _norm([_rounding(start) for start in self._start])
+
+    def __call__(self, factor: float, *, after: int = 0, by: float = 1.0) -> tuple[list[Tensor], Any]:
+        random = random_state(self._parameters)
+        snapshot = OptimizerSnapshot(self._optimizer, self._parameters)
+        try:
+            with torch.no_grad(), without_hooks(self._all, before=True):
+                self._set_others_aside()
+                for _ in range(after):
+                    self._step(by)
+                before = self._start if after == 0 else [p.detach().clone() for p in self._parameters]
+                self._step(factor)
+            step = [p.detach().double() - s.double() for p, s in zip(self._parameters, before, strict=True)]
+            return step, self._state()
+        finally:
+            surely(snapshot.restore)
+            surely(self._weights.restore)
+            self._restore_gradients()
+            restore_random_state(random)
+
+    def _step(self, factor: float) -> None:
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            set_rate(group, rate * factor)
+        try:
+            self._optimizer.step()
+        except Exception as error:
+            raise _StepFailed from error
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            if not math.isclose(get_rate(group), rate * factor, rel_tol=1e-3):
+                raise ValueError(
+                    "optimizer must leave lr as it is set, for AdaptiveLR learns it, but got "
+                    f"{type(self._optimizer).__name__}, whose step() writes it"
+                )
+        self._restore_gradients()
+
+    def _set_others_aside(self) -> None:
+        """Let only the chosen parameters be stepped, and hide the state of the others."""
+        for group, few in zip(self._optimizer.param_groups, self._chosen, strict=True):
+            group["params"][:] = few
+        chosen = {id(p) for p in self._parameters}
+        for one in self._all:
+            state = getattr(one, "state", {})
+            for p in [p for p in state if isinstance(p, Tensor) and id(p) not in chosen]:
+                del state[p]
+
+    def _state(self) -> Any:
+        """What decides later steps, but for the rates and the weights."""
+        of_parameters = [copied(dict(one.state.get(p, {}))) for one in self._all for p in self._parameters]
+        of_groups = [
+            copied({k: v for k, v in group.items() if k not in ("lr", "params")})
+            for one in self._all
+            for group in one.param_groups
+        ]
+        of_optimizers = [
+            copied({k: v for k, v in one.__dict__.items() if k not in ("param_groups", "state", "defaults")})
+            for one in self._all
+        ]
+        return [of_parameters, of_groups, of_optimizers]
 
     def _restore_gradients(self) -> None:
-        for p, grad, content in self._grads:
-            edited = p.grad is not grad or not torch.equal(grad.to_dense(), content.to_dense())
-            self.edits_gradients = self.edits_gradients or edited
-            if edited:
-                p.grad = grad
+        with torch.no_grad():
+            for p, grad, content in self._grads:
                 grad.copy_(content)
+                if p.grad is not grad:
+                    p.grad = grad
+
+
+def _rounding(p: Tensor) -> Tensor:
+    return p.detach().double() * torch.finfo(p.dtype).eps
+
+
+def _combined(a: list[Tensor], b: list[Tensor], factor: float) -> list[Tensor]:
+    return [x + factor * y for x, y in zip(a, b, strict=True)]
 
 
 def _norm(tensors: list[Tensor]) -> float:
@@ -127,15 +234,5 @@ def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=0, equal_nan=True)
     if isinstance(a, float):
-        return math.isclose(a, b, rel_tol=1e-4)
+        return math.isclose(a, b, rel_tol=1e-4) or (math.isnan(a) and math.isnan(b))
     return True
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_copied(v) for v in value) if type(value) in (list, tuple) else copy.copy(value)
-    return copy.deepcopy(value) if not callable(value) else value

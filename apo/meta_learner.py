@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
 from apo.objective import Anchor, Closure, Evaluation, ProximalObjective
 from apo.rates import get_rate
-from apo.trial import CallersAutocast, Lookahead, Undisturbed, forget_casts, graph_leaves
+from apo.trial import CallersAutocast, Lookahead, Undisturbed, changed_by, forget_casts, leaves_of_backwards
 
 __all__ = ["MetaLearner", "Trial"]
 
@@ -167,15 +168,25 @@ class MetaLearner(Optimizer):
         meta = self.meta_due or not move
         self._check_closure(closure, meta=meta)
         autocast = CallersAutocast({p.device.type for p in self.parameters})
-        loss = None
-        if closure is not None:
-            before = GradientsBefore(self.parameters) if meta and self.objective.loss is None else None
+        scaling = self._scaling()
+        with scaling.one_step(move=move):
+            return self._take_with(closure, autocast, scaling, meta=meta, move=move)
+
+    def _take_with(
+        self, closure: Closure | None, autocast: CallersAutocast, scaling: Scaling, *, meta: bool, move: bool
+    ) -> Any:
+        loss: Any = None
+        touched, written = self.parameters, list[Tensor]()
+        if closure is not None and meta:
+            before = GradientsBefore(touched) if self.objective.loss is None else None
+            with torch.enable_grad(), leaves_of_backwards() as leaves, changed_by(self._models, touched) as written:
+                loss = closure()
+            touched = [*touched, *leaves]
+            closure = closure if before is None else before.guarded(closure)
+        elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            if before is not None:
-                closure = before.guarded(closure)
         with autocast.lifted():
-            scaling = self._scaling()
             scaling.unscale()
             if not self._gradients_are_finite(scaling):
                 if move:
@@ -183,7 +194,10 @@ class MetaLearner(Optimizer):
                 return loss
             self._check_gradients()
             if meta:
-                self._meta_step(closure, loss, autocast, scaling, move=move)
+                train = self.objective.mode == "train"
+                own = self.parameters
+                undisturbed = partial(Undisturbed, self._models, touched, train=train, own=own, written=written)
+                self._meta_step(closure, loss, autocast, scaling, undisturbed, move=move)
             elif move:
                 self._plain_step()
             if move:
@@ -193,7 +207,14 @@ class MetaLearner(Optimizer):
         return loss
 
     def _meta_step(
-        self, closure: Closure | None, loss: Any, autocast: CallersAutocast, scaling: Scaling, *, move: bool
+        self,
+        closure: Closure | None,
+        loss: Any,
+        autocast: CallersAutocast,
+        scaling: Scaling,
+        undisturbed: Callable[[], Undisturbed],
+        *,
+        move: bool,
     ) -> None:
         objective, parameters = self.objective, self.parameters
         if objective.loss is None and closure is not None:
@@ -203,17 +224,17 @@ class MetaLearner(Optimizer):
                 self._plain_step()
             return
         self._ranks.settle(objective.model, parameters, self._replica_text())
-        touched = [*parameters, *graph_leaves(loss)]
         batch = objective.checked_draw() if objective.needs_inputs else None
-        anchor = None
-        if objective.needs_inputs:
-            with self._undisturbed(touched), autocast.back():
-                anchor = objective.anchor(batch, self._look_at)
+        lookahead, anchor = Lookahead(parameters), None
         with ExitStack() as undo:
-            with Lookahead(parameters) as lookahead:
+            self._begin(lookahead, undo)
+            if objective.needs_inputs:
+                with lookahead, undisturbed(), autocast.back():  # some modules renormalise their weights when called
+                    anchor = objective.anchor(batch, self._look_at)
+            with lookahead:
                 proposal = self._propose(lookahead, undo)
                 forget_casts()
-                trial = self._evaluate(closure, loss, lookahead.start, anchor, touched, autocast, scaling)
+                trial = self._evaluate(closure, loss, lookahead.start, anchor, autocast, scaling, undisturbed)
             self.accepted = self._verdict(trial)
             if self.accepted and move:
                 learned = self._learn(proposal, trial)
@@ -232,26 +253,29 @@ class MetaLearner(Optimizer):
         loss: Any,
         start: list[Tensor],
         anchor: Anchor | None,
-        touched: list[Tensor],
         autocast: CallersAutocast,
         scaling: Scaling,
+        undisturbed: Callable[[], Undisturbed],
     ) -> Trial:
         """Q and V at the present trial weights, by ordinary backward passes; the same on all ranks."""
         parameters, objective = self.parameters, self.objective
-        with self._undisturbed(touched) as undisturbed, scaling.set_aside(), autocast.back():
+        with undisturbed() as models, scaling.set_aside():
             factor, sign = scaling.factor, self._sign()
             loss_there: Any = 0.0
-            if objective.loss is None:
-                loss_there = self._closure_at_trial(closure, parameters, sign)
-                factor = 1.0 if scaling.unscaled else factor
-                undisturbed.set_flags()
-            own_loss, fsd = objective.terms(anchor) if anchor is not None else (None, None)
-            if own_loss is not None:
-                loss_there = own_loss
-            terms = [] if own_loss is None else [sign * own_loss]
-            terms += [] if fsd is None else [(objective.fsd_weight or 0.0) * fsd]
-            if terms:
-                (factor * torch.stack(terms).sum()).backward()  # type: ignore[no-untyped-call]
+            with autocast.back():
+                if objective.loss is None:
+                    loss_there = self._closure_at_trial(closure, parameters, sign)
+                    factor = 1.0 if scaling.unscaled else factor
+                    models.start_over()  # as at the anchor
+                own_loss, fsd = objective.terms(anchor) if anchor is not None else (None, None)
+                if own_loss is not None:
+                    loss_there = own_loss
+                terms = [] if own_loss is None else [sign * own_loss]
+                terms += [] if fsd is None else [(objective.fsd_weight or 0.0) * fsd]
+                total = torch.stack(terms).sum() if terms else None
+            if total is not None:
+                with torch.enable_grad():
+                    (factor * total).backward()  # type: ignore[no-untyped-call]
             V = [_own(p) for p in parameters]
         steps = list(torch._foreach_sub(parameters, start))
         if factor != 1.0:
@@ -301,6 +325,9 @@ class MetaLearner(Optimizer):
 
     def _look_at(self, outputs: Any) -> None:
         """What the anchor compares, with its graph, before it is let go."""
+
+    def _begin(self, lookahead: Lookahead, undo: ExitStack) -> None:
+        """Before the model is run: note what hooks of the optimizer's may change, as for :meth:`_propose`."""
 
     @abstractmethod
     def _propose(self, lookahead: Lookahead, undo: ExitStack) -> Any:
@@ -371,11 +398,6 @@ class MetaLearner(Optimizer):
     def _scaling(self) -> Scaling:
         return Scaling(self.grad_scaler, [self])
 
-    @contextmanager
-    def _undisturbed(self, touched: list[Tensor]) -> Iterator[Undisturbed]:
-        with Undisturbed(self._models, touched, train=self.objective.mode == "train") as undisturbed:
-            yield undisturbed
-
     def _note(self, name: str, value: Any) -> None:
         """Keep a number beside the rates, in every group, so that every checkpoint holds it."""
         for group in self.param_groups:
@@ -419,7 +441,7 @@ class MetaLearner(Optimizer):
         Raises:
             ValueError: it isn't one. Nothing has been loaded then.
         """
-        groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+        groups = _groups_in(state_dict)
         saved = groups[0].get("apo_settings") if groups else None
         name = type(self).__name__
         if not isinstance(saved, str) or not saved.startswith(f"{name}("):
@@ -454,6 +476,15 @@ class MetaLearner(Optimizer):
 def _apart(x: Any) -> Any:
     """A copy; of a tensor that shares its storage with others, of it alone."""
     return x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x)
+
+
+def _groups_in(state_dict: Any) -> Any:
+    """The param groups of a state dict; of a wrapper's, which holds that of another optimizer, those of the latter."""
+    if not isinstance(state_dict, dict):
+        return None
+    if "param_groups" in state_dict:
+        return state_dict["param_groups"]
+    return next((groups for part in state_dict.values() if (groups := _groups_in(part))), None)
 
 
 def _own(p: Tensor) -> Tensor:

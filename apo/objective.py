@@ -18,7 +18,7 @@ from apo import checks
 from apo.batches import moved, only_device
 from apo.discrepancy import KL, Discrepancy, discrepancy_named, takes_pairs
 from apo.padding import Mask, kept_positions, select
-from apo.trial import random_state, restore_random_state
+from apo.trial import random_state, restore_random_state, without_autocast
 
 __all__ = ["Anchor", "Closure", "Evaluation", "ProximalObjective", "check_objective"]
 
@@ -216,7 +216,8 @@ class ProximalObjective:
         new = self._compared(returned)
         if anchor.kept is not None:
             new = select(new, anchor.kept)
-        return loss, _one_number("discrepancy", self._rho(new, anchor.outputs))
+        with without_autocast(new):
+            return loss, _one_number("discrepancy", self._rho(new, anchor.outputs))
 
     def fisher_sample(self, outputs: Any, generator: torch.Generator) -> list[Tensor] | None:
         """The discrepancy's :data:`~apo.discrepancy.FisherSample`, one cotangent per tensor of the outputs that

@@ -27,7 +27,7 @@ from apo.plan import Plan, plan_of
 from apo.preconditioner import Layer
 from apo.rates import LogRates, get_rate
 from apo.relative_steps import RelativeSteps
-from apo.trial import Lookahead
+from apo.trial import Lookahead, without_autocast
 
 __all__ = ["APO"]
 
@@ -384,7 +384,8 @@ class APO(MetaLearner):
         cotangents = self.objective.fisher_sample(outputs, generator)
         if cotangents is None:
             return
-        torch.autograd.backward(tensors, [c.to(t.dtype) for c, t in zip(cotangents, tensors, strict=True)])
+        with without_autocast(tensors[0]):
+            torch.autograd.backward(tensors, [c.to(t.dtype) for c, t in zip(cotangents, tensors, strict=True)])
         delta = (self.objective.wsd_weight or 0.0) / (self.objective.fsd_weight or 1.0)
         self._sampled = []
         for p in self.parameters:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections import OrderedDict
+import types
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from apo.trial import surely
+from apo.rates import get_rate, set_rate
+from apo.trial import (
+    Lookahead,
+    generator_state,
+    is_generator,
+    random_state,
+    restore_generator,
+    restore_random_state,
+    surely,
+)
 
-__all__ = ["OptimizerSnapshot", "run_post_hooks", "with_wrapped", "without_hooks"]
+__all__ = ["OptimizerSnapshot", "Rehearsal", "with_wrapped", "without_hooks"]
 
 _PRE, _POST = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
 _GLOBAL = {_PRE: "_global_optimizer_pre_hooks", _POST: "_global_optimizer_post_hooks"}
@@ -23,68 +35,88 @@ _GLOBAL = {_PRE: "_global_optimizer_pre_hooks", _POST: "_global_optimizer_post_h
 
 class OptimizerSnapshot:
     """A copy of all that an optimizer holds: its state, its groups' settings, its other attributes, and the same of
-    optimizers that it wraps. Put back when the block is left without :meth:`commit`.
+    optimizers that it wraps.
 
-    Parameters are shared, not copied.
+    Parameters are shared, not copied; so are modules.
+
+    Args:
+        optimizer: the optimizer.
+        chosen: the only parameters whose state may change; None: all.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    def __init__(self, optimizer: Optimizer, chosen: Sequence[Tensor] | None = None) -> None:
+        parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._parameters = parameters
+        self._left_out = parameters - {id(p) for p in chosen} if chosen is not None else set()
         self._seen: dict[int, tuple[Any, Any]] = {}
-        self._saved(optimizer)
-        self._committed = False
-
-    def commit(self) -> None:
-        """Keep what the optimizer holds now."""
-        self._committed = True
-
-    def __enter__(self) -> OptimizerSnapshot:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self._committed:
-            surely(self.restore)
+        self._save(optimizer)
 
     def restore(self) -> None:
-        """Put everything back, in place where something else may hold it."""
+        """Put everything back, in place where something else may hold it. Safe to call more than once."""
         for held, content in self._seen.values():
             _put_back(held, content)
 
-    def _saved(self, value: Any) -> Any:
-        """Note a value's content, of tensors by a copy, and return the value."""
+    def _save(self, value: Any, *, inside_object: bool = False) -> None:
+        """Note a value's content, of tensors by a copy."""
         if id(value) in self._parameters or id(value) in self._seen:
-            return value
+            return
+        content, parts = self._content(value, inside_object=inside_object)
+        if content is not None:
+            self._seen[id(value)] = value, content
+        inside_object = inside_object or _is_plain_object(value)
+        for part in parts:
+            self._save(part, inside_object=inside_object)
+
+    def _content(self, value: Any, *, inside_object: bool) -> tuple[Any, list[Any]]:
+        """What has to be written back, None if nothing, and the values inside."""
         if isinstance(value, Tensor):
-            self._seen[id(value)] = value, value.detach().clone()
-        elif isinstance(value, torch.Generator):
-            self._seen[id(value)] = value, value.get_state()
-        elif isinstance(value, dict):
+            return value.detach().clone(), []
+        if isinstance(value, np.ndarray):
+            return value.copy(), []
+        if is_generator(value):
+            return generator_state(value), []
+        if isinstance(value, dict):
             params = list(value["params"]) if isinstance(value.get("params"), list) else None
-            self._seen[id(value)] = value, (dict(value), params)
-            for name, item in value.items():
-                if name != "params":
-                    self._saved(item)
-        elif isinstance(value, list):
-            self._seen[id(value)] = value, list(value)
-            for item in value:
-                self._saved(item)
-        elif isinstance(value, tuple):
-            for item in value:
-                self._saved(item)
-        elif isinstance(value, Optimizer) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-            own = {k: v for k, v in getattr(value, "__dict__", {}).items() if not k.endswith("_hooks")}
-            self._seen[id(value)] = value, own
-            for item in own.values():
-                self._saved(item)
-        return value
+            inside = [x for name, x in value.items() if name != "params" and id(name) not in self._left_out]
+            return (dict(value), params), inside
+        if isinstance(value, (list, deque, set)):
+            return list(value), list(value)
+        if isinstance(value, tuple):
+            return None, list(value)
+        if isinstance(value, Optimizer) or dataclasses.is_dataclass(value) or _is_plain_object(value):
+            if isinstance(value, type) or (inside_object and _is_plain_object(value)):
+                return None, []
+            own = {k: v for k, v in _attributes(value).items() if not k.endswith("_hooks")}
+            return own, list(own.values())
+        return None, []
+
+
+def _is_plain_object(value: Any) -> bool:
+    """An object of a user's class, such as a helper that keeps running means. Not what leads to the whole program."""
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, (Tensor, Optimizer, nn.Module, type, types.ModuleType))
+        and not dataclasses.is_dataclass(value)
+        and not callable(value)
+        and not is_generator(value)
+        and type(value).__module__.split(".")[0] not in ("torch", "builtins", "numpy", "collections")
+    )
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(value) and not hasattr(value, "__dict__"):  # slots
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
+    return dict(value.__dict__)
 
 
 def _put_back(held: Any, content: Any) -> None:
     if isinstance(held, Tensor):
         with torch.no_grad():
             held.copy_(content)
-    elif isinstance(held, torch.Generator):
-        held.set_state(content)
+    elif isinstance(held, np.ndarray):
+        held[...] = content
+    elif is_generator(held):
+        restore_generator(held, content)
     elif isinstance(held, dict):
         items, params = content
         held.clear()
@@ -93,10 +125,87 @@ def _put_back(held: Any, content: Any) -> None:
             held["params"][:] = params
     elif isinstance(held, list):
         held[:] = content
-    else:
+    elif isinstance(held, deque):
+        held.clear()
+        held.extend(content)
+    elif isinstance(held, set):
+        held.clear()
+        held.update(content)
+    elif hasattr(held, "__dict__"):
         for name in [k for k in held.__dict__ if k not in content and not k.endswith("_hooks")]:
             del held.__dict__[name]
         held.__dict__.update(content)
+    else:
+        for name, value in content.items():
+            object.__setattr__(held, name, value)
+
+
+class Rehearsal:
+    """Steps of an optimizer that leave nothing but new weights, and at last one that is meant.
+
+    All start from the same state, gradients and random numbers. Hooks before the step run at the first rehearsal, for
+    they may change gradients; what they made of them is used again. Hooks after it run at the step that is meant.
+
+    Args:
+        optimizer: the optimizer.
+        weights: its parameters, with the copy that they are restored from.
+    """
+
+    def __init__(self, optimizer: Optimizer, weights: Lookahead) -> None:
+        self._optimizer = optimizer
+        self._weights = weights
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._rates = [get_rate(group) for group in optimizer.param_groups]
+        self._random = random_state(self._parameters)
+        self._snapshot = OptimizerSnapshot(optimizer)
+        self._hooks = _Hooks(with_wrapped(optimizer))
+
+    def start_over(self) -> None:
+        """Put back what the optimizer holds, its rates too."""
+        surely(self._snapshot.restore)
+
+    def rehearse(self, factor: float) -> None:
+        """Step at ``factor`` times the rates, and take back everything but the weights."""
+        gradients = _Gradients(self._parameters)
+        try:
+            if factor != 1:
+                for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+                    set_rate(group, factor * rate)
+            with self._hooks.rehearsed():
+                self._optimizer.step()
+        finally:
+            surely(lambda: self._take_back(gradients))
+
+    def perform(self) -> None:
+        """Step at the present rates. If that raises, everything is as before the first rehearsal, the rates too."""
+        gradients = _Gradients(self._parameters)
+        try:
+            with self._hooks.performed():
+                self._optimizer.step()
+        except BaseException:
+            surely(lambda: self._take_back(gradients))
+            surely(self._weights.restore)
+            raise
+
+    def _take_back(self, gradients: _Gradients) -> None:
+        self._snapshot.restore()
+        gradients.restore()
+        restore_random_state(self._random)
+
+
+class _Gradients:
+    """A copy of each ``.grad``: optimizers and their hooks may write to them."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._held = [(p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in parameters]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for p, grad, content in self._held:
+                if grad is not None and content is not None:
+                    grad.copy_(content)
+                if p.grad is not grad:
+                    p.grad = grad
 
 
 def with_wrapped(optimizer: Optimizer) -> list[Optimizer]:
@@ -107,7 +216,8 @@ def with_wrapped(optimizer: Optimizer) -> list[Optimizer]:
     def visit(one: Optimizer) -> None:
         seen.add(id(one))
         for value in one.__dict__.values():
-            for item in value if isinstance(value, (list, tuple)) else (value,):
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            for item in held:
                 if isinstance(item, Optimizer) and id(item) not in seen:
                     visit(item)
         found.append(one)
@@ -116,27 +226,96 @@ def with_wrapped(optimizer: Optimizer) -> list[Optimizer]:
     return found
 
 
+class _Hooks:
+    """The step hooks of some optimizers, and those of all optimizers.
+
+    Wrappers that don't call ``Optimizer.__init__`` have none.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._optimizers = [one for one in optimizers if hasattr(one, _PRE) and hasattr(one, _POST)]
+        any_before = getattr(torch_optimizer, _GLOBAL[_PRE]) or any(getattr(one, _PRE) for one in self._optimizers)
+        self._before = bool(any_before)
+        self._made: dict[int, tuple[Any, list[tuple[Tensor, Tensor | None]]]] = {}
+
+    @contextmanager
+    def rehearsed(self) -> Iterator[None]:
+        """None after the step; those before it the first time only."""
+        first = self._before and not self._made
+        hook = self._note if first else self._repeat
+        with without_hooks(self._optimizers, before=not first), self._added(hook):
+            yield
+
+    @contextmanager
+    def performed(self) -> Iterator[None]:
+        """Those before the step have run."""
+        with _replaced(self._optimizers, _PRE), self._added(self._repeat):
+            yield
+
+    @contextmanager
+    def _added(self, hook: Any) -> Iterator[None]:
+        if not self._before:
+            yield
+            return
+        handles = [one.register_step_pre_hook(hook) for one in self._optimizers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, one: Optimizer, args: Any, kwargs: Any) -> None:
+        made = [(p, p.grad) for group in one.param_groups for p in group["params"]]
+        self._made[id(one)] = (args, kwargs), [(p, None if g is None else g.detach().clone()) for p, g in made]
+
+    def _repeat(self, one: Optimizer, args: Any, kwargs: Any) -> Any:
+        if id(one) not in self._made:
+            return None
+        arguments, made = self._made[id(one)]
+        with torch.no_grad():
+            for p, content in made:
+                if p.grad is None or content is None:
+                    p.grad = None if content is None else content.clone()
+                else:
+                    p.grad.copy_(content)
+        return arguments
+
+
+@contextmanager
+def _replaced(optimizers: Sequence[Optimizer], kind: str) -> Iterator[None]:
+    """Without the hooks of one kind, those of all optimizers included."""
+    own = [(one, getattr(one, kind)) for one in optimizers if hasattr(one, kind)]
+    of_all = getattr(torch_optimizer, _GLOBAL[kind])
+    try:
+        for one, _ in own:
+            setattr(one, kind, OrderedDict())
+        setattr(torch_optimizer, _GLOBAL[kind], OrderedDict())
+        yield
+    finally:
+        for one, hooks in own:
+            setattr(one, kind, hooks)
+        setattr(torch_optimizer, _GLOBAL[kind], of_all)
+
+
 @contextmanager
 def without_hooks(optimizers: Sequence[Optimizer], *, before: bool = False) -> Iterator[None]:
     """Run their ``step`` without the hooks after it; with ``before``, without those before it too."""
-    kinds = (_PRE, _POST) if before else (_POST,)
-    own = [(one, kind, getattr(one, kind)) for one in optimizers for kind in kinds]
-    of_all = [(_GLOBAL[kind], getattr(torch_optimizer, _GLOBAL[kind])) for kind in kinds]
-    try:
-        for one, kind, _ in own:
-            setattr(one, kind, OrderedDict())
-        for name, _ in of_all:
-            setattr(torch_optimizer, name, OrderedDict())
-        yield
-    finally:
-        for one, kind, hooks in own:
-            setattr(one, kind, hooks)
-        for name, hooks in of_all:
-            setattr(torch_optimizer, name, hooks)
+    with _replaced(optimizers, _POST):
+        if before:
+            with _replaced(optimizers, _PRE):
+                yield
+        else:
+            yield
 
 
-def run_post_hooks(optimizers: Sequence[Optimizer]) -> None:
-    """What :func:`without_hooks` kept from running after their steps."""
-    for one in optimizers:
-        for hook in (*getattr(one, _POST).values(), *getattr(torch_optimizer, _GLOBAL[_POST]).values()):
-            hook(one, (one,), {})
+def copied(value: Any) -> Any:
+    """A copy of numbers and tensors in containers; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {k: copied(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [copied(v) for v in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return copied(_attributes(value))
+    return copy.copy(value) if isinstance(value, (int, float, str, bool, np.ndarray)) else None

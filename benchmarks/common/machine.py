@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "apo-kernels")
+PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "pytest-benchmark", "apo-kernels")
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:

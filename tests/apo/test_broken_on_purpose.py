@@ -81,8 +81,8 @@ def undisturbed_but(**changes: Any) -> Callable[[Patch], None]:
     """``Undisturbed`` that leaves something as the trial had it, or is told to keep train mode."""
 
     class Broken(trial.Undisturbed):
-        def __init__(self, models: Any, tensors: Any, *, train: bool = False) -> None:
-            super().__init__(models, tensors, train=train or "train" in changes)
+        def __init__(self, models: Any, tensors: Any, *, train: bool = False, **others: Any) -> None:
+            super().__init__(models, tensors, train=train or "train" in changes, **others)
 
         def _restore(self) -> None:
             left = {}
@@ -110,7 +110,7 @@ def the_same_batch_twice(patch: Patch) -> None:
 
 
 def weights_not_restored(patch: Patch) -> None:
-    patch.setattr(trial.Lookahead, "restore", lambda self: None)
+    patch.setattr(trial.Lookahead, "__exit__", lambda self, *_: None)
 
 
 def optimizer_state_not_restored(patch: Patch) -> None:
@@ -118,7 +118,7 @@ def optimizer_state_not_restored(patch: Patch) -> None:
         def restore(self) -> None:
             pass
 
-    patch.setattr(adaptive_lr, "OptimizerSnapshot", Leaving)
+    patch.setattr(snapshot, "OptimizerSnapshot", Leaving)
 
 
 def momentum_outside_the_lookahead(patch: Patch) -> None:
