@@ -1,6 +1,6 @@
 """Front ends of Amortized Proximal Optimization on the apo_kernels backend.
 
-* :class:`AdaptiveLR` learns the learning rate of any ``torch.optim.Optimizer`` whose step is proportional to it;
+* :class:`AdaptiveLR` learns the learning rate of any ``torch.optim.Optimizer`` whose step is linear in it;
 * :class:`APO` learns a structured preconditioner and the learning rate in front of it;
 * :class:`FullPreconditioner` learns one full matrix, for small problems;
 * :class:`ProximalObjective` is what they minimise (Eq. 8);
