@@ -1,0 +1,36 @@
+"""The one place that knows what a trial must not disturb.
+
+A trial writes θ′ into the weights, runs the model forward and backward there, and takes the weights back. Afterwards
+everything that isn't the optimizer's is as if no trial had been made: the weights to the bit; ``.grad`` of every
+parameter, whoever optimizes it; buffers; train and eval flags; what modules keep in attributes; random states; what
+torch keeps that depends on the weights (autocast's casts, parametrizations).
+"""
+
+from apo.trial.autocast import CallersAutocast, forget_casts, without_autocast
+from apo.trial.closures import changed_by, leaves_of_backwards
+from apo.trial.lookahead import Lookahead
+from apo.trial.random_state import (
+    generator_state,
+    is_generator,
+    random_state,
+    restore_generator,
+    restore_random_state,
+)
+from apo.trial.restoring import surely
+from apo.trial.undisturbed import Undisturbed
+
+__all__ = [
+    "CallersAutocast",
+    "Lookahead",
+    "Undisturbed",
+    "changed_by",
+    "forget_casts",
+    "generator_state",
+    "is_generator",
+    "leaves_of_backwards",
+    "random_state",
+    "restore_generator",
+    "restore_random_state",
+    "surely",
+    "without_autocast",
+]

@@ -1,0 +1,151 @@
+"""What tensors, buffers and attributes of modules hold, written back only where it changed."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from apo.trial.random_state import generator_state, is_generator, restore_generator
+from apo.trial.restoring import set_version
+
+__all__ = ["Attributes", "Content", "place"]
+
+
+class Content:
+    """What a tensor holds, and the memory that it holds it in. Written back only where it changed.
+
+    A tensor may be expanded, overlap itself, be read-only, or have been made under inference mode.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._held = tensor
+        self._inference = tensor.is_inference()
+        self._version = None if self._inference else tensor._version
+        self._memory = tensor.detach()
+        self._content = self._part(self._memory).clone()
+
+    def restore(self) -> None:
+        held, memory = self._held, self._memory
+        with torch.inference_mode() if self._inference else torch.no_grad():
+            if place(held) != place(memory):
+                held.data = memory
+            part = self._part(memory)
+            if self._changed(part):
+                part.copy_(self._content)
+        if self._version is not None and held._version != self._version:
+            set_version(held, self._version)
+
+    def _changed(self, part: Tensor) -> bool:
+        # to look is free on the CPU, and a synchronisation elsewhere
+        compared = part.device.type == "cpu" and part.layout == torch.strided and type(part) is Tensor
+        return not (compared and torch.equal(part, self._content))
+
+    @staticmethod
+    def _part(tensor: Tensor) -> Tensor:
+        """Its memory, where several of its elements are one there."""
+        if tensor.layout != torch.strided or not _overlaps(tensor):
+            return tensor
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.as_strided((extent,), (1,))
+
+
+def place(tensor: Tensor) -> Any:
+    if tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return False
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+_OF_EVERY_MODULE = set(nn.Module().__dict__) - {"_non_persistent_buffers_set"}
+_CONTAINERS = (list, dict, set, deque)
+_PLAIN = (Tensor, int, float, complex, str, bytes, type(None), tuple, np.ndarray, np.generic, *_CONTAINERS)
+
+
+class Attributes:
+    """What a module keeps in ordinary attributes: hidden states, caches, counts, losses on the side, generators.
+
+    Containers are restored to what they held. Other objects, and tensors with a graph, are left as they are.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        own = module.__dict__
+        self._values = {k: v for k, v in own.items() if k not in _OF_EVERY_MODULE}
+        self._buffers = dict(module._buffers) if isinstance(module._buffers, dict) else None
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        for value in self._values.values():
+            self._save(value)
+
+    def _save(self, value: Any) -> None:
+        if id(value) in self._contents:
+            return
+        if isinstance(value, Tensor):
+            if not value.requires_grad and not value.is_meta and not isinstance(value, nn.Parameter):
+                self._contents[id(value)] = value, Content(value)
+        elif isinstance(value, np.ndarray):
+            self._contents[id(value)] = value, value.copy()
+        elif is_generator(value):
+            self._contents[id(value)] = value, generator_state(value)
+        elif isinstance(value, _CONTAINERS):
+            self._contents[id(value)] = value, dict(value) if isinstance(value, dict) else list(value)
+            for item in value.values() if isinstance(value, dict) else value:
+                self._save(item)
+        elif isinstance(value, tuple):
+            for item in value:
+                self._save(item)
+
+    def restore(self) -> None:
+        own = self._module.__dict__
+        for name, value in self._values.items():
+            now = own.get(name)
+            if now is not value and isinstance(value, _PLAIN) and isinstance(now, _PLAIN):
+                own[name] = value
+        for name in [k for k in own if k not in self._values and k not in _OF_EVERY_MODULE]:
+            if isinstance(own[name], _PLAIN):
+                del own[name]
+        if self._buffers is not None and not _same_items(self._module._buffers, self._buffers):
+            self._module._buffers.clear()
+            self._module._buffers.update(self._buffers)
+        for value, content in self._contents.values():
+            _restore_content(value, content)
+
+
+def _restore_content(value: Any, content: Any) -> None:
+    if isinstance(content, Content):
+        content.restore()
+    elif isinstance(value, np.ndarray):
+        if not np.array_equal(value, content):
+            value[...] = content
+    elif isinstance(value, dict):
+        if not _same_items(value, content):
+            value.clear()
+            value.update(content)
+    elif isinstance(value, list):
+        if len(value) != len(content) or any(a is not b for a, b in zip(value, content, strict=True)):
+            value[:] = content
+    elif isinstance(value, (set, deque)):
+        if list(value) != content if isinstance(value, set) else [*map(id, value)] != [*map(id, content)]:
+            value.clear()
+            for item in content:
+                value.add(item) if isinstance(value, set) else value.append(item)
+    else:
+        restore_generator(value, content)
+
+
+def _same_items(a: Any, b: dict[Any, Any]) -> bool:
+    return len(a) == len(b) and all(k == j and v is w for (k, v), (j, w) in zip(a.items(), b.items(), strict=True))
