@@ -1,4 +1,4 @@
-.PHONY: install bench test targets lint format
+.PHONY: install bench test targets docs package lint format
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -22,6 +22,12 @@ test: install lint  ## lint, types and tests; the kernels in Triton's interprete
 
 targets: install  ## compile every default configuration of the kernels for every GPU: minutes, the first time
 	$(BIN)/python -m pytest -q -m aot tests/apo_kernels/triton tests/benchmarks/kernels/test_targets.py
+
+docs: install  ## the documentation as a site in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+package: install  ## wheel and sdist in dist/, checked, and the wheel used in clean environments: MATRIX says which
+	$(BIN)/python .ci/package.py $(MATRIX)
 
 lint: install
 	$(BIN)/ruff check .

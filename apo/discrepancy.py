@@ -1,12 +1,12 @@
 """Function-space discrepancies ``D_F = E ρ(f(x̃, θ′), f(x̃, θ))`` (the second term of Eq. 8).
 
 Each is a callable ``rho(new, old) -> scalar``: the mean over a batch of the divergence between the outputs at the
-lookahead and those at the weights, which are detached. It is zero at ``new = old`` and so is its gradient; its
-Hessian there is the Gauss–Newton matrix of the outputs, and the Fisher matrix where ρ is a KL divergence: the
-``G`` of Eq. 4 and of Theorem 1.
+lookahead and those at the weights, which are detached. At ``new = old`` it is zero, and so is its gradient. Its Hessian
+there is the Gauss–Newton matrix of the outputs, the ``G`` of Eq. 4 and of Theorem 1. Where ρ is a KL divergence, that
+is the Fisher matrix.
 
-A discrepancy has to match the loss in scale: the loss summed over outputs and averaged over examples, as
-``F.cross_entropy`` does, goes with the defaults here.
+A discrepancy has to match the loss in scale. The defaults here fit a loss that is summed over outputs and averaged over
+examples, as ``F.cross_entropy`` is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ covariance is the discrepancy's Hessian at ``new = old``. Sent back through the 
 
 
 class KL:
-    """``KL(softmax(old) ‖ softmax(new))`` of logits, averaged over all but the class dimension.
+    """``KL(softmax(old) ‖ softmax(new))`` of logits, averaged over all dimensions except that of the classes.
 
     Args:
         dim: the dimension of the classes: -1, the last, for ``(N, C)`` and for language models' ``(N, T, C)``;

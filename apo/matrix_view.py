@@ -3,7 +3,7 @@
 ========================  ==========================================  =======================================
 parameter                 matrix ``m × n``                            blocks
 ========================  ==========================================  =======================================
-Linear, Bilinear, RNNs    ``(out, in)``; its bias one more column     both sides
+Linear, Bilinear, RNNs    ``(out, in)``; bias as one more column      both sides
 Conv1d to 3d              ``(out, in/groups · ∏kernel)``; with bias   both sides
 transposed convolution    ``(out, in · ∏kernel)``; with bias          both sides
   with groups             ``(in, out/groups · ∏kernel)``              both sides; the bias is a vector
@@ -185,7 +185,7 @@ def _view(name: str, module: nn.Module, own_name: str, p: Tensor, bias: Tensor |
 
 
 def _bias_of(module: nn.Module, name: str) -> str | None:
-    """The name of the bias that adds to what this weight gives, one entry an output."""
+    """The name of the bias that adds to what this weight gives, one entry per output."""
     if isinstance(module, nn.MultiheadAttention):
         return "in_proj_bias" if name == "in_proj_weight" else None
     if isinstance(module, nn.RNNBase):

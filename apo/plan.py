@@ -1,4 +1,4 @@
-"""What will be done with each parameter, and what it costs, before anything runs."""
+"""What each parameter will get, and what it costs, before anything runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Plan", "PlanRow", "plan_of"]
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One matrix: ``shape`` ``(*batch, m, n)``, its blocks as text, bytes, and FLOPs of a step and of a meta-step."""
+    """One matrix: its shape ``(*batch, m, n)``, its blocks as text, its bytes, the FLOPs of a step and a meta-step."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class Plan:
     """``print`` it for a table.
 
     Attributes:
-        rows: one a matrix, in the model's order.
+        rows: one per matrix, in the model's order.
         left_out: parameters that aren't trained: frozen, or in no param group.
     """
 
@@ -49,17 +49,17 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """What the preconditioner keeps: blocks, their meta-optimizer's state, momentum, 16-bit copies."""
+        """Bytes that the preconditioner keeps: blocks, their meta-optimizer's state, momentum, 16-bit copies."""
         return sum(row.memory_bytes for row in self.rows)
 
     @property
     def step_flops(self) -> int:
-        """Of applying the preconditioner once."""
+        """FLOPs of applying the preconditioner once."""
         return sum(row.step_flops for row in self.rows)
 
     @property
     def meta_flops(self) -> int:
-        """Of a meta-step's products beyond those of the step; the model's own three evaluations come on top."""
+        """FLOPs of a meta-step's products beyond those of the step, without the model's own evaluations."""
         return sum(row.meta_flops for row in self.rows)
 
     def __str__(self) -> str:

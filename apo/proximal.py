@@ -13,8 +13,8 @@ damped natural gradient  first order   second order  yes     Eq. 4
 proximal point           exact         exact         yes
 =======================  ============  ============  =====
 
-For small problems in float64: the weights are one vector, and a step costs as many Hessian-vector products as
-conjugate gradients take.
+They are for small problems in float64. The weights are one vector, and a step costs one Hessian-vector product per
+iteration of conjugate gradients.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def proximal_step(
         loss: ``J_B(u)``.
         discrepancy: ``u ↦ D_F(u, θ)``, with its minimum, 0, at θ. Needed where the method has an FSD and λ_FSD
             isn't 0.
-        method: a row of Table 1, or one's own.
-        fsd_weight, wsd_weight: λ_FSD and λ_WSD, >= 0; those that the method leaves out don't count.
-        tolerance: of the gradient of the objective, relative to its first.
-        iterations: Newton's at most; each takes conjugate gradients, at most ``10 d`` of them, and a line search.
-            Quadratic objectives need one, and one to make good its rounding.
+        method: a row of Table 1, or a method of your own.
+        fsd_weight, wsd_weight: λ_FSD and λ_WSD, >= 0. A weight of a term that the method leaves out is ignored.
+        tolerance: stop when the gradient's norm is below this fraction of its first value.
+        iterations: most Newton steps. Each takes at most ``10 d`` conjugate-gradient iterations and a line search. A
+            quadratic objective needs one step, and one more to correct its rounding.
 
     Raises:
         TypeError, ValueError: an argument isn't as above.
@@ -234,7 +234,7 @@ def _minimise(terms: list[_Term], step: Tensor, tolerance: float, iterations: in
 
 
 def _conjugate_gradients(hvp: Callable[[Tensor], Tensor], b: Tensor, tolerance: float = 1e-12) -> Tensor:
-    """``H⁻¹ b``; where H curves down, as far as it curves up (or b itself)."""
+    """``H⁻¹ b``. Where H curves down, stop before that direction; if it is the first, return b."""
     x = torch.zeros_like(b)
     residual, direction = b.clone(), b.clone()
     square = residual @ residual

@@ -1,7 +1,7 @@
-"""README's measured tables, made from the results files: ``python -m benchmarks.readme`` writes them anew.
+"""The measured tables of docs/benchmarks.md and README, made from the results files.
 
-A table stands between ``<!-- name -->`` and ``<!-- /name -->``. A test compares README with the files, so a figure
-that no run has given can't stand there.
+``python -m benchmarks.readme`` writes them anew. A table stands between ``<!-- name -->`` and ``<!-- /name -->``. A
+test compares the pages with the files, so a figure that no run has given can't stand there.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ TITLES = {
 }
 
 
-def render(text: str) -> str:
-    """README with every table as the results files have it."""
-    for name, make in TABLES.items():
+def render(page: str, text: str) -> str:
+    """A page's text with every table as the results files have it."""
+    for name in PAGES[page]:
         opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if text.count(opening) != 1 or text.count(closing) != 1:
-            raise ValueError(f"README must hold the marks of the table {name!r} once")
+            raise ValueError(f"{page} must hold the marks of the table {name!r} once")
         before, rest = text.split(opening)
-        text = f"{before}{opening}{make()}\n{closing}{rest.split(closing)[1]}"
+        text = f"{before}{opening}{TABLES[name]()}\n{closing}{rest.split(closing)[1]}"
     return text
 
 
@@ -141,7 +141,7 @@ def _by_rate(outcomes: list[dict[str, Any]]) -> dict[float, tuple[float, float]]
 def _overhead() -> str:
     contestants = results.load(RESULTS / "overhead.json")["contestants"]
     rows = [[name, f"{1e3 * row['step_seconds']:.1f}", f"{row['ratio']:.2f}"] for name, row in contestants.items()]
-    return markdown(["optimizer", "ms a step", "÷ SGDm"], rows, numbers=True)
+    return markdown(["optimizer", "ms per step", "÷ SGDm"], rows, numbers=True)
 
 
 KERNELS = {
@@ -173,19 +173,38 @@ def _worst(rows: list[dict[str, Any]]) -> str:
     return f"{registers} / {spills} / {shared / 1024:.0f} {'+'.join(sorted(matrix))}".rstrip()
 
 
-def _tasks() -> str:
-    names = ("sgdm", "adam", "kfac", "shampoo", "apo")
-    rows = []
+COMPARED = ("sgdm", "adam", "kfac", "shampoo", "apo")
+
+
+def _searched_tasks() -> list[tuple[str, list[Group], list[str]]]:
+    """The tasks that all five were searched on: the name, each one's runs, and its loss after equal steps."""
+    found = []
     for task, runs in collect([COMMITTED]).items():
         groups = {group.name: group for group in grouped(runs)}
-        if not groups.keys() >= set(names):
-            continue
-        shown = [groups[name] for name in names]
-        step = min(min(group.last("step")) for group in shown if not group.diverged)
-        seeds = len(shown[0].runs)
-        what = f"{task}, {runs[0]['epochs']:.3g} epochs, {seeds} seed{'s'[: seeds - 1]}"
-        rows.append([what, *(f"{_loss(group, step)}, {_step_ms(group):.3g}" for group in shown)])
-    return markdown(["task", *(f"{METHODS[name].label}: loss, ms a step" for name in names)], rows, numbers=True)
+        if groups.keys() >= set(COMPARED):
+            shown = [groups[name] for name in COMPARED]
+            step = min(min(group.last("step")) for group in shown if not group.diverged)
+            found.append((task, shown, [_loss(group, step) for group in shown]))
+    return found
+
+
+def _tasks() -> str:
+    rows = []
+    for task, groups, losses in _searched_tasks():
+        runs = groups[0].runs
+        what = f"{task}, {runs[0]['epochs']:.3g} epochs, {len(runs)} seed{'s'[: len(runs) - 1]}"
+        rows.append([what, *(f"{loss}, {_step_ms(group):.3g}" for loss, group in zip(losses, groups, strict=True))])
+    return markdown(["task", *(f"{METHODS[name].label}: loss, ms per step" for name in COMPARED)], rows, numbers=True)
+
+
+def _summary() -> str:
+    """README's one table: the losses, and what a step of APO costs."""
+    rows = []
+    for task, groups, losses in _searched_tasks():
+        _, adam, _, _, apo = map(_step_ms, groups)
+        rows.append([task, *losses, f"{apo / adam:.1f}×"])
+    labels = [METHODS[name].label for name in COMPARED[:-1]]
+    return markdown(["task", *labels, "APO", "a step of APO ÷ Adam's"], rows, numbers=True)
 
 
 def _loss(group: Group, step: float) -> str:
@@ -248,9 +267,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "study": _study,
     "tasks": _tasks,
     "rates": _rates,
+    "summary": _summary,
 }
+
+PAGES: dict[str, list[str]] = {
+    "docs/benchmarks.md": [name for name in TABLES if name != "summary"],
+    "README.md": ["summary"],
+}
+"""Which tables stand on which page."""
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(render(page, path.read_text()))

@@ -1,0 +1,38 @@
+"""No figure stands in README or docs that the results files don't hold."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from benchmarks import readme
+from benchmarks.common import results
+from tests.docs.pages import DOCS, ROOT
+
+
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_tables_are_those_of_the_results_files(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert readme.render(page, text) == text
+
+
+def test_what_the_prose_says_of_a_steps_cost() -> None:
+    ratios = {name: row["ratio"] for name, row in results.load(readme.RESULTS / "overhead.json")["contestants"].items()}
+    learned, blocks = ratios["AdaptiveLR on SGDm"], ratios["APO, blocks of 64"]
+    default = ratios["APO, defaults: a meta-update at every step"]
+    assert f"{learned:.2f} × SGD with momentum" in (DOCS / "choosing.md").read_text()
+    assert f"{blocks:.1f} × with `interval=10`, {default:.0f} × with the defaults" in (DOCS / "choosing.md").read_text()
+    said = f"{learned:.2f} times SGD's time", f"{blocks:.0f} times (`interval=10`) to {default:.0f} times (the default)"
+    for text in said:
+        assert text in (ROOT / "README.md").read_text()
+
+
+def test_what_readme_says_of_who_is_ahead() -> None:
+    """APO ends below SGDm, Adam and Shampoo on all of the tasks, and above KFAC on three."""
+    table = readme.TABLES["summary"]().splitlines()[2:]
+    losses = [[float(cell.split()[0]) for cell in row.split("|")[2:7]] for row in table]
+    assert len(losses) == 6
+    assert all(apo < min(sgdm, adam, shampoo) for sgdm, adam, _, shampoo, apo in losses)
+    assert sum(kfac < apo for _, _, kfac, _, apo in losses) == 3
+    assert re.search(r"KFAC is ahead of it on three of the six", (ROOT / "README.md").read_text())
