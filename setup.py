@@ -15,12 +15,14 @@ TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 BENCH = ["pytest>=8", "pytest-benchmark>=5", "rich>=13", "matplotlib>=3.8", "scikit-learn>=1.4"]
 TRANSLATION = ["sacrebleu>=2.4"]
 INTEGRATIONS = ["lightning>=2.5", "torchmetrics>=1.5", "transformers>=5.0", "accelerate>=1.10"]
+PEERS = ["pytorch_optimizer>=3.10", "schedulefree>=1.4"]
 DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 TEST = [
     *BENCH,
     *TRANSLATION,
     *TRITON,
     *INTEGRATIONS,
+    *PEERS,
     "hypothesis>=6.100",
     "lion-pytorch>=0.2",
     "torch-optimi>=0.3",
@@ -45,6 +47,7 @@ setup(
         "bench": BENCH,
         "translation": TRANSLATION,
         "integrations": INTEGRATIONS,
+        "peers": PEERS,
         "docs": DOCS,
         "test": TEST,
         "dev": DEV,
