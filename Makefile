@@ -17,7 +17,7 @@ bench: install  ## every benchmark at its quick setting: tables, plots and JSON 
 
 test: install lint  ## lint, types and tests; the kernels in Triton's interpreter beside the others
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret tests/apo_kernels/triton > $(VENV)/interpret.log 2>&1 & kernels=$$!; \
-	$(BIN)/python -m pytest -q -m "not interpret and not aot"; others=$$?; \
+	$(BIN)/python -m pytest -q -n auto --dist loadscope -m "not interpret and not aot"; others=$$?; \
 	wait $$kernels; interpreted=$$?; cat $(VENV)/interpret.log; exit $$((others + interpreted))
 
 targets: install  ## compile every default configuration of the kernels for every GPU: minutes, the first time

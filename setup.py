@@ -24,6 +24,7 @@ TEST = [
     *INTEGRATIONS,
     *PEERS,
     "hypothesis>=6.100",
+    "pytest-xdist>=3.6",
     "lion-pytorch>=0.2",
     "torch-optimi>=0.3",
 ]
