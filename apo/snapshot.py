@@ -158,6 +158,7 @@ class Rehearsal:
         self._rates = [get_rate(group) for group in optimizer.param_groups]
         self._random = random_state(self._parameters)
         self._snapshot = OptimizerSnapshot(optimizer)
+        self._gradients = _Gradients(self._parameters)
         self._hooks = _Hooks(with_wrapped(optimizer))
 
     def start_over(self) -> None:
@@ -166,7 +167,6 @@ class Rehearsal:
 
     def rehearse(self, factor: float) -> None:
         """Step at ``factor`` times the rates, and take back everything but the weights."""
-        gradients = _Gradients(self._parameters)
         try:
             if factor != 1:
                 for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
@@ -174,22 +174,21 @@ class Rehearsal:
             with self._hooks.rehearsed():
                 self._optimizer.step()
         finally:
-            surely(lambda: self._take_back(gradients))
+            surely(self._take_back)
 
     def perform(self) -> None:
         """Step at the present rates. If that raises, everything is as before the first rehearsal, the rates too."""
-        gradients = _Gradients(self._parameters)
         try:
             with self._hooks.performed():
                 self._optimizer.step()
         except BaseException:
-            surely(lambda: self._take_back(gradients))
+            surely(self._take_back)
             surely(self._weights.restore)
             raise
 
-    def _take_back(self, gradients: _Gradients) -> None:
+    def _take_back(self) -> None:
         self._snapshot.restore()
-        gradients.restore()
+        self._gradients.restore()
         restore_random_state(self._random)
 
 
