@@ -333,16 +333,16 @@ class APO(MetaLearner):
         if not layers:
             return
         # Nothing is allocated below, so running out of memory can't leave a partial step.
-        torch._foreach_mul_(directions, [get_rate(self._group(layer)) * scale for layer in layers])
-        carried = [
-            (layer.momentum, direction, float(self._group(layer)["momentum"]))
-            for layer, direction in zip(layers, directions, strict=True)
-            if layer.momentum is not None
-        ]
-        if carried:
-            momenta = [v for v, _, _ in carried]
-            torch._foreach_mul_(momenta, [mu for _, _, mu in carried])
-            torch._foreach_add_(momenta, [direction for _, direction, _ in carried])
+        rates = [get_rate(self._group(layer)) * scale for layer in layers]
+        momenta = [layer.momentum for layer in layers if layer.momentum is not None]
+        alike = len(momenta) == len(layers) and len(set(rates)) == 1
+        if not alike:
+            torch._foreach_mul_(directions, rates)
+        if momenta:
+            carried = [(x, d) for x, d in zip(layers, directions, strict=True) if x.momentum is not None]
+            torch._foreach_mul_(momenta, [float(self._group(layer)["momentum"]) for layer, _ in carried])
+            # one rate for all saves a pass
+            torch._foreach_add_(momenta, [d for _, d in carried], alpha=rates[0] if alike else 1.0)
         self._write(layers, [d if x.momentum is None else x.momentum for x, d in zip(layers, directions, strict=True)])
 
     def _bound_promise(
