@@ -126,8 +126,8 @@ class APO(MetaLearner):
     By time ``interval`` 2 to 10 is the better choice: a run on the autoencoder took 26 s with the defaults, 9 s with
     interval 10, 16 s with KFAC.
 
-    **How the sizes were chosen.** At a width of 1000 and interval 10 a step costs 2.9 of SGDm's with blocks of 64 and
-    16.4 with full ones (``benchmarks/overhead.py``; with the defaults 11): so 64. ``max_dim`` bounds memory: 0.8 GB for
+    **How the sizes were chosen.** At a width of 1000 and interval 10 a step costs 4.0 of SGDm's with blocks of 64 and
+    13.9 with full ones (``python -m benchmarks overhead``; with the defaults 13): so 64. ``max_dim`` bounds memory: 0.8 GB for
     a full block with its meta-optimizer's state and derivative.
 
     A trial fails where Q isn't finite or leaps (:attr:`failed_trials`): the step is then left out,
