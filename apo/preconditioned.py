@@ -127,8 +127,8 @@ class APO(MetaLearner):
     interval 10, 16 s with KFAC.
 
     **How the sizes were chosen.** At a width of 1000 and interval 10 a step costs 4.0 of SGDm's with blocks of 64 and
-    13.9 with full ones (``python -m benchmarks overhead``; with the defaults 13): so 64. ``max_dim`` bounds memory: 0.8 GB for
-    a full block with its meta-optimizer's state and derivative.
+    13.9 with full ones (``python -m benchmarks overhead``; with the defaults 13): so 64. ``max_dim`` bounds memory:
+    0.8 GB for a full block with its meta-optimizer's state and derivative.
 
     A trial fails where Q isn't finite or leaps (:attr:`failed_trials`): the step is then left out,
     ``lr`` (or P, where ``lr`` isn't learned) and the momentum are divided by e, and ``failed_trials`` counts it.

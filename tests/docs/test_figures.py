@@ -18,7 +18,8 @@ def test_tables_are_those_of_the_results_files(page: str) -> None:
 
 
 def test_what_the_prose_says_of_a_steps_cost() -> None:
-    ratios = {name: row["ratio"] for name, row in results.load(readme.OVERHEAD_RESULTS / "overhead.json")["contestants"].items()}
+    contestants = results.load(readme.OVERHEAD_RESULTS / "overhead.json")["contestants"]
+    ratios = {name: row["ratio"] for name, row in contestants.items()}
     learned, blocks = ratios["AdaptiveLR on SGDm"], ratios["APO, blocks of 64"]
     default = ratios["APO, defaults: a meta-update at every step"]
     assert f"{learned:.2f} × SGD with momentum" in (DOCS / "choosing.md").read_text()
