@@ -54,12 +54,14 @@ class FisherStart:
                 own.buffers[self.ENERGY] = torch.zeros_like(own.tensor, memory_format=torch.contiguous_format)
             layer.parts["S"].buffers[self.WEIGHT] = torch.zeros((), dtype=torch.float32, device="cpu")
 
-    def release(self, layers: Sequence[Layer]) -> None:
-        """Drop the running means: the start is over."""
-        for layer in layers:
+    def release(self, layers: Sequence[Layer]) -> bool:
+        """Drop the running means: the start is over. Whether there were any."""
+        held = [layer for layer in layers if self.WEIGHT in layer.parts["S"].buffers]
+        for layer in held:
+            del layer.parts["S"].buffers[self.WEIGHT]
             for own in layer.phi:
-                own.buffers.pop(self.ENERGY, None)
-            layer.parts["S"].buffers.pop(self.WEIGHT, None)
+                del own.buffers[self.ENERGY]
+        return bool(held)
 
     def missing(self, layer: Layer) -> dict[str, Tensor]:
         """Zeros in the place of what :meth:`release` has dropped, by the names of a checkpoint."""

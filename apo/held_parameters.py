@@ -34,7 +34,7 @@ class HeldParameters:
         """
         found = []
         for full, module, name, p in self._places:
-            now = dict(module._parameters.items()).get(name)
+            now = _parameter(module, name)
             if now is None and all(p is not each for each in module.parameters()):
                 now = getattr(module, name, None)  # computed from others, as by weight_norm
             if isinstance(now, Tensor) and now is not p:
@@ -54,3 +54,8 @@ class HeldParameters:
                 f"on {now.device}. fully_shard, accelerate's prepare, to_empty, load_state_dict(assign=True) and "
                 "weight_norm replace parameters: build the optimizer after them"
             )
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    held = module._parameters
+    return held.get(name) if isinstance(held, dict) else dict(held.items()).get(name)  # a ScriptModule has no get

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from apo.rates import get_rate, set_rate
-from apo.snapshot import OptimizerSnapshot, copied, with_wrapped, without_hooks
+from apo.snapshot import Gradients, OptimizerSnapshot, copied, with_wrapped, without_hooks
 from apo.trial import Lookahead, random_state, restore_random_state, surely
 
 __all__ = ["check_linear", "is_proportional"]
@@ -143,7 +143,7 @@ class _Probe:
         every = (p for group in optimizer.param_groups for p in group["params"])
         start = {id(p): s for p, s in zip(every, weights.start, strict=True)}
         self._start = [start[id(p)] for p in self._parameters]
-        self._grads = [(p, p.grad, p.grad.clone()) for p in self._parameters if p.grad is not None]
+        self._gradients = Gradients(self._parameters)
 
     def noise(self) -> float:
         """The length of the weights' rounding errors."""
@@ -164,7 +164,7 @@ class _Probe:
         finally:
             surely(snapshot.restore)
             surely(self._weights.restore)
-            self._restore_gradients()
+            self._gradients.restore()
             restore_random_state(random)
 
     def _step(self, factor: float) -> None:
@@ -180,7 +180,7 @@ class _Probe:
                     "optimizer must leave lr as it is set, for AdaptiveLR learns it, but got "
                     f"{type(self._optimizer).__name__}, whose step() writes it"
                 )
-        self._restore_gradients()
+        self._gradients.restore()
 
     def _set_others_aside(self) -> None:
         """Let only the chosen parameters be stepped, and hide the state of the others."""
@@ -205,13 +205,6 @@ class _Probe:
             for one in self._all
         ]
         return [of_parameters, of_groups, of_optimizers]
-
-    def _restore_gradients(self) -> None:
-        with torch.no_grad():
-            for p, grad, content in self._grads:
-                grad.copy_(content)
-                if p.grad is not grad:
-                    p.grad = grad
 
 
 def _rounding(p: Tensor) -> Tensor:

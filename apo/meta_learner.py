@@ -308,7 +308,7 @@ class MetaLearner(Optimizer):
         base = loss if anchor is None or anchor.loss is None else anchor.loss
         values = torch.stack([_scalar(loss_there, squares), _scalar(base, squares), _scalar(fsd or 0.0, squares)])
         self._ranks.average_([values])
-        # a meta-step's one synchronisation
+        # one synchronisation for all terms
         self.last = self._evaluation(*torch.cat([values, squares.reshape(1)]).tolist())
         return Trial(V, steps, self.last)
 

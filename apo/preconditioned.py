@@ -247,12 +247,12 @@ class APO(MetaLearner):
         self._show_state()
 
     def _show_state(self) -> None:
+        counts = {p: layer.count for layer in self.layers for p in layer.view.parameters}
         self.state = defaultdict(dict)
         for p in self.parameters:
-            self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+            count = counts[p] if p in counts else torch.zeros((), dtype=torch.float32, device="cpu")
+            self.state[p] = {"step": count}
         for layer in self.layers:
-            for p in layer.view.parameters:
-                self.state[p] = {"step": layer.count}
             self.state[layer.view.weight] = layer.state()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -379,13 +379,13 @@ class APO(MetaLearner):
     @property
     def _starts(self) -> bool:
         """Whether P is still started by sampled Fisher gradients."""
-        return self._updates < self._start.updates and bool(self.objective.fsd_weight)
+        wanted = self._start.updates > 0 and bool(self.objective.fsd_weight)
+        return wanted and self._updates < self._start.updates
 
     def _end_start(self) -> None:
         """Let go of what the start holds, once it is over."""
-        if not self._starts:
-            self._start.release(self.layers)
-        self._show_state()
+        if not self._starts and self._start.release(self.layers):
+            self._show_state()
 
     def _look_at(self, outputs: Any) -> None:
         """Send a sample of the outputs' Fisher matrix back through the model, in the first meta-updates."""
@@ -621,6 +621,7 @@ class APO(MetaLearner):
             self._start.prepare(self.layers)
         for layer, state in saved:
             layer.load(state)
+        self._show_state()
         self._end_start()
 
     def _saved(self, state_dict: dict[str, Any]) -> list[tuple[Layer, Any]]:

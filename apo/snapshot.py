@@ -27,7 +27,7 @@ from apo.trial import (
     surely,
 )
 
-__all__ = ["OptimizerSnapshot", "Rehearsal", "with_wrapped", "without_hooks"]
+__all__ = ["Gradients", "OptimizerSnapshot", "Rehearsal", "with_wrapped", "without_hooks"]
 
 _PRE, _POST = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
 _GLOBAL = {_PRE: "_global_optimizer_pre_hooks", _POST: "_global_optimizer_post_hooks"}
@@ -158,7 +158,7 @@ class Rehearsal:
         self._rates = [get_rate(group) for group in optimizer.param_groups]
         self._random = random_state(self._parameters)
         self._snapshot = OptimizerSnapshot(optimizer)
-        self._gradients = _Gradients(self._parameters)
+        self._gradients = Gradients(self._parameters)
         self._hooks = _Hooks(with_wrapped(optimizer))
 
     def start_over(self) -> None:
@@ -192,7 +192,7 @@ class Rehearsal:
         restore_random_state(self._random)
 
 
-class _Gradients:
+class Gradients:
     """A copy of each ``.grad``: optimizers and their hooks may write to them."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
