@@ -16,10 +16,10 @@ from torch import Tensor
 
 from apo_kernels.aten import Kept, aligned_empty
 from apo_kernels.blocks import is_stack, relative_derivative
-from apo_kernels.triton.draft import Operands
 from apo_kernels.triton.layers import turns
 from apo_kernels.triton.plan import Bound, Operation, Step
-from apo_kernels.triton.roles import Role
+from apo_kernels.triton.plan_builder import Operands
+from apo_kernels.triton.table_layout import Role
 
 __all__ = ["TritonBackend"]
 

@@ -18,7 +18,7 @@ dA_dG     ``dA``; ``dG = W_V Aᵀ``                 store; ``dA`` is one product
 
 Forward: right, scale, left, out (or update). Derivatives: right, pair, left_dB, dA_dG.
 
-**Addresses.** A tile's base is computed in int64; offsets within it are int32, and no tile spans 2³¹ elements. Sides
+**OperandTable.** A tile's base is computed in int64; offsets within it are int32, and no tile spans 2³¹ elements. Sides
 come from the tables in units of 8, so the compiler knows them to be multiples and moves 16 bytes at a time.
 
 **Range.** In float16, ``U`` is stored times ``k``, such that ``k·G`` has its largest entry in [16, 32), and ``T`` with
@@ -31,7 +31,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from apo_kernels.triton.device import (
+from apo_kernels.triton.primitives import (
     AMAX_CHUNK,
     INTERPRETED,
     LAYER_FIELDS,
@@ -49,7 +49,7 @@ from apo_kernels.triton.device import (
     store_tile,
     update,
 )
-from apo_kernels.triton.roles import Kind, LayerField, Role
+from apo_kernels.triton.table_layout import Kind, LayerField, Role
 
 _M, _N = tl.constexpr(int(LayerField.M)), tl.constexpr(int(LayerField.N))
 _SIDE_B, _SIDE_A = tl.constexpr(int(LayerField.SIDE_B)), tl.constexpr(int(LayerField.SIDE_A))

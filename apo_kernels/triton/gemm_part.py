@@ -10,12 +10,12 @@ from torch import Tensor
 from triton import language as tl
 
 from apo_kernels.triton import config
-from apo_kernels.triton.draft import CODES, TYPES, Draft, Operation
 from apo_kernels.triton.gemm import grouped_gemm
 from apo_kernels.triton.launch import Launch
 from apo_kernels.triton.layers import Layer, Squares, padded
 from apo_kernels.triton.pack import pack
-from apo_kernels.triton.roles import ALIGN, Kind, LayerField, PackField, ProblemField, Role
+from apo_kernels.triton.plan_builder import CODES, TYPES, Operation, PlanBuilder
+from apo_kernels.triton.table_layout import ALIGN, Kind, LayerField, PackField, ProblemField, Role
 
 __all__ = ["KEEPING", "GemmPart", "gemm_constants", "pack_constants"]
 
@@ -41,60 +41,60 @@ _AMAX = {Role.G: LayerField.AMAX_G, Role.V: LayerField.AMAX_V, Role.S: LayerFiel
 
 
 class GemmPart:
-    """The layers at ``indices`` of a draft: four launches forward, at most four for the derivatives, and one that packs
+    """The layers at ``indices``: four launches forward, at most four for the derivatives, and one that packs
     what doesn't lie as the loads need it."""
 
-    def __init__(self, draft: Draft, indices: Sequence[int]) -> None:
-        self.draft, self.indices = draft, indices
+    def __init__(self, builder: PlanBuilder, indices: Sequence[int]) -> None:
+        self.builder, self.indices = builder, indices
         self.sides: dict[int, tuple[Squares, Squares]] = {}
         for at in indices:
-            layer = draft.layers[at]
+            layer = builder.layers[at]
             self.sides[at] = layer.B.grouped_for_gemm(), layer.A.grouped_for_gemm()
-            draft.set_squares(at, *self.sides[at])
+            builder.set_squares(at, *self.sides[at])
         self._workspaces()
         self.jobs = self._packing()
         if indices:
-            (draft.amax,) = draft.workspace([4 * max(1, len(self.jobs))])
+            (builder.amax,) = builder.workspace([4 * max(1, len(self.jobs))])
 
     def _workspaces(self) -> None:
         """``U, T`` for a forward (``W`` takes ``U``'s place); ``U, T, W`` of ``G`` and of ``V`` for derivatives."""
-        draft = self.draft
-        roles = (Role.U, Role.UV, Role.T, Role.TV, Role.W, Role.WV) if draft.operation.wanted else (Role.U, Role.T)
-        pitches = [padded(draft.layers[at].n) for at in self.indices]
+        builder = self.builder
+        roles = (Role.U, Role.UV, Role.T, Role.TV, Role.W, Role.WV) if builder.operation.wanted else (Role.U, Role.T)
+        pitches = [padded(builder.layers[at].n) for at in self.indices]
         sizes = [
-            padded(draft.layers[at].m) * pitch * draft.compute.itemsize
+            padded(builder.layers[at].m) * pitch * builder.compute.itemsize
             for at, pitch in zip(self.indices, pitches, strict=True)
             for _ in roles
         ]
-        offsets = iter(draft.workspace(sizes))
+        offsets = iter(builder.workspace(sizes))
         for at, pitch in zip(self.indices, pitches, strict=True):
-            held = draft.made[at].packed
+            held = builder.made[at].packed
             for role in roles:
                 held[role] = next(offsets), pitch, 0
-            if not draft.operation.wanted:
+            if not builder.operation.wanted:
                 held[Role.W] = held[Role.U]
 
     def _packing(self) -> list[list[int]]:
         """One job a tile of what must be copied, or looked at for its range."""
-        draft = self.draft
+        builder = self.builder
         pending: list[tuple[int, Role, bool]] = []
         for at in self.indices:
             for role in (Role.G, Role.V, Role.A, Role.B, Role.S):
-                if role not in draft.types:
+                if role not in builder.types:
                     continue
                 copied = role is not Role.S and not self._lies_well(at, role)
-                if copied or (draft.scaled and role in _AMAX):
+                if copied or (builder.scaled and role in _AMAX):
                     pending.append((at, role, copied))
         copies = [(at, role) for at, role, copied in pending if copied]
-        sizes = [self._packed_size(at, role) * draft.compute.itemsize for at, role in copies]
-        where = dict(zip(copies, draft.workspace(sizes), strict=True)) if copies else {}
+        sizes = [self._packed_size(at, role) * builder.compute.itemsize for at, role in copies]
+        where = dict(zip(copies, builder.workspace(sizes), strict=True)) if copies else {}
         jobs: list[list[int]] = []
         for at, role, copied in pending:
             first = len(jobs)
             jobs += self._pack_jobs(at, role, where[at, role] if copied else None)
-            if draft.scaled and role in _AMAX:
-                draft.shapes[at][_AMAX[role]] = first
-                draft.shapes[at][_AMAX[role] + 1] = len(jobs) - first
+            if builder.scaled and role in _AMAX:
+                builder.shapes[at][_AMAX[role]] = first
+                builder.shapes[at][_AMAX[role] + 1] = len(jobs) - first
         return jobs
 
     def _squares(self, at: int, role: Role) -> Squares | None:
@@ -104,9 +104,9 @@ class GemmPart:
 
     def _lies_well(self, at: int, role: Role) -> bool:
         """Whether the GEMM can load the operand where it lies."""
-        layer, squares = self.draft.layers[at], self._squares(at, role)
+        layer, squares = self.builder.layers[at], self._squares(at, role)
         view = layer.views[role]
-        if view.dtype != self.draft.compute or not view.wide:
+        if view.dtype != self.builder.compute or not view.wide:
             return False
         if squares is None:
             return layer.m % ALIGN == 0 and layer.n % ALIGN == 0
@@ -116,32 +116,32 @@ class GemmPart:
     def _packed_size(self, at: int, role: Role) -> int:
         squares = self._squares(at, role)
         if squares is None:
-            return padded(self.draft.layers[at].m) * padded(self.draft.layers[at].n)
+            return padded(self.builder.layers[at].m) * padded(self.builder.layers[at].n)
         return squares.groups * squares.pitch**2
 
     def _pack_jobs(self, at: int, role: Role, offset: int | None) -> list[list[int]]:
         """Of one operand, into the workspace at ``offset``; None: only looked at."""
-        layer, squares = self.draft.layers[at], self._squares(at, role)
+        layer, squares = self.builder.layers[at], self._squares(at, role)
         view = layer.views[role]
-        source = self.draft.single(view)
+        source = self.builder.single(view)
         job = [0] * len(PackField)
-        job[PackField.SOURCE], job[PackField.CODE] = source, CODES[self.draft.types[role]]
+        job[PackField.SOURCE], job[PackField.CODE] = source, CODES[self.builder.types[role]]
         job[PackField.ROW], job[PackField.COL], job[PackField.SQUARE] = view.row, view.col, view.square
         if squares is None:
             pitch = padded(layer.n)
             if offset is not None:
-                self.draft.made[at].packed[role] = offset, pitch, 0
-                job[PackField.DESTINATION] = self.draft.single(offset)
+                self.builder.made[at].packed[role] = offset, pitch, 0
+                job[PackField.DESTINATION] = self.builder.single(offset)
             job[PackField.PITCH] = pitch
             job[PackField.SIDE] = max(padded(layer.m), pitch)
             job[PackField.ROWS], job[PackField.COLS] = layer.m, layer.n
             return list(_cut(job, padded(layer.m), pitch))
         assert offset is not None, "only S is looked at and not copied, and S has no squares"
         pitch = squares.pitch
-        self.draft.made[at].packed[role] = offset, pitch, pitch**2
+        self.builder.made[at].packed[role] = offset, pitch, pitch**2
         jobs: list[list[int]] = []
         for q in range(squares.groups):
-            job[PackField.DESTINATION] = self.draft.single(offset + q * pitch**2 * self.draft.compute.itemsize)
+            job[PackField.DESTINATION] = self.builder.single(offset + q * pitch**2 * self.builder.compute.itemsize)
             job[PackField.PITCH], job[PackField.SIDE] = pitch, squares.side
             job[PackField.FIRST] = q * squares.group
             job[PackField.ROWS] = job[PackField.COLS] = squares.extent(q)
@@ -151,11 +151,11 @@ class GemmPart:
     def launches(self, layers: Tensor) -> list[Launch]:
         if not self.indices:
             return []
-        draft, op = self.draft, self.draft.operation
+        builder, op = self.builder, self.builder.operation
         found: list[Launch] = []
         if self.jobs:
-            constants = pack_constants(TYPES[draft.compute])
-            found.append(Launch("pack", pack, len(self.jobs), (draft.table(self.jobs),), constants, 4, 1, amax=True))
+            constants = pack_constants(TYPES[builder.compute])
+            found.append(Launch("pack", pack, len(self.jobs), (builder.table(self.jobs),), constants, 4, 1, amax=True))
         if not op.wanted:
             stages = ["right", "scale", "left", "update" if op.update else "out"]
         else:
@@ -164,10 +164,10 @@ class GemmPart:
                 stages.append("left_dB")
             if set(op.wanted) & set("GA"):
                 stages.append("dA_dG")
-        size = config.size_class(max(min(draft.layers[at].m, draft.layers[at].n) for at in self.indices))
+        size = config.size_class(max(min(builder.layers[at].m, builder.layers[at].n) for at in self.indices))
         for stage in stages:
             keep = op.keep and stage in KEEPING
-            chosen = config.gemm_config(draft.target, draft.compute, draft.precision, stage, size, keep)
+            chosen = config.gemm_config(builder.target, builder.compute, builder.precision, stage, size, keep)
             problems = sorted(self._problems(stage), key=lambda p: -p[ProblemField.DEPTH])  # the longest first
             tiles = [
                 (number, i, j, self._is_wide(stage, problem, j * chosen.cols, chosen.cols))
@@ -179,16 +179,16 @@ class GemmPart:
                 stage,
                 chosen,
                 op,
-                compute=TYPES[draft.compute],
-                precision=draft.precision,
-                types=[draft.type_of(role) for role in (Role.S, Role.OUT, Role.MOMENTUM)],
+                compute=TYPES[builder.compute],
+                precision=builder.precision,
+                types=[builder.type_of(role) for role in (Role.S, Role.OUT, Role.MOMENTUM)],
             )
             found.append(
                 Launch(
                     stage,
                     grouped_gemm,
                     len(tiles),
-                    (draft.table(tiles, np.int32), draft.table(problems), layers),
+                    (builder.table(tiles, np.int32), builder.table(problems), layers),
                     constants,
                     chosen.warps,
                     chosen.stages,
@@ -202,7 +202,7 @@ class GemmPart:
     def _is_wide(self, stage: str, problem: Problem, col: int, cols: int) -> bool:
         """Whether what the epilogue of a tile reads and writes besides workspaces can be moved 16 bytes at a time: the
         tile has the columns from ``col`` on of the problem, at most ``cols``."""
-        layer = self.draft.layers[problem[ProblemField.LAYER]]
+        layer = self.builder.layers[problem[ProblemField.LAYER]]
         B, A = self.sides[problem[ProblemField.LAYER]]
         if problem[ProblemField.KIND] == Kind.BLOCK:
             squares, role = (B, Role.DB) if stage == "left_dB" else (A, Role.DA)
@@ -213,9 +213,9 @@ class GemmPart:
         return all(view.wide for view in touched) and _divides(extent - col, cols)
 
     def _problems(self, stage: str) -> Iterator[Problem]:
-        wanted = self.draft.operation.wanted
+        wanted = self.builder.operation.wanted
         for at in self.indices:
-            layer, (B, A) = self.draft.layers[at], self.sides[at]
+            layer, (B, A) = self.builder.layers[at], self.sides[at]
             if stage == "right":
                 yield from _on_right(at, Kind.FOR_G, layer, A)
                 if wanted:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apo_kernels.blocks import block_count, is_stack, width
 from apo_kernels.triton.errors import Unserved
-from apo_kernels.triton.roles import ALIGN, Role
+from apo_kernels.triton.table_layout import ALIGN, Role
 
 __all__ = ["BLOCKS", "Layer", "Squares", "View", "layers_of", "padded", "turns"]
 

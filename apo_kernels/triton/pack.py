@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from apo_kernels.triton.device import UNIT, diagonal_offsets, storable
-from apo_kernels.triton.roles import PackField
+from apo_kernels.triton.primitives import UNIT, diagonal_offsets, storable
+from apo_kernels.triton.table_layout import PackField
 
 _FIELDS = tl.constexpr(len(PackField))
 

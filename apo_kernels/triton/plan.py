@@ -28,14 +28,14 @@ from torch import Tensor
 
 from apo_kernels.targets import Target, target_of
 from apo_kernels.triton import config
-from apo_kernels.triton.addresses import Addresses
-from apo_kernels.triton.draft import Draft, Operands, Operation, to_device
 from apo_kernels.triton.errors import Interrupted
 from apo_kernels.triton.gemm_part import GemmPart
 from apo_kernels.triton.graphs import keep_for_graph, release_of_gone_graphs
 from apo_kernels.triton.launch import Run, current_stream
 from apo_kernels.triton.layers import Layer
-from apo_kernels.triton.roles import Role
+from apo_kernels.triton.operand_table import OperandTable
+from apo_kernels.triton.plan_builder import Operands, Operation, PlanBuilder, to_device
+from apo_kernels.triton.table_layout import Role
 from apo_kernels.triton.tile_part import TilePart
 
 __all__ = ["Bound", "Operation", "Plan", "Ready", "Step", "clear_plans", "plan_for", "start"]
@@ -73,25 +73,25 @@ class Plan:
     """
 
     def __init__(self, target: Target, precision: str | None, operation: Operation, operands: Operands) -> None:
-        draft = Draft(target, precision, operation, operands)
-        self.device = draft.device
-        limit = config.tile_limit(target, draft.compute, bool(operation.wanted))
-        fits = [max(layer.A.side, layer.B.side) <= limit for layer in draft.layers]
+        builder = PlanBuilder(target, precision, operation, operands)
+        self.device = builder.device
+        limit = config.tile_limit(target, builder.compute, bool(operation.wanted))
+        fits = [max(layer.A.side, layer.B.side) <= limit for layer in builder.layers]
         if not all(fits):
             # The grouped GEMM is launched anyway: a layer of full blocks joins it at no further launch, however small.
-            fits = [fit and not _has_one_tile(layer) for fit, layer in zip(fits, draft.layers, strict=True)]
+            fits = [fit and not _has_one_tile(layer) for fit, layer in zip(fits, builder.layers, strict=True)]
         parts = (
-            GemmPart(draft, [at for at, fit in enumerate(fits) if not fit]),
-            TilePart(draft, [at for at, fit in enumerate(fits) if fit], limit),
+            GemmPart(builder, [at for at, fit in enumerate(fits) if not fit]),
+            TilePart(builder, [at for at, fit in enumerate(fits) if fit], limit),
         )
-        table = draft.table(draft.shapes)
+        table = builder.table(builder.shapes)
         found = [part.launches(table) for part in parts]
         # What writes weights comes last: until then nothing is lost if a launch fails.
         self.launches = [launch for launches in found for launch in launches if not launch.updates]
         self.launches += [launch for launches in found for launch in launches if launch.updates]
-        self._addresses = Addresses(draft.layers, draft.made, draft.singles)
-        self._workspace_bytes, self._amax = draft.workspace_bytes, draft.amax
-        self._hosts = draft.hosts if _capturing(self.device) else []
+        self._addresses = OperandTable(builder.layers, builder.made, builder.singles)
+        self._workspace_bytes, self._amax = builder.workspace_bytes, builder.amax
+        self._hosts = builder.hosts if _capturing(self.device) else []
         self._bindings: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
 
     def ready(self, pointers: Sequence[int], step: Step, stream: int) -> Ready:

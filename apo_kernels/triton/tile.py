@@ -31,7 +31,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from apo_kernels.triton.device import (
+from apo_kernels.triton.primitives import (
     LAYER_FIELDS,
     UNIT,
     load_squares,
@@ -45,7 +45,7 @@ from apo_kernels.triton.device import (
     store_tile,
     update,
 )
-from apo_kernels.triton.roles import LayerField, Role
+from apo_kernels.triton.table_layout import LayerField, Role
 
 _M, _N = tl.constexpr(int(LayerField.M)), tl.constexpr(int(LayerField.N))
 _SIDE_B, _SIDE_A = tl.constexpr(int(LayerField.SIDE_B)), tl.constexpr(int(LayerField.SIDE_A))

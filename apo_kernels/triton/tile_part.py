@@ -10,10 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from apo_kernels.triton import config
-from apo_kernels.triton.draft import TYPES, Draft, Operation
 from apo_kernels.triton.launch import Launch
 from apo_kernels.triton.layers import BLOCKS, Squares
-from apo_kernels.triton.roles import ALIGN, Role
+from apo_kernels.triton.plan_builder import TYPES, Operation, PlanBuilder
+from apo_kernels.triton.table_layout import ALIGN, Role
 from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
 
 __all__ = ["SUM_CHUNK", "TilePart", "backward_constants", "forward_constants"]
@@ -23,49 +23,49 @@ SUM_CHUNK = 1024
 
 
 class TilePart:
-    """The layers at ``indices`` of a draft, all of their squares at most ``limit`` wide.
+    """The layers at ``indices``, all of their squares at most ``limit`` wide.
 
     One launch forward where all tiles lie alike in memory, at most three where they don't; so for each part of the
     derivatives.
     """
 
-    def __init__(self, draft: Draft, indices: Sequence[int], limit: int) -> None:
-        self.draft, self.limit = draft, limit
+    def __init__(self, builder: PlanBuilder, indices: Sequence[int], limit: int) -> None:
+        self.builder, self.limit = builder, limit
         self.sides: dict[int, tuple[Squares, Squares]] = {}
         for at in indices:
-            layer = draft.layers[at]
+            layer = builder.layers[at]
             B, A = layer.B.grouped_for_tile(limit), layer.A.grouped_for_tile(limit)
             self.sides[at] = B, A
-            draft.set_squares(at, B, A)
-        self.sums = self._parts() if draft.operation.wanted else []
+            builder.set_squares(at, B, A)
+        self.sums = self._parts() if builder.operation.wanted else []
 
     def _parts(self) -> list[tuple[int, ...]]:
         """Where several tiles add to one square, let them write parts; the jobs that sum these."""
-        draft = self.draft
+        builder = self.builder
         parts: list[tuple[int, Role, int, int]] = []
         for at, (B, A) in self.sides.items():
             for letter, role, squares, count in (("A", Role.DA, A, B.groups), ("B", Role.DB, B, A.groups)):
-                if letter in draft.operation.wanted and count > 1:
+                if letter in builder.operation.wanted and count > 1:
                     parts.append((at, role, squares.count * squares.side**2, count))
         if not parts:
             return []
         jobs: list[tuple[int, ...]] = []
-        offsets = draft.workspace([4 * length * count for _, _, length, count in parts])
+        offsets = builder.workspace([4 * length * count for _, _, length, count in parts])
         for (at, role, length, count), offset in zip(parts, offsets, strict=True):
-            draft.made[at].parts[role] = offset, length
-            source, result = draft.single(offset), draft.single(draft.layers[at].views[role])
+            builder.made[at].parts[role] = offset, length
+            source, result = builder.single(offset), builder.single(builder.layers[at].views[role])
             jobs += [(source, result, first, length, count) for first in range(0, length, SUM_CHUNK)]
         return jobs
 
     def launches(self, layers: Tensor) -> list[Launch]:
         if not self.sides:
             return []
-        draft, op = self.draft, self.draft.operation
+        builder, op = self.builder, self.builder.operation
         if not op.wanted:
             return self._forward(layers, "tile_update" if op.update else "tile_keep" if op.keep else "tile_forward")
         found = self._backward(layers) if set(op.wanted) & set("ABS") else []
         if self.sums:
-            jobs = draft.table(self.sums)
+            jobs = builder.table(self.sums)
             found.append(Launch("sum_parts", sum_parts, len(self.sums), (jobs,), {"CHUNK": SUM_CHUNK}, 4, 1))
         return found + (self._forward(layers, "tile_dG") if "G" in op.wanted else [])
 
@@ -83,11 +83,11 @@ class TilePart:
         for (matrices, squares), tiles in found.items():
             way = max(way for way in served if way[0] <= matrices and way[1] <= squares)
             tables.setdefault(way, []).extend(tiles)
-        return {way: self.draft.table(tiles, np.int32) for way, tiles in tables.items()}
+        return {way: self.builder.table(tiles, np.int32) for way, tiles in tables.items()}
 
     def _way(self, at: int, i: int, j: int) -> tuple[bool, bool]:
         """Whether 16 bytes can be moved at a time of a tile's matrices, and of its squares."""
-        views, (B, A) = self.draft.layers[at].views, self.sides[at]
+        views, (B, A) = self.builder.layers[at].views, self.sides[at]
         if A.extent(j) % ALIGN:
             return False, False
         matrices = A.start(j) % ALIGN == 0 and all(view.wide for role, view in views.items() if role not in BLOCKS)
@@ -95,16 +95,16 @@ class TilePart:
         return matrices, alone and all(view.wide for role, view in views.items() if role in BLOCKS)
 
     def _config(self, backward: bool, way: tuple[bool, bool] = (True, True)) -> config.TileConfig:
-        draft = self.draft
+        builder = self.builder
         widest = max(squares.group * squares.side for pair in self.sides.values() for squares in pair)
-        keep = draft.operation.keep
-        return config.tile_config(draft.target, draft.compute, draft.precision, backward, widest, keep, way)
+        keep = builder.operation.keep
+        return config.tile_config(builder.target, builder.compute, builder.precision, backward, widest, keep, way)
 
     def _types(self, *roles: Role) -> list[Any]:
-        return [self.draft.type_of(role) for role in roles]
+        return [self.builder.type_of(role) for role in roles]
 
     def _backward(self, layers: Tensor) -> list[Launch]:
-        draft = self.draft
+        builder = self.builder
         types = self._types(Role.G, Role.V, Role.A, Role.B, Role.S)
         found = []
         for way, tiles in self._tiles("tile_backward", self._config(backward=True).side).items():
@@ -112,21 +112,21 @@ class TilePart:
             found += [
                 Launch("tile_backward", tile_backward, len(tiles), (tiles, layers), each, chosen.warps, chosen.stages)
                 for each in backward_constants(
-                    chosen, draft.operation.wanted, compute=TYPES[draft.compute], precision=draft.precision,
+                    chosen, builder.operation.wanted, compute=TYPES[builder.compute], precision=builder.precision,
                     types=types, way=way,
                 )
             ]  # fmt: skip
         return found
 
     def _forward(self, layers: Tensor, stage: str) -> list[Launch]:
-        draft, op = self.draft, self.draft.operation
+        builder, op = self.builder, self.builder.operation
         of_V = stage == "tile_dG"
         types = self._types(Role.V if of_V else Role.G, Role.A, Role.B, Role.S, Role.OUT, Role.MOMENTUM)
         found = []
         for way, tiles in self._tiles(stage, self._config(backward=False).side).items():
             chosen = self._config(backward=False, way=way)
             constants = forward_constants(
-                chosen, op, compute=TYPES[draft.compute], precision=draft.precision, types=types, of_V=of_V, way=way
+                chosen, op, compute=TYPES[builder.compute], precision=builder.precision, types=types, of_V=of_V, way=way
             )
             found.append(
                 Launch(

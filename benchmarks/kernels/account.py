@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from apo_kernels.targets import TARGETS
-from apo_kernels.triton.account import OPERATIONS, account
+from apo_kernels.triton.tools.cost_model import OPERATIONS, account
 from benchmarks.common.console import console, table
 from benchmarks.kernels.shapes import MODELS
 

@@ -43,7 +43,7 @@ def run(options: Namespace) -> dict[str, Any]:
         sys.exit("python -m benchmarks targets: nothing is compiled under TRITON_INTERPRET=1; unset it")
     import triton
 
-    from apo_kernels.triton.ahead import cases
+    from apo_kernels.triton.tools.compile_ahead import cases
 
     names = options.target or list(TARGETS)
     dtypes = options.dtype or list(DTYPES[:1] if options.quick else DTYPES)
@@ -69,8 +69,8 @@ def run(options: Namespace) -> dict[str, Any]:
 
 
 def compile_one(target_name: str, dtype_name: str, precision: str | None, at: int) -> dict[str, Any]:
-    """The row of one of :func:`apo_kernels.triton.ahead.cases`."""
-    from apo_kernels.triton.ahead import cases, compile_case
+    """The row of one of :func:`apo_kernels.triton.tools.compile_ahead.cases`."""
+    from apo_kernels.triton.tools.compile_ahead import cases, compile_case
 
     target = TARGETS[target_name]
     case = list(cases(target, getattr(torch, dtype_name), precision))[at]

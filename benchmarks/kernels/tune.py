@@ -108,7 +108,7 @@ def _work(options: Namespace, dtype: torch.dtype, target: Any) -> Iterator[tuple
 
 def _compiles(target: Any, dtype: torch.dtype, stage: str, size: str, changes: Changes) -> bool:
     from apo_kernels.triton import config
-    from apo_kernels.triton.ahead import cases, compile_case
+    from apo_kernels.triton.tools.compile_ahead import cases, compile_case
 
     forwards = ("tile_forward", "tile_keep", "tile_update", "tile_dG")
     stages = forwards if stage == "tile_forward" else (stage, f"{stage}_keep")

@@ -16,7 +16,7 @@ from apo_kernels.triton.backend import TritonBackend
 from apo_kernels.triton.errors import Interrupted, Unserved
 from apo_kernels.triton.launch import Launch, Run
 from apo_kernels.triton.layers import layers_of
-from apo_kernels.triton.roles import Role
+from apo_kernels.triton.table_layout import Role
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 Triton's own launch code runs here, with a driver that names a target, takes the compiled kernels and writes down what
 it is asked to launch. So it shows that arguments have types that Triton takes, and that what is compiled ahead of time
-(:mod:`apo_kernels.triton.ahead`) is what is launched, to the last constant.
+(:mod:`apo_kernels.triton.tools.compile_ahead`) is what is launched, to the last constant.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver as drivers
 
-from apo_kernels.triton import ahead, config
+from apo_kernels.triton import config
 from apo_kernels.triton import plan as plans
 from apo_kernels.triton.backend import TritonBackend
+from apo_kernels.triton.tools import compile_ahead
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under TRITON_INTERPRET=1")]
 
@@ -135,7 +136,10 @@ def test_what_is_launched_is_what_is_compiled_ahead(
     if size == "64" and config.tile_limit(gpu.target, dtype, backward=True) < 64:
         size = "large"  # the derivatives' half is the grouped GEMM's
     everything(model(shapes, dtype, A=side, B=side), torch.tensor(0.1))
-    known = {(identity(ahead.source_of(case, gpu.target)), case.warps) for case in ahead.cases(gpu.target, dtype)}
+    known = {
+        (identity(compile_ahead.source_of(case, gpu.target)), case.warps)
+        for case in compile_ahead.cases(gpu.target, dtype)
+    }
     assert gpu.launched
     for launch in gpu.launched:
         assert (launch.source, launch.warps) in known, launch
@@ -167,7 +171,7 @@ def test_everything_is_compiled_before_anything_is_launched(gpu: Recorder, monke
         gpu.built.append(name)
         return 1, 1, 0, 0, 1024
 
-    for kernel in (ahead.grouped_gemm, ahead.pack):
+    for kernel in (compile_ahead.grouped_gemm, compile_ahead.pack):
         kernel.device_caches.clear()
     monkeypatch.setattr(gpu, "load_binary", refuse)
     with pytest.raises(RuntimeError, match="no such instruction"):

@@ -22,7 +22,7 @@ from apo_kernels.triton import config
 from apo_kernels.triton import plan as plans
 from apo_kernels.triton.gemm import grouped_gemm
 from apo_kernels.triton.launch import count_launches
-from apo_kernels.triton.roles import Role
+from apo_kernels.triton.table_layout import Role
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poison")]
 

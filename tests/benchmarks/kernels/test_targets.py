@@ -14,7 +14,7 @@ from benchmarks.common import results
 from benchmarks.kernels import targets
 
 pytest.importorskip("triton.language")
-from apo_kernels.triton.ahead import cases
+from apo_kernels.triton.tools.compile_ahead import cases
 
 ARGUMENTS = ["targets", "--target", "sm_90", "--dtype", "bfloat16"]
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from apo_kernels.triton.roles import ALIGN, Column, LayerField, ProblemField, Role
+from apo_kernels.triton.table_layout import ALIGN, Column, LayerField, ProblemField, Role
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 ROLES = tl.constexpr(len(Role))

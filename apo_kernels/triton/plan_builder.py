@@ -13,11 +13,11 @@ from torch import Tensor
 from triton import language as tl
 
 from apo_kernels.targets import Target
-from apo_kernels.triton.addresses import Addresses, Made
 from apo_kernels.triton.layers import Squares, View, layers_of
-from apo_kernels.triton.roles import LayerField, Role
+from apo_kernels.triton.operand_table import Made, OperandTable
+from apo_kernels.triton.table_layout import LayerField, Role
 
-__all__ = ["CODES", "TYPES", "Draft", "Operands", "Operation", "to_device"]
+__all__ = ["CODES", "TYPES", "Operands", "Operation", "PlanBuilder", "to_device"]
 
 Operands = Mapping[Role, Sequence[Tensor]]
 
@@ -63,7 +63,7 @@ def to_device(array: NDArray[Any], device: torch.device) -> tuple[Tensor, Tensor
     return host, host.to(device, non_blocking=True)
 
 
-class Draft:
+class PlanBuilder:
     """The layers of a call, their dtypes, and the memory that a run takes for itself.
 
     Attributes:
@@ -104,7 +104,7 @@ class Draft:
     def single(self, place: View | int) -> int:
         """The index in the table of addresses at which a kernel will find that of ``place``; never 0."""
         self.singles.append(place)
-        return Addresses.first_single(len(self.layers)) + len(self.singles) - 1
+        return OperandTable.first_single(len(self.layers)) + len(self.singles) - 1
 
     def table(self, rows: Sequence[Sequence[int]], dtype: type[np.integer[Any]] = np.int64) -> Tensor:
         """A table on the device."""

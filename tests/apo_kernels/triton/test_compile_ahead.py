@@ -23,7 +23,7 @@ pytestmark = pytest.mark.aot
 CHECK = """
 import sys, torch
 from apo_kernels.targets import CONSUMER, TARGETS
-from apo_kernels.triton.ahead import cases, compile_case
+from apo_kernels.triton.tools.compile_ahead import cases, compile_case
 target, dtype = TARGETS.get(sys.argv[1], CONSUMER), getattr(torch, sys.argv[2])
 failed = 0
 for case in cases(target, dtype):

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apo_kernels.triton.layers import Layer, View
-from apo_kernels.triton.roles import Column, Role
+from apo_kernels.triton.table_layout import Column, Role
 
-__all__ = ["Addresses", "Made"]
+__all__ = ["Made", "OperandTable"]
 
 _WORKSPACE = -1
 """Among the tensors: the last one."""
@@ -28,7 +28,7 @@ class Made:
         """Offset in bytes and size in elements of the first of the parts that a derivative is written as."""
 
 
-class Addresses:
+class OperandTable:
     """The operands' table of all layers, ``[layers, ROLES, COLUMNS]``, and after it single addresses, by index."""
 
     def __init__(self, layers: Sequence[Layer], made: Sequence[Made], single: Sequence[View | int]) -> None:

@@ -22,10 +22,10 @@ from triton.compiler import ASTSource
 
 from apo_kernels.targets import Target
 from apo_kernels.triton import config
-from apo_kernels.triton.draft import TYPES, Operation
 from apo_kernels.triton.gemm import grouped_gemm
 from apo_kernels.triton.gemm_part import KEEPING, gemm_constants, pack_constants
 from apo_kernels.triton.pack import pack
+from apo_kernels.triton.plan_builder import TYPES, Operation
 from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
 from apo_kernels.triton.tile_part import SUM_CHUNK, backward_constants, forward_constants
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from apo_kernels.targets import INTERPRETER, TARGETS
-from apo_kernels.triton.account import account
+from apo_kernels.triton.tools.cost_model import account
 from tests.apo_kernels.triton.examples import model
 
 pytest.importorskip("triton.language")
-from apo_kernels.triton.draft import Operation
 from apo_kernels.triton.plan import Plan
-from apo_kernels.triton.roles import ALIGN, Kind, ProblemField, Role
+from apo_kernels.triton.plan_builder import Operation
+from apo_kernels.triton.table_layout import ALIGN, Kind, ProblemField, Role
 
 SHAPES = ((70, 90), (64, 64), (130, 257), (16, 200), (7, 1))
 

@@ -9,7 +9,7 @@ pytest.importorskip("triton.language")
 import triton
 import triton.language as tl
 
-from apo_kernels.triton.device import power_of_two, storable
+from apo_kernels.triton.primitives import power_of_two, storable
 
 pytestmark = pytest.mark.interpret
 
