@@ -16,12 +16,16 @@ from apo_kernels.functional import (
     precondition,
     precondition_vjp,
 )
+from apo_kernels.slopes import ModelSlopes
+from apo_kernels.whole_model import ModelPreconditioner
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BoundStep",
     "Kept",
+    "ModelPreconditioner",
+    "ModelSlopes",
     "blocks_from_dense",
     "blocks_to_dense",
     "explain",

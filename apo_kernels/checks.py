@@ -12,15 +12,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from apo_kernels.aten import Kept, accumulation_dtype
 from apo_kernels.blocks import block_count
+from apo_kernels.slopes import Parts
 
 __all__ = [
     "foreach_operands",
     "kept_list",
     "kept_products",
+    "model",
     "no_graph",
     "no_shared_memory",
     "not_negated",
     "operands",
+    "parts",
     "step",
     "step_scalars",
     "step_tensors",
@@ -181,6 +184,49 @@ def kept_list(kept: Sequence[Kept], Gs: Tensors) -> None:
         raise ValueError(f"kept must be None or a list of {len(Gs)} Kept, one for each of Gs, but got {_kind(kept)}")
     for i, G in enumerate(Gs):
         kept_products(kept[i], G, index=i)
+
+
+def model(As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[Sequence[int]], learned: Sequence[str]) -> None:
+    """Refuse what is no preconditioner of a model."""
+    tensor_lists(As=As, Bs=Bs, Ss=Ss)
+    foreach_operands(Ss, As, Bs, Ss)
+    for name, each in (("widths", widths), ("learned", learned)):
+        if not isinstance(each, _LISTS) or len(each) != len(Ss):
+            raise ValueError(f"{name} must be a list with an entry for each of {len(Ss)} layers, but got {each!r}")
+    for i, (S, own, letters) in enumerate(zip(Ss, widths, learned, strict=True)):
+        if not 1 <= len(own) <= 2 or sum(own) != S.shape[-1] or min(own) < 0:
+            raise ValueError(f"widths[{i}] must be one or two numbers that add up to {S.shape[-1]}, but is {own!r}")
+        if "S" not in letters or set(letters) - set("ABS"):
+            raise ValueError(f"learned[{i}] must be letters of 'ABS', with 'S', but is {letters!r}")
+
+
+def parts(
+    written: Parts, read: Parts, shapes: Sequence[torch.Size], widths: Sequence[tuple[int, ...]], like: Tensor
+) -> None:
+    """Refuse parts that don't fit the layers, and weights that can't be written."""
+    for name, each in (("Gs", read), ("thetas", written)):
+        if len(each) != len(shapes):
+            raise ValueError(f"{name} must have an entry for each of {len(shapes)} layers, but has {len(each)}")
+    for i, (thetas, Gs, shape, own) in enumerate(zip(written, read, shapes, widths, strict=True)):
+        if Gs is None:
+            continue
+        if thetas is None or len(Gs) != len(own) or len(thetas) != len(own):
+            raise ValueError(f"Gs[{i}] and thetas[{i}] must have {len(own)} parts, of widths {own}")
+        for k, (theta, G, width) in enumerate(zip(thetas, Gs, own, strict=True)):
+            if G is None:
+                continue
+            expected = (*shape[:-1], width)
+            for name, x in (("Gs", G), ("thetas", theta)):
+                if not isinstance(x, Tensor) or x.shape != expected or x.device != like.device:
+                    raise ValueError(
+                        f"{name}[{i}][{k}] must be a tensor of shape {expected} on {like.device}, "
+                        f"but got {_description(x) if isinstance(x, Tensor) else _kind(x)}"
+                    )
+                if (x.dtype == torch.float64) != (like.dtype == torch.float64):
+                    raise TypeError(
+                        f"{name}[{i}][{k}] must be float64 exactly if the blocks are, but is {x.dtype}, "
+                        f"they {like.dtype}"
+                    )
 
 
 def watched(*lists: Tensors) -> bool:

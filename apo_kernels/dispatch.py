@@ -26,6 +26,7 @@ from torch import Tensor
 
 from apo_kernels import aten
 from apo_kernels.aten import Kept
+from apo_kernels.slopes import ModelSlopes, Parts
 from apo_kernels.triton.errors import Interrupted, Unserved
 
 __all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "Backend", "Choice", "choose", "serving"]
@@ -72,6 +73,41 @@ class Backend(Protocol):
     def bind_step(
         self, thetas: Tensors, Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, momentum_buffers: Tensors
     ) -> Callable[[float | Tensor, float, float], None]: ...
+
+    def bind_model(
+        self, As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[tuple[int, ...]], learned: Sequence[str]
+    ) -> BoundModel: ...
+
+
+class BoundModel(Protocol):
+    """What a path must offer for :class:`apo_kernels.ModelPreconditioner`, whose methods these are."""
+
+    def step_(
+        self,
+        thetas: Parts,
+        Gs: Parts,
+        momentum_buffers: Sequence[Tensor | None],
+        lr: Sequence[float],
+        momentum: Sequence[float],
+        weight_decay: Sequence[float],
+        most: float,
+        shares: Sequence[float] | None,
+        total: Callable[[Tensor], None] | None,
+    ) -> Tensor: ...
+
+    def trial_(
+        self,
+        thetas: Parts,
+        Gs: Parts,
+        momentum_buffers: Sequence[Tensor | None],
+        lengths: Sequence[float],
+        momentum: Sequence[float],
+        shrink: Sequence[float],
+    ) -> object: ...
+
+    def keep(self, Gs: Parts) -> object: ...
+
+    def slopes(self, Vs: Parts, kept: Any, lengths: Sequence[float]) -> ModelSlopes: ...
 
 
 _ATEN = cast(Backend, aten)

@@ -1,0 +1,40 @@
+"""What goes into and comes out of :class:`apo_kernels.ModelPreconditioner`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["ModelSlopes", "Parts"]
+
+Parts = Sequence[Sequence[Tensor | None] | None]
+"""One entry a layer: its matrices ``(*batch, m, width)``, which lie side by side; None for a part or a layer that isn't
+there."""
+
+
+class ModelSlopes(NamedTuple):
+    """How an objective changes with the preconditioner, one entry a layer, each None where it isn't learned or the
+    layer was left out of the trial.
+
+    With ``M = BᵀGA`` and ``N = BᵀVA``, for ``Q(θ − length·P(G))`` whose gradient there is ``V``:
+
+    Attributes:
+        A: ``−length·AᵀdA = −length·(Nᵀ(S²⊙M) + Mᵀ(S²⊙N))``, in A's shape, zero in what sticks out of a side.
+        B: ``−length·BᵀdB = −length·(N(S²⊙M)ᵀ + M(S²⊙N)ᵀ)``.
+        S: ``−length·S⊙dS = −2 length·S²⊙M⊙N``.
+        size_A, size_B, size_S: ``length`` times what these would be for ``V = G``, without the sign: of A and B the
+            diagonals, in the shapes of ``A[..., 0]`` and ``B[..., 0]``, of S ``2 length·S²⊙M²``.
+        inner: ``⟨V, P(G)⟩`` of each layer, ``(layers,)``, 0 for one left out.
+
+    All are float32 (float64 for float64 operands).
+    """
+
+    A: list[Tensor | None]
+    B: list[Tensor | None]
+    S: list[Tensor | None]
+    size_A: list[Tensor | None]
+    size_B: list[Tensor | None]
+    size_S: list[Tensor | None]
+    inner: Tensor
