@@ -134,7 +134,7 @@ class AtenModel:
                 if name in self.learned[i]:
                     found[at][i] = d[name].mul_(-length)
                     found[3 + at][i] = _by_square(size.sum(dim), block)
-        return ModelSlopes(*found, torch.stack(inner) if inner else torch.zeros(0))  # type: ignore[call-arg]
+        return ModelSlopes(*found, torch.stack(inner) if inner else torch.zeros(0))  # type: ignore[call-arg, arg-type]
 
 
 def _by_square(side: Tensor, block: Tensor) -> Tensor:
