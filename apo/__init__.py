@@ -12,6 +12,7 @@ from apo import proximal
 from apo.adaptive_lr import AdaptiveLR
 from apo.discrepancy import KL, BernoulliKL, GaussianKL, SquaredError
 from apo.full_preconditioner import FullPreconditioner
+from apo.method import Method
 from apo.objective import Evaluation, ProximalObjective
 from apo.preconditioned import APO
 from apo_kernels import __version__
@@ -24,6 +25,7 @@ __all__ = [
     "Evaluation",
     "FullPreconditioner",
     "GaussianKL",
+    "Method",
     "ProximalObjective",
     "SquaredError",
     "__version__",

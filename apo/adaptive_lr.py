@@ -78,7 +78,7 @@ class AdaptiveLR(MetaLearner):
             0.046, best of three schedules 0.027; learned, reach 1: 0.24; 0.75: 0.17; 0.5: 0.048, with λ_WSD 0.01
             0.034; 0.4 with λ_WSD 0.03: 0.018 (second seed 0.024); 0.3 with λ_WSD 0.1: 0.028. With momentum 1 is
             right: 0.65 to 1 were alike there with λ_FSD 0, and 0.56 and less diverged or nearly so.
-        shared: one learned factor for all param groups; otherwise each group's rate is learned for itself.
+        shared_lr: one learned factor for all param groups; otherwise each group's rate is learned for itself.
         bounds: least and greatest rate.
         rescale_schedule: a scheduler sets the rate from its own base (``LambdaLR``, ``OneCycleLR``, transformers'
             Trainer always): multiply what it sets by what was learned. Otherwise it replaces what was learned, and
@@ -108,7 +108,7 @@ class AdaptiveLR(MetaLearner):
         meta_optimizer: RateOptimizer = "rmsprop",
         meta_decay: float | None = None,
         reach: float = 1.0,
-        shared: bool = False,
+        shared_lr: bool = False,
         bounds: tuple[float, float] = (1e-10, 1e4),
         rescale_schedule: bool = False,
         grad_scaler: GradScaler | None = None,
@@ -130,7 +130,7 @@ class AdaptiveLR(MetaLearner):
             meta_lr=meta_lr,
             meta_optimizer=meta_optimizer,
             meta_decay=(0.9 if fresh else 0.99) if meta_decay is None else meta_decay,
-            shared=shared,
+            shared=checks.boolean("shared_lr", shared_lr),
             bounds=bounds,
             rescale_schedule=rescale_schedule,
         )
@@ -278,7 +278,7 @@ class AdaptiveLR(MetaLearner):
         self.rates.shrink(self.param_groups)
 
     def _settings(self) -> dict[str, Any]:
-        return {"meta_optimizer": self.rates.meta_optimizer, "shared": self.rates.shared}
+        return {"meta_optimizer": self.rates.meta_optimizer, "shared_lr": self.rates.shared}
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's own, in which the groups hold what is remembered of the rates too."""

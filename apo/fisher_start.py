@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from apo.preconditioner import Layer, apply_and_keep
+from apo.arena import Arena, Parts
+from apo.preconditioner import Layer
 from apo_kernels.aten import aligned_product
 
 __all__ = ["FisherStart"]
@@ -84,18 +84,19 @@ class FisherStart:
             torch._foreach_mul_(held, factors)
 
     @torch.no_grad()
-    def look(self, layers: Sequence[Layer], W: Sequence[Tensor]) -> None:
-        """Take the energies of a sampled gradient, one matrix per layer, into the running means."""
-        _, kept = apply_and_keep(layers, W)
-        for layer, own in zip(layers, kept, strict=True):
-            Y = layer.S * own.M
-            energies = {"S": Y.square()}
-            if "A" in layer.learned:
-                energies["A"] = _gram(Y, layer.A)
-            if "B" in layer.learned:
-                energies["B"] = _gram(Y.mT, layer.B)
+    def look(self, arena: Arena, Ws: Parts) -> None:
+        """Take the energies of a sampled gradient into the running means."""
+        # the relative derivatives of ⟨W, P(W)⟩/2 are YᵀY, YYᵀ and Y²
+        found = arena.operator.slopes(Ws, arena.operator.keep(Ws), lengths=[-0.5] * len(arena.layers))
+        for layer, W, *energies in zip(arena.layers, Ws, *found[:3], strict=True):
+            if W is None:
+                continue
+            of = dict(zip("ABS", energies, strict=True))
+            over = {"A": layer.view.m, "B": layer.view.n, "S": 1}
             for name, part in zip(layer.learned, layer.phi, strict=True):
-                part.buffers[self.ENERGY].lerp_(energies[name], 1 - self.BETA)
+                energy = of[name]
+                assert energy is not None
+                part.buffers[self.ENERGY].lerp_(energy / over[name], 1 - self.BETA)
             layer.parts["S"].buffers[self.WEIGHT].lerp_(torch.ones(()), 1 - self.BETA)
 
     @torch.no_grad()
@@ -126,14 +127,3 @@ class FisherStart:
         norm = torch.linalg.vector_norm(R, dim=(-2, -1), keepdim=True)
         R.mul_(self.RATE * self.LONGEST / norm.clamp_min_(self.LONGEST))
         X.sub_(aligned_product(X, R))
-
-
-def _gram(Y: Tensor, block: Tensor) -> Tensor:
-    """``YᵀY/m`` as far as the block has entries for it, with zeros for what sticks out."""
-    rows, length, b = Y.shape[-2], Y.shape[-1], block.shape[-1]
-    if block.ndim == Y.ndim:  # a full block
-        return Y.mT @ Y / rows
-    count = block.shape[-3]
-    padded = F.pad(Y, (0, count * b - length))
-    panels = padded.view(*padded.shape[:-1], count, b).movedim(-2, -3)
-    return panels.mT @ panels / rows

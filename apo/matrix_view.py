@@ -18,7 +18,7 @@ A side longer than ``max_dim``, or of length 1, gets no block; ``S`` still scale
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,31 +104,29 @@ class MatrixView:
         rows = side(self.m, block_size, max_dim) if self.mixes_rows else Side(self.m, 1)
         return side(self.n, block_size, max_dim), rows
 
-    def gather(self, parts: Iterable[Tensor | None]) -> Tensor:
-        """The matrix ``(*batch, m, n)`` of tensors in the shapes of :attr:`parameters`. A view where it can be.
-        A part that is None counts as zeros."""
-        weight, *biases = parts
-        if weight is None:
-            weight = torch.zeros_like(self.weight)
-        if self.transposed:
-            weight = weight.transpose(0, 1)
-        columns = self.n - (self.bias is not None)
-        matrix = weight.reshape(*self.batch, self.m, columns)
-        if self.bias is None:
-            return matrix
-        (bias,) = biases
-        column = matrix.new_zeros(*self.batch, self.m, 1) if bias is None else bias.reshape(*self.batch, self.m, 1)
-        return torch.cat([matrix, column.to(matrix.dtype)], -1)
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the matrices of :attr:`parameters`, which lie side by side."""
+        return (self.n,) if self.bias is None else (self.n - 1, 1)
 
-    def scatter(self, matrix: Tensor) -> list[Tensor]:
-        """The parts of a matrix ``(*batch, m, n)`` in the shapes of :attr:`parameters`."""
-        part = matrix if self.bias is None else matrix[..., :-1]
-        if self.transposed:
-            rows, columns, *kernel = self.weight.shape
-            weight = part.reshape(columns, rows, *kernel).transpose(0, 1)
-        else:
-            weight = part.reshape(self.weight.shape)
-        return [weight] if self.bias is None else [weight, matrix[..., -1].reshape(self.bias.shape)]
+    def matrices(self, parts: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """Tensors in the shapes of :attr:`parameters` as matrices ``(*batch, m, width)`` that lie side by side. Views
+        where they can be."""
+        weight, *biases = parts
+        if weight is not None:
+            weight = weight.transpose(0, 1) if self.transposed else weight
+            weight = weight.reshape(*self.batch, self.m, self.widths[0])
+        return [weight, *(None if x is None else x.reshape(*self.batch, self.m, 1) for x in biases)]
+
+    def joined(self, matrices: Sequence[Tensor | None] | None) -> Tensor:
+        """The matrix ``(*batch, m, n)`` of :meth:`matrices`; None counts as zeros."""
+        matrices = [None] * len(self.widths) if matrices is None else matrices
+        like = next((x for x in matrices if x is not None), self.weight)
+        each = [
+            like.new_zeros(*self.batch, self.m, width) if x is None else x
+            for x, width in zip(matrices, self.widths, strict=True)
+        ]
+        return each[0] if len(each) == 1 else torch.cat(each, -1)
 
 
 def matrix_views(model: nn.Module, parameters: Iterable[Tensor]) -> list[MatrixView]:

@@ -448,7 +448,7 @@ class MetaLearner(Optimizer):
         objective = self.objective
         held = [self, getattr(self, "rates", None), getattr(self, "optimizer", None), objective, objective.discrepancy]
         settings = [(type(each).__name__, _plain_settings(each)) for each in held]
-        return f"{self._settings_text()} {groups} {settings}"
+        return f"{self._settings_text()} {groups} {settings} {getattr(self, 'method', '')}"
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:

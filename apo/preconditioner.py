@@ -1,24 +1,19 @@
-"""The structured preconditioner of a model: a block A, B and a scaling S for each matrix (Eq. 9 and 10).
-
-All products go through :mod:`apo_kernels`' foreach operations, a whole model a call.
-"""
+"""The structured preconditioner of a layer: blocks A and B and a scaling S (Eq. 9 and 10)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import apo_kernels as ak
 from apo.matrix_view import MatrixView, Side
 from apo.meta_optimizer import Learned
 
-__all__ = ["Layer", "apply", "apply_and_keep", "block_gradients", "root_mean_squares", "sizes"]
+__all__ = ["Layer"]
 
 
 @dataclass(eq=False)
@@ -71,7 +66,8 @@ class Layer:
             "S": Learned(S, count=count),
         }
         layer = cls(view, sides, parts, dtype or master, group)
-        layer.refresh()
+        if layer.dtype != master:
+            layer.working = layer.A.to(dtype), layer.B.to(dtype), layer.S.to(dtype)
         return layer
 
     @property
@@ -114,10 +110,9 @@ class Layer:
         widths = {"A": self.sides[0].width, "B": self.sides[1].width, "S": 1}
         return [meta_lr / widths[name] for name in self.learned]
 
-    def refresh(self) -> None:
-        """Bring the working copies up to date with what was learned."""
-        if self.dtype != self.S.dtype:
-            self.working = self.A.to(self.dtype), self.B.to(self.dtype), self.S.to(self.dtype)
+    def copies(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The working copies, each with what it is a copy of."""
+        return zip(self.working or (), (self.A, self.B, self.S), strict=False)
 
     @property
     def outdated(self) -> bool:
@@ -145,7 +140,8 @@ class Layer:
         for name, tensor in self.state().items():
             if name in state:
                 tensor.copy_(torch.as_tensor(state[name]))
-        self.refresh()
+        for copy, own in self.copies():
+            copy.copy_(own)
 
     def misfit(self, state: object) -> str | None:
         """Why a state can't be taken up; None where it can."""
@@ -156,81 +152,3 @@ class Layer:
             if isinstance(held, Tensor) and held.shape != tensor.shape:
                 return f"{name} of {self.view.name} must be {tuple(tensor.shape)}, but is {tuple(held.shape)}"
         return None
-
-
-def _operands(layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    each = [layer.operands for layer in layers]
-    return [A for A, _, _ in each], [B for _, B, _ in each], [S for _, _, S in each]
-
-
-def apply(layers: Sequence[Layer], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """``P(G)`` of each layer."""
-    return ak.foreach_precondition(gradients, *_operands(layers))
-
-
-def apply_and_keep(layers: Sequence[Layer], gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[ak.Kept]]:
-    """``P(G)`` of each layer, and what :func:`block_gradients` can reuse of it."""
-    return ak.foreach_precondition(gradients, *_operands(layers), keep=True)
-
-
-def block_gradients(
-    layers: Sequence[Layer],
-    gradients: Sequence[Tensor],
-    V: Sequence[Tensor],
-    kept: Sequence[ak.Kept],
-    *,
-    relative: bool,
-) -> dict[Layer, tuple[Tensor, ...]]:
-    """The derivatives of ``Σ ⟨V, P(G)⟩``, a tuple a layer in the order of ``layer.learned``; with ``relative``,
-    ``AᵀdA`` and ``BᵀdB`` in the blocks' place."""
-    found: dict[Layer, tuple[Tensor, ...]] = {}
-    for wanted in dict.fromkeys(layer.learned for layer in layers):
-        at = [i for i, layer in enumerate(layers) if layer.learned == wanted]
-        those = [layers[i] for i in at]
-        derivatives = ak.foreach_precondition_vjp(
-            [gradients[i] for i in at],
-            *_operands(those),
-            [V[i] for i in at],
-            kept=[kept[i] for i in at],
-            wanted=wanted,
-            relative=relative,
-        )
-        found.update(zip(those, derivatives, strict=True))
-    return found
-
-
-def sizes(layers: Sequence[Layer], kept: Sequence[ak.Kept]) -> dict[Layer, tuple[Tensor, ...]]:
-    """What :func:`block_gradients` gives, relative, for ``V = G``, a tuple a layer in the order of ``layer.learned``:
-    the diagonals for blocks, in the shape of ``A[..., 0]``, and ``S dS`` for S."""
-    found: dict[Layer, tuple[Tensor, ...]] = {}
-    if not layers:
-        return found
-    of_all = torch._foreach_mul([layer.S for layer in layers], [own.M for own in kept])
-    torch._foreach_mul_(of_all, list(of_all))
-    torch._foreach_mul_(of_all, 2)
-    for layer, of_S in zip(layers, of_all, strict=True):
-        named = {"A": (-2, layer.A), "B": (-1, layer.B)}
-        of_blocks = (_by_square(of_S.sum(dim), block) for name, (dim, block) in named.items() if name in layer.learned)
-        found[layer] = (*of_blocks, of_S)
-    return found
-
-
-def root_mean_squares(layers: Sequence[Layer]) -> list[tuple[float, ...]]:
-    """Of each layer's learned blocks, over the identity's, and of its S; one synchronisation."""
-    if not layers:
-        return []
-    norms = iter(torch.stack(torch._foreach_norm([x for layer in layers for x in layer.tensors()])).tolist())
-    found = []
-    for layer in layers:
-        *blocks, S = layer.tensors()
-        ones = [*(block.numel() // block.shape[-1] for block in blocks), S.numel()]
-        found.append(tuple(next(norms) / math.sqrt(count) for count in ones))
-    return found
-
-
-def _by_square(side: Tensor, block: Tensor) -> Tensor:
-    """A number for each of a side's entries, in the shape of ``block[..., 0]``, with zeros for what sticks out."""
-    if block.ndim == side.ndim + 1:
-        return side
-    count, width = block.shape[-3:-1]
-    return F.pad(side, (0, count * width - side.shape[-1])).reshape(*side.shape[:-1], count, width)

@@ -60,7 +60,7 @@ class RelativeSteps:
         """One step from the meta-gradients, one per tensor; None leaves it as it is.
 
         Args:
-            grads: ``AᵀdA`` of a block A, ``dS`` of a scaling S.
+            grads: ``AᵀdA`` of a block A, ``S dS`` of a scaling S.
             sizes: of a block's diagonal, in the shape of ``A[..., 0]``; of ``S dS``, in that of S. All >= 0.
         """
         given = zip(self.learned, grads, sizes, strict=True)
@@ -84,8 +84,6 @@ class RelativeSteps:
         slopes, sizes = ([found[own][i] for own in taking_part] for i in (0, 1))
         squares = isinstance(each, SharedSquares)
         betas = self.BLOCK_BETAS if squares else self.S_BETAS
-        if not squares:
-            slopes = list(torch._foreach_mul(slopes, [own.tensor for own in taking_part]))
         torch._foreach_lerp_([own.buffers["slope"] for own in taking_part], slopes, 1 - betas[0])
         torch._foreach_lerp_([own.buffers["size"] for own in taking_part], sizes, 1 - betas[1])
         unbias = each.each(lambda own: _unbias(counts[own], betas) if own in found else 1.0)

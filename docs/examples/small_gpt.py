@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     # is needed.
     objective = apo.ProximalObjective(model, inputs=batch, loss=mean_loss, discrepancy="kl")
     base = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
-    optimizer = apo.AdaptiveLR(base, objective, shared=True, rescale_schedule=True)
+    optimizer = apo.AdaptiveLR(base, objective, shared_lr=True, rescale_schedule=True)
     # The schedule's shape times what is learned.
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / args.warmup))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apo
+import apo_kernels as ak
+from apo.matrix_view import MatrixView
+from apo.preconditioner import Layer
 
 Problem = tuple[nn.Module, Tensor, Tensor, Tensor]
 
@@ -34,6 +38,27 @@ def convnet(*, dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
 def objective(model: nn.Module, inputs: Any, **settings: Any) -> apo.ProximalObjective:
     settings = {"fsd_weight": 0.7, "wsd_weight": 0.2, **settings}
     return apo.ProximalObjective(model, [inputs] if isinstance(inputs, Tensor) else inputs, **settings)
+
+
+def apo_of(model: nn.Module, goal: apo.ProximalObjective, **settings: Any) -> apo.APO:
+    """An APO of the optimizer's own settings and the method's together."""
+    names = {field.name for field in fields(apo.Method)} & settings.keys()
+    method = apo.Method(**{name: settings.pop(name) for name in names})
+    return apo.APO(model, goal, **settings, method=method)
+
+
+def scattered(view: MatrixView, matrix: Tensor) -> list[Tensor]:
+    """The parts of a matrix ``(*batch, m, n)`` in the shapes of the view's parameters."""
+    part = matrix if view.bias is None else matrix[..., :-1]
+    like = view.weight.transpose(0, 1) if view.transposed else view.weight
+    weight = part.reshape(like.shape)
+    weight = weight.transpose(0, 1) if view.transposed else weight
+    return [weight] if view.bias is None else [weight, matrix[..., -1].reshape(view.bias.shape)]
+
+
+def precondition(layers: Sequence[Layer], matrices: Sequence[Tensor]) -> list[Tensor]:
+    """``P(G)`` of each layer."""
+    return [ak.precondition(G, *layer.operands) for layer, G in zip(layers, matrices, strict=True)]
 
 
 def closure_of(

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import apo
 import apo.distributed
+from tests.apo.helpers import apo_of
 
 STEPS = 6
 FRONT_ENDS = ("AdaptiveLR", "APO", "FullPreconditioner")
@@ -48,6 +49,8 @@ def front_end(kind: str, model: nn.Module, goal: Any, lr: float = 0.05, **settin
     settings = {"interval": 2, "warmup": 3, **settings}
     if kind == "AdaptiveLR":
         return apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr, 0.9), goal, **settings)
+    if kind == "APO":
+        return apo_of(model, goal, lr=lr, **settings)
     return getattr(apo, kind)(model, goal, lr=lr, **settings)
 
 

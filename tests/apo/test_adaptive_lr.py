@@ -111,7 +111,7 @@ def test_one_rate_a_group_or_one_factor_for_all() -> None:
     for shared in (False, True):
         model, x, t, other = mlp()
         groups = [{"params": model[0].parameters(), "lr": 0.4}, {"params": model[2].parameters()}]
-        opt = apo.AdaptiveLR(torch.optim.SGD(groups, lr=0.1), objective(model, other), shared=shared)
+        opt = apo.AdaptiveLR(torch.optim.SGD(groups, lr=0.1), objective(model, other), shared_lr=shared)
         for _ in range(10):
             opt.step(closure_of(opt, model, x, t))
         ratio = opt.param_groups[0]["lr"] / opt.param_groups[1]["lr"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ ADAPTIVE_LR: list[Bad] = [
     ({"meta_decay": "slow"}, TypeError, "meta_decay must be a number, but got 'slow'"),
     ({"reach": 0}, ValueError, "reach must be a finite number > 0, but got 0"),
     ({"reach": 1.5}, ValueError, "reach must be at most 1, but got 1.5"),
-    ({"shared": "yes"}, TypeError, "shared must be True or False, but got 'yes'"),
+    ({"shared_lr": "yes"}, TypeError, "shared_lr must be True or False, but got 'yes'"),
 ]
 APO: list[Bad] = [
     ({"model": 3}, TypeError, "model must be a torch.nn.Module, but got int"),
@@ -63,6 +64,7 @@ APO: list[Bad] = [
     ({"max_dim": 1.5}, TypeError, "max_dim must be an integer, but got 1.5"),
     ({"block_dtype": torch.int8}, ValueError, "block_dtype must be one of None, torch.float32.*but got torch.int8"),
     ({"block_dtype": torch.bfloat16}, ValueError, "block_dtype must be None for float64 weights, but got torch.bfl"),
+    ({"method": "adam"}, TypeError, "method must be an apo.Method, but got 'adam'"),
     ({"lookahead": "far"}, ValueError, "lookahead must be one of 'whole', 'step', but got 'far'"),
     ({"adapt_lr": 1}, TypeError, "adapt_lr must be True or False, but got 1"),
     ({"lr_meta_lr": -0.1}, ValueError, "lr_meta_lr must be a finite number >= 0, but got -0.1"),
@@ -115,7 +117,11 @@ def build(front_end: str, arguments: dict[str, Any], model: nn.Module, other: Te
         good["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
     else:
         good["model"] = model
-    return getattr(apo, front_end)(**{**good, **arguments})
+    method = {field.name for field in fields(apo.Method)} & arguments.keys() if front_end == "APO" else set()
+    if method:
+        good["method"] = apo.Method(**{name: arguments[name] for name in method})
+    own = {name: value for name, value in arguments.items() if name not in method}
+    return getattr(apo, front_end)(**{**good, **own})
 
 
 @pytest.mark.parametrize(("front_end", "bad"), [(name, bad) for name, all_ in FRONT_ENDS.items() for bad in all_])

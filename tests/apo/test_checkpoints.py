@@ -67,10 +67,14 @@ MADE: dict[str, Callable[..., Any]] = {
     "AdaptiveLR by Adam": adaptive(lambda p: torch.optim.AdamW(p, lr=1e-2), meta_optimizer="adam"),
     "AdaptiveLR of groups": lambda model, goal: apo.AdaptiveLR(torch.optim.AdamW(groups(model)), goal, interval=2),
     "APO by relative": lambda model, goal: apo.APO(model, goal, interval=2),
-    "APO by adam": lambda model, goal: apo.APO(model, goal, meta_optimizer="adam"),
-    "APO by rmsprop": lambda model, goal: apo.APO(model, goal, meta_optimizer="rmsprop", block_size=2),
-    "APO of groups": lambda model, goal: apo.APO(model, goal, groups(model), shared_lr=False),
-    "APO with 16-bit blocks": lambda model, goal: apo.APO(model, goal, block_dtype=torch.bfloat16, momentum=0),
+    "APO by adam": lambda model, goal: apo.APO(model, goal, method=apo.Method(meta_optimizer="adam")),
+    "APO by rmsprop": lambda model, goal: apo.APO(
+        model, goal, block_size=2, method=apo.Method(meta_optimizer="rmsprop")
+    ),
+    "APO of groups": lambda model, goal: apo.APO(model, goal, groups(model), method=apo.Method(shared_lr=False)),
+    "APO with 16-bit blocks": lambda model, goal: apo.APO(
+        model, goal, momentum=0, method=apo.Method(block_dtype=torch.bfloat16)
+    ),
     "FullPreconditioner by adam": lambda model, goal: apo.FullPreconditioner(model, goal, interval=2),
     "FullPreconditioner by rmsprop": lambda model, goal: apo.FullPreconditioner(model, goal, meta_optimizer="rmsprop"),
 }

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import apo
 from apo.fisher_start import FisherStart
-from apo.preconditioner import Layer, apply
+from apo.preconditioner import Layer
 from apo.proximal import hessian
-from tests.apo.helpers import closure_of, mlp, objective, same, weights
+from tests.apo.helpers import closure_of, mlp, objective, precondition, same, weights
 
 DRAWS = 4000
 
@@ -59,7 +59,8 @@ def test_the_fixed_point_is_the_inverse_up_to_scale(block_size: int | None, n: i
     """Theorem 1's ``(F + δI)⁻¹``, where P can represent it: a Kronecker product whose factors fit the blocks."""
     torch.manual_seed(0)
     model = nn.Linear(n, m, bias=False).double()
-    (layer,) = apo.APO(model, objective(model, torch.zeros(1, n)), block_size=block_size).layers
+    arena = apo.APO(model, objective(model, torch.zeros(1, n)), block_size=block_size)._arena
+    (layer,) = arena.layers
     factors = [spread(side, layer_block) for side, layer_block in ((m, layer.B), (n, layer.A))]
     F = torch.kron(*factors)
     roots = torch.linalg.cholesky(F).T * math.sqrt(len(F))
@@ -69,7 +70,7 @@ def test_the_fixed_point_is_the_inverse_up_to_scale(block_size: int | None, n: i
     for _ in range(500):
         start.prepare([layer])
         for w in roots:
-            start.look([layer], [w.view(m, n)])
+            start.look(arena, [[w.view(m, n)]])
         start.step([layer])
     P = dense(layer)
     expected = torch.linalg.inv(F)
@@ -92,12 +93,12 @@ def spread(side: int, block: Tensor) -> Tensor:
 def dense(layer: Layer) -> Tensor:
     """P as a matrix over the flattened weight."""
     m, n = layer.view.shape
-    return torch.stack([apply([layer], [e.view(m, n)])[0].flatten() for e in torch.eye(m * n).double()])
+    return torch.stack([precondition([layer], [e.view(m, n)])[0].flatten() for e in torch.eye(m * n).double()])
 
 
 def test_what_sticks_out_of_a_side_stays_the_identity() -> None:
     model, x, t, other = mlp()
-    opt = apo.APO(model, objective(model, other), block_size=4, fisher_start=300, adapt_lr=False)
+    opt = apo.APO(model, objective(model, other), block_size=4, method=apo.Method(fisher_start=300, adapt_lr=False))
     for _ in range(30):
         opt.step(closure_of(opt, model, x, t))
     A = opt.layers[0].A  # of side 6: two squares of 4
@@ -111,7 +112,7 @@ def test_it_draws_from_a_generator_of_its_own() -> None:
     states = []
     for updates in (0, 5):
         model, x, t, other = mlp()
-        opt = apo.APO(model, objective(model, other), fisher_start=updates)
+        opt = apo.APO(model, objective(model, other), method=apo.Method(fisher_start=updates))
         for _ in range(3):
             opt.step(closure_of(opt, model, x, t))
         states.append(torch.get_rng_state())
@@ -120,7 +121,7 @@ def test_it_draws_from_a_generator_of_its_own() -> None:
 
 def test_it_ends_and_lets_go_of_what_it_held() -> None:
     model, x, t, other = mlp()
-    opt = apo.APO(model, objective(model, other), fisher_start=4)
+    opt = apo.APO(model, objective(model, other), method=apo.Method(fisher_start=4))
     first = opt.plan().memory_bytes
     assert "S_energy" in opt.state[model[0].weight]
     for _ in range(4):
@@ -129,18 +130,18 @@ def test_it_ends_and_lets_go_of_what_it_held() -> None:
     assert opt.plan().memory_bytes < first
     late = opt.state_dict()
     assert set(late["state"][0]) == set(
-        apo.APO(model, objective(model, other), fisher_start=4).state_dict()["state"][0]
+        apo.APO(model, objective(model, other), method=apo.Method(fisher_start=4)).state_dict()["state"][0]
     )
 
 
 @pytest.mark.parametrize("at", [2, 6])
 def test_resumed_to_the_bit_while_it_lasts_and_after(at: int) -> None:
     model, x, t, other = mlp()
-    opt = apo.APO(model, objective(model, other), fisher_start=4)
+    opt = apo.APO(model, objective(model, other), method=apo.Method(fisher_start=4))
     for _ in range(at):
         opt.step(closure_of(opt, model, x, t))
     twin = copy.deepcopy(model)
-    resumed = apo.APO(twin, objective(twin, other), fisher_start=4)
+    resumed = apo.APO(twin, objective(twin, other), method=apo.Method(fisher_start=4))
     resumed.load_state_dict(opt.state_dict())
     for one, net in ((opt, model), (resumed, twin)):
         for _ in range(4):
@@ -155,7 +156,7 @@ def test_a_callable_discrepancy_gets_no_start() -> None:
     for updates in (0, 50):
         model, x, t, other = mlp()
         goal = objective(model, other, discrepancy=lambda new, old: kl(new, old))
-        opt = apo.APO(model, goal, fisher_start=updates)
+        opt = apo.APO(model, goal, method=apo.Method(fisher_start=updates))
         for _ in range(5):
             opt.step(closure_of(opt, model, x, t))
         runs.append(weights(model))
@@ -164,7 +165,7 @@ def test_a_callable_discrepancy_gets_no_start() -> None:
 
 def test_a_sample_that_is_not_finite_is_left_out() -> None:
     model, x, t, other = mlp()
-    opt = apo.APO(model, objective(model, other), fisher_start=300)
+    opt = apo.APO(model, objective(model, other), method=apo.Method(fisher_start=300))
     start = opt._start
 
     def look(*_: Any) -> None:

@@ -17,7 +17,7 @@ import apo
 from apo.meta_optimizer import MetaOptimizer
 from apo.relative_steps import RelativeSteps
 from apo_kernels import blocks_from_dense, blocks_to_dense
-from tests.apo.helpers import Problem, closure_of, convnet, difference, mlp, objective
+from tests.apo.helpers import Problem, apo_of, closure_of, convnet, difference, mlp, objective, scattered
 
 Recorded = dict[str, list[Any]]
 
@@ -82,7 +82,6 @@ def roughened(opt: apo.APO) -> None:
     for layer in opt.layers:
         for tensor in layer.tensors():
             tensor.add_(0.3 * torch.randn_like(tensor))
-        layer.refresh()
 
 
 def q_at(opt: Any, closure: Callable[[], Tensor]) -> float:
@@ -94,7 +93,7 @@ def prepared(problem: str, **settings: Any) -> tuple[apo.APO, nn.Module, Problem
     """An APO with a momentum and blocks of its own, φ frozen so far."""
     model, x, t, other = made = PROBLEMS[problem]()
     settings = {"lr": 0.005, "momentum": 0.9, "interval": 0, "weight_decay": 0.03, **settings}
-    opt = apo.APO(model, objective(model, other), **settings)
+    opt = apo_of(model, objective(model, other), **settings)
     closure = closure_of(opt, model, x, t)
     for _ in range(2):
         opt.step(closure)
@@ -122,8 +121,9 @@ def test_blocks_equal_finite_differences(
             direction = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
             # half of it along the gradient, lest the product be small beside what it is made of
             direction = direction / direction.norm() + grad / grad.norm()
-            relative = meta_optimizer == "relative" and name != "S"
-            change = without_what_sticks_out(layer, name) @ direction if relative else direction
+            change = direction
+            if meta_optimizer == "relative":
+                change = start * direction if name == "S" else without_what_sticks_out(layer, name) @ direction
 
             def q(h: float, tensor: Tensor = tensor, start: Tensor = start, along: Tensor = change) -> float:
                 tensor.copy_(start + h * along)
@@ -180,11 +180,11 @@ def test_blocks_equal_autograd_through_an_unrolled_step(
         operands = {k: getattr(layer, k).clone() for k in "ABS"}
         phi += [operands[k].requires_grad_() for k in layer.learned]
         view = layer.view
-        G = view.gather(grads[p] for p in view.parameters)
+        G = view.joined(view.matrices(grads[p] for p in view.parameters))
         velocity = log_lr.exp() * dense_p(layer, G, **operands)
         # all that momentum 0.9 makes of this gradient, or the next step
         velocity = 10 * velocity if lookahead == "whole" else velocity + 0.9 * layer.momentum
-        for p, step in zip(view.parameters, view.scatter(velocity), strict=True):
+        for p, step in zip(view.parameters, scattered(view, velocity), strict=True):
             trial[name_of[p]] = (1 - log_lr.exp() * 0.03) * p.detach() - step
     new, old = torch.func.functional_call(model, trial, other), model(other).detach()
     kl = (old.softmax(-1) * (old.log_softmax(-1) - new.log_softmax(-1))).sum(-1).mean()
@@ -196,8 +196,8 @@ def test_blocks_equal_autograd_through_an_unrolled_step(
     *expected, expected_slope = torch.autograd.grad(q, [*phi, log_lr])
     parts = [(layer, name) for layer in opt.layers for name in layer.learned]
     for (layer, name), grad, wanted in zip(parts, found["blocks"][0], expected, strict=True):
-        if meta_optimizer == "relative" and name != "S":
-            wanted = without_what_sticks_out(layer, name).mT @ wanted
+        if meta_optimizer == "relative":
+            wanted = layer.S * wanted if name == "S" else without_what_sticks_out(layer, name).mT @ wanted
         assert (grad - wanted).norm() <= 1e-9 * wanted.norm()
     assert found["slopes"][0][0] == pytest.approx(expected_slope.item(), rel=1e-9)
 

@@ -14,7 +14,7 @@ from tests.apo.helpers import closure_of, mlp, objective
 
 FRONT_ENDS: dict[str, Callable[..., Any]] = {
     "AdaptiveLR": lambda m, goal, params: apo.AdaptiveLR(torch.optim.SGD(params or m.parameters(), lr=0.1), goal),
-    "APO": lambda m, goal, params: apo.APO(m, goal, params, shared_lr=False),
+    "APO": lambda m, goal, params: apo.APO(m, goal, params, method=apo.Method(shared_lr=False)),
     "FullPreconditioner": lambda m, goal, params: apo.FullPreconditioner(m, goal),
 }
 COUNTS = {"steps", "failed_trials", "skipped_steps"}
@@ -68,7 +68,7 @@ def test_the_promise_factor_is_the_share_of_the_step_that_was_taken() -> None:
     model = nn.Linear(4, 1, bias=False)
     x = torch.randn(8, 4)
     goal = apo.ProximalObjective(model, [x], "mse")
-    opt = apo.APO(model, goal, lr=0.01, momentum=0, interval=1, adapt_lr=False, meta_lr=0.0)
+    opt = apo.APO(model, goal, lr=0.01, momentum=0, interval=1, method=apo.Method(adapt_lr=False, meta_lr=0.0))
     opt.step(closure_of(opt, model, x, None, lambda y, _: y.square().mean()))
     assert opt.metrics()["promise_factor"] == 1
     opt.interval = opt.warmup = 0

@@ -106,7 +106,12 @@ def test_a_large_step_of_the_preconditioner_goes_where_the_gradient_points() -> 
     """What is divided out to keep products finite is multiplied back."""
     model = nn.Linear(3, 2, bias=False)
     opt = apo.APO(
-        model, apo.ProximalObjective(model, fsd_weight=0), lr=1e-20, momentum=0, interval=0, bounds=(1e-30, 1.0)
+        model,
+        apo.ProximalObjective(model, fsd_weight=0),
+        lr=1e-20,
+        momentum=0,
+        interval=0,
+        method=apo.Method(bounds=(1e-30, 1.0)),
     )
     before = model.weight.detach().clone()
     model.weight.grad = torch.randn(2, 3) * 1e20

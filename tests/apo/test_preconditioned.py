@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import apo
 from apo.matrix_view import matrix_views
-from tests.apo.helpers import closure_of, convnet, mlp, objective, same, weights
+from tests.apo.helpers import closure_of, convnet, mlp, objective, same, scattered, weights
 
 
 def test_without_meta_updates_it_starts_as_momentum_sgd() -> None:
@@ -96,9 +96,11 @@ def test_matrix_views(name: str) -> None:
     assert {v.name: v.shape for v in views} == expected
     for view in views:
         parts = [torch.randn_like(p) for p in view.parameters]
-        matrix = view.gather(parts)
+        matrices = view.matrices(parts)
+        assert [x.shape[-1] for x in matrices if x is not None] == list(view.widths)
+        matrix = view.joined(matrices)
         assert matrix.shape == view.shape
-        back = view.scatter(matrix)
+        back = scattered(view, matrix)
         assert all(torch.equal(a, b) for a, b in zip(parts, back, strict=True))
 
 
@@ -112,7 +114,7 @@ def test_rows_of_a_matrix_are_outputs() -> None:
                 before = module(x)
                 change = torch.zeros(view.shape)
                 change[row] = torch.randn(view.n)
-                for p, part in zip(view.parameters, view.scatter(change), strict=True):
+                for p, part in zip(view.parameters, scattered(view, change), strict=True):
                     p.add_(part)
                 moved = (module(x) - before).abs().transpose(0, 1).flatten(1).sum(1)
             assert moved[row] > 0
@@ -172,12 +174,12 @@ def test_sparse_gradients_are_refused_by_name() -> None:
 def test_sides_and_their_blocks() -> None:
     model = nn.Sequential(nn.Linear(10, 40), nn.Embedding(100, 12))
     _, other = model, torch.zeros(1)
-    opt = apo.APO(model, objective(model, other), block_size=8, max_dim=30)
+    opt = apo.APO(model, objective(model, other), block_size=8, method=apo.Method(max_dim=30))
     linear, embedding = opt.layers
     assert (linear.A.shape, linear.B.shape) == ((2, 8, 8), (40, 1, 1))
     assert (embedding.A.shape, embedding.B.shape) == ((2, 8, 8), (100, 1, 1))
     assert linear.learned == embedding.learned == "AS"
-    full = apo.APO(model, objective(model, other), block_size=None, max_dim=None)
+    full = apo.APO(model, objective(model, other), block_size=None, method=apo.Method(max_dim=None))
     assert full.layers[0].B.shape == (40, 40)
     assert full.layers[0].learned == "ABS"
 
@@ -213,7 +215,7 @@ def test_a_group_added_later() -> None:
 @pytest.mark.parametrize("block_dtype", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_of_blocks_apart_from_the_weights(weights_dtype: torch.dtype, block_dtype: torch.dtype | None) -> None:
     model, x, t, other = mlp(dtype=weights_dtype)
-    opt = apo.APO(model, objective(model, other), lr=0.05, block_dtype=block_dtype, meta_lr=0.03)
+    opt = apo.APO(model, objective(model, other), lr=0.05, method=apo.Method(block_dtype=block_dtype, meta_lr=0.03))
     losses = [opt.step(closure_of(opt, model, x, t)).item() for _ in range(40)]
     assert losses[-1] < 0.7 * losses[0]
     for layer in opt.layers:
@@ -240,11 +242,13 @@ def test_learning_the_preconditioner_beats_leaving_it(meta_optimizer: str, share
             model,
             goal,
             lr=0.1,
-            meta_lr=meta_lr,
-            meta_optimizer=meta_optimizer,
-            lookahead="whole" if meta_optimizer == "relative" else "step",
             interval=1,
-            adapt_lr=False,
+            method=apo.Method(
+                meta_lr=meta_lr,
+                meta_optimizer=meta_optimizer,
+                lookahead="whole" if meta_optimizer == "relative" else "step",
+                adapt_lr=False,
+            ),
         )
         for _ in range(300):
             batch = torch.randint(200, (32,))
@@ -256,7 +260,7 @@ def test_learning_the_preconditioner_beats_leaving_it(meta_optimizer: str, share
 def test_failed_trials_are_left_out_counted_and_shrink_the_step() -> None:
     for adapt_lr in (True, False):
         model, x, t, other = mlp()
-        opt = apo.APO(model, objective(model, other), lr=1e3, adapt_lr=adapt_lr)
+        opt = apo.APO(model, objective(model, other), lr=1e3, method=apo.Method(adapt_lr=adapt_lr))
         before = weights(model)
         opt.step(closure_of(opt, model, x, t))
         assert opt.failed_trials == 1
@@ -305,7 +309,13 @@ def test_a_trial_that_is_finite_with_an_infinite_gradient_moves_no_phi() -> None
 @pytest.mark.parametrize("meta_optimizer", ["relative", "adam"])
 def test_plan_names_every_parameter_and_its_cost(meta_optimizer: str) -> None:
     model = nn.Sequential(nn.Linear(100, 80), nn.LayerNorm(80), nn.Linear(80, 10))
-    opt = apo.APO(model, objective(model, torch.zeros(1, 100)), lr=0.01, block_size=64, meta_optimizer=meta_optimizer)
+    opt = apo.APO(
+        model,
+        objective(model, torch.zeros(1, 100)),
+        lr=0.01,
+        block_size=64,
+        method=apo.Method(meta_optimizer=meta_optimizer),
+    )
     plan = opt.plan()
     assert [row.name for row in plan.rows] == ["0.weight + bias", "1.weight", "1.bias", "2.weight + bias"]
     first = plan.rows[0]

@@ -87,7 +87,12 @@ def test_apo_is_algorithm_1() -> None:
     model, twin = without_biases(), without_biases()
     others = [other for *_, other in batches()]
     opt = apo.APO(
-        model, goal_of(model, others), lr=0.05, momentum=0, block_size=None, meta_optimizer="adam", meta_lr=0.01
+        model,
+        goal_of(model, others),
+        lr=0.05,
+        momentum=0,
+        block_size=None,
+        method=apo.Method(meta_optimizer="adam", meta_lr=0.01),
     )
     found = train(opt, model)
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import apo
-from apo import preconditioned, preconditioner
+from apo import preconditioned
 from apo.meta_optimizer import Learned
 from apo.preconditioner import Layer
 from apo.relative_steps import RelativeSteps
-from tests.apo.helpers import closure_of, convnet, mlp, objective, weights
+from tests.apo.helpers import apo_of, closure_of, convnet, mlp, objective, precondition, weights
 
 RATE = 0.1
 
@@ -28,12 +28,12 @@ def made(tensors: list[Tensor], rates: list[float], blocks: list[bool]) -> Relat
 
 
 def stepped(tensor: Tensor, grads: list[Tensor], sizes: list[Tensor], *, block: bool) -> Tensor:
-    """Where steps along these derivatives lead; a block's are made relative to where it is."""
+    """Where steps along these derivatives lead, which are made relative to where it is."""
     tensor = tensor.clone()
     steps = made([tensor], [RATE], [block])
     (own,) = steps.learned
     for grad, size in zip(grads, sizes, strict=True):
-        steps.step([own.tensor.mT @ grad if block else grad], [size])
+        steps.step([own.tensor.mT @ grad if block else own.tensor * grad], [size])
     return own.tensor
 
 
@@ -138,21 +138,23 @@ def test_sizes_are_what_the_derivatives_are_where_the_gradient_stays(block_size:
     for layer in opt.layers:
         for tensor in layer.tensors():
             tensor.add_(0.3 * torch.randn_like(tensor))
-    gradients = [torch.randn_like(layer.S) for layer in opt.layers]
-    _, kept = preconditioner.apply_and_keep(opt.layers, gradients)
-    sizes = preconditioner.sizes(opt.layers, kept)
-    derivatives = preconditioner.block_gradients(opt.layers, gradients, gradients, kept, relative=True)
-    for layer in opt.layers:
-        for name, size, found in zip(layer.learned, sizes[layer], derivatives[layer], strict=True):
-            expected = layer.S * found if name == "S" else found.diagonal(dim1=-2, dim2=-1)
-            assert size.shape == expected.shape
-            assert torch.allclose(size, expected, rtol=1e-12), f"{name} of {layer.view.name}"
+    gradients = opt._arena.parts([torch.randn_like(p) for p in opt.parameters], opt.parameters)
+    operator = opt._arena.operator
+    slopes = operator.slopes(gradients, operator.keep(gradients), lengths=[1.0] * len(opt.layers))
+    derivatives, sizes = opt._arena.by_name(slopes)
+    names = [(layer, name) for layer in opt.layers for name in layer.learned]
+    for (layer, name), size, found in zip(names, sizes, derivatives, strict=True):
+        assert size is not None
+        assert found is not None
+        expected = -found if name == "S" else -found.diagonal(dim1=-2, dim2=-1)
+        assert size.shape == expected.shape
+        assert torch.allclose(size, expected, rtol=1e-12), f"{name} of {layer.view.name}"
 
 
 def trained(monkeypatch: pytest.MonkeyPatch, moved_every: int, **settings: Any) -> tuple[apo.APO, list[Tensor]]:
     monkeypatch.setattr(preconditioned, "MOVED_EVERY", moved_every)
     model, x, t, other = convnet()
-    opt = apo.APO(model, objective(model, other), lr=0.05, **settings)
+    opt = apo_of(model, objective(model, other), lr=0.05, **settings)
     for _ in range(12):
         opt.step(closure_of(opt, model, x, t))
     return opt, weights(model)
@@ -163,7 +165,7 @@ def test_moving_the_scale_of_p_to_the_rates_changes_no_step(monkeypatch: pytest.
     moved, found = trained(monkeypatch, 1)
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(found, expected, strict=True))
     assert moved.param_groups[0]["lr"] != pytest.approx(left.param_groups[0]["lr"], rel=0.05)
-    rms = preconditioner.root_mean_squares(moved.layers)
+    rms = moved._arena.root_mean_squares()
     assert all(x == pytest.approx(1) for *blocks, _ in rms for x in blocks)
     assert sum(math.log(S) for *_, S in rms) == pytest.approx(0, abs=1e-9)
 
@@ -192,7 +194,7 @@ def test_what_a_scheduler_overwrites_is_given_no_scale() -> None:
                 if scheduled:
                     scheduler.step()
                     assert opt.param_groups[0]["lr"] == 0.003
-        growths = [math.prod(own) ** 2 for own in preconditioner.root_mean_squares(opt.layers)]
+        growths = [math.prod(own) ** 2 for own in opt._arena.root_mean_squares()]
         assert (min(growths) > 3) == scheduled
 
 
@@ -200,14 +202,14 @@ def test_groups_rates_keep_their_ratio_or_take_their_own_layers_scale() -> None:
     model, *_, other = mlp()
     for shared in (True, False):
         groups = [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[2].parameters(), "lr": 0.03}]
-        opt = apo.APO(model, objective(model, other), groups, shared_lr=shared)
+        opt = apo.APO(model, objective(model, other), groups, method=apo.Method(shared_lr=shared))
         for layer, scale in zip(opt.layers, (2.0, 3.0), strict=True):
             layer.A.mul_(scale)
         G = [torch.randn_like(layer.S) for layer in opt.layers]
 
         def steps(opt: apo.APO = opt, G: list[Tensor] = G) -> list[Tensor]:
             rates = [group["lr"] for group in opt.param_groups]
-            return [rate * Y for rate, Y in zip(rates, preconditioner.apply(opt.layers, G), strict=True)]
+            return [rate * Y for rate, Y in zip(rates, precondition(opt.layers, G), strict=True)]
 
         before = steps()
         opt._move_scale_to_rates()
@@ -218,7 +220,7 @@ def test_groups_rates_keep_their_ratio_or_take_their_own_layers_scale() -> None:
 
 def test_a_layer_of_no_gradient_keeps_its_preconditioner() -> None:
     model, x, t, other = mlp()
-    opt = apo.APO(model, objective(model, other), adapt_lr=False)
+    opt = apo.APO(model, objective(model, other), method=apo.Method(adapt_lr=False))
     for _ in range(3):
         opt.step(closure_of(opt, model, x, t))
     first: Layer = opt.layers[0]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apo
-from tests.apo.helpers import closure_of, mlp, objective, same, weights
+from tests.apo.helpers import apo_of, closure_of, mlp, objective, same, weights
 
 Make = Callable[..., Any]
 
@@ -26,7 +26,7 @@ def adaptive(model: nn.Module, inputs: Any, **settings: Any) -> apo.AdaptiveLR:
 
 
 def preconditioned(model: nn.Module, inputs: Any, **settings: Any) -> apo.APO:
-    return apo.APO(model, objective(model, inputs), lr=0.05, **settings)
+    return apo_of(model, objective(model, inputs), lr=0.05, **settings)
 
 
 FRONT_ENDS: dict[str, Make] = {"AdaptiveLR": adaptive, "APO": preconditioned}
@@ -280,7 +280,7 @@ def test_foreign_state_dicts_are_refused_whole(front_end: str) -> None:
     stranger = {"AdaptiveLR": preconditioned, "APO": adaptive}[front_end](model, other)
     with pytest.raises(ValueError, match=f"state_dict must come from {front_end}"):
         opt.load_state_dict(stranger.state_dict())
-    settings = {"AdaptiveLR": {"shared": True}, "APO": {"meta_optimizer": "rmsprop"}}[front_end]
+    settings = {"AdaptiveLR": {"shared_lr": True}, "APO": {"meta_optimizer": "rmsprop"}}[front_end]
     with pytest.raises(ValueError, match="state_dict must come from settings"):
         opt.load_state_dict(FRONT_ENDS[front_end](model, other, **settings).state_dict())
     if front_end == "APO":

@@ -1,0 +1,138 @@
+"""The preconditioners of all layers as one operator: what a whole model's step, trial and slopes take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import apo_kernels as ak
+from apo.preconditioner import Layer
+
+__all__ = ["Arena", "Parts"]
+
+Parts = list[list[Tensor | None] | None]
+"""For each layer its matrices side by side, weight and bias; None for a layer that takes no part."""
+
+
+class Arena:
+    """The layers of an optimizer, bound to the tensors that hold them until these are replaced.
+
+    Attributes:
+        layers: in the order of all lists that go in and come out.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+        self._operator: ak.ModelPreconditioner | None = None
+
+    def renew(self) -> None:
+        """Notice that layers were added, or that their tensors were replaced."""
+        self._operator = None
+
+    @property
+    def operator(self) -> ak.ModelPreconditioner:
+        """``P`` of all layers."""
+        if self._operator is None:
+            each = [layer.operands for layer in self.layers]
+            self._operator = ak.ModelPreconditioner(
+                [A for A, _, _ in each],
+                [B for _, B, _ in each],
+                [S for _, _, S in each],
+                widths=[layer.view.widths for layer in self.layers],
+                learned=[layer.learned for layer in self.layers],
+            )
+        return self._operator
+
+    def parts(self, tensors: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Parts:
+        """What was found for each of ``parameters``, layer by layer; None for a layer for which there is nothing."""
+        found = dict(zip(parameters, tensors, strict=True))
+        parts: Parts = []
+        for layer in self.layers:
+            own = [found[p] for p in layer.view.parameters]
+            parts.append(None if all(x is None for x in own) else layer.view.matrices(own))
+        return parts
+
+    def step(self, Gs: Parts, **numbers: Any) -> Tensor:
+        """:meth:`apo_kernels.ModelPreconditioner.step_` of the layers' weights and momentum."""
+        momenta = [layer.momentum for layer in self.layers]
+        factor: Tensor = self._written(Gs, lambda thetas: self.operator.step_(thetas, Gs, momenta, **numbers))
+        return factor
+
+    def trial(self, Gs: Parts, **numbers: Any) -> object:
+        """:meth:`apo_kernels.ModelPreconditioner.trial_` of the layers' weights."""
+        momenta = [layer.momentum for layer in self.layers]
+        return self._written(Gs, lambda thetas: self.operator.trial_(thetas, Gs, momenta, **numbers))
+
+    def _written(self, Gs: Parts, write: Callable[[Parts], Any]) -> Any:
+        """Let the weights' matrices be written; those that can't be views of the weights are copied back."""
+        thetas: Parts = [None] * len(Gs)
+        copies: list[tuple[Tensor, Tensor]] = []
+        for i, layer in enumerate(self.layers):
+            if Gs[i] is None:
+                continue
+            own = thetas[i] = layer.view.matrices(layer.view.parameters)
+            weight, matrix = layer.view.weight, own[0]
+            assert matrix is not None
+            if matrix.data_ptr() != weight.data_ptr():
+                copies.append((weight.transpose(0, 1) if layer.view.transposed else weight, matrix))
+        found = write(thetas)
+        for weight, matrix in copies:
+            weight.copy_(matrix.view(weight.shape))
+        return found
+
+    def refresh(self) -> None:
+        """Bring 16-bit working copies up to date with what was learned."""
+        pairs = [pair for layer in self.layers for pair in layer.copies()]
+        if pairs:
+            torch._foreach_copy_([copy for copy, _ in pairs], [own for _, own in pairs])
+
+    def derivatives(self, Gs: Parts, Vs: Parts, lengths: Sequence[float]) -> list[Tensor | None]:
+        """What steps by the entry take: ``−length`` times the derivatives of ``⟨V, P(G)⟩`` with respect to the learned
+        tensors, in their order."""
+        found: list[Tensor | None] = []
+        for layer, G, V, length in zip(self.layers, Gs, Vs, lengths, strict=True):
+            if G is None:
+                found += [None] * len(layer.learned)
+                continue
+            matrices = [layer.view.joined(x) for x in (G, V)]
+            each = ak.precondition_vjp(matrices[0], *layer.operands, matrices[1], wanted=layer.learned)
+            found += torch._foreach_mul(list(each), -length)
+        return found
+
+    def root_mean_squares(self) -> list[tuple[float, ...]]:
+        """Of each layer's learned blocks, over the identity's, and of its S; one synchronisation."""
+        if not self.layers:
+            return []
+        norms = iter(torch.stack(torch._foreach_norm([x for layer in self.layers for x in layer.tensors()])).tolist())
+        found = []
+        for layer in self.layers:
+            *blocks, S = layer.tensors()
+            ones = [*(block.numel() // block.shape[-1] for block in blocks), S.numel()]
+            found.append(tuple(next(norms) / math.sqrt(count) for count in ones))
+        return found
+
+    def by_name(self, slopes: ak.ModelSlopes) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Slopes and their sizes, one for each learned tensor, in the order of the layers."""
+        found: list[Tensor | None] = []
+        sizes: list[Tensor | None] = []
+        of_layer = (dict(zip("ABS", each, strict=True)) for each in zip(*slopes[:3], strict=True))
+        size_of_layer = (dict(zip("ABS", each, strict=True)) for each in zip(*slopes[3:6], strict=True))
+        for layer, own, size in zip(self.layers, of_layer, size_of_layer, strict=True):
+            found += [own[name] for name in layer.learned]
+            sizes += [size[name] for name in layer.learned]
+        return found, sizes
+
+    def take_in(self, layers: Iterable[Layer]) -> None:
+        """Add layers."""
+        self.layers += layers
+        self.renew()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.layers, self._operator = state["layers"], None

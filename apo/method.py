@@ -1,0 +1,75 @@
+"""How APO learns: what seldom has to be set, apart from the optimizer's own arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from apo import checks
+
+__all__ = ["Method"]
+
+META_LR = {"relative": 0.05, "adam": 0.01, "rmsprop": 0.01}
+_BLOCK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Method:
+    """The method's constants, for ``APO(..., method=apo.Method(...))``.
+
+    Args:
+        meta_optimizer: of A, B and S: ``"relative"`` (:mod:`apo.relative_steps`), ``"adam"`` or ``"rmsprop"``.
+        meta_lr: its rate. Of relative steps: ε, the share that one changes A, B and S by; by default 0.05. Of the
+            others: S's, divided for A and B by the block's side; 0.01.
+        lookahead: what the trial takes. ``"whole"``: ``θ′ = θ − lr·P(G)/(1 − μ)``, the whole way that momentum
+            will carry this gradient. ``"step"``: ``θ − μv − lr·P(G)``, the next step.
+        adapt_lr: learn ``lr`` too.
+        lr_meta_lr: about how much ``log lr`` moves in a meta-update.
+        shared_lr: one learned factor for all param groups; otherwise each group's rate is learned for itself.
+        bounds: least and greatest rate.
+        max_dim: a side longer than this gets no block at all; None: no bound.
+        block_dtype: what the products read A, B and S as: float32, bfloat16 or float16, whatever the weights'
+            dtype. Masters stay float32. None: the masters themselves.
+        fisher_start: in the first so many meta-updates P is also whitened by sampled Fisher gradients
+            (:mod:`apo.fisher_start`), at the cost of one more backward on B′ each. 0: the paper's bare algorithm.
+
+    Raises:
+        TypeError, ValueError: an argument isn't as above.
+    """
+
+    meta_optimizer: Literal["relative", "adam", "rmsprop"] = "relative"
+    meta_lr: float | None = None
+    lookahead: Literal["whole", "step"] = "whole"
+    adapt_lr: bool = True
+    lr_meta_lr: float = 0.03
+    shared_lr: bool = True
+    bounds: tuple[float, float] = (1e-10, 1e4)
+    max_dim: int | None = 8192
+    block_dtype: torch.dtype | None = None
+    fisher_start: int = 0
+
+    def __post_init__(self) -> None:
+        checks.one_of("meta_optimizer", self.meta_optimizer, ("relative", "adam", "rmsprop"))
+        checks.one_of("lookahead", self.lookahead, ("whole", "step"))
+        if self.meta_lr is not None:
+            checks.number("meta_lr", self.meta_lr)
+        checks.boolean("adapt_lr", self.adapt_lr)
+        checks.number("lr_meta_lr", self.lr_meta_lr)
+        checks.boolean("shared_lr", self.shared_lr)
+        checks.integer("fisher_start", self.fisher_start, least=0)
+        check_sizes({"max_dim": self.max_dim, "block_dtype": self.block_dtype})
+
+    @property
+    def phi_lr(self) -> float:
+        """The rate of A, B and S."""
+        return META_LR[self.meta_optimizer] if self.meta_lr is None else self.meta_lr
+
+
+def check_sizes(group: dict[str, object]) -> None:
+    """Refuse sizes of blocks, as far as they are given."""
+    for name in ("block_size", "max_dim"):
+        if group.get(name) is not None:
+            checks.integer(name, group[name], least=1)
+    checks.one_of("block_dtype", group["block_dtype"], (None, *_BLOCK_DTYPES))
