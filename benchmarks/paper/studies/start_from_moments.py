@@ -7,7 +7,6 @@ from torch import Tensor
 
 import apo
 import apo_kernels as ak
-from apo import preconditioner
 from benchmarks.paper.baselines.roots import inverse_root
 from benchmarks.paper.training.training import Setting
 
@@ -28,8 +27,9 @@ def blocks_from_moments(optimizer: apo.APO, setting: Setting, count: int = 10) -
             block.copy_(_root(torch.stack(moments).mean(0), block))
     before = after = 0.0
     for own in gradients:
+        blocks = zip(*((layer.A, layer.B, layer.S) for layer in optimizer.layers), strict=True)
         before += sum(float(G.square().sum()) for G in own)
-        after += sum(float(Y.square().sum()) for Y in preconditioner.apply(optimizer.layers, own))
+        after += sum(float(Y.square().sum()) for Y in ak.foreach_precondition(own, *map(list, blocks)))
     for layer in optimizer.layers:
         layer.S.mul_((before / after) ** 0.25)  # P goes with S²
         layer.refresh()
