@@ -234,14 +234,17 @@ def _rates() -> str:
 
 STUDIED = {
     "default": "APO, defaults",
+    "interval 2": "APO, interval 2",
     "interval 10": "APO, interval 10",
     "λ_WSD 0": "APO, λ_WSD 0",
     "momentum 0": "APO, no momentum",
+    "momentum 0.9": "APO, momentum 0.9",
     "full blocks": "APO, full blocks",
     "moments": "APO, A and B start from second moments",
-    "by length": "steps by their length alone, momentum 0.9, λ_WSD 0",
-    "adam fast": "Adam on A, B and S",
-    "P fixed": "P fixed: only the rate is learned",
+    "by length + WSD": "APO, steps by their length alone",
+    "by length": "the same, momentum 0.9, λ_WSD 0",
+    "adam fast": "APO, Adam on A, B and S",
+    "P fixed": "APO, P fixed: only the rate is learned",
     **{name: name for name in ("KFAC", "Shampoo", "Adam", "SGDm")},
 }
 
