@@ -1,4 +1,4 @@
-"""The run: cases × dampings × dtypes × methods, then tables, findings, pictures and one JSON file."""
+"""The run: cases × dampings × dtypes × methods, then tables, pictures and one JSON file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.markup import escape
-
 from benchmarks.common import results
 from benchmarks.common.console import console, progress, wrote
 from benchmarks.common.options import above_0
 from benchmarks.kernels.stability.aggregate import LABELS, select, summarise
-from benchmarks.kernels.stability.findings import findings
 from benchmarks.kernels.stability.measure import DTYPES, Row, limit, measure
 from benchmarks.kernels.stability.methods import METHODS
 from benchmarks.kernels.stability.plots import plot
@@ -52,11 +49,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     for table in tables(rows):
         console.print(table)
-    said = findings(rows)
-    console.print("[bold]What this shows[/]")
-    for line in said:
-        console.print(f"• {escape(line)}", highlight=False)
-
     payload = {
         "settings": {
             "dampings": list(options.dampings),
@@ -67,7 +59,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         },
         "methods": LABELS,
         "cases": [_describe(case) for case in cases],
-        "findings": said,
         "summary": {source: summarise(select(rows, source=source)) for source in ("recorded", "synthetic")},
         "rows": [_plain(row) for row in rows],
     }

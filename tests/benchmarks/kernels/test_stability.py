@@ -17,7 +17,6 @@ from benchmarks.common import results
 from benchmarks.common.fisher.damping import tikhonov
 from benchmarks.kernels.stability.aggregate import broken_share, median_error, saved_from, within_reach
 from benchmarks.kernels.stability.command import add_arguments, measure_all, run
-from benchmarks.kernels.stability.findings import findings
 from benchmarks.kernels.stability.measure import DTYPES, LIMIT, Counts, Row, count_range, limit, measure
 from benchmarks.kernels.stability.methods import METHODS, Method, Operands, Trace
 from benchmarks.kernels.stability.plots import plot
@@ -358,24 +357,8 @@ class TestAggregates:
         assert within_reach([*lost, *kept, *elsewhere]) == [*kept, *elsewhere]
 
 
-class TestFindings:
-    def test_the_numbers_decide(self) -> None:
-        rows = [row(LIMIT, 1e-2, 0.01), row("inverse", 1e-2, 0.1), row("ours", 1e-2, 0.3)]
-        against = [line for line in findings(rows) if line.startswith("Against apo_kernels in bf16")]
-        assert len(against) == 1
-        assert "inverse (KFAC) is more accurate on 1, by up to 3.0 times" in against[0]
-        better = [*rows[:2], row("ours", 1e-2, 0.1)]
-        assert not any(line.startswith("Against") for line in findings(better))
-
-    def test_a_breakdown_of_ours_is_said(self) -> None:
-        rows = [row(LIMIT, 1e-2, 0.01), row("chain", 1e-2, 0.1), row("ours", 1e-2, None, "not finite")]
-        said = " ".join(findings(rows))
-        assert "apo_kernels breaks down on 1 (not finite 1; not saved by any damping)" in said
-        assert "plain chain has a result on 1 where it has none" in said
-
-    def test_nothing_from_nothing(self, tmp_path: Path) -> None:
-        assert findings([]) == []
-        assert plot([], tmp_path) == []
+def test_no_picture_of_nothing(tmp_path: Path) -> None:
+    assert plot([], tmp_path) == []
 
 
 def options(out: Path, *arguments: str) -> argparse.Namespace:
@@ -392,7 +375,7 @@ class TestRun:
 
         written = results.load(tmp_path / "out" / "stability.json")
         assert written["benchmark"] == "stability"
-        assert written["findings"] == payload["findings"]
+        assert written["summary"] == results.plain(payload["summary"])
         problems = 6 * 2 + 2 * 3  # synthetic factors are taken without damping as well
         assert len(written["rows"]) == problems * len(DTYPES) * (1 + len(METHODS))
         errors = [r["error"] for r in written["rows"] if "error" in r]
