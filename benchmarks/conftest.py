@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.common.dtypes import DTYPES
-from benchmarks.common.timing import device_timer
+from benchmarks.common.timing import cpu_threads, device_timer
 from benchmarks.kernels import machine_peaks
 from benchmarks.kernels.shapes import MODELS, QUICK_MODELS
 from benchmarks.kernels.throughput.contestants import Workload
@@ -34,10 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.config.getoption("--bench-threads"))
-    yield
-    torch.set_num_threads(before)
+    with cpu_threads(request.config.getoption("--bench-threads")):
+        yield
 
 
 @pytest.fixture(scope="session")

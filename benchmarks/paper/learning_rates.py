@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 import apo
 from benchmarks.common import results
 from benchmarks.common.console import console, progress, table, wrote
-from benchmarks.common.threads import cpu_threads
+from benchmarks.common.timing import cpu_threads
 from benchmarks.paper.tasks import named
 from benchmarks.paper.training.training import Setting, Training
 

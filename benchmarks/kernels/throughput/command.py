@@ -16,8 +16,7 @@ from benchmarks.common.console import console, progress, wrote
 from benchmarks.common.dtypes import DTYPES
 from benchmarks.common.machine import device_name
 from benchmarks.common.options import names_of
-from benchmarks.common.threads import cpu_threads
-from benchmarks.common.timing import Sample, interleave
+from benchmarks.common.timing import Sample, cpu_threads, interleave
 from benchmarks.kernels import account, machine_peaks
 from benchmarks.kernels.shapes import MODELS, QUICK_MODELS
 from benchmarks.kernels.throughput import plots, tables

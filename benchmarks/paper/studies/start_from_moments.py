@@ -7,7 +7,7 @@ from torch import Tensor
 
 import apo
 import apo_kernels as ak
-from benchmarks.paper.baselines.roots import inverse_root
+from benchmarks.common.fisher.damping import inverse_root
 from benchmarks.paper.training.training import Setting
 
 DAMPING = 1e-4
