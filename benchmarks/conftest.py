@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from functools import lru_cache
 
 import pytest
 import torch
@@ -43,14 +43,12 @@ def matmul_rates(request: pytest.FixtureRequest) -> dict[torch.dtype, float]:
     return machine_peaks.matmul_rates(request.config.getoption("--bench-device"), list(DTYPES.values()), seconds=0.2)
 
 
-_workloads: dict[Any, Workload] = {}
-
-
 @pytest.fixture
 def workload(request: pytest.FixtureRequest, model: str, dtype: str) -> Workload:
-    """The operands, kept from test to test as long as model and dtype stay."""
-    key = model, dtype
-    if key not in _workloads:
-        _workloads.clear()
-        _workloads[key] = Workload(MODELS[model], DTYPES[dtype], request.config.getoption("--bench-device"))
-    return _workloads[key]
+    return _workload(model, dtype, request.config.getoption("--bench-device"))
+
+
+@lru_cache(maxsize=1)
+def _workload(model: str, dtype: str, device: str) -> Workload:
+    """The operands, kept from test to test as long as they stay the same."""
+    return Workload(MODELS[model], DTYPES[dtype], device)

@@ -15,8 +15,7 @@ from typing import Any
 from benchmarks.common import results
 from benchmarks.common.tables import markdown
 from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, FULL, NAMES
-from benchmarks.paper.report.aggregate import Group, grouped
-from benchmarks.paper.report.collect import collect
+from benchmarks.paper.report.runs import Group, collect, grouped
 from benchmarks.paper.studies.tables import summary
 from benchmarks.paper.training.optimizers import METHODS
 from benchmarks.paper.training.search_files import COMMITTED

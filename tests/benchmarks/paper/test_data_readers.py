@@ -15,9 +15,9 @@ from scipy.io import savemat
 
 from benchmarks.paper.data import Dataset, Examples, MissingData, standardised
 from benchmarks.paper.data.cifar import CIFAR10, CIFAR100, read_binary, read_pickled
-from benchmarks.paper.data.idx import FILES, MNIST, MNIST_IMAGES, read_idx
 from benchmarks.paper.data.ill_conditioned import CONDITION, ill_conditioned_map
 from benchmarks.paper.data.images import shifted_and_flipped
+from benchmarks.paper.data.mnist import FILES, MNIST, MNIST_IMAGES, read_idx
 from benchmarks.paper.data.parallel_text import MULTI30K
 from benchmarks.paper.data.svhn import SVHN, read_mat
 from benchmarks.paper.data.uci import PARKINSONS, PROTEIN, read_table
