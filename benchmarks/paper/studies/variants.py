@@ -11,7 +11,6 @@ import torch
 from torch.optim import Optimizer
 
 import apo
-from benchmarks.paper.studies.start_from_moments import blocks_from_moments
 from benchmarks.paper.training.optimizers import METHODS
 from benchmarks.paper.training.training import Setting
 
@@ -28,10 +27,7 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)  # of :class:`apo.APO`, over its defaults
     fsd_weight: float | None = None
     wsd_weight: float | None = None
-    decay: float = 1.0  # every meta-rate is multiplied by this after each step
     other: str = "fresh"  # which batch B′ is: ``"fresh"``, ``"same"`` as B, or ``"large"``, four fresh ones
-    learned: str = "ABS"  # which of ``"ABS"`` are learned; the others stay the identity
-    moments: bool = False  # start A and B from the second moments of ten gradients
 
     def make(self, setting: Setting) -> Optimizer:
         task, model, batches = setting.task, setting.model, setting.batches
@@ -41,15 +37,7 @@ class Variant:
             "large": lambda: tuple(torch.cat(xs) for xs in zip(*(batches.other() for _ in range(4)), strict=True)),
         }
         objective = task.objective(model, draw[self.other], fsd_weight=self.fsd_weight, wsd_weight=self.wsd_weight)
-        optimizer = apo.APO(model, objective, **self.settings)
-        for layer in optimizer.layers:
-            for name, own in zip(layer.learned, layer.phi, strict=True):
-                own.rate *= name in self.learned
-        if self.moments:
-            blocks_from_moments(optimizer, setting)
-        if self.decay != 1.0:
-            optimizer.register_step_post_hook(lambda *_: optimizer.meta.scale_rates(self.decay))
-        return optimizer
+        return apo.APO(model, objective, **self.settings)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -67,13 +55,9 @@ VARIANTS: dict[str, Variant] = {
     "step": Variant("lookahead with the old momentum in it, λ_FSD 10", {"lookahead": "step"}, 10.0),
     "adam": Variant("Adam on A, B and S, rate 0.01 / side", {"meta_optimizer": "adam"}),
     "adam fast": Variant("Adam, rate 0.1 / side", {"meta_optimizer": "adam", "meta_lr": 0.1}),
-    "decaying": Variant("meta-rate halves in 140 steps", decay=0.995),
     "meta-rate 0.02": Variant("", {"meta_lr": 0.02}),
     "meta-rate 0.1": Variant("", {"meta_lr": 0.1}),
     "S alone": Variant("no blocks", {"block_size": 1}),
-    "A alone": Variant("one-sided blocks, and S", learned="AS"),
-    "B alone": Variant("one-sided blocks, and S", learned="BS"),
-    "moments": Variant("A and B start from ten gradients' second moments", moments=True),
     "B' = B": Variant("FSD on the batch itself", other="same"),
     "B' of 4 batches": Variant("FSD on four fresh batches", other="large"),
     "P fixed": Variant("only lr learned", {"meta_lr": 0.0}),
@@ -82,8 +66,12 @@ VARIANTS: dict[str, Variant] = {
 NO_LONGER_RUN = {
     "by length": "relative steps by their length, momentum 0.9, λ_WSD 0",
     "by length + WSD": "the same with the default's momentum and λ_WSD",
+    "decaying": "meta-rate halves in 140 steps",
+    "A alone": "one-sided blocks, and S",
+    "B alone": "one-sided blocks, and S",
+    "moments": "A and B start from ten gradients' second moments",
 }
-"""Ways that ``apo`` no longer has. Their results were kept; the results file names the commit that had them."""
+"""Ways that reached into ``apo``. Their results were kept; the results file names the commit that had them."""
 
 
 @dataclass(frozen=True)
