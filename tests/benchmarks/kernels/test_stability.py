@@ -201,17 +201,16 @@ class TestRecording:
         layer = nn.Linear(2, 4).double()
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-        recorder = Recorder(nn.Sequential(layer), "plain")
+        recorder = Recorder(nn.Sequential(layer))
         generator = torch.Generator().manual_seed(0)
         recorder.update(normal(20_000, 2), generator)
         expected = torch.eye(4).double() / 4 - 1 / 16
         torch.testing.assert_close(recorder.factors[recorder.layers[0]][1], expected, rtol=0, atol=5e-3)
 
-    @pytest.mark.parametrize(("average", "weights"), [("plain", [1 / 40] * 40), ("exponential", None)])
-    def test_averages(self, average: str, weights: list[float] | None) -> None:
-        if weights is None:  # 1/k for the first 20, then 0.95 to the power of the age
-            weights = [1 / 20 * 0.95**20] * 20 + [0.05 * 0.95**age for age in reversed(range(20))]
-        recorder = Recorder(nn.Sequential(nn.Linear(2, 3).double()), average)
+    def test_averages(self) -> None:
+        # 1/k for the first 20, then 0.95 to the power of the age
+        weights = [1 / 20 * 0.95**20] * 20 + [0.05 * 0.95**age for age in reversed(range(20))]
+        recorder = Recorder(nn.Sequential(nn.Linear(2, 3).double()))
         expected = torch.zeros(3, 3).double()
         for batch, weight in enumerate(weights):
             x = normal(4, 2, seed=batch)
@@ -244,8 +243,6 @@ class TestRecording:
         assert not torch.equal(cases[0].G, cases[3].G)  # it has trained
 
     def test_bad_arguments_are_named(self) -> None:
-        with pytest.raises(ValueError, match="average must be one of 'exponential', 'plain', but got 'median'"):
-            Recorder(nn.Sequential(nn.Linear(1, 1)), "median")
         with pytest.raises(ValueError, match=r"moments must be steps of at least 1, but got \(0,\)"):
             next(record(moments=(0,)))
 

@@ -162,9 +162,10 @@ def test_uci_tables(tmp_path: Path) -> None:
     ("text", "error"),
     [
         ("a,b\n1,2", "must have a column 'RMSD'"),
-        ("RMSD,b\n1,2\n1,x", "line 3 of .* must hold numbers"),
-        ("RMSD,b\n1,2,3", "line 2 of .* must hold 2 numbers, but holds 3"),
-        ("RMSD,b\n", "a header alone"),
+        ("RMSD,b\n1,2\n1,x", "must hold rows of numbers below its header.*row 1, column 2"),
+        ("RMSD,b\n1,2,3", "must hold rows of 2 numbers, but holds 1 of 3"),
+        ("RMSD,b\n1,2\n1", "columns changed from 2 to 1"),
+        ("RMSD,b\n", "must hold rows of 2 numbers, but holds 0"),
     ],
 )
 def test_uci_refuses_what_is_no_table(tmp_path: Path, text: str, error: str) -> None:
