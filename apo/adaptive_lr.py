@@ -33,65 +33,50 @@ Group = dict[str, Any]
 class AdaptiveLR(MetaLearner):
     """Learns the learning rate of ``optimizer`` while it trains (section 4.2 of the paper, Algorithm 1).
 
-    ``φ = log lr``; ``dQ/d log lr = ⟨∇_θ′ Q, θ′ − θ⟩``, so that a meta-step costs one more run of the closure, two
-    evaluations of B′ and a backward (no run of the closure where the objective has a ``loss`` of its own). The real
-    step is the optimizer's own at the new rate, from the same state, gradients and random numbers. While a meta-step
-    runs it holds a copy of the weights and of the optimizer's state, so that an exception or a failed trial can undo
-    it.
+    With ``φ = log lr``, and θ′ the weights after a trial step, a meta-update descends ::
 
-    Step hooks of ``optimizer``, and of optimizers that it wraps, run as ever: those before the step once, in the
-    trial, which needs what they make of the gradients; those after it only where the step is taken.
+        dQ/d log lr = ⟨∇_θ′ Q, θ′ − θ⟩
 
-    The one-step objective is short-sighted: on deterministic problems it settles below the best fixed rate of plain
-    SGD and RMSprop. And where gradient noise dominates, the loss on B itself doesn't let it decay the rate as a
-    schedule would, for a step always fits the noise of its own batch. What decays it is the objective's ``loss``, on
-    B′. Training loss after 1800 steps, batch 100, of an MLP 784-256-256-10 on MNIST (one seed), SGD with momentum:
+    The real step is the optimizer's own at the new rate, from the same state, gradients and random numbers. A meta-step
+    runs the closure once more, evaluates B′ twice, and takes one more backward pass; with a ``loss`` in the objective
+    the closure isn't run again. While it runs it holds a copy of the weights and of the optimizer's state, so that an
+    exception or a failed trial can be undone.
 
-    ===================================================  ==========================================
-    best of four fixed rates; best of four schedules     0.042; 0.027
-    loss on B, λ_FSD 0.3; 1; 3; 10                       0.67; 0.11; 0.074; 0.13: the rate rises
-    loss on B, λ_FSD 1; 3, ``meta_decay`` 0.9            0.32; 0.061
-    loss on B′, λ_FSD 0, ``meta_decay`` 0.99             0.045: after the warmup the rate hardly moves
-    loss on B′, λ_FSD 0; 0.1; 0.3; 1                     0.028; 0.030; 0.034; 0.040: the rate falls
-    ===================================================  ==========================================
+    The one-step objective is short-sighted, and a step always fits the noise of its own batch. To let the rate decay as
+    a schedule would, give the objective a ``loss``, which is taken on B′.
 
-    A scheduler may be put on top: it is the optimizer that ``torch.optim.lr_scheduler`` is given. Schedulers that
-    multiply the rate keep what was learned; those that set it from their own base need ``rescale_schedule``.
+    Step hooks of ``optimizer``, and of optimizers that it wraps, still run. Those before the step run once, in the
+    trial, which needs the gradients as they leave them. Those after it run where the step is taken.
+
+    A scheduler may be put on top, with the AdaptiveLR as its optimizer. Schedulers that multiply the rate keep what was
+    learned. Those that set it from a base of their own need ``rescale_schedule``.
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose step is proportional to ``lr``: SGD, RMSprop, Adam, AdamW,
-            Adagrad, NAdam, ..., with momentum, Nesterov and weight decay. Checked at the first meta-step. Steps that
-            are linear in ``lr`` beside a constant are served as well, for one more step of the optimizer in a
-            meta-step: a rate inside the momentum, wrappers such as Lookahead.
-        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD, if it was left open, is 0.3, or 0.1 where it has a
-            ``loss`` of its own.
-        interval: a meta-update every so many steps (K of Algorithm 1). 0: never.
-        warmup: and at each of the first so many, which is what lets it start from any rate.
+            Adagrad, NAdam, ..., with momentum, Nesterov and weight decay. Checked at the first meta-step. A step that
+            is linear in ``lr`` beside a constant is served as well (a rate inside the momentum, wrappers such as
+            Lookahead), for one more step of the optimizer in a meta-step.
+        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD, if left open, is 0.3, or 0.1 if it has a ``loss``.
+        interval: a meta-update every N steps (K of Algorithm 1). 0: never.
+        warmup: a meta-update at each of the first N steps too, so that training can start from any rate.
         meta_lr: about how much ``log lr`` moves in a meta-update.
         meta_optimizer: ``"rmsprop"`` or ``"adam"``, of ``log lr``.
-        meta_decay: of the meta-optimizer's mean of squares. The first slopes are the largest by orders of magnitude:
-            a long memory of them holds the rate where it was. None: 0.99, or 0.9 where the objective has a ``loss``
-            of its own, whose slope may be followed (table above).
-        reach: Q is evaluated where a rate of ``reach · lr`` leads, so that the rate settles at 1/reach times the
-            short-sighted one. For optimizers *without* momentum, with a ``loss`` on B′, and some λ_WSD, whose weight
-            against a loss that sinks is what decays the rate: RMSprop on the task above, best of four fixed rates
-            0.046, best of three schedules 0.027; learned, reach 1: 0.24; 0.75: 0.17; 0.5: 0.048, with λ_WSD 0.01
-            0.034; 0.4 with λ_WSD 0.03: 0.018 (second seed 0.024); 0.3 with λ_WSD 0.1: 0.028. With momentum 1 is
-            right: 0.65 to 1 were alike there with λ_FSD 0, and 0.56 and less diverged or nearly so.
-        shared_lr: one learned factor for all param groups; otherwise each group's rate is learned for itself.
+        meta_decay: of the meta-optimizer's mean of squares. None: 0.99, or 0.9 if the objective has a ``loss``.
+        reach: evaluate Q after this fraction of the step, in (0, 1]. The rate settles about 1/reach higher. Keep 1 with
+            momentum. Without momentum, try 0.4 with a ``loss`` and a λ_WSD of 0.01.
+        shared_lr: one learned factor for all param groups; otherwise each group's rate is learned separately.
         bounds: least and greatest rate.
-        rescale_schedule: a scheduler sets the rate from its own base (``LambdaLR``, ``OneCycleLR``, transformers'
-            Trainer always): multiply what it sets by what was learned. Otherwise it replaces what was learned, and
-            one warning says so.
+        rescale_schedule: multiply what a scheduler sets by what was learned, for schedulers that set the rate from
+            their own base (``LambdaLR``, ``OneCycleLR``, transformers' Trainer always). Otherwise what they set
+            replaces what was learned, with one warning.
         grad_scaler: the GradScaler whose ``scale`` the closure calls. Then ``step`` unscales, unless the closure has,
-            and leaves out steps whose gradients overflowed; ``scaler.update()`` is called afterwards as ever.
-            ``scaler.step`` will do where no closure is needed.
-        process_group: the ranks that train one model. None: DDP's own, or found out at the first meta-step
+            and leaves out steps whose gradients overflowed. Call ``scaler.update()`` afterwards, as always. Where no
+            closure is needed, ``scaler.step`` does the same.
+        process_group: the ranks that train one model. None: DDP's own, or found at the first meta-step
             (:mod:`apo.distributed`).
 
-    A trial fails where Q isn't finite or leaps (:attr:`failed_trials`), or, with a reach below 1, where its slope says
-    that the whole step would make it leap: the step is then left out, every rate is divided by e, and
-    ``failed_trials`` counts it.
+    A trial fails if Q isn't finite or leaps (:attr:`failed_trials`), or, with a reach below 1, if its slope says that
+    the whole step would leap. The step is then left out, every rate is divided by e, and ``failed_trials`` counts it.
 
     Raises:
         TypeError, ValueError: an argument isn't as above; at the first meta-step: the optimizer isn't linear.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from functools import lru_cache
 
 import pytest
 import torch
 
 from benchmarks.common.dtypes import DTYPES
-from benchmarks.common.timing import device_timer
+from benchmarks.common.timing import cpu_threads, device_timer
 from benchmarks.kernels import machine_peaks
 from benchmarks.kernels.shapes import MODELS, QUICK_MODELS
 from benchmarks.kernels.throughput.contestants import Workload
@@ -34,10 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.config.getoption("--bench-threads"))
-    yield
-    torch.set_num_threads(before)
+    with cpu_threads(request.config.getoption("--bench-threads")):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -45,14 +43,12 @@ def matmul_rates(request: pytest.FixtureRequest) -> dict[torch.dtype, float]:
     return machine_peaks.matmul_rates(request.config.getoption("--bench-device"), list(DTYPES.values()), seconds=0.2)
 
 
-_workloads: dict[Any, Workload] = {}
-
-
 @pytest.fixture
 def workload(request: pytest.FixtureRequest, model: str, dtype: str) -> Workload:
-    """The operands, kept from test to test as long as model and dtype stay."""
-    key = model, dtype
-    if key not in _workloads:
-        _workloads.clear()
-        _workloads[key] = Workload(MODELS[model], DTYPES[dtype], request.config.getoption("--bench-device"))
-    return _workloads[key]
+    return _workload(model, dtype, request.config.getoption("--bench-device"))
+
+
+@lru_cache(maxsize=1)
+def _workload(model: str, dtype: str, device: str) -> Workload:
+    """The operands, kept from test to test as long as they stay the same."""
+    return Workload(MODELS[model], DTYPES[dtype], device)

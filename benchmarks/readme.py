@@ -15,8 +15,7 @@ from typing import Any
 from benchmarks.common import results
 from benchmarks.common.tables import markdown
 from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, FULL, NAMES
-from benchmarks.paper.report.aggregate import Group, grouped
-from benchmarks.paper.report.collect import collect
+from benchmarks.paper.report.runs import Group, collect, grouped
 from benchmarks.paper.studies.tables import summary
 from benchmarks.paper.training.optimizers import METHODS
 from benchmarks.paper.training.search_files import COMMITTED
@@ -234,14 +233,17 @@ def _rates() -> str:
 
 STUDIED = {
     "default": "APO, defaults",
+    "interval 2": "APO, interval 2",
     "interval 10": "APO, interval 10",
     "λ_WSD 0": "APO, λ_WSD 0",
     "momentum 0": "APO, no momentum",
+    "momentum 0.9": "APO, momentum 0.9",
     "full blocks": "APO, full blocks",
     "moments": "APO, A and B start from second moments",
-    "by length": "steps by their length alone, momentum 0.9, λ_WSD 0",
-    "adam fast": "Adam on A, B and S",
-    "P fixed": "P fixed: only the rate is learned",
+    "by length + WSD": "APO, steps by their length alone",
+    "by length": "the same, momentum 0.9, λ_WSD 0",
+    "adam fast": "APO, Adam on A, B and S",
+    "P fixed": "APO, P fixed: only the rate is learned",
     **{name: name for name in ("KFAC", "Shampoo", "Adam", "SGDm")},
 }
 

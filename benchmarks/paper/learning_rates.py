@@ -8,33 +8,27 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-import torch
 from rich.table import Table
-from torch import Tensor
 from torch.optim import Optimizer
 
 import apo
 from benchmarks.common import results
 from benchmarks.common.console import console, progress, table, wrote
-from benchmarks.common.threads import cpu_threads
+from benchmarks.common.timing import cpu_threads
 from benchmarks.paper.tasks import named
+from benchmarks.paper.training.optimizers import METHODS
 from benchmarks.paper.training.training import Setting, Training
 
 INITIAL = (1e-4, 1e-3, 1e-2, 1e-1)
 FIXED = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 EPOCHS = 100
 
-OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], float], Optimizer]] = {
-    "SGD": lambda params, lr: torch.optim.SGD(params, lr=lr),
-    "SGDm": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
-    "RMSprop": lambda params, lr: torch.optim.RMSprop(params, lr=lr),
-    "Adam": lambda params, lr: torch.optim.Adam(params, lr=lr),
-}
+OPTIMIZERS = {"SGD": "sgd", "SGDm": "sgdm", "RMSprop": "rmsprop", "Adam": "adam"}
+"""Those of :data:`~benchmarks.paper.training.optimizers.METHODS`, by the names that the table has."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,8 @@ def train(name: str, lr: float, *, adaptive: bool, seed: int = 0, epochs: int = 
     """One run. A run that diverged has an infinite loss, and no accuracy."""
 
     def make(setting: Setting) -> Optimizer:
-        optimizer = OPTIMIZERS[name](setting.model.parameters(), lr)
+        method = METHODS[OPTIMIZERS[name]]
+        optimizer = method.make(setting, {**method.defaults, "lr": lr})
         if not adaptive:
             return optimizer
         return apo.AdaptiveLR(optimizer, setting.task.objective(setting.model, setting.batches.other))

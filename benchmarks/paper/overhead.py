@@ -20,8 +20,7 @@ import apo
 from benchmarks.common import results
 from benchmarks.common.console import console, progress, table, wrote
 from benchmarks.common.steps import take_steps
-from benchmarks.common.threads import cpu_threads
-from benchmarks.common.timing import interleave
+from benchmarks.common.timing import cpu_threads, interleave
 from benchmarks.paper.baselines import EKFAC, KFAC, Shampoo
 from benchmarks.paper.models import mlp
 

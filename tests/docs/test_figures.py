@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import readme
 from benchmarks.common import results
+from benchmarks.paper.studies.tables import summary
 from tests.docs.pages import DOCS, ROOT
 
 
@@ -37,3 +38,18 @@ def test_what_readme_says_of_who_is_ahead() -> None:
     assert all(apo < min(sgdm, adam, shampoo) for sgdm, adam, _, shampoo, apo in losses)
     assert sum(kfac < apo for _, _, kfac, _, apo in losses) == 3
     assert re.search(r"KFAC is ahead of it on three of the six", (ROOT / "README.md").read_text())
+
+
+def test_what_the_experiments_say_of_the_study() -> None:
+    runs = results.load(readme.COMMITTED / "studies" / "meta-update.json")["runs"]
+    losses = {name: {task: cell[0] for task, cell in row.items()} for name, row in summary(runs).items()}
+    size, length, bare = losses["default"], losses["by length + WSD"], losses["λ_WSD 0"]
+    text = " ".join((DOCS / "experiments.md").read_text().split())
+    for said in (
+        f"{size['digits-autoencoder']:.1f} against {length['digits-autoencoder']:.1f} on the autoencoder",
+        f"{size['diabetes']:.1e} against {length['diabetes']:.1e} on diabetes",
+        f"({bare['digits']:.2g} against {size['digits']:.2g})",
+        f"diabetes ends at {losses['step']['diabetes']:.1e}",
+        f"on diabetes {losses['warm-up 50']['diabetes']:.3g} if only",
+    ):
+        assert said in text, said

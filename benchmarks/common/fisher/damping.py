@@ -1,4 +1,4 @@
-"""Damped inverses and eigenbases of Kronecker factors, in at least float32, whatever the factors are stored in."""
+"""Damped inverses, eigenbases and roots of symmetric matrices, in at least float32, whatever they are stored in."""
 
 from __future__ import annotations
 
@@ -39,6 +39,22 @@ def eigenbasis(F: Tensor, *, retry: bool = False) -> tuple[Tensor, Tensor] | Non
         if bool(values.isfinite().all()):
             return values.clamp(min=0), Q
     return None
+
+
+def inverse_root(H: Tensor, damping: float, exponent: float) -> Tensor | None:
+    """``(H + ε I)^(−exponent)`` by eigendecomposition, in H's dtype; None where that fails or isn't finite.
+
+    Eigenvalues below the rounding error of the largest are noise, and count as that error: without damping they would
+    be blown up.
+    """
+    pair = eigenbasis(H, retry=True)
+    if pair is None:
+        return None
+    values, Q = pair
+    values = values + damping
+    noise = values[-1] * len(values) * torch.finfo(H.dtype).eps
+    root = ((Q * values.clamp(min=noise).pow(-exponent)) @ Q.T).to(H.dtype)
+    return root if bool(root.isfinite().all()) else None
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Selections, medians and shares of rows, for tables, plots and findings."""
+"""Selections, medians and shares of rows, for tables and plots."""
 
 from __future__ import annotations
 

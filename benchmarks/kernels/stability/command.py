@@ -1,4 +1,4 @@
-"""The run: cases × dampings × dtypes × methods, then tables, findings, pictures and one JSON file."""
+"""The run: cases × dampings × dtypes × methods, then tables, pictures and one JSON file."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.markup import escape
-
 from benchmarks.common import results
 from benchmarks.common.console import console, progress, wrote
 from benchmarks.common.options import above_0
 from benchmarks.kernels.stability.aggregate import LABELS, select, summarise
-from benchmarks.kernels.stability.findings import findings
 from benchmarks.kernels.stability.measure import DTYPES, Row, limit, measure
 from benchmarks.kernels.stability.methods import METHODS
 from benchmarks.kernels.stability.plots import plot
 from benchmarks.kernels.stability.problem import Case, Damped
-from benchmarks.kernels.stability.recording import AVERAGES, record
+from benchmarks.kernels.stability.recording import record
 from benchmarks.kernels.stability.synthetic import synthetic_case
 from benchmarks.kernels.stability.tables import tables
 
@@ -36,8 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--moments", type=int, nargs="+", metavar="STEP", help=moments)
     conditions = "condition numbers of the synthetic factors (default: 1e2 to 1e10)"
     parser.add_argument("--conditions", type=float, nargs="+", metavar="κ", help=conditions)
-    average = "how recorded factors are averaged over batches (default: %(default)s)"
-    parser.add_argument("--average", choices=AVERAGES, default=AVERAGES[0], help=average)
     parser.add_argument("--seed", type=int, default=0, help="seed of nets, batches and synthetic factors")
 
 
@@ -46,28 +41,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     moments = options.moments or (QUICK_MOMENTS if options.quick else MOMENTS)
     conditions = options.conditions or (QUICK_CONDITIONS if options.quick else CONDITIONS)
     with console.status("training the nets that are recorded"):
-        cases = list(record(moments=moments, average=options.average, seed=options.seed))
+        cases = list(record(moments=moments, seed=options.seed))
     cases += [synthetic_case(condition, seed=options.seed) for condition in conditions]
     rows = measure_all([case.to(options.device) for case in cases], options.dampings)
 
     for table in tables(rows):
         console.print(table)
-    said = findings(rows)
-    console.print("[bold]What this shows[/]")
-    for line in said:
-        console.print(f"• {escape(line)}", highlight=False)
-
     payload = {
         "settings": {
             "dampings": list(options.dampings),
             "moments": list(moments),
             "conditions": list(conditions),
-            "average": options.average,
             "seed": options.seed,
         },
         "methods": LABELS,
         "cases": [_describe(case) for case in cases],
-        "findings": said,
         "summary": {source: summarise(select(rows, source=source)) for source in ("recorded", "synthetic")},
         "rows": [_plain(row) for row in rows],
     }

@@ -17,14 +17,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import checks
 from benchmarks.common.fisher.capture import Capture
 from benchmarks.common.fisher.layers import FactoredLayer, factored_layers, sums_of_squares
 from benchmarks.common.fisher.likelihood import Categorical
 from benchmarks.common.steps import take_steps
 from benchmarks.kernels.stability.problem import Case
 
-AVERAGES = ("exponential", "plain")
 DECAY = 0.95
 BATCH = 64
 
@@ -50,13 +48,11 @@ def conv_net() -> nn.Module:
 class Recorder:
     """The running averages of ``F_A`` and ``F_B`` for every linear and convolutional layer of a model.
 
-    After ``k`` batches the old average keeps a weight of ``min(1 − 1/k, 0.95)`` if ``average`` is
-    "exponential", as the KFAC paper has it, and of ``1 − 1/k`` if it is "plain".
+    After ``k`` batches the old average keeps a weight of ``min(1 − 1/k, 0.95)``, as the KFAC paper has it.
     """
 
-    def __init__(self, model: nn.Module, average: str = "exponential") -> None:
-        checks.one_of("average", average, AVERAGES)
-        self.model, self.average = model, average
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.layers = factored_layers(model, list(model.parameters()), 0)
         self.factors: dict[FactoredLayer, tuple[Tensor, Tensor]] = {}
         self.batches = 0
@@ -66,7 +62,7 @@ class Recorder:
         with Capture(self.model, self.layers, Categorical(), "sampled", generator) as capture:
             self.model(x)
         self.batches += 1
-        keep = min(1 - 1 / self.batches, DECAY if self.average == "exponential" else 1.0)
+        keep = min(1 - 1 / self.batches, DECAY)
         for layer in self.layers:
             a, Ds = layer.positions(*capture.calls[layer][0])
             sum_A, sum_B, count = sums_of_squares(a, Ds)
@@ -75,7 +71,7 @@ class Recorder:
             self.factors[layer] = old[0].lerp(new[0], 1 - keep), old[1].lerp(new[1], 1 - keep)
 
 
-def record(moments: Sequence[int] = (1, 60, 600), *, average: str = "exponential", seed: int = 0) -> Iterator[Case]:
+def record(moments: Sequence[int] = (1, 60, 600), *, seed: int = 0) -> Iterator[Case]:
     """The cases of each net's layers at the given training steps (SGD, momentum 0.9, batches of 64).
 
     The factors are averages over the batches up to that step, each at the weights of its own time; the
@@ -84,16 +80,16 @@ def record(moments: Sequence[int] = (1, 60, 600), *, average: str = "exponential
     if not moments or min(moments) < 1:
         raise ValueError(f"moments must be steps of at least 1, but got {tuple(moments)}")
     for net in _NETS:
-        yield from _record_net(net, moments, average, seed)
+        yield from _record_net(net, moments, seed)
 
 
-def _record_net(net: str, moments: Sequence[int], average: str, seed: int) -> Iterator[Case]:
+def _record_net(net: str, moments: Sequence[int], seed: int) -> Iterator[Case]:
     x, y = _digits()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _NETS[net]().double()
     generator = torch.Generator().manual_seed(seed)
-    recorder = Recorder(model, average)
+    recorder = Recorder(model)
 
     def loss_at(step: int) -> Callable[[], Tensor]:
         batch = torch.randint(len(x), (BATCH,), generator=generator)

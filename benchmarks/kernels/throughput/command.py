@@ -16,9 +16,8 @@ from benchmarks.common.console import console, progress, wrote
 from benchmarks.common.dtypes import DTYPES
 from benchmarks.common.machine import device_name
 from benchmarks.common.options import names_of
-from benchmarks.common.threads import cpu_threads
-from benchmarks.common.timing import Sample, interleave
-from benchmarks.kernels import account, machine_peaks
+from benchmarks.common.timing import Sample, cpu_threads, interleave
+from benchmarks.kernels import launch_costs, machine_peaks
 from benchmarks.kernels.shapes import MODELS, QUICK_MODELS
 from benchmarks.kernels.throughput import plots, tables
 from benchmarks.kernels.throughput.contestants import (
@@ -67,7 +66,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     models = options.models or list(QUICK_MODELS if options.quick else MODELS)
     dtypes = options.dtypes or list(DTYPES)
     if options.account:
-        return {dtype: account.show(models, DTYPES[dtype]) for dtype in dtypes}
+        return {dtype: launch_costs.show(models, DTYPES[dtype]) for dtype in dtypes}
     operations = options.operations or list(OPERATIONS)
     seconds = options.seconds or (0.25 if options.quick else 4.0)
     limit = options.limit or (1.0 if options.quick else 60.0)

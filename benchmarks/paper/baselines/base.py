@@ -41,12 +41,13 @@ class Baseline(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            self._check_group(self.param_groups[-1])
+            self._take_in(self.param_groups[-1])
         except BaseException:
             self.param_groups.pop()
             raise
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def _take_in(self, group: dict[str, Any]) -> None:
+        """Check a new group, the last one. What a subclass has of it goes here too; an error leaves the group out."""
         for name in ("lr", "weight_decay", "damping"):
             checks.number(name, float(group[name]))
         checks.number("momentum", group["momentum"], below=1)

@@ -88,15 +88,9 @@ class KroneckerFactored(Baseline):
         device = self.param_groups[0]["params"][0].device
         self.generator = torch.Generator(device=device).manual_seed(0)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters of the model's, with their own settings."""
-        super().add_param_group(param_group)
-        try:
-            group = len(self.param_groups) - 1
-            self.layers += factored_layers(self.model, self.param_groups[group]["params"], group)
-        except BaseException:
-            self.param_groups.pop()
-            raise
+    def _take_in(self, group: dict[str, Any]) -> None:
+        super()._take_in(group)
+        self.layers += factored_layers(self.model, group["params"], len(self.param_groups) - 1)
 
     def step(self, closure: Closure | None = None) -> Any:
         """One step; the loss that the closure returned.

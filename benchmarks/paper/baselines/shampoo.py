@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import checks
-from benchmarks.common.fisher.damping import wide
+from benchmarks.common.fisher.damping import inverse_root, wide
 from benchmarks.paper.baselines.base import Baseline, Closure, all_finite
-from benchmarks.paper.baselines.roots import inverse_root
 
 MAX_DIM = 8192
 

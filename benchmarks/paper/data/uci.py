@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import csv
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,25 +22,19 @@ def read_table(path: Path, target: str, left_out: Sequence[str] = ()) -> tuple[T
     ``target`` is to be predicted; those ``left_out`` are no features.
     """
     with open_text(path) as file:
-        lines = csv.reader(file)
-        names = [name.strip() for name in next(lines, [])]
+        names = [name.strip() for name in file.readline().split(",")]
         for name in (target, *left_out):
             if name not in names:
-                raise ValueError(f"{path} must have a column {name!r}, but has {', '.join(names) or 'none'}")
-        rows: list[list[float]] = []
-        for number, line in enumerate(lines, start=2):
-            if not line:
-                continue
+                raise ValueError(f"{path} must have a column {name!r}, but has {', '.join(names)}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of no rows, which is an error here
             try:
-                row = [float(value) for value in line]
+                rows = np.loadtxt(file, delimiter=",", ndmin=2)
             except ValueError as error:
-                raise ValueError(f"line {number} of {path} must hold numbers, but: {error}") from None
-            if len(row) != len(names):
-                raise ValueError(f"line {number} of {path} must hold {len(names)} numbers, but holds {len(row)}")
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} must hold rows of numbers, but holds a header alone")
-    table = torch.tensor(rows, dtype=torch.float64)
+                raise ValueError(f"{path} must hold rows of numbers below its header, but: {error}") from None
+    if rows.shape[1] != len(names):
+        raise ValueError(f"{path} must hold rows of {len(names)} numbers, but holds {len(rows)} of {rows.shape[1]}")
+    table = torch.from_numpy(rows)
     features = [i for i, name in enumerate(names) if name != target and name not in left_out]
     return table[:, features], table[:, [names.index(target)]]
 

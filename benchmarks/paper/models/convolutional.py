@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import nn
 
-from benchmarks.paper.models.he_init import he_init_
+Module = TypeVar("Module", bound=nn.Module)
 
 VGG_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
@@ -59,3 +61,16 @@ def vgg16(classes: int = 10, width: float = 1.0) -> nn.Sequential:
             n = m
         layers.append(nn.MaxPool2d(2))
     return he_init_(nn.Sequential(*layers, nn.Flatten(), nn.Linear(n, classes)))
+
+
+def he_init_(model: Module) -> Module:
+    """He et al.'s (2015) normal weights for convolutions, biases 0: without batch norm a deep network needs it.
+
+    Weights on the meta device, which are there to be counted, are left: drawing them costs seconds of imports.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.paper.models.he_init import he_init_
+from benchmarks.paper.models.convolutional import he_init_
 
 
 class ResidualBlock(nn.Module):
@@ -37,42 +36,6 @@ class ResidualBlock(nn.Module):
         return F.relu(y + x)
 
 
-class ResNet(nn.Module):
-    """A first convolution, stages of :class:`ResidualBlock`, the mean over the image, a linear layer.
-
-    ``depths`` and ``widths`` are the blocks and channels per stage. All stages but the first halve the image's sides.
-    ``projection``: shortcuts by projection where the shape changes (as for ImageNet); otherwise option A (CIFAR).
-    """
-
-    def __init__(self, depths: Sequence[int], widths: Sequence[int], classes: int, *, projection: bool) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(widths[0])
-        self.blocks = _stages(widths[0], depths, widths, partial(ResidualBlock, projection=projection))
-        self.last = nn.Linear(widths[-1], classes)
-        he_init_(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(F.relu(self.norm(self.first(x))))
-        outputs: Tensor = self.last(torch.mean(x, (2, 3)))
-        return outputs
-
-
-def resnet18(classes: int = 10, width: float = 1.0) -> ResNet:
-    """11,173,962 parameters with 10 classes, as published for the CIFAR form (kuangliu/pytorch-cifar)."""
-    return ResNet((2, 2, 2, 2), _scaled((64, 128, 256, 512), width), classes, projection=True)
-
-
-def resnet34(classes: int = 10, width: float = 1.0) -> ResNet:
-    """21,282,122 parameters with 10 classes: 21.28M (kuangliu/pytorch-cifar)."""
-    return ResNet((3, 4, 6, 3), _scaled((64, 128, 256, 512), width), classes, projection=True)
-
-
-def resnet32(classes: int = 10, width: float = 1.0) -> ResNet:
-    """464,154 parameters with 10 classes: the 0.46M of He et al., Table 6."""
-    return ResNet((5, 5, 5), _scaled((16, 32, 64), width), classes, projection=False)
-
-
 class PreActivationBlock(nn.Module):
     """Norm, ReLU, convolution, twice; a projection where the shape changes takes what the first norm returned."""
 
@@ -91,38 +54,53 @@ class PreActivationBlock(nn.Module):
         return out
 
 
-class WideResNet(nn.Module):
-    """``depth = 6k + 4`` layers in three stages of ``16, 32, 64`` channels, ``factor`` times as wide.
+def resnet18(classes: int = 10, width: float = 1.0) -> nn.Sequential:
+    """11,173,962 parameters with 10 classes, as published for the CIFAR form (kuangliu/pytorch-cifar)."""
+    return _resnet((2, 2, 2, 2), _scaled((64, 128, 256, 512), width), classes, projection=True)
 
-    Zagoruyko & Komodakis 2016, reference [86].
+
+def resnet34(classes: int = 10, width: float = 1.0) -> nn.Sequential:
+    """21,282,122 parameters with 10 classes: 21.28M (kuangliu/pytorch-cifar)."""
+    return _resnet((3, 4, 6, 3), _scaled((64, 128, 256, 512), width), classes, projection=True)
+
+
+def resnet32(classes: int = 10, width: float = 1.0) -> nn.Sequential:
+    """464,154 parameters with 10 classes: the 0.46M of He et al., Table 6."""
+    return _resnet((5, 5, 5), _scaled((16, 32, 64), width), classes, projection=False)
+
+
+def wide_resnet_28_10(classes: int = 10, width: float = 1.0) -> nn.Sequential:
+    """Zagoruyko & Komodakis 2016, reference [86]: ``28 = 6·4 + 4`` layers, three stages of 4 blocks, 10 times as wide.
+
+    36,479,194 parameters with 10 classes: the 36.5M of the paper on it. ``width`` scales the factor of 10.
     """
-
-    def __init__(self, depth: int, factor: float, classes: int) -> None:
-        super().__init__()
-        if (depth - 4) % 6:
-            raise ValueError(f"depth must be 6k + 4, but got {depth}")
-        self.first = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        widths = [max(int(factor * channels), 1) for channels in (16, 32, 64)]
-        self.blocks = _stages(16, [(depth - 4) // 6] * 3, widths, PreActivationBlock)
-        self.norm = nn.BatchNorm2d(widths[-1])
-        self.last = nn.Linear(widths[-1], classes)
-        he_init_(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.blocks(self.first(x))))
-        outputs: Tensor = self.last(torch.mean(x, (2, 3)))
-        return outputs
+    widths = _scaled((16, 32, 64), 10 * width)
+    norm = nn.BatchNorm2d(widths[-1]), nn.ReLU()
+    return _network(16, [_stages(16, (4, 4, 4), widths, PreActivationBlock), *norm], widths[-1], classes)
 
 
-def wide_resnet_28_10(classes: int = 10, width: float = 1.0) -> WideResNet:
-    """36,479,194 parameters with 10 classes: the 36.5M of the paper on it. ``width`` scales its factor of 10."""
-    return WideResNet(28, 10 * width, classes)
+def _resnet(depths: Sequence[int], widths: Sequence[int], classes: int, *, projection: bool) -> nn.Sequential:
+    """``depths`` and ``widths`` are the blocks and channels per stage.
+
+    ``projection``: shortcuts by projection where the shape changes (as for ImageNet); otherwise option A (CIFAR).
+    """
+    n, block = widths[0], partial(ResidualBlock, projection=projection)
+    return _network(n, [nn.BatchNorm2d(n), nn.ReLU(), _stages(n, depths, widths, block)], widths[-1], classes)
+
+
+def _network(n: int, body: Sequence[nn.Module], m: int, classes: int) -> nn.Sequential:
+    """A convolution to ``n`` channels, the body, which ends with ``m``, the mean over the image, a linear layer."""
+    first, mean = nn.Conv2d(3, n, 3, padding=1, bias=False), nn.AdaptiveAvgPool2d(1)
+    return he_init_(nn.Sequential(first, *body, mean, nn.Flatten(), nn.Linear(m, classes)))
 
 
 def _stages(
     n: int, depths: Sequence[int], widths: Sequence[int], block: Callable[[int, int, int], nn.Module]
 ) -> nn.Sequential:
-    """``depths`` blocks per stage, of ``block(channels in, channels out, stride)``, from ``n`` channels on."""
+    """``depths`` blocks per stage, of ``block(channels in, channels out, stride)``, from ``n`` channels on.
+
+    All stages but the first halve the image's sides.
+    """
     blocks: list[nn.Module] = []
     for stage, (depth, m) in enumerate(zip(depths, widths, strict=True)):
         for place in range(depth):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from benchmarks.common.console import console, wrote
 from benchmarks.common.tables import Table
-from benchmarks.paper.report.collect import Found, collect, described
 from benchmarks.paper.report.comparison import comparison
 from benchmarks.paper.report.curves import draw
 from benchmarks.paper.report.figures import figures
+from benchmarks.paper.report.runs import Found, collect, described
 from benchmarks.paper.report.searches import searches, sweep
 from benchmarks.paper.report.tables import table_2, table_3, table_4
 from benchmarks.paper.training.search_files import COMMITTED

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common.tables import Table
-from benchmarks.paper.report.aggregate import Group, grouped
+from benchmarks.paper.report.runs import Group, grouped
 
 COLUMNS = ("optimizer", "seeds", "loss, steps", "of the seeds", "loss, time", "metric", "rate", "s", "ms/step")
 

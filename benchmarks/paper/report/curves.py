@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.paper.report.aggregate import grouped
+from benchmarks.paper.report.runs import grouped
 
 Runs = Sequence[dict[str, Any]]
 

@@ -11,8 +11,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.paper.report.collect import Found, described
 from benchmarks.paper.report.curves import Runs, panel
+from benchmarks.paper.report.runs import Found, described
 from benchmarks.paper.tasks import named
 
 UCI = ("slice", "protein", "parkinsons")

@@ -8,8 +8,7 @@ from typing import Any
 
 from benchmarks.common.tables import Table
 from benchmarks.paper.report import published
-from benchmarks.paper.report.aggregate import Group, grouped
-from benchmarks.paper.report.collect import SIXTEEN_BITS, Found, described
+from benchmarks.paper.report.runs import SIXTEEN_BITS, Found, Group, described, grouped
 from benchmarks.paper.tasks import TASKS, named
 
 SMALLER = {"multi30k": "iwslt14", "multi30k-narrow": "iwslt14"}

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import tables
-from benchmarks.paper.studies.variants import BASELINES, VARIANTS
+from benchmarks.paper.studies.variants import BASELINES, NO_LONGER_RUN, VARIANTS
 
 Cell = tuple[float, float, float, int]
 
@@ -36,12 +36,12 @@ def markdown(runs: dict[str, Any]) -> str:
     rows, tasks = summary(runs), list(dict.fromkeys(key.split("/")[0] for key in runs))
     header = ["way", "what", *tasks, *(f"s, {task}" for task in tasks)]
     lines = []
-    for name in [*BASELINES, *VARIANTS]:
-        if name not in rows:
-            continue
-        what = VARIANTS[name].what if name in VARIANTS else f"best of {len(BASELINES[name].grid)} settings"
-        cells = [_cell(rows[name].get(task)) for task in tasks] + [_seconds(runs, name, task) for task in tasks]
-        lines.append([name, what, *cells])
+    baselines = {name: f"best of {len(baseline.grid)} settings" for name, baseline in BASELINES.items()}
+    variants = {name: variant.what for name, variant in VARIANTS.items()}
+    for name, what in (baselines | variants | NO_LONGER_RUN).items():
+        if name in rows:
+            cells = [_cell(rows[name].get(task)) for task in tasks] + [_seconds(runs, name, task) for task in tasks]
+            lines.append([name, what, *cells])
     return tables.markdown(header, lines) + "\n"
 
 

@@ -11,8 +11,6 @@ import torch
 from torch.optim import Optimizer
 
 import apo
-from benchmarks.paper.studies.start_from_moments import blocks_from_moments
-from benchmarks.paper.studies.steps_by_length import StepsByLength
 from benchmarks.paper.training.optimizers import METHODS
 from benchmarks.paper.training.training import Setting
 
@@ -29,11 +27,7 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)  # of :class:`apo.APO`, over its defaults
     fsd_weight: float | None = None
     wsd_weight: float | None = None
-    decay: float = 1.0  # every meta-rate is multiplied by this after each step
     other: str = "fresh"  # which batch B′ is: ``"fresh"``, ``"same"`` as B, or ``"large"``, four fresh ones
-    learned: str = "ABS"  # which of ``"ABS"`` are learned; the others stay the identity
-    moments: bool = False  # start A and B from the second moments of ten gradients
-    by_length: bool = False  # relative steps by their length alone
 
     def make(self, setting: Setting) -> Optimizer:
         task, model, batches = setting.task, setting.model, setting.batches
@@ -43,21 +37,8 @@ class Variant:
             "large": lambda: tuple(torch.cat(xs) for xs in zip(*(batches.other() for _ in range(4)), strict=True)),
         }
         objective = task.objective(model, draw[self.other], fsd_weight=self.fsd_weight, wsd_weight=self.wsd_weight)
-        optimizer = apo.APO(model, objective, **self.settings)
-        if self.by_length:
-            learned, optimizer.meta = optimizer.meta.learned, StepsByLength()
-            optimizer.meta.add(learned)
-        for layer in optimizer.layers:
-            for name, own in zip(layer.learned, layer.phi, strict=True):
-                own.rate *= name in self.learned
-        if self.moments:
-            blocks_from_moments(optimizer, setting)
-        if self.decay != 1.0:
-            optimizer.register_step_post_hook(lambda *_: optimizer.meta.scale_rates(self.decay))
-        return optimizer
+        return apo.APO(model, objective, **self.settings)
 
-
-FORMER = {"momentum": 0.9, "meta_lr": 0.1}
 
 VARIANTS: dict[str, Variant] = {
     "default": Variant("apo.APO's defaults: steps by size, a meta-update every step, momentum 0.75, λ_WSD 0.001"),
@@ -70,23 +51,27 @@ VARIANTS: dict[str, Variant] = {
     "λ_WSD 0.01": Variant("", wsd_weight=0.01),
     "λ_FSD 0.3": Variant("", fsd_weight=0.3),
     "λ_FSD 3": Variant("", fsd_weight=3.0),
-    "by length": Variant("relative steps by their length, momentum 0.9, λ_WSD 0", FORMER, 1.0, 0.0, by_length=True),
-    "by length + WSD": Variant("the same with the default's momentum and λ_WSD", {"meta_lr": 0.1}, by_length=True),
     "full blocks": Variant("blocks not cut", {"block_size": None}),
-    "step": Variant("lookahead with the old momentum in it, λ_FSD 10", {"lookahead": "step"}, 10.0),
-    "adam": Variant("Adam on A, B and S, rate 0.01 / side", {"meta_optimizer": "adam"}),
-    "adam fast": Variant("Adam, rate 0.1 / side", {"meta_optimizer": "adam", "meta_lr": 0.1}),
-    "decaying": Variant("meta-rate halves in 140 steps", decay=0.995),
-    "meta-rate 0.02": Variant("", {"meta_lr": 0.02}),
-    "meta-rate 0.1": Variant("", {"meta_lr": 0.1}),
+    "step": Variant("lookahead with the old momentum in it, λ_FSD 10", {"method": apo.Method(lookahead="step")}, 10.0),
+    "adam": Variant("Adam on A, B and S, rate 0.01 / side", {"method": apo.Method(meta_optimizer="adam")}),
+    "adam fast": Variant("Adam, rate 0.1 / side", {"method": apo.Method(meta_optimizer="adam", meta_lr=0.1)}),
+    "meta-rate 0.02": Variant("", {"method": apo.Method(meta_lr=0.02)}),
+    "meta-rate 0.1": Variant("", {"method": apo.Method(meta_lr=0.1)}),
     "S alone": Variant("no blocks", {"block_size": 1}),
-    "A alone": Variant("one-sided blocks, and S", learned="AS"),
-    "B alone": Variant("one-sided blocks, and S", learned="BS"),
-    "moments": Variant("A and B start from ten gradients' second moments", moments=True),
     "B' = B": Variant("FSD on the batch itself", other="same"),
     "B' of 4 batches": Variant("FSD on four fresh batches", other="large"),
-    "P fixed": Variant("only lr learned", {"meta_lr": 0.0}),
+    "P fixed": Variant("only lr learned", {"method": apo.Method(meta_lr=0.0)}),
 }
+
+NO_LONGER_RUN = {
+    "by length": "relative steps by their length, momentum 0.9, λ_WSD 0",
+    "by length + WSD": "the same with the default's momentum and λ_WSD",
+    "decaying": "meta-rate halves in 140 steps",
+    "A alone": "one-sided blocks, and S",
+    "B alone": "one-sided blocks, and S",
+    "moments": "A and B start from ten gradients' second moments",
+}
+"""Ways that reached into ``apo``. Their results were kept; the results file names the commit that had them."""
 
 
 @dataclass(frozen=True)

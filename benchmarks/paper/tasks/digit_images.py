@@ -6,7 +6,7 @@ Scikit-learn's digits stand in for MNIST.
 from __future__ import annotations
 
 from benchmarks.paper.data.bundled import DIGITS, DIGITS_IMAGES
-from benchmarks.paper.data.idx import MNIST, MNIST_IMAGES
+from benchmarks.paper.data.mnist import MNIST, MNIST_IMAGES
 from benchmarks.paper.models import autoencoder, mlp
 from benchmarks.paper.tasks.losses import BERNOULLI, CLASSIFICATION
 from benchmarks.paper.tasks.task import Task

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.common.dtypes import DTYPES
 from benchmarks.common.options import at_least_1
-from benchmarks.common.threads import cpu_threads
+from benchmarks.common.timing import cpu_threads
 from benchmarks.paper.data import MissingData
 from benchmarks.paper.tasks import TASKS, Task, named
 from benchmarks.paper.training.optimizers import method

@@ -90,6 +90,7 @@ def _shampoo() -> Method:
 def _apo() -> Method:
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
         own, terms = _split(hyper)
+        own["method"] = apo.Method(meta_lr=own.pop("meta_lr"), lr_meta_lr=own.pop("lr_meta_lr"))
         return apo.APO(setting.model, setting.task.objective(setting.model, setting.batches.other, **terms), **own)
 
     meta = {"block_size": 64, "interval": 1, "warmup": 300, "meta_lr": 0.05, "lr_meta_lr": 0.03}

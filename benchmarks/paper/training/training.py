@@ -14,9 +14,8 @@ from torch.optim import Optimizer
 
 from benchmarks.common.steps import take_steps
 from benchmarks.common.timing import device_timer
-from benchmarks.paper.data import Dataset
+from benchmarks.paper.data import Dataset, Examples
 from benchmarks.paper.tasks import Batches, Task
-from benchmarks.paper.training.evaluate import evaluate, some
 
 COLUMNS = ("step", "epoch", "seconds", "loss", "batch_loss", "test_loss", "metric", "rate", "failed_trials")
 """Of a curve. ``seconds`` are of training alone. ``loss`` is of training examples at the weights of that step,
@@ -30,6 +29,9 @@ LOOK = 10
 
 HOPELESS = 1000.0
 """Training ends as diverged where the loss exceeds the first one by this factor."""
+
+CHUNK = 1000
+"""Examples that are judged at a time."""
 
 SAVE_SECONDS = 60.0
 FEWEST_ROWS = 8
@@ -198,3 +200,30 @@ class Training:
         torch.set_rng_state(state["random"].cpu())
         if state["cuda_random"]:
             torch.cuda.set_rng_state_all([x.cpu() for x in state["cuda_random"]])
+
+
+def some(examples: Examples, count: int) -> Examples:
+    """``count`` examples, always the same ones; all where there are fewer."""
+    if len(examples) <= count:
+        return examples
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))
+    return examples.take(order[:count].to(examples.targets.device))
+
+
+@torch.no_grad()
+def evaluate(task: Task, model: nn.Module, examples: Examples) -> tuple[float, float]:
+    """The mean loss and metric, in eval mode; the random state and the modules' modes are left as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    loss = metric = torch.zeros((), dtype=torch.float64, device=examples.targets.device)
+    total = 0
+    size = CHUNK if examples.pad is None else min(CHUNK, 100)  # logits of whole sentences are large
+    for chosen in torch.split(torch.arange(len(examples), device=examples.targets.device), size):
+        inputs, targets = examples.batch(chosen)
+        outputs, targets = task.forward(model, inputs), task.targets(targets)
+        loss = loss + len(targets) * task.loss.function(outputs, targets)
+        metric = metric + len(targets) * task.loss.measure(outputs, targets)
+        total += len(targets)
+    for module, mode in modes:
+        module.training = mode
+    return float(loss) / total, float(metric) / total

@@ -17,7 +17,6 @@ from benchmarks.common import results
 from benchmarks.common.fisher.damping import tikhonov
 from benchmarks.kernels.stability.aggregate import broken_share, median_error, saved_from, within_reach
 from benchmarks.kernels.stability.command import add_arguments, measure_all, run
-from benchmarks.kernels.stability.findings import findings
 from benchmarks.kernels.stability.measure import DTYPES, LIMIT, Counts, Row, count_range, limit, measure
 from benchmarks.kernels.stability.methods import METHODS, Method, Operands, Trace
 from benchmarks.kernels.stability.plots import plot
@@ -202,17 +201,16 @@ class TestRecording:
         layer = nn.Linear(2, 4).double()
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-        recorder = Recorder(nn.Sequential(layer), "plain")
+        recorder = Recorder(nn.Sequential(layer))
         generator = torch.Generator().manual_seed(0)
         recorder.update(normal(20_000, 2), generator)
         expected = torch.eye(4).double() / 4 - 1 / 16
         torch.testing.assert_close(recorder.factors[recorder.layers[0]][1], expected, rtol=0, atol=5e-3)
 
-    @pytest.mark.parametrize(("average", "weights"), [("plain", [1 / 40] * 40), ("exponential", None)])
-    def test_averages(self, average: str, weights: list[float] | None) -> None:
-        if weights is None:  # 1/k for the first 20, then 0.95 to the power of the age
-            weights = [1 / 20 * 0.95**20] * 20 + [0.05 * 0.95**age for age in reversed(range(20))]
-        recorder = Recorder(nn.Sequential(nn.Linear(2, 3).double()), average)
+    def test_averages(self) -> None:
+        # 1/k for the first 20, then 0.95 to the power of the age
+        weights = [1 / 20 * 0.95**20] * 20 + [0.05 * 0.95**age for age in reversed(range(20))]
+        recorder = Recorder(nn.Sequential(nn.Linear(2, 3).double()))
         expected = torch.zeros(3, 3).double()
         for batch, weight in enumerate(weights):
             x = normal(4, 2, seed=batch)
@@ -245,8 +243,6 @@ class TestRecording:
         assert not torch.equal(cases[0].G, cases[3].G)  # it has trained
 
     def test_bad_arguments_are_named(self) -> None:
-        with pytest.raises(ValueError, match="average must be one of 'exponential', 'plain', but got 'median'"):
-            Recorder(nn.Sequential(nn.Linear(1, 1)), "median")
         with pytest.raises(ValueError, match=r"moments must be steps of at least 1, but got \(0,\)"):
             next(record(moments=(0,)))
 
@@ -358,24 +354,8 @@ class TestAggregates:
         assert within_reach([*lost, *kept, *elsewhere]) == [*kept, *elsewhere]
 
 
-class TestFindings:
-    def test_the_numbers_decide(self) -> None:
-        rows = [row(LIMIT, 1e-2, 0.01), row("inverse", 1e-2, 0.1), row("ours", 1e-2, 0.3)]
-        against = [line for line in findings(rows) if line.startswith("Against apo_kernels in bf16")]
-        assert len(against) == 1
-        assert "inverse (KFAC) is more accurate on 1, by up to 3.0 times" in against[0]
-        better = [*rows[:2], row("ours", 1e-2, 0.1)]
-        assert not any(line.startswith("Against") for line in findings(better))
-
-    def test_a_breakdown_of_ours_is_said(self) -> None:
-        rows = [row(LIMIT, 1e-2, 0.01), row("chain", 1e-2, 0.1), row("ours", 1e-2, None, "not finite")]
-        said = " ".join(findings(rows))
-        assert "apo_kernels breaks down on 1 (not finite 1; not saved by any damping)" in said
-        assert "plain chain has a result on 1 where it has none" in said
-
-    def test_nothing_from_nothing(self, tmp_path: Path) -> None:
-        assert findings([]) == []
-        assert plot([], tmp_path) == []
+def test_no_picture_of_nothing(tmp_path: Path) -> None:
+    assert plot([], tmp_path) == []
 
 
 def options(out: Path, *arguments: str) -> argparse.Namespace:
@@ -392,7 +372,7 @@ class TestRun:
 
         written = results.load(tmp_path / "out" / "stability.json")
         assert written["benchmark"] == "stability"
-        assert written["findings"] == payload["findings"]
+        assert written["summary"] == results.plain(payload["summary"])
         problems = 6 * 2 + 2 * 3  # synthetic factors are taken without damping as well
         assert len(written["rows"]) == problems * len(DTYPES) * (1 + len(METHODS))
         errors = [r["error"] for r in written["rows"] if "error" in r]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common.fisher.damping import inverse_root
 from benchmarks.paper.baselines import Shampoo, shampoo
-from benchmarks.paper.baselines.roots import inverse_root
 from tests.benchmarks.paper.baseline_helpers import relative
 
 SHAPES = [(5,), (4, 6), (3, 4, 5), (3, 2, 3, 2)]

@@ -15,9 +15,9 @@ from scipy.io import savemat
 
 from benchmarks.paper.data import Dataset, Examples, MissingData, standardised
 from benchmarks.paper.data.cifar import CIFAR10, CIFAR100, read_binary, read_pickled
-from benchmarks.paper.data.idx import FILES, MNIST, MNIST_IMAGES, read_idx
 from benchmarks.paper.data.ill_conditioned import CONDITION, ill_conditioned_map
 from benchmarks.paper.data.images import shifted_and_flipped
+from benchmarks.paper.data.mnist import FILES, MNIST, MNIST_IMAGES, read_idx
 from benchmarks.paper.data.parallel_text import MULTI30K
 from benchmarks.paper.data.svhn import SVHN, read_mat
 from benchmarks.paper.data.uci import PARKINSONS, PROTEIN, read_table
@@ -162,9 +162,10 @@ def test_uci_tables(tmp_path: Path) -> None:
     ("text", "error"),
     [
         ("a,b\n1,2", "must have a column 'RMSD'"),
-        ("RMSD,b\n1,2\n1,x", "line 3 of .* must hold numbers"),
-        ("RMSD,b\n1,2,3", "line 2 of .* must hold 2 numbers, but holds 3"),
-        ("RMSD,b\n", "a header alone"),
+        ("RMSD,b\n1,2\n1,x", "must hold rows of numbers below its header.*row 1, column 2"),
+        ("RMSD,b\n1,2,3", "must hold rows of 2 numbers, but holds 1 of 3"),
+        ("RMSD,b\n1,2\n1", "columns changed from 2 to 1"),
+        ("RMSD,b\n", "must hold rows of 2 numbers, but holds 0"),
     ],
 )
 def test_uci_refuses_what_is_no_table(tmp_path: Path, text: str, error: str) -> None:

@@ -54,7 +54,7 @@ def test_layers_are_those_of_the_throughput_benchmark(name: str, build: Callable
 
 
 def test_option_a_shortcuts_pad_with_zeros() -> None:
-    block = models.resnet32(width=0.5).blocks[5].eval()
+    block = models.resnet32(width=0.5)[3][5].eval()
     assert block.stride == 2
     with torch.no_grad():
         block.second_norm.weight.zero_()  # what is left is the shortcut

@@ -12,10 +12,9 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.common.results import load
 from benchmarks.paper.report import published
-from benchmarks.paper.report.aggregate import grouped
-from benchmarks.paper.report.collect import collect
 from benchmarks.paper.report.comparison import COLUMNS, comparison
 from benchmarks.paper.report.figures import figures
+from benchmarks.paper.report.runs import collect, grouped
 from benchmarks.paper.report.tables import table_2, table_3, table_4
 from benchmarks.paper.tasks import TASKS, named
 from benchmarks.paper.training import search as searching

@@ -15,12 +15,11 @@ from benchmarks.common.results import load
 from benchmarks.paper.data import Examples
 from benchmarks.paper.tasks import TASKS, Batches, named
 from benchmarks.paper.training.command_options import given
-from benchmarks.paper.training.evaluate import evaluate, some
 from benchmarks.paper.training.optimizers import METHODS, method
 from benchmarks.paper.training.run import Run
 from benchmarks.paper.training.run_spec import RunSpec
 from benchmarks.paper.training.schedules import factor
-from benchmarks.paper.training.training import COLUMNS
+from benchmarks.paper.training.training import COLUMNS, evaluate, some
 
 DIGITS = named("digits").data()
 

@@ -1,6 +1,6 @@
-"""The static account of the named models: FLOPs, bytes, intensity and regime of every launch, on an H100's roofline.
+"""FLOPs, bytes, intensity and regime of every launch on the named models, by formula, on an H100's roofline.
 
-No timing: what ``python -m benchmarks throughput --account`` prints. The roof is that of an H100 80GB HBM3: copy
+Nothing is timed. ``python -m benchmarks throughput --account`` prints it. The roof is that of an H100 80GB HBM3: copy
 bandwidth and bfloat16 rate as measured on one, the other rates expected from it.
 """
 

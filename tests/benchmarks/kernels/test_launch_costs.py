@@ -1,4 +1,4 @@
-"""The static account of the named models."""
+"""The costs of the kernels' launches on the named models, by formula."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.__main__ import main
 from benchmarks.kernels import shapes
 
 
-def test_the_account(capsys: pytest.CaptureFixture[str]) -> None:
+def test_launch_costs(capsys: pytest.CaptureFixture[str]) -> None:
     """By formula, of any model, in no time; the MLP's right-hand products come to twice its gradients' sides."""
     assert main(["throughput", "--account", "--models", "mlp", "--dtypes", "bf16"]) == 0
     out = capsys.readouterr().out

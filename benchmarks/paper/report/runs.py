@@ -1,14 +1,65 @@
-"""Runs over seeds: medians, bounds, and losses at equal steps and at equal times."""
+"""Runs from results files, by task; and what the seeds of one optimizer have in common: medians, bounds, losses."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.common import results
+from benchmarks.paper.tasks import TASKS
+from benchmarks.paper.training.optimizers import names
+
+SIXTEEN_BITS = ("bf16", "fp16")
+
 Result = dict[str, Any]
+Found = dict[str, list[Result]]
+"""Results by task."""
+
+
+def collect(folders: Sequence[Path]) -> Found:
+    """Every run in ``FOLDER/runs/TASK/*.json``, in the order of the tasks. A later folder's replace an earlier's.
+
+    Only runs of the same data, epochs and steps stand beside each other: of several lengths in a precision the one
+    with the most files is taken, the longest of equals.
+    """
+    found: Found = {}
+    for task in TASKS:
+        by_file: dict[str, Result] = {}
+        for folder in folders:
+            for path in sorted((folder / "runs" / task).glob("*.json")):
+                by_file[path.name] = results.load(path)
+        kinds: dict[tuple[str, str, int], list[Result]] = {}
+        for run in by_file.values():
+            kinds.setdefault((run["precision"], run["data"], run["total_steps"]), []).append(run)
+        chosen: list[Result] = []
+        for precision in {key[0] for key in kinds}:
+            own = [(len(runs), key[2], runs) for key, runs in kinds.items() if key[0] == precision]
+            chosen += max(own, key=lambda each: each[:2])[2]
+        if chosen:
+            chosen.sort(key=_place)
+            found[task] = chosen
+    return found
+
+
+def _place(run: Result) -> tuple[Any, ...]:
+    """First-order methods first, each with its scheduled form after it; 16 bits last."""
+    known, optimizer = names(), run["optimizer"]
+    base = optimizer.partition("+")[0]
+    place = known.index(base) if base in known else len(known)
+    return run["precision"] in SIXTEEN_BITS, place, optimizer, run["seed"]
+
+
+def described(runs: Sequence[Result]) -> str:
+    """The data, the length and the machine of the runs."""
+    machines = sorted({run["environment"]["device"] for run in runs})
+    unfinished = sum(run["status"] == "unfinished" for run in runs)
+    cut = f", {unfinished} cut off" if unfinished else ""
+    epochs = f"{runs[0]['epochs']:.3g} epochs"
+    return f"{runs[0]['data']}; {epochs}{cut}; {', '.join(machines)}"
 
 
 @dataclass(frozen=True)
