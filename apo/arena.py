@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import apo_kernels as ak
+from apo.inner_products import norms
 from apo.preconditioner import Layer
 
 __all__ = ["Arena", "Parts"]
@@ -107,12 +108,12 @@ class Arena:
         """Of each layer's learned blocks, over the identity's, and of its S; one synchronisation."""
         if not self.layers:
             return []
-        norms = iter(torch.stack(torch._foreach_norm([x for layer in self.layers for x in layer.tensors()])).tolist())
+        lengths = iter(norms([x for layer in self.layers for x in layer.tensors()]).tolist())
         found = []
         for layer in self.layers:
             *blocks, S = layer.tensors()
             ones = [*(block.numel() // block.shape[-1] for block in blocks), S.numel()]
-            found.append(tuple(next(norms) / math.sqrt(count) for count in ones))
+            found.append(tuple(next(lengths) / math.sqrt(count) for count in ones))
         return found
 
     def by_name(self, slopes: ak.ModelSlopes) -> tuple[list[Tensor | None], list[Tensor | None]]:

@@ -1,4 +1,4 @@
-"""Inner products of matrices, in as few passes as the device allows."""
+"""Inner products and norms of many tensors, in as few passes and operations as the device allows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["inner_products"]
+__all__ = ["inner_products", "norms"]
 
 
 def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
@@ -15,6 +15,13 @@ def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     entry in float64 would take ten times as long."""
     found = [_inner(x, y) for x, y in zip(xs, ys, strict=True)]
     return torch.stack(found) if found else torch.zeros(0)
+
+
+def norms(tensors: Sequence[Tensor], ord: float = 2) -> Tensor:
+    """The norm of each tensor, as one float64 vector; there must be one at least."""
+    found = torch._foreach_norm(list(tensors), ord=ord)
+    alike = all(x.dtype == found[0].dtype for x in found)
+    return torch.stack(found).double() if alike else torch.stack([x.double() for x in found])
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from apo.accumulated import GradientsBefore
 from apo.distributed import Ranks
 from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
+from apo.inner_products import norms
 from apo.objective import Anchor, Closure, Evaluation, ProximalObjective
 from apo.rates import get_rate
 from apo.trial import CallersAutocast, Lookahead, Undisturbed, changed_by, forget_casts, leaves_of_backwards
@@ -304,7 +305,7 @@ class MetaLearner(Optimizer):
             self._ranks.average_(V)
         if objective.wsd_weight:
             torch._foreach_add_(V, steps, alpha=objective.wsd_weight)
-        squares = torch.stack([n.double() for n in torch._foreach_norm(steps)]).square().sum()
+        squares = norms(steps).square().sum()
         base = loss if anchor is None or anchor.loss is None else anchor.loss
         values = torch.stack([_scalar(loss_there, squares), _scalar(base, squares), _scalar(fsd or 0.0, squares)])
         self._ranks.average_([values])
@@ -401,13 +402,12 @@ class MetaLearner(Optimizer):
         grads = [_values(p.grad) for p in self.parameters if p.grad is not None and p.grad.numel()]
         if not grads:
             return True
-        norm = torch.stack([x.double() for x in torch._foreach_norm(grads)]).max().item()  # max() passes NaN on
+        norm = norms(grads).max().item()  # max() passes NaN on
         self._gradient_scale = 1.0
         if norm <= HUGE:
             return True
         # a norm may overflow where no entry does; to look at every entry takes ten times as long
-        largest = torch._foreach_norm(grads, ord=math.inf)
-        most = torch.stack([x.double() for x in largest]).max().item()
+        most = norms(grads, ord=math.inf).max().item()
         self._gradient_scale = most if most > HUGE else 1.0
         return math.isfinite(most)
 

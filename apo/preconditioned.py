@@ -18,7 +18,7 @@ from apo import checks
 from apo.arena import Arena, Parts
 from apo.fisher_start import FisherStart
 from apo.held_parameters import HeldParameters
-from apo.inner_products import inner_products
+from apo.inner_products import inner_products, norms
 from apo.matrix_view import matrix_views
 from apo.meta_learner import MetaLearner, Trial
 from apo.meta_optimizer import MetaOptimizer
@@ -331,7 +331,7 @@ class APO(MetaLearner):
             return False
         held = [w for w in sampled if w is not None]
         self._ranks.average_(held)
-        if not held or not bool(torch.stack(torch._foreach_norm(held)).isfinite().all()):
+        if not held or not bool(norms(held).isfinite().all()):
             return False
         torch._foreach_mul_(held, math.sqrt(self._ranks.count))  # a sum over n examples of each rank, over √n
         self._start.look(self._arena, self._arena.parts(sampled, self.parameters))
@@ -377,7 +377,7 @@ class APO(MetaLearner):
         self, derivatives: list[Tensor | None], sizes: list[Tensor | None], by_group: Sequence[float]
     ) -> bool:
         judged = [x for x in (*derivatives, *sizes) if x is not None]
-        if judged and not bool(torch.stack(torch._foreach_norm(judged)).isfinite().all()):
+        if judged and not bool(norms(judged).isfinite().all()):
             return False
         if not all(map(math.isfinite, by_group)):
             return False

@@ -23,7 +23,9 @@ class Lookahead:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = list(parameters)
         self._versions = [p._version for p in self._parameters]
-        self.start = [p.detach().clone() for p in self._parameters]
+        self.start = [torch.empty_like(p) for p in self._parameters]
+        if self.start:
+            torch._foreach_copy_(self.start, [p.detach() for p in self._parameters])
 
     def restore(self) -> None:
         """Write the weights back, to the bit: a graph that was made before is as good as it was."""
