@@ -9,10 +9,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -217,7 +215,7 @@ class MetaLearner(Optimizer):
             if meta:
                 train = self.objective.mode == "train"
                 own = self.parameters
-                undisturbed = partial(Undisturbed, self._models, touched, train=train, own=own, written=written)
+                undisturbed = Undisturbed(self._models, touched, train=train, own=own, written=written)
                 self._meta_step(closure, loss, autocast, scaling, undisturbed, move=move)
             elif move:
                 self._plain_step()
@@ -233,7 +231,7 @@ class MetaLearner(Optimizer):
         loss: Any,
         autocast: CallersAutocast,
         scaling: Scaling,
-        undisturbed: Callable[[], Undisturbed],
+        undisturbed: Undisturbed,
         *,
         move: bool,
     ) -> None:
@@ -250,7 +248,7 @@ class MetaLearner(Optimizer):
         with ExitStack() as undo:
             self._begin(lookahead, undo)
             if objective.needs_inputs:
-                with lookahead, undisturbed(), autocast.back():  # some modules renormalise their weights when called
+                with lookahead, undisturbed, autocast.back():  # some modules renormalise their weights when called
                     anchor = objective.anchor(batch, self._look_at)
             with lookahead:
                 proposal = self._propose(lookahead, undo)
@@ -276,11 +274,11 @@ class MetaLearner(Optimizer):
         anchor: Anchor | None,
         autocast: CallersAutocast,
         scaling: Scaling,
-        undisturbed: Callable[[], Undisturbed],
+        undisturbed: Undisturbed,
     ) -> Trial:
         """Q and V at the present trial weights, by ordinary backward passes; the same on all ranks."""
         parameters, objective = self.parameters, self.objective
-        with undisturbed() as models, scaling.set_aside():
+        with undisturbed as models, scaling.set_aside():
             factor, sign = scaling.factor, self._sign()
             loss_there: Any = 0.0
             with autocast.back():

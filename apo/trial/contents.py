@@ -76,6 +76,9 @@ _CONTAINERS = (list, dict, set, deque)
 _PLAIN = (Tensor, int, float, complex, str, bytes, type(None), tuple, np.ndarray, np.generic, *_CONTAINERS)
 
 
+_UNCHANGING = frozenset((int, float, complex, bool, str, bytes, type(None)))
+
+
 class Attributes:
     """What a module keeps in ordinary attributes: hidden states, caches, counts, losses on the side, generators.
 
@@ -92,7 +95,7 @@ class Attributes:
             self._save(value)
 
     def _save(self, value: Any) -> None:
-        if id(value) in self._contents:
+        if type(value) in _UNCHANGING or id(value) in self._contents:
             return
         if isinstance(value, Tensor):
             if not value.requires_grad and not value.is_meta and not isinstance(value, nn.Parameter):

@@ -20,7 +20,7 @@ __all__ = ["Undisturbed"]
 
 
 class Undisturbed:
-    """A context in which models run forward and backward without leaving a trace.
+    """A context in which models run forward and backward without leaving a trace. It may be entered again.
 
     Inside, every known ``.grad`` is None, and modules are in eval mode, or as they were if ``train``; a closure that
     calls ``model.train()`` doesn't change that. A module that wasn't known is taken in when it is first called.
@@ -63,11 +63,13 @@ class Undisturbed:
     def __enter__(self) -> Undisturbed:
         self._rng = random_state(self._tensors)
         try:
+            self._meet_again()
             for model in self._models:
                 self._meet(model)
             for tensor in self._tensors:
                 self._meet_tensor(tensor)
             self._contents += [Content(tensor) for tensor in self._written]
+            self._written = []
             # a trial that leaps is refused, and isn't the anomaly that someone looks for
             self._exit.enter_context(torch.autograd.set_detect_anomaly(False))
             self._exit.enter_context(_without_hook_warning(self._modules.values()))
@@ -107,12 +109,22 @@ class Undisturbed:
                 if buffer is not None and not buffer.is_meta and id(buffer) not in self._buffers:
                     self._buffers.add(id(buffer))
                     self._contents.append(Content(buffer))
-            for p in module._parameters.values():
-                if p is not None:
-                    self._meet_tensor(p)
-            if not self._train:
-                self._to_eval(module)
-            self._contents.append(Attributes(module))
+            self._enter_module(module)
+            self._contents.append(Attributes(module))  # with the dropout that it has in here
+
+    def _meet_again(self) -> None:
+        """The modules that are known from the last time, which hold what they held."""
+        for of_last_time in (self._grads, self._hooks, self._dropouts, self._own_train):
+            of_last_time.clear()
+        for module in self._modules.values():
+            self._enter_module(module)
+
+    def _enter_module(self, module: nn.Module) -> None:
+        for p in module._parameters.values():
+            if p is not None:
+                self._meet_tensor(p)
+        if not self._train:
+            self._to_eval(module)
 
     def _to_eval(self, module: nn.Module) -> None:
         self._keep_flags(type(module))
