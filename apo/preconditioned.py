@@ -29,6 +29,7 @@ from apo.preconditioner import Layer
 from apo.rates import LogRates, get_rate
 from apo.relative_steps import RelativeSteps
 from apo.schedules import Schedules
+from apo.shared_storage import matrices_of_one
 from apo.trial import Lookahead, without_autocast
 
 __all__ = ["APO"]
@@ -174,8 +175,7 @@ class APO(MetaLearner):
             rates = [self.method.phi_lr] * len(layer.phi) if relative else layer.entrywise_rates(self.method.phi_lr)
             for own, rate in zip(layer.phi, rates, strict=True):
                 own.rate = rate
-            if self._group(layer)["momentum"] != 0:
-                layer.momentum = torch.zeros_like(layer.S)
+        self._start_momentum([layer for layer in layers if self._group(layer)["momentum"] != 0])
         self._arena.take_in(layers)
         self.meta.add([own for layer in layers for own in layer.phi])
         if self._start.updates:
@@ -264,10 +264,11 @@ class APO(MetaLearner):
         Gs = self._gradients()
         if all(G is None for G in Gs):
             return
-        for layer, G in zip(self.layers, Gs, strict=True):
-            if G is not None and layer.momentum is None and self._group(layer)["momentum"] != 0:
-                layer.momentum = torch.zeros_like(layer.S)
-                self.state[layer.view.weight] = layer.state()
+        each = zip(self.layers, Gs, strict=True)
+        late = [x for x, G in each if G is not None and x.momentum is None and self._group(x)["momentum"] != 0]
+        self._start_momentum(late)
+        for layer in late:
+            self.state[layer.view.weight] = layer.state()
         scale = self._gradient_scale  # P(G) of a huge G would overflow
         if scale != 1:
             Gs = [None if G is None else [None if x is None else x / scale for x in G] for G in Gs]
@@ -280,6 +281,17 @@ class APO(MetaLearner):
             most=self.param_groups[0]["apo_most_promised"],
             shares=self._each(lambda group: get_rate(group) * _carried(group) * promise),
         )
+
+    @staticmethod
+    def _start_momentum(layers: Sequence[Layer]) -> None:
+        """Momentum of 0, in storage that like layers share."""
+        alike = defaultdict[Any, list[Layer]](list)
+        for layer in layers:
+            alike[layer.S.dtype, layer.S.device].append(layer)
+        for kind, those in alike.items():
+            _, views = matrices_of_one([layer.S.shape for layer in those], *kind)
+            for layer, view in zip(those, views, strict=True):
+                layer.momentum = view
 
     def _each(self, number: Callable[[dict[str, Any]], float]) -> list[float]:
         """A number of its param group for each layer."""

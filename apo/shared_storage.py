@@ -9,16 +9,27 @@ from torch import Tensor
 
 from apo.meta_optimizer import Learned
 
-__all__ = ["Numbers", "SharedScalings", "SharedSquares", "shared"]
+__all__ = ["Numbers", "SharedScalings", "SharedSquares", "matrices_of_one", "shared"]
 
 ALIGNMENT = 8
-"""Elements: every view starts at a multiple, so that kernels may read 16 bytes at a time."""
+"""Elements: every view starts at a multiple, and every row of a matrix, so that kernels may read 16 bytes at a time."""
+SHORT = 16
+"""Elements: shorter rows lie close together."""
 SQUARES_AT_A_TIME = 64
 SCALINGS_AT_A_TIME = 2**15
 """On a CPU: as many as stay in its cache."""
 
 Numbers = float | Tensor
 """One number for all, where it is the same, or one for each in a shape that broadcasts."""
+
+
+def matrices_of_one(
+    shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, list[Tensor]]:
+    """Storage of zeros, and matrices of these shapes in it, one after the other."""
+    counts = [_padded(shape) for shape in shapes]
+    flat = torch.zeros(sum(counts), dtype=dtype, device=device)
+    return flat, [_rows(part, shape) for part, shape in zip(torch.split(flat, counts), shapes, strict=True)]
 
 
 class SharedSquares:
@@ -35,7 +46,8 @@ class SharedSquares:
         first = 0
         for own, squares in zip(self.learned, self._counts, strict=True):
             here = slice(first, first + squares)
-            _move(own, self.tensor[here], self.slope[here], self.size[here])
+            stacks = zip((self.tensor, self.slope, self.size), _held(own), strict=True)
+            _move(own, *(stack[here].view(x.shape) for stack, x in stacks))
             first += squares
 
     def each(self, number: Callable[[Learned], float]) -> Numbers:
@@ -55,16 +67,15 @@ class SharedScalings:
 
     def __init__(self, learned: Sequence[Learned]) -> None:
         self.learned = list(learned)
-        self._counts = [_aligned(own.tensor.numel()) for own in learned]
+        shapes = [own.tensor.shape for own in learned]
+        self._counts = [_padded(shape) for shape in shapes]
         like = learned[0].tensor
-        self.tensor, self.slope, self.size = (like.new_zeros(sum(self._counts)) for _ in "123")
+        storage = [matrices_of_one(shapes, like.dtype, like.device) for _ in "123"]
+        self.tensor, self.slope, self.size = (flat for flat, _ in storage)
         self._lengths = torch.tensor(self._counts, device=like.device)
-        self._entries = torch.tensor([own.tensor.numel() for own in learned], dtype=like.dtype, device=like.device)
-        first = 0
-        for own, count in zip(self.learned, self._counts, strict=True):
-            here = slice(first, first + own.tensor.numel())
-            _move(own, self.tensor[here], self.slope[here], self.size[here])
-            first += count
+        self._entries = torch.tensor([shape.numel() for shape in shapes], dtype=like.dtype, device=like.device)
+        for own, *views in zip(self.learned, *(matrices for _, matrices in storage), strict=True):
+            _move(own, *views)
 
     def each(self, number: Callable[[Learned], float]) -> Numbers:
         """A number of each tensor's, one for every entry where they differ."""
@@ -95,14 +106,34 @@ def shared(learned: Sequence[Learned]) -> list[SharedSquares | SharedScalings]:
     return [(SharedSquares if each[0].block else SharedScalings)(each) for each in alike.values()]
 
 
+def _held(own: Learned) -> tuple[Tensor, Tensor, Tensor]:
+    return own.tensor, own.buffers["slope"], own.buffers["size"]
+
+
 def _move(own: Learned, tensor: Tensor, slope: Tensor, size: Tensor) -> None:
-    """Let a tensor and its running means live in these parts of the shared storage."""
-    held = own.tensor, own.buffers["slope"], own.buffers["size"]
-    views = [part.view(x.shape) for part, x in zip((tensor, slope, size), held, strict=True)]
-    for view, x in zip(views, held, strict=True):
+    """Let a tensor and its running means live in these views of the shared storage."""
+    for view, x in zip((tensor, slope, size), _held(own), strict=True):
         view.copy_(x)
-    own.tensor = views[0]
-    own.buffers |= {"slope": views[1], "size": views[2]}
+    own.tensor = tensor
+    own.buffers |= {"slope": slope, "size": size}
+
+
+def _pitch(shape: torch.Size) -> int:
+    """From one row to the next."""
+    n = shape[-1]
+    return n if n < SHORT or len(shape) < 2 else _aligned(n)
+
+
+def _padded(shape: torch.Size) -> int:
+    """How many elements of storage a matrix takes."""
+    return _aligned(shape.numel() // max(shape[-1], 1) * _pitch(shape))
+
+
+def _rows(part: Tensor, shape: torch.Size) -> Tensor:
+    strides = [_pitch(shape), 1][-len(shape) :]
+    for size in reversed(shape[1:-1]):
+        strides.insert(0, strides[0] * size)
+    return part.as_strided(shape, strides)
 
 
 def _aligned(count: int) -> int:
