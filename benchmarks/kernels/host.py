@@ -21,21 +21,18 @@ from torch import Tensor
 
 import apo_kernels as ak
 from benchmarks.common import results
-from benchmarks.common.console import console, table
+from benchmarks.common.console import console, table, wrote
 
 Call = Callable[[], object]
 
-MODELS = {
-    "21 layers, squares of 64": (21, 128, 64),
-    "60 layers, squares of 64": (60, 128, 64),
-    "60 layers, full blocks of 128": (60, 128, None),
+MODELS: dict[str, tuple[str, int, int, int | None]] = {
+    "21 layers, squares of 64": ("triton", 21, 128, 64),
+    "60 layers, squares of 64": ("triton", 60, 128, 64),
+    "60 layers, full blocks of 128": ("triton", 60, 128, None),
+    "60 layers of 8, squares of 4": ("aten", 60, 8, 4),
+    "60 layers of 8, full blocks": ("aten", 60, 8, None),
 }
-"""How many layers, of which side, with squares of which side."""
-
-SMALL = {
-    "60 layers of 8, squares of 4": (60, 8, 4),
-    "60 layers of 8, full blocks": (60, 8, None),
-}
+"""The backend, how many layers, of which side, with squares of which side."""
 
 GOALS = {
     ("21 layers, squares of 64", "bound step"): 40.0,
@@ -53,8 +50,7 @@ def run(options: Namespace) -> dict[str, Any]:
     """Print a table and write ``host.json``: microseconds a call (``"calls"``)."""
     rounds = 5 if options.quick else options.rounds
     with no_launcher():
-        rows = [row for name, model in MODELS.items() for row in _rows(name, "triton", *model, rounds)]
-    rows += [row for name, model in SMALL.items() for row in _rows(name, "aten", *model, rounds)]
+        rows = [row for name, model in MODELS.items() for row in _rows(name, *model, rounds)]
     cells = [
         (row["model"], row["backend"], row["call"], f"{row['microseconds']:.0f}",
          f"{row['microseconds'] / row['layers']:.1f}", "" if row["goal"] is None else f"{row['goal']:.0f}")
@@ -62,7 +58,7 @@ def run(options: Namespace) -> dict[str, Any]:
     ]  # fmt: skip
     columns = ("model", "backend", "call", "µs", "µs a layer", "goal")
     console.print(table("Host time of a call", columns, cells, labels=("backend", "call")))
-    console.print(f"wrote {results.write(options.out, 'host', 'cpu', {'calls': rows})}", soft_wrap=True)
+    wrote(results.write(options.out, "host", "cpu", {"calls": rows}))
     return {"calls": rows}
 
 
