@@ -1,8 +1,8 @@
 """``python -m benchmarks host``: what a call costs the host, apart from what it computes.
 
-The Triton path with Triton's launcher replaced by nothing: checks, plans, addresses and arguments are the real ones,
-on tensors of the CPU, planned as for an H100. And the ATen path on layers so small that little but calls is left. All
-in one process, in turn; medians of its time, which other processes don't count in.
+The Triton path runs with Triton's launcher replaced by nothing. Checks, plans, addresses and arguments are the real
+ones, on tensors of the CPU, planned as for an H100. The ATen path runs on layers so small that the calls dominate. All
+run in one process, in turn. Figures are medians of process time, so that other processes don't count.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GOALS = {
     ("60 layers, squares of 64", "bound step"): 80.0,
     ("60 layers of 8, squares of 4", "step"): 900.0,
 }
-"""Microseconds that a call is to stay below."""
+"""Microseconds that a call should stay below."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> dict[str, Any]:
-    """Print a table and write ``host.json``: microseconds a call (``"calls"``)."""
+    """Print a table and write ``host.json``: microseconds per call (``"calls"``)."""
     rounds = 5 if options.quick else options.rounds
     with no_launcher():
         rows = [row for name, model in MODELS.items() for row in _rows(name, *model, rounds)]
@@ -56,7 +56,7 @@ def run(options: Namespace) -> dict[str, Any]:
          f"{row['microseconds'] / row['layers']:.1f}", "" if row["goal"] is None else f"{row['goal']:.0f}")
         for row in rows
     ]  # fmt: skip
-    columns = ("model", "backend", "call", "µs", "µs a layer", "goal")
+    columns = ("model", "backend", "call", "µs", "µs per layer", "goal")
     console.print(table("Host time of a call", columns, cells, labels=("backend", "call")))
     wrote(results.write(options.out, "host", "cpu", {"calls": rows}))
     return {"calls": rows}
@@ -83,7 +83,7 @@ def calls(count: int, side: int, squares: int | None, backend: str) -> dict[str,
 
 
 def measure(every: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Seconds of process time a call, the median over rounds in which each has its turn."""
+    """Seconds of process time per call: the median over rounds in which each call has its turn."""
     times: dict[str, list[float]] = {name: [] for name in every}
     for name, call in [*every.items()] * (rounds + 1):  # the first one plans
         began = time.process_time()
@@ -94,7 +94,7 @@ def measure(every: dict[str, Call], rounds: int) -> dict[str, float]:
 
 @contextmanager
 def no_launcher() -> Iterator[None]:
-    """The Triton path on the CPU, all but the launches."""
+    """The Triton path on the CPU, without the launches."""
     from apo_kernels.targets import TARGETS
     from apo_kernels.triton import launch, plan
 
