@@ -1,4 +1,4 @@
-"""The front door: ``python -m benchmarks [COMMAND] [options]``. Without a command, the microbenchmarks."""
+"""The command line: ``python -m benchmarks [COMMAND] [options]``. Without a command, the microbenchmarks."""
 
 from __future__ import annotations
 

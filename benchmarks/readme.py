@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.common import results
-from benchmarks.common.tables import markdown
+from benchmarks.common.tables import markdown, short
 from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, FULL, NAMES
 from benchmarks.paper.report.runs import Group, collect, grouped
 from benchmarks.paper.studies.tables import summary
@@ -78,8 +78,7 @@ def _times() -> str:
 def _milliseconds(row: dict[str, Any]) -> str:
     if "median_ms" not in row:
         return f"({row['expected_s']:.0f} s expected)" if "expected_s" in row else "failed"
-    value = row["median_ms"]
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return short(row["median_ms"])
 
 
 def _shapes() -> str:
@@ -193,7 +192,7 @@ def _tasks() -> str:
     for task, groups, losses in _searched_tasks():
         runs = groups[0].runs
         what = f"{task}, {runs[0]['epochs']:.3g} epochs, {len(runs)} seed{'s'[: len(runs) - 1]}"
-        rows.append([what, *(f"{loss}, {_step_ms(group):.3g}" for loss, group in zip(losses, groups, strict=True))])
+        rows.append([what, *(f"{loss}, {group.step_ms:.3g}" for loss, group in zip(losses, groups, strict=True))])
     return markdown(["task", *(f"{METHODS[name].label}: loss, ms per step" for name in COMPARED)], rows, numbers=True)
 
 
@@ -201,7 +200,7 @@ def _summary() -> str:
     """README's one table: the losses, and what a step of APO costs."""
     rows = []
     for task, groups, losses in _searched_tasks():
-        _, adam, _, _, apo = map(_step_ms, groups)
+        _, adam, _, _, apo = (group.step_ms for group in groups)
         rows.append([task, *losses, f"{apo / adam:.1f}×"])
     labels = [METHODS[name].label for name in COMPARED[:-1]]
     return markdown(["task", *labels, "APO", "a step of APO ÷ Adam's"], rows, numbers=True)
@@ -212,10 +211,6 @@ def _loss(group: Group, step: float) -> str:
     if not isfinite(loss):
         return "diverged"
     return f"{loss:.3g} ({group.diverged} of {len(group.runs)} diverged)" if group.diverged else f"{loss:.3g}"
-
-
-def _step_ms(group: Group) -> float:
-    return 1000 * median(group.last("seconds")) / max(group.last("step"))
 
 
 def _rates() -> str:

@@ -1,4 +1,4 @@
-"""Sizes that keep the code readable: of functions and of signatures."""
+"""Sizes that keep the code readable: of functions, of signatures, of the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ PACKAGES = ("apo_kernels", "apo", "benchmarks")
 
 LONGEST_FUNCTION, LONGEST_KERNEL = 80, 120
 MOST_PARAMETERS = 14
+MOST_LINES_OF_BENCHMARKS = 8000
 
 TOO_LONG = {"apo_kernels/triton/gemm.py:grouped_gemm"}
 TOO_MANY_PARAMETERS = {"apo/preconditioned.py:APO.__init__"}
@@ -76,6 +77,11 @@ def test_signatures_are_short() -> None:
         if is_public(name) and not is_kernel(function) and len(parameters(function)) > MOST_PARAMETERS
     }
     assert not too_many - TOO_MANY_PARAMETERS
+
+
+def test_benchmarks_stay_smaller_than_their_limit() -> None:
+    lines = sum(len(path.read_text().splitlines()) for path in (ROOT / "benchmarks").rglob("*.py"))
+    assert lines <= MOST_LINES_OF_BENCHMARKS
 
 
 def test_what_is_too_long_would_be_seen() -> None:

@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: one console, one form of table and one of progress bar."""
+"""What a run shows on the terminal: its console, tables and progress bars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Types of options, which argparse refuses by name."""
+"""Types for options of commands. argparse names the option whose value they refuse."""
 
 from __future__ import annotations
 

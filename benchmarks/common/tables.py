@@ -11,6 +11,11 @@ from rich.markup import escape
 from benchmarks.common import console
 
 
+def short(value: float) -> str:
+    """Three digits, or a whole number from 100 on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:
     """A line for the header, a rule, a line for each row; ``numbers``: all but the first column to the right."""
     rule = ["---", *(["---:" if numbers else "---"] * (len(header) - 1))]

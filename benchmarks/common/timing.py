@@ -27,7 +27,7 @@ def device_timer() -> float:
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Let torch use so many of the CPU's threads for a while."""
+    """Let torch use ``count`` threads of the CPU within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -66,10 +66,9 @@ def interleave(
 ) -> dict[str, Sample]:
     """Run the calls in turn, round after round, so that what slows the machine slows them all.
 
-    Each is warmed up, then takes part until it has used ``seconds`` (but ``least`` rounds at the least, ``most``
-    at the most; one round is enough of a call of more than four times ``seconds``). A round calls it as often as
-    it takes to fill ``WINDOW``, and counts the mean. The order is drawn anew for each round (from a fixed seed): a call
-    finds the caches as its neighbour left them, and none may always have the same one.
+    Each call is warmed up, and takes part until it has used ``seconds``: in ``least`` to ``most`` rounds, or in one if
+    it takes more than four times ``seconds``. In a round it is repeated until ``WINDOW`` is filled, and the mean
+    counts. The order of a round is drawn from a fixed seed, because a call finds the caches as its neighbour left them.
 
     Args:
         calls: what to time, by name.

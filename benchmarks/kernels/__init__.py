@@ -1,1 +1,1 @@
-"""The wing of the backend: how fast and how accurate ``apo_kernels`` is."""
+"""How fast and how accurate ``apo_kernels`` is."""

@@ -1,8 +1,8 @@
 """``python -m benchmarks host``: what a call costs the host, apart from what it computes.
 
-The Triton path with Triton's launcher replaced by nothing: checks, plans, addresses and arguments are the real ones,
-on tensors of the CPU, planned as for an H100. And the ATen path on layers so small that little but calls is left. All
-in one process, in turn; medians of its time, which other processes don't count in.
+The Triton path runs with Triton's launcher replaced by nothing. Checks, plans, addresses and arguments are the real
+ones, on tensors of the CPU, planned as for an H100. The ATen path runs on layers so small that the calls dominate. All
+run in one process, in turn. Figures are medians of process time, so that other processes don't count.
 """
 
 from __future__ import annotations
@@ -21,28 +21,25 @@ from torch import Tensor
 
 import apo_kernels as ak
 from benchmarks.common import results
-from benchmarks.common.console import console, table
+from benchmarks.common.console import console, table, wrote
 
 Call = Callable[[], object]
 
-MODELS = {
-    "21 layers, squares of 64": (21, 128, 64),
-    "60 layers, squares of 64": (60, 128, 64),
-    "60 layers, full blocks of 128": (60, 128, None),
+MODELS: dict[str, tuple[str, int, int, int | None]] = {
+    "21 layers, squares of 64": ("triton", 21, 128, 64),
+    "60 layers, squares of 64": ("triton", 60, 128, 64),
+    "60 layers, full blocks of 128": ("triton", 60, 128, None),
+    "60 layers of 8, squares of 4": ("aten", 60, 8, 4),
+    "60 layers of 8, full blocks": ("aten", 60, 8, None),
 }
-"""How many layers, of which side, with squares of which side."""
-
-SMALL = {
-    "60 layers of 8, squares of 4": (60, 8, 4),
-    "60 layers of 8, full blocks": (60, 8, None),
-}
+"""The backend, how many layers, of which side, with squares of which side."""
 
 GOALS = {
     ("21 layers, squares of 64", "bound step"): 40.0,
     ("60 layers, squares of 64", "bound step"): 80.0,
     ("60 layers of 8, squares of 4", "step"): 900.0,
 }
-"""Microseconds that a call is to stay below."""
+"""Microseconds that a call should stay below."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -50,19 +47,18 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> dict[str, Any]:
-    """Print a table and write ``host.json``: microseconds a call (``"calls"``)."""
+    """Print a table and write ``host.json``: microseconds per call (``"calls"``)."""
     rounds = 5 if options.quick else options.rounds
     with no_launcher():
-        rows = [row for name, model in MODELS.items() for row in _rows(name, "triton", *model, rounds)]
-    rows += [row for name, model in SMALL.items() for row in _rows(name, "aten", *model, rounds)]
+        rows = [row for name, model in MODELS.items() for row in _rows(name, *model, rounds)]
     cells = [
         (row["model"], row["backend"], row["call"], f"{row['microseconds']:.0f}",
          f"{row['microseconds'] / row['layers']:.1f}", "" if row["goal"] is None else f"{row['goal']:.0f}")
         for row in rows
     ]  # fmt: skip
-    columns = ("model", "backend", "call", "µs", "µs a layer", "goal")
+    columns = ("model", "backend", "call", "µs", "µs per layer", "goal")
     console.print(table("Host time of a call", columns, cells, labels=("backend", "call")))
-    console.print(f"wrote {results.write(options.out, 'host', 'cpu', {'calls': rows})}", soft_wrap=True)
+    wrote(results.write(options.out, "host", "cpu", {"calls": rows}))
     return {"calls": rows}
 
 
@@ -87,7 +83,7 @@ def calls(count: int, side: int, squares: int | None, backend: str) -> dict[str,
 
 
 def measure(every: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Seconds of process time a call, the median over rounds in which each has its turn."""
+    """Seconds of process time per call: the median over rounds in which each call has its turn."""
     times: dict[str, list[float]] = {name: [] for name in every}
     for name, call in [*every.items()] * (rounds + 1):  # the first one plans
         began = time.process_time()
@@ -98,7 +94,7 @@ def measure(every: dict[str, Call], rounds: int) -> dict[str, float]:
 
 @contextmanager
 def no_launcher() -> Iterator[None]:
-    """The Triton path on the CPU, all but the launches."""
+    """The Triton path on the CPU, without the launches."""
     from apo_kernels.targets import TARGETS
     from apo_kernels.triton import launch, plan
 

@@ -1,1 +1,1 @@
-"""The wing of the paper: its tasks, trained by ``apo``'s optimizers and by strong baselines."""
+"""The paper's tasks, trained by ``apo``'s optimizers and by strong baselines."""

@@ -33,7 +33,7 @@ POINT = (0.6, 1.5)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """This part has no options of its own."""
+    """This command has no options of its own."""
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What the layers see while a closure runs: their inputs and the gradients of their outputs.
 
-Hooks stay only while the closure runs. Targets are drawn, and their gradients taken,
-at the end of the model's own forward, on the graph that the closure's backward uses next. So it takes one more
-backward but no more forward, with the same dropout masks, and no running statistic is updated twice.
+Hooks stay only while the closure runs. Targets are drawn at the end of the model's own forward pass, and their
+gradients are taken on the graph that the closure's backward uses next. So it costs one more backward pass and no
+forward pass, dropout masks are the same, and no running statistic is updated twice.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Capture:
     """Use as a context around a closure.
 
     Args:
-        fisher: ``"sampled"``: output gradients for targets drawn from the model, of the sum over terms of
-            ``−log p``; ``"empirical"``: those of the closure's own backward, of its loss.
+        fisher: which output gradients. ``"sampled"``: of the sum of ``−log p`` over terms, for targets drawn from the
+            model. ``"empirical"``: of the closure's loss, by its own backward.
 
     Attributes:
         calls: a list of pairs (inputs, output gradients) for each layer that was called.
-        terms: of how many terms the loss is the mean, over all forwards of the closure.
-        finite: False where outputs weren't; nothing could then be drawn.
+        terms: how many terms the loss is the mean of, over all forward passes of the closure.
+        finite: False if an output wasn't finite. Then no targets could be drawn.
     """
 
     def __init__(

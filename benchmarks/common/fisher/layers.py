@@ -7,8 +7,8 @@ sequence, the calls of a layer that is called more than once. With ``M`` terms i
     F_A = mean over positions of ā āᵀ,    F_B = 1/M · sum over positions of Ds Dsᵀ
 
 For a linear layer on vectors this is Martens & Grosse 2015; on sequences, "KFAC-expand" of Eschenhagen et al. 2023.
-For a convolution Grosse & Martens 2016 leave the number of positions in ``F_A`` and divide ``F_B`` by it: the product,
-and what factored damping makes of it, is the same.
+For a convolution Grosse & Martens 2016 leave the number of positions in ``F_A`` and divide ``F_B`` by it. The product
+is the same, and so is its factored damping.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FactoredLayer:
         return G if bias is None else torch.cat([G, wide(_grad(bias))[:, None]], 1)
 
     def parts(self, matrix: Tensor) -> list[Tensor]:
-        """What of a matrix belongs to each of the parameters."""
+        """The part of a matrix that belongs to each parameter."""
         if self.bias is None:
             return [matrix.reshape(self.weight.shape)]
         return [matrix[:, :-1].reshape(self.weight.shape), matrix[:, -1]]
@@ -87,10 +87,10 @@ def second_moment_of_gradients(a: Tensor, Ds: Tensor, Q_A: Tensor, Q_B: Tensor) 
 
 
 def factored_layers(model: nn.Module, params: Sequence[Tensor], group: int) -> list[FactoredLayer]:
-    """Those whose weights are among ``params``, each with its bias.
+    """The layers whose weights are among ``params``, each with its bias.
 
-    A layer is left out whose weight the model uses otherwise than by calling the layer, or whose bias isn't trained
-    with it; so are convolutions with groups, and sides longer than :data:`MAX_DIM`.
+    Left out are layers whose weight the model uses in another way than by calling the layer, layers whose bias isn't
+    trained with the weight, convolutions with groups, and sides longer than :data:`MAX_DIM`.
     """
     users: dict[int, list[tuple[str, str, nn.Module]]] = {}
     for prefix, module in model.named_modules():

@@ -17,7 +17,7 @@ class Likelihood:
     """``p(y|z)`` of outputs ``z``."""
 
     def terms(self, outputs: Tensor) -> int:
-        """Of how many terms ``−log p`` the loss of these outputs is the mean: one per example."""
+        """How many terms ``−log p`` the loss of these outputs is the mean of: one per example."""
         return len(outputs)
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -26,7 +26,7 @@ class Likelihood:
 
 
 class Categorical(Likelihood):
-    """Logits ``(*, C)``: a term for all but the last dimension, as ``F.cross_entropy`` of ``(N, C)`` has it.
+    """Logits ``(*, C)``: one term per entry of the leading dimensions, as in ``F.cross_entropy`` of ``(N, C)``.
 
     A draw's gradient is ``softmax(z) − onehot(y)``.
     """

@@ -37,14 +37,14 @@ def median_error(rows: Sequence[Row], kind: str = "error") -> float:
 
 
 def within_reach(rows: Iterable[Row]) -> list[Row]:
-    """The rows of those problems that the dtype's limit itself doesn't break down on."""
+    """The rows of those problems on which the dtype's limit itself doesn't break down."""
     rows = list(rows)
     lost = {(row.pair, row.dtype) for row in rows if row.method == LIMIT and row.breakdown}
     return [row for row in rows if (row.pair, row.dtype) not in lost]
 
 
 def saved_from(rows: Sequence[Row]) -> float:
-    """The least damping from which on none of the rows has broken down; infinite if the largest has."""
+    """The least damping from which on no row breaks down; infinite if one does at the largest damping."""
     broken = [row.damping for row in rows if row.breakdown]
     above = [row.damping for row in rows if not broken or row.damping > max(broken)]
     return min(above, default=math.inf)

@@ -59,7 +59,7 @@ class Row:
 
     @property
     def pair(self) -> tuple[str, float]:
-        """What is solved, whichever the method and dtype."""
+        """The problem, whatever the method and dtype."""
         return self.case, self.damping
 
 

@@ -1,22 +1,9 @@
 """Four ways to the same preconditioned gradient, each in the dtype of what it is given.
 
-Every method's **operands** are made in float64 and then rounded to the storage dtype, which is the dtype the
-method sees. What they are differs, and that is the point of the comparison:
-
-* ``inverse`` and ``eigen`` are given KFAC's **factors** ``F_A, F_B``. They must decompose them again and
-  again in training, so the decomposition is part of the method. LAPACK knows no 16-bit types: factors are
-  widened to float32, damped and decomposed there, and the inverse or basis is rounded back to storage.
-* ``chain`` and ``ours`` are given **blocks**, ``A = Q_A, B = Q_B, S² = 1 / ((λ_B + δ_B)(λ_A + δ_A)ᵀ)``: the
-  same preconditioner in the form of Eq. 10 of APO (Bae et al. 2022). Float64 serves only to construct them.
-  APO doesn't construct blocks: it learns them by gradient descent, and never inverts or decomposes anything.
-  So this measures how well a preconditioner can be *held and applied*, not how well APO finds it.
-* ``chain_balanced`` and ``ours_balanced`` are given the same blocks after powers of two have been moved
-  from S to A and B, until all three have about the same spectral norm. APO starts its blocks so, as one
-  multiple of the identity each. It makes a difference only where a dtype runs out of range: in fp16.
-
-In favour of the factors, all methods are told the float64 damping shifts ``δ_A`` and ``δ_B``, the shifts are
-added after widening, and eigenvalues that came out negative are taken as zero. No gradient is scaled before
-it is rounded (no "loss scaling"): P is linear, and what a scale wins in G it can lose in P(G).
+Every method's **operands** are made in float64 and then rounded to the storage dtype, which is the dtype that the
+method sees: KFAC's factors for ``inverse`` and ``eigen``, blocks for ``chain`` and ``ours``, and the same blocks scaled
+to about equal norms for ``chain_balanced`` and ``ours_balanced``. Section *Stability* of ``docs/benchmarks.md`` says
+what is compared, and what is in whose favour.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ class Recorder:
 def record(moments: Sequence[int] = (1, 60, 600), *, seed: int = 0) -> Iterator[Case]:
     """The cases of each net's layers at the given training steps (SGD, momentum 0.9, batches of 64).
 
-    The factors are averages over the batches up to that step, each at the weights of its own time; the
-    gradient is that of the step's batch.
+    The factors are averages over the batches up to that step, each taken at the weights of its
+    step. The gradient is that of the step's batch.
     """
     if not moments or min(moments) < 1:
         raise ValueError(f"moments must be steps of at least 1, but got {tuple(moments)}")

@@ -188,7 +188,7 @@ def _theirs(operation: str, name: str, work: Workload) -> Contestant:
         return Contestant(lambda: [(inverse(A), inverse(B)) for A, B in work.factors], None)
     if name == EIGEN:
         return Contestant(lambda: [damped_eigenbases(A, B) for A, B in work.factors], None)
-    # The chain multiplies from the left: its derivatives take 8mn² + 6m²n, in whichever shape.
+    # The chain multiplies from the left: its derivatives take 8mn² + 6m²n, whatever the shape.
     by_autograd = sum(12 * m * n**2 + 10 * m**2 * n for m, n in work.layers)
     return Contestant(lambda: _differentiate(foreach_chain, work), by_autograd)
 

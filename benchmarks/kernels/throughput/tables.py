@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.common.console import table
+from benchmarks.common.tables import short
 from benchmarks.kernels.shapes import MODELS
 from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, FULL
 
@@ -68,7 +69,7 @@ def _cells(row: Row, chain_ms: float | None) -> list[str]:
         return ["–"]
     rate, share, moved = row.get("gflop_per_s"), row.get("share_of_matmul"), row.get("share_of_copy")
     return [
-        _ms(row["median_ms"]),
+        short(row["median_ms"]),
         f"{(row['high_ms'] - row['low_ms']) / 2 / row['median_ms']:.0%}",
         f"{rate:.1f}" if rate is not None else "",
         f"{share:.0%}" if share is not None else "",
@@ -91,7 +92,3 @@ def ratio_table(found: list[Row]) -> Table:
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def _ms(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

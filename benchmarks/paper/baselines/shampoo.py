@@ -11,9 +11,8 @@ from torch import Tensor
 
 from benchmarks.common import checks
 from benchmarks.common.fisher.damping import inverse_root, wide
+from benchmarks.common.fisher.layers import MAX_DIM
 from benchmarks.paper.baselines.base import Baseline, Closure, all_finite
-
-MAX_DIM = 8192
 
 
 class Shampoo(Baseline):

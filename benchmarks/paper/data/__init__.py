@@ -1,4 +1,4 @@
-"""Examples to train and test on, read from the files in which data sets are published. A file a format."""
+"""Examples to train and test on, read from the files in which data sets are published."""
 
 from benchmarks.paper.data.examples import Dataset, Examples, standardised
 from benchmarks.paper.data.source import MissingData, Source

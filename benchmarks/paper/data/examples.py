@@ -13,7 +13,7 @@ from torch import Tensor
 class Examples:
     """N examples."""
 
-    inputs: tuple[Tensor, ...]  # what the model is called with, one tensor ``(N, ...)`` an argument
+    inputs: tuple[Tensor, ...]  # what the model is called with, one tensor ``(N, ...)`` per argument
     targets: Tensor  # ``(N, ...)``
     pad: int | None = None  # of sequences: the number that fills them up. A batch is cut to its longest sequence.
 

@@ -1,4 +1,4 @@
-"""Parallel text, a sentence a line, plain or gzipped: Multi30k and IWSLT'14, German to English."""
+"""Parallel text, one sentence per line, plain or gzipped: Multi30k and IWSLT'14, German to English."""
 
 from __future__ import annotations
 

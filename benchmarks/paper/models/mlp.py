@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 
-def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True) -> nn.Sequential:
+def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
     """``Linear`` layers of these widths, the input's first, with the activation between them.
 
     ``mlp(784, 1000, 1000, 10)`` is the MLP of section 6.2: 1,796,010 parameters.
     """
     layers: list[nn.Module] = []
     for n, m in pairwise(widths):
-        layers += [nn.Linear(n, m, bias=bias), activation()]
+        layers += [nn.Linear(n, m), activation()]
     return nn.Sequential(*layers[:-1])
 
 

@@ -13,7 +13,7 @@ from benchmarks.paper.report.comparison import comparison
 from benchmarks.paper.report.curves import draw
 from benchmarks.paper.report.figures import figures
 from benchmarks.paper.report.runs import Found, collect, described
-from benchmarks.paper.report.searches import searches, sweep
+from benchmarks.paper.report.searches import searches
 from benchmarks.paper.report.tables import table_2, table_3, table_4
 from benchmarks.paper.training.search_files import COMMITTED
 
@@ -32,8 +32,7 @@ def run(options: argparse.Namespace) -> list[Table]:
             "python -m benchmarks report: --from must be folders that train has written to, but there is no run in "
             f"{', '.join(map(str, folders))}"
         )
-    made = [*map(comparison, found.values()), table_2(found), table_3(found), table_4(found)]
-    made += [searches(folders), *([swept] if (swept := sweep(folders, "ill-conditioned")) else [])]
+    made = [*map(comparison, found.values()), table_2(found), table_3(found), table_4(found), searches(folders)]
     tables = [table for table in made if table.rows]
     for table in tables:
         console.print(table.shown())

@@ -7,7 +7,7 @@ from math import isfinite
 from statistics import median
 from typing import Any
 
-from benchmarks.common.tables import Table
+from benchmarks.common.tables import Table, short
 from benchmarks.paper.report.runs import Group, grouped
 
 COLUMNS = ("optimizer", "seeds", "loss, steps", "of the seeds", "loss, time", "metric", "rate", "s", "ms/step")
@@ -42,13 +42,9 @@ def _row(group: Group, step: float, seconds: float) -> list[str]:
         _loss(group.loss_at("seconds", seconds)) if judged else "–",
         f"{median(group.last('metric')):.4g}",
         f"{median(group.last('rate')):.2g}",
-        _short(median(group.last("seconds"))),
-        _short(1000 * sum(group.last("seconds")) / max(sum(group.last("step")), 1)),
+        short(median(group.last("seconds"))),
+        short(1000 * sum(group.last("seconds")) / max(sum(group.last("step")), 1)),
     ]
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _loss(losses: Sequence[float]) -> str:

@@ -5,8 +5,6 @@ Names of tasks and optimizers are this project's. Figures 3, 4 and 5 are plots w
 
 from __future__ import annotations
 
-LABELS = {"sgdm": "SGDm", "adam": "Adam", "kfac": "KFAC", "apo": "APO-Precond"}
-
 Row = dict[str, float | None]
 
 

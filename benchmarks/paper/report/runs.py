@@ -98,6 +98,11 @@ class Group:
         return [float(run["curve"][column][-1]) for run in self.runs]
 
     @property
+    def step_ms(self) -> float:
+        """Milliseconds per step: the seeds' median time, over the most steps that one took."""
+        return 1000 * median(self.last("seconds")) / max(self.last("step"))
+
+    @property
     def diverged(self) -> int:
         return sum(run["status"] == "diverged" for run in self.runs)
 

@@ -1,4 +1,4 @@
-"""What the searches found: how many trials, the best of them, and KFAC's losses by damping."""
+"""What the searches found: how many trials, and the best of them."""
 
 from __future__ import annotations
 
@@ -30,21 +30,6 @@ def found(name: str, content: dict[str, Any]) -> list[list[str]]:
         diverged = sum(trial["status"] == "diverged" for trial in trials)
         rows.append([name, optimizer, str(len(trials)), str(diverged), loss, hyper, length])
     return rows
-
-
-def sweep(folders: Sequence[Path], task: str) -> Table | None:
-    """KFAC's trials on a task by damping; None without any."""
-    for path in _files(folders):
-        content = results.load(path)
-        trials = content["trials"].get("kfac")
-        if content["task"] == task and trials:
-            rows = []
-            for trial in sorted(trials, key=lambda trial: float(trial["hyper"]["damping"])):
-                hyper, loss = trial["hyper"], float(trial["loss"])
-                cells = [f"{hyper['damping']:.2g}", f"{hyper['lr']:.2g}", str(hyper.get("kl_clip"))]
-                rows.append([*cells, "diverged" if trial["status"] == "diverged" else f"{loss:.3g}"])
-            return Table(f"KFAC on {task}, every trial", ["damping", "lr", "kl_clip", "loss"], rows)
-    return None
 
 
 def _files(folders: Sequence[Path]) -> list[Path]:

@@ -10,6 +10,7 @@ from benchmarks.common.tables import Table
 from benchmarks.paper.report import published
 from benchmarks.paper.report.runs import SIXTEEN_BITS, Found, Group, described, grouped
 from benchmarks.paper.tasks import TASKS, named
+from benchmarks.paper.training.optimizers import METHODS
 
 SMALLER = {"multi30k": "iwslt14", "multi30k-narrow": "iwslt14"}
 """Tasks that stand in Table 2 below the one of the paper that they are a smaller form of."""
@@ -18,7 +19,7 @@ SMALLER = {"multi30k": "iwslt14", "multi30k-narrow": "iwslt14"}
 def table_2(found: Found) -> Table:
     """Test accuracy, or BLEU, of the preconditioners."""
     optimizers = ("sgdm", "adam", "kfac", "apo")
-    header = ["task", *(f"{published.LABELS[name]}: ours / paper" for name in optimizers), "ours on"]
+    header = ["task", *(f"{METHODS[name].label}: ours / paper" for name in optimizers), "ours on"]
     rows = []
     for task in [*published.TABLE_2, *SMALLER]:
         runs = _full_precision(found.get(task, []))
@@ -34,7 +35,7 @@ def table_2(found: Found) -> Table:
 def table_3(found: Found) -> Table:
     """Test accuracy of 16-bit networks, and KFAC's damping."""
     optimizers = ("sgdm", "kfac", "apo")
-    figures = [f"{published.LABELS[name]}: ours / paper" for name in optimizers]
+    figures = [f"{METHODS[name].label}: ours / paper" for name in optimizers]
     header = ["task", "precision", *figures, "KFAC's damping", "ours on"]
     rows = []
     for task, theirs in published.TABLE_3.items():

@@ -1,8 +1,7 @@
 """``python -m benchmarks studies``: runs the study, and writes its results and their table.
 
-Of the baselines every setting of an equal grid is run with the first seed, and the best two with all seeds, because
-the best may diverge with another. The one with the lower median counts. Runs that a results file already holds aren't
-run again.
+Each baseline runs its grid on the first seed, and the best two settings on all seeds, because the best may diverge with
+another seed. The lower median of the two counts. Runs that a results file already holds aren't run again.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Scikit-learn's digits stand in for MNIST.
 
 from __future__ import annotations
 
-from benchmarks.paper.data.bundled import DIGITS, DIGITS_IMAGES
 from benchmarks.paper.data.mnist import MNIST, MNIST_IMAGES
+from benchmarks.paper.data.without_files import DIGITS, DIGITS_IMAGES
 from benchmarks.paper.models import autoencoder, mlp
 from benchmarks.paper.tasks.losses import BERNOULLI, CLASSIFICATION
 from benchmarks.paper.tasks.task import Task

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from benchmarks.paper.data import Source
-from benchmarks.paper.data.bundled import DIABETES
-from benchmarks.paper.data.ill_conditioned import ILL_CONDITIONED, INPUTS, OUTPUTS
 from benchmarks.paper.data.uci import PARKINSONS, PROTEIN, SLICE
+from benchmarks.paper.data.without_files import DIABETES, ILL_CONDITIONED, INPUTS, OUTPUTS
 from benchmarks.paper.models import linear_network, mlp
 from benchmarks.paper.tasks.losses import REGRESSION
 from benchmarks.paper.tasks.task import Task

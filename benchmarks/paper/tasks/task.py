@@ -42,7 +42,7 @@ class Task:
     dtype: torch.dtype = torch.float32  # of weights and activations in full precision
     precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")  # what ``--precision`` may be
     forward: Callable[[nn.Module, Inputs], Tensor] = lambda model, inputs: model(*inputs)
-    targets: Callable[[Tensor], Tensor] = lambda targets: targets  # what of the targets the loss takes
+    targets: Callable[[Tensor], Tensor] = lambda targets: targets  # the part of the targets that the loss takes
     augment: Callable[[Inputs, torch.Generator], Inputs] | None = None
     evaluated: int = 10_000  # on how many training examples the loss is taken at most after an epoch
     judged_by: str = "loss"
@@ -53,7 +53,7 @@ class Task:
         return self.source.load(folder)
 
     def model(self, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
-        """The network at the start that belongs to ``seed``, the same on every device."""
+        """The network as it starts with this seed, the same on every device."""
         torch.manual_seed(seed)
         return self.build().to(device, dtype or self.dtype)
 
@@ -62,7 +62,7 @@ class Task:
         return self.loss_from(self.forward(model, inputs), targets)
 
     def loss_from(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The same of outputs that are there."""
+        """The loss of outputs that were computed already."""
         return self.loss.function(outputs, self.targets(targets))
 
     def objective(self, model: nn.Module, inputs: Callable[[], Any], **settings: Any) -> apo.ProximalObjective:

@@ -27,7 +27,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=at_least_1, help="steps to take instead of epochs")
     precision = "of parameters, activations and gradients (default: %(default)s, or the task's own)"
     add("--precision", choices=DTYPES, default="fp32", help=precision)
-    add("--limit-seconds", type=float, metavar="S", help="stop each run after so many seconds of training")
+    add("--limit-seconds", type=float, metavar="S", help="stop each run after this many seconds of training")
     add("--threads", type=at_least_1, help="of torch (default: 1 for networks under 200,000 weights)")
     setting = "a hyperparameter of the optimizers that have it; OPTIMIZER.KEY=VALUE for one alone"
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=setting)
@@ -70,7 +70,7 @@ class Request:
 
 
 def for_each_task(command: str, options: argparse.Namespace, act: Callable[[Request], Any]) -> dict[str, Any]:
-    """What ``act`` returns, by task. What the user got wrong ends the command with a line, and no traceback."""
+    """What ``act`` returns, by task. A user's mistake ends the command with one line, without a traceback."""
     found = {}
     try:
         for task in TASKS.values() if options.tasks == "all" else map(named, listed(options.tasks)):

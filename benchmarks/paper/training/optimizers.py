@@ -103,7 +103,7 @@ def _apo() -> Method:
 
 
 def _split(hyper: Hyper) -> tuple[Hyper, Hyper]:
-    """Those of the optimizer, and those of the objective. A λ of None is left to the front end."""
+    """The optimizer's hyperparameters, and the objective's. A λ of None is left to the front end."""
     terms = {key: hyper[key] for key in ("fsd_weight", "wsd_weight")}
     return {key: value for key, value in hyper.items() if key not in terms}, terms
 

@@ -27,7 +27,7 @@ def save_result(spec: RunSpec, out: Path, payload: dict[str, Any]) -> Path:
 
 
 def finished(spec: RunSpec, out: Path) -> dict[str, Any] | None:
-    """The result of this very run, if it came to an end."""
+    """The result of this run, if it came to an end."""
     path = _path(spec, out, ".json")
     if not path.is_file():
         return None
@@ -37,7 +37,7 @@ def finished(spec: RunSpec, out: Path) -> dict[str, Any] | None:
 
 
 def save_checkpoint(spec: RunSpec, out: Path, state: dict[str, Any]) -> None:
-    """Whole or not at all: a run may be killed while it writes."""
+    """Write the whole checkpoint or none of it, because a run may be killed while it writes."""
     new = _path(spec, out, ".pt.new")
     new.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"identity": spec.identity(), **state}, new)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 SCHEDULES = {
     "step": "multiplied by `factor` at the task's milestones (Table 4's Decay)",
     "warmup": "rising linearly over the share `warmup` of the run, then constant",
-    "warmup-decay": "rising likewise, then falling as one over the root of the step",
+    "warmup-decay": "rising linearly, then falling with the inverse square root of the step",
 }
 
 

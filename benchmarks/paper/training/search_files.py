@@ -19,7 +19,7 @@ def file_of(out: Path, task: str, precision: str) -> Path:
 
 
 def best(content: dict[str, Any], optimizer: str) -> dict[str, Any] | None:
-    """The best trial of an optimizer; None where it has none that came through."""
+    """The best trial of an optimizer; None if no trial came through."""
     by = content["judged_by"]
     sign = -1 if by == "metric" and named(content["task"]).loss.higher_is_better else 1
     trials = content["trials"].get(optimizer, [])  # "nan" and "inf" are strings in the file
@@ -30,8 +30,8 @@ def best(content: dict[str, Any], optimizer: str) -> dict[str, Any] | None:
 def found(out: Path, task: str, optimizer: str, precision: str) -> tuple[dict[str, Any], str]:
     """``(hyperparameters, where they come from)`` by the best trial of a search.
 
-    Looked for in ``out`` first, then among those that come with the project; in 16 bits, where there is no search of
-    its own, full precision's is taken, as the paper does with the λs. The defaults where there is none.
+    Searches are looked for in ``out``, then among those that come with the project. In 16 bits, full precision's search
+    is taken if there is no other, as the paper does with the λs. Without any search: the defaults.
     """
     for each in (precision, "fp32") if precision in ("bf16", "fp16") else (precision,):
         for path in filter(Path.is_file, (file_of(out, task, each), file_of(COMMITTED, task, each))):

@@ -103,8 +103,8 @@ class Training:
 
         Args:
             watch: told every :data:`LOOK` steps.
-            limit_seconds: stop after so many seconds of training in this call.
-            limit_steps: likewise, steps.
+            limit_seconds: stop after this many seconds of training in this call.
+            limit_steps: stop after this many steps in this call.
         """
         until = math.inf if limit_seconds is None else self.seconds + limit_seconds
         last = self.total if limit_steps is None else min(self.total, self.step + limit_steps)
@@ -178,7 +178,7 @@ class Training:
             self.status, self.reason = "diverged", f"loss {row['loss']:.3g} after step {self.step}"
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it takes to go on to the bit."""
+        """Everything that a run needs to go on to the bit."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

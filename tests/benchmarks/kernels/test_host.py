@@ -14,8 +14,8 @@ pytest.importorskip("triton.language")
 
 
 def test_every_call_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(host, "MODELS", {"3 layers": (3, 64, 64)})
-    monkeypatch.setattr(host, "SMALL", {"3 small layers": (3, 8, 4)})
+    models = {"3 layers": ("triton", 3, 64, 64), "3 small layers": ("aten", 3, 8, 4)}
+    monkeypatch.setattr(host, "MODELS", models)
     assert main(["host", "--quick", "--out", str(tmp_path)]) == 0
     found = results.load(tmp_path / "host.json")["calls"]
     names = ["bound step", "step", "forward", "forward, keep", "derivatives"]

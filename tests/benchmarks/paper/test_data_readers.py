@@ -15,13 +15,13 @@ from scipy.io import savemat
 
 from benchmarks.paper.data import Dataset, Examples, MissingData, standardised
 from benchmarks.paper.data.cifar import CIFAR10, CIFAR100, read_binary, read_pickled
-from benchmarks.paper.data.ill_conditioned import CONDITION, ill_conditioned_map
 from benchmarks.paper.data.images import shifted_and_flipped
 from benchmarks.paper.data.mnist import FILES, MNIST, MNIST_IMAGES, read_idx
 from benchmarks.paper.data.parallel_text import MULTI30K
 from benchmarks.paper.data.svhn import SVHN, read_mat
 from benchmarks.paper.data.uci import PARKINSONS, PROTEIN, read_table
 from benchmarks.paper.data.vocabulary import CLOSE, OPEN, PAD, UNKNOWN, Vocabulary
+from benchmarks.paper.data.without_files import CONDITION, ill_conditioned_map
 from benchmarks.paper.tasks import TASKS
 
 RANDOM = np.random.default_rng(0)

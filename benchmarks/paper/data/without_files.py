@@ -1,4 +1,4 @@
-"""Data that need no file: scikit-learn's bundled sets, which stand in for published ones."""
+"""Data that need no file: scikit-learn's sets, which stand in for published ones, and ill-conditioned regression."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from benchmarks.paper.data.examples import Dataset, Examples, reconstruction, split, standardised
 from benchmarks.paper.data.source import Source
+
+CONDITION = 1e10
+INPUTS, OUTPUTS, SAMPLES = 6, 10, 1000
 
 
 def _digits(_: Path) -> Dataset:
@@ -31,6 +34,26 @@ def _parts(inputs: object, targets: object) -> list[Tensor]:
     return [values[chosen] for values in both for chosen in split(len(values))]
 
 
+def ill_conditioned_map(generator: torch.Generator) -> Tensor:
+    """``A (10, 6)`` float64 with singular values spaced evenly in log from 1 to 1e-10.
+
+    Linear regression with it is that of Rahimi & Recht 2017, reference [68] of the paper.
+    """
+    left, right = (torch.randn(rows, INPUTS, generator=generator, dtype=torch.float64) for rows in (OUTPUTS, INPUTS))
+    values = torch.logspace(0, -torch.log10(torch.tensor(CONDITION)).item(), INPUTS, dtype=torch.float64)
+    U, V = torch.linalg.qr(left).Q, torch.linalg.qr(right).Q
+    A: Tensor = U * values @ V.T
+    return A
+
+
+def _made(_: Path) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    A = ill_conditioned_map(generator)
+    train, test = (torch.randn(SAMPLES, INPUTS, generator=generator, dtype=torch.float64) for _ in range(2))
+    return Dataset("t = Ax", Examples((train,), train @ A.T), Examples((test,), test @ A.T))
+
+
 DIGITS = Source("scikit-learn's digits", _digits, stand_in="MNIST")
 DIGITS_IMAGES = Source(DIGITS.name, lambda _: reconstruction(_digits(_)), stand_in="MNIST")
 DIABETES = Source("scikit-learn's diabetes", _diabetes, stand_in="UCI regression")
+ILL_CONDITIONED = Source("t = Ax, κ(A) = 1e10, x ~ N(0, I)", _made)
