@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apo.trial import modules_of, parameters_of
+
 __all__ = ["moved", "only_device"]
 
 
 def only_device(model: nn.Module) -> torch.device | None:
     """Where the model's parameters are; None where they are on several devices, or there are none."""
-    devices = {p.device for p in model.parameters()}
-    return devices.pop() if len(devices) == 1 else None
+    parameters = iter(parameters_of(modules_of([model])))
+    first = next(parameters, None)
+    return first.device if first is not None and all(p.device == first.device for p in parameters) else None
 
 
 def moved(batch: Any, device: torch.device) -> Any:

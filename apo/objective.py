@@ -18,7 +18,7 @@ from apo import checks
 from apo.batches import moved, only_device
 from apo.discrepancy import KL, Discrepancy, discrepancy_named, takes_pairs
 from apo.padding import Kept, Mask, kept_positions, select
-from apo.trial import random_state, restore_random_state, without_autocast
+from apo.trial import modules_of, parameters_of, random_state, restore_random_state, without_autocast
 
 __all__ = ["Anchor", "Closure", "Evaluation", "ProximalObjective", "check_objective"]
 
@@ -200,7 +200,7 @@ class ProximalObjective:
     def anchor(self, batch: Any, look: Callable[[Any], None] = lambda _: None) -> Anchor:
         """Evaluate B′ at the present weights, with gradients enabled as at the trial: some modules compute otherwise
         without them. ``look`` sees what the discrepancy compares, with its graph."""
-        rng = random_state(self.module.parameters())
+        rng = random_state(parameters_of(modules_of([self.module])))
         returned = self._returned(batch)
         outputs, kept = None, None
         if self._weight:
@@ -237,11 +237,13 @@ class ProximalObjective:
 
     def _overwritten(self, output: Tensor) -> bool:
         """Whether evaluating the trial writes over an output: a view of the weights, or in a CUDA graph's memory."""
-        address = output.untyped_storage().data_ptr()
-        if any(p.untyped_storage().data_ptr() == address for p in self.module.parameters()):
+        modules = modules_of([self.module])
+        if output.is_cuda and any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules):
             return True
-        compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in self.module.modules())
-        return compiled and output.is_cuda
+        if output.grad_fn is not None and not output._is_view():  # it was computed
+            return False
+        address = output.untyped_storage().data_ptr()
+        return any(p.untyped_storage().data_ptr() == address for p in parameters_of(modules))
 
     @property
     def _weight(self) -> float:

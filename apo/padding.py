@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from apo.trial import modules_of
+
 __all__ = ["Kept", "Mask", "kept_positions", "select"]
 
 Mask = Callable[[Any], Tensor] | int | bool | None
@@ -92,7 +94,7 @@ def _padding_found(model: nn.Module, batch: Any, targets: Any, outputs: Tensor) 
         if isinstance(held, Tensor) and _leads(held, outputs):
             return held != 0
     tokens = _tokens(batch)
-    paddings = {m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None}
+    paddings = {m.padding_idx for m in modules_of([model]) if isinstance(m, nn.Embedding) and m.padding_idx is not None}
     if tokens is not None and _leads(tokens, outputs) and len(paddings) == 1:
         return tokens != paddings.pop()
     labels = targets if isinstance(targets, Tensor) else batch.get("labels") if isinstance(batch, Mapping) else None

@@ -18,6 +18,7 @@ from apo.trial.random_state import (
 )
 from apo.trial.restoring import surely
 from apo.trial.undisturbed import Undisturbed
+from apo.trial.walk import modules_of, parameters_of
 
 __all__ = [
     "CallersAutocast",
@@ -28,6 +29,8 @@ __all__ = [
     "generator_state",
     "is_generator",
     "leaves_of_backwards",
+    "modules_of",
+    "parameters_of",
     "random_state",
     "restore_generator",
     "restore_random_state",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from apo.trial.contents import place
+from apo.trial.walk import modules_of, parameters_of
 
 __all__ = ["changed_by", "leaves_of_backwards"]
 
@@ -57,7 +58,8 @@ def _graph_leaves(roots: Iterable[Tensor]) -> list[Tensor]:
 def changed_by(models: Iterable[nn.Module], own: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Other parameters of the models than ``own`` whose content was written in here: averages, as teachers hold."""
     left_out = {id(p) for p in own}
-    others = [p for model in models for p in model.parameters() if id(p) not in left_out and not p.is_inference()]
+    parameters = {id(p): p for p in parameters_of(modules_of(models)) if id(p) not in left_out}
+    others = [p for p in parameters.values() if not p.is_inference()]
     before = [(p._version, place(p)) for p in others]
     changed: list[Tensor] = []
     yield changed

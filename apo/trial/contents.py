@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,7 @@ class Attributes:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         own = module.__dict__
+        self._all = list(own.values())
         self._values = {k: v for k, v in own.items() if k not in _OF_EVERY_MODULE}
         self._buffers = dict(module._buffers) if isinstance(module._buffers, dict) else None
         self._contents: dict[int, tuple[Any, Any]] = {}
@@ -114,6 +116,16 @@ class Attributes:
 
     def restore(self) -> None:
         own = self._module.__dict__
+        if len(own) != len(self._all) or not all(map(is_, own.values(), self._all)):
+            self._put_back(own)
+        buffers = self._module._buffers
+        if self._buffers is not None and (buffers or self._buffers) and not _same_items(buffers, self._buffers):
+            buffers.clear()
+            buffers.update(self._buffers)
+        for value, content in self._contents.values():
+            _restore_content(value, content)
+
+    def _put_back(self, own: dict[str, Any]) -> None:
         for name, value in self._values.items():
             now = own.get(name)
             if now is not value and isinstance(value, _PLAIN) and isinstance(now, _PLAIN):
@@ -121,11 +133,6 @@ class Attributes:
         for name in [k for k in own if k not in self._values and k not in _OF_EVERY_MODULE]:
             if isinstance(own[name], _PLAIN):
                 del own[name]
-        if self._buffers is not None and not _same_items(self._module._buffers, self._buffers):
-            self._module._buffers.clear()
-            self._module._buffers.update(self._buffers)
-        for value, content in self._contents.values():
-            _restore_content(value, content)
 
 
 def _restore_content(value: Any, content: Any) -> None:

@@ -41,7 +41,7 @@ def random_state(parameters: Iterable[Tensor]) -> dict[str, Any]:
     Python's and NumPy's."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state(), "python": random.getstate()}
     state |= {"numpy": np.random.get_state()}  # noqa: NPY002
-    for device in {p.device for p in parameters if p.device.type not in ("cpu", "meta")}:
+    for device in {p.device for p in parameters if not p.is_cpu and not p.is_meta}:
         state[str(device)] = torch.get_device_module(device).get_rng_state(device)
     return state
 
