@@ -1,0 +1,362 @@
+"""The preconditioner of a whole model on torch's own products: as many operations for many layers as for one.
+
+The matrices are taken apart in tiles (:mod:`apo_kernels.aten.tiles`), and every product is a batched one of all tiles
+of a shape, or of as many as stay in the cache. G, V and S are packed into tiles on the way in. The directions leave
+them on the way into the weights; M stays in tiles for the slopes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from apo_kernels.aten.operators import accumulation_dtype
+from apo_kernels.aten.outputs import Scalings
+from apo_kernels.aten.pieces import BlockSlopes, Diagonals, Stacks, Work, empty_tiles
+from apo_kernels.aten.squares import Squares
+from apo_kernels.aten.tiles import TileClass, classes_of
+from apo_kernels.aten.writing import Update
+from apo_kernels.blocks import is_stack
+from apo_kernels.slopes import ModelSlopes, Parts
+
+__all__ = ["AtenModel"]
+
+CACHED = 2**18
+"""Elements of a piece on a CPU: four buffers of them stay in its cache."""
+AT_A_TIME = 2**22
+"""Elements of a piece elsewhere: four buffers of them are small beside the model."""
+HELD = 2**20
+"""Elements of a class up to which the buffer of its directions is held."""
+
+
+class Kept(NamedTuple):
+    """What slopes need of a trial: ``BᵀGA`` in tiles, a stack for each class, and which layers took part."""
+
+    M: list[Tensor]
+    present: list[int]
+
+
+class AtenModel:
+    """See :class:`apo_kernels.ModelPreconditioner`."""
+
+    def __init__(
+        self,
+        As: Sequence[Tensor],
+        Bs: Sequence[Tensor],
+        Ss: Sequence[Tensor],
+        widths: Sequence[tuple[int, ...]],
+        learned: Sequence[str],
+    ) -> None:
+        self._As, self._Bs, self._Ss = ([x.detach() for x in each] for each in (As, Bs, Ss))
+        self._learned = learned
+        self._dtype = accumulation_dtype(Ss[0].dtype) if Ss else torch.float32
+        self._like = self._Ss[0].new_empty(0, dtype=self._dtype) if Ss else torch.empty(0)
+        self._classes = classes_of(self._As, self._Bs, self._Ss, learned)
+        self._banks, self._of_block = self._join_blocks()
+        whole = [S.shape[-1] for S in Ss]
+        self._works = [self._work(each, widths, whole) for each in self._classes]
+        self._S_views = [[[w.of(self._Ss[w.layer]) for w in work.matrix] for work in works] for works in self._works]
+        self._bind_scratch()
+        self._scalings = Scalings(self._Ss, self._dtype)
+        parts = [[w for own in each.regions for w in own.windows(widths[own.layer])] for each in self._classes]
+        matrices = [[w for own in each.regions for w in own.windows([whole[own.layer]])] for each in self._classes]
+        self._update = Update(widths, parts, matrices, self._held, self._dtype)
+        self._number_tiles()
+
+    def _join_blocks(self) -> tuple[list[Squares], dict[tuple[int, str], tuple[Squares, int]]]:
+        """The squares of equal sides, and for each block where its own are."""
+        alike: dict[tuple[int, torch.dtype], list[tuple[int, str]]] = {}
+        blocks = {"A": self._As, "B": self._Bs}
+        for i, S in enumerate(self._Ss):
+            for side in "AB":
+                block = blocks[side][i]
+                if block.numel() and not (is_stack(block, S) and block.shape[-1] == 1):
+                    alike.setdefault((block.shape[-1], block.dtype), []).append((i, side))
+        banks, of_block = [], {}
+        for names in alike.values():
+            bank = Squares([blocks[side][i] for i, side in names], self._dtype)
+            banks.append(bank)
+            of_block.update({name: (bank, k) for k, name in enumerate(names)})
+        return banks, of_block
+
+    def _work(self, each: TileClass, widths: Sequence[Sequence[int]], whole: Sequence[int]) -> list[Work]:
+        blocks = {"A": self._As, "B": self._Bs}
+        left, right = (
+            Diagonals(each, side, blocks, self._dtype) if each.diagonal[side] else None for side in (0, 1)
+        )
+        elements = CACHED if self._like.device.type == "cpu" else AT_A_TIME
+        return [
+            Work(each, piece, self._of_block, (left, right), widths, whole, self._like)
+            for piece in each.pieces(elements)
+        ]
+
+    def _bind_scratch(self) -> None:
+        """Scratch for all pieces but the large, which stays."""
+        small = [work for works in self._works for work in works if not work.each.large]
+        most = max((w.piece.count * w.each.rows * w.each.columns for w in small), default=0)
+        scratch = [self._like.new_empty(most) for _ in range(4)]
+        for work in small:
+            work.bind(scratch)
+        self._held = [
+            None if each.large or each.count * each.rows * each.columns > HELD else empty_tiles(each, each.count, self._like)
+            for each in self._classes
+        ]
+
+    def _number_tiles(self) -> None:
+        """The layer of each tile, and its place in a table of all layers' tiles."""
+        layers = [layer for works in self._works for work in works for layer in work.layers]
+        counts = [0] * len(self._Ss)
+        places = []
+        for layer in layers:
+            places.append(counts[layer])
+            counts[layer] += 1
+        self._most = max(counts, default=0)
+        device = self._like.device
+        self._layer_of_tile = torch.tensor(layers, dtype=torch.int64, device=device)
+        self._slots = torch.tensor(
+            [layer * self._most + k for layer, k in zip(layers, places, strict=True)], dtype=torch.int64, device=device
+        )
+        self._shares: tuple[tuple[float, ...], Tensor] = ((), self._like)
+        self._layer_of_square = {}
+        for bank in self._banks:
+            owners = [0] * bank.count
+            for (layer, _), (own, k) in self._of_block.items():
+                if own is bank:
+                    for number in bank.numbers[k]:
+                        owners[number] = layer
+            self._layer_of_square[bank] = torch.tensor(owners, device=device)
+
+    def step_(
+        self,
+        thetas: Parts,
+        Gs: Parts,
+        momentum_buffers: Sequence[Tensor | None],
+        lr: Sequence[float],
+        momentum: Sequence[float],
+        weight_decay: Sequence[float],
+        most: float,
+        shares: Sequence[float] | None,
+        total: Callable[[Tensor], None] | None,
+    ) -> Tensor:
+        present = _present(Gs)
+        f = self._like.new_ones(())
+        if not present:
+            return f
+        sums: list[Tensor] | None = [] if math.isfinite(most) else None
+        Ys, _ = self._directions(Gs, present, sums=sums, shares=shares)
+        rates = list(lr)
+        if sums is not None:
+            promised = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+            if total is not None:
+                total(promised)
+            f = most / promised.clamp_min(most)
+            if f.device.type == "cpu":  # to look at it costs nothing there
+                factor = f.item()
+                rates = [rate * factor for rate in lr]
+            else:
+                for Y in Ys:
+                    Y.mul_(f)
+        shrink = [1 - rate * decay for rate, decay in zip(lr, weight_decay, strict=True)]
+        self._update(thetas, Gs, present, momentum_buffers, Ys, rates, momentum, shrink, carry=True)
+        return f
+
+    def trial_(
+        self,
+        thetas: Parts,
+        Gs: Parts,
+        momentum_buffers: Sequence[Tensor | None],
+        lengths: Sequence[float],
+        momentum: Sequence[float],
+        shrink: Sequence[float],
+    ) -> Kept:
+        present = _present(Gs)
+        Ys, Ms = self._directions(Gs, present, keep=True)
+        if present:
+            self._update(thetas, Gs, present, momentum_buffers, Ys, lengths, momentum, shrink, carry=False)
+        return Kept(Ms, present)
+
+    def keep(self, Gs: Parts) -> Kept:
+        present = _present(Gs)
+        return Kept(self._directions(Gs, present, keep=True, wanted=False)[1], present)
+
+    def _directions(
+        self,
+        Gs: Parts,
+        present: Sequence[int],
+        *,
+        keep: bool = False,
+        wanted: bool = True,
+        sums: list[Tensor] | None = None,
+        shares: Sequence[float] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """P(G) and M in tiles; to ``sums`` goes what they promise."""
+        share: float | Tensor = 1.0
+        if sums is not None:
+            assert shares is not None
+            share = self._share(shares, present)
+        stacks: Stacks = {}
+        Ys, Ms = [], []
+        first = 0
+        for each, works, S_views, held in zip(self._classes, self._works, self._S_views, self._held, strict=True):
+            Y = M = self._like
+            if wanted:
+                Y = empty_tiles(each, each.count, self._like) if held is None else held
+            if keep:
+                M = empty_tiles(each, each.count, self._like)
+            for work, views in zip(works, S_views, strict=True):
+                here = work.here
+                into = M[here] if keep else None, Y[here] if wanted else None
+                own = share if isinstance(share, float) else share[first : first + work.piece.count]
+                first += work.piece.count
+                _forward(work, Gs, views, stacks, *into, own, sums)
+            Ys.append(Y)
+            Ms.append(M)
+        return Ys, Ms
+
+    def _share(self, shares: Sequence[float], present: Sequence[int]) -> float | Tensor:
+        """The share of all layers that take part, where it is one, or of each tile."""
+        if len({shares[i] for i in present}) == 1:
+            return float(shares[present[0]])
+        known, tensor = self._shares
+        if known != tuple(shares):
+            tensor = torch.tensor(shares, dtype=self._dtype, device=self._like.device)[self._layer_of_tile]
+            self._shares = tuple(shares), tensor
+        return tensor
+
+    def slopes(self, Vs: Parts, kept: Kept, lengths: Sequence[float]) -> ModelSlopes:
+        slopes_S, sizes_S = (self._scalings.empty(kept.present) for _ in "12")
+        found = BlockSlopes(self._banks)
+        self._add_diagonals(found)
+        stacks: Stacks = {}
+        inner = []
+        length = self._lengths(lengths)
+        first = 0
+        for works, S_views, M in zip(self._works, self._S_views, kept.M, strict=True):
+            for work, views in zip(works, S_views, strict=True):
+                count = work.piece.count
+                own = length
+                if isinstance(own, Tensor):
+                    own = own[self._layer_of_tile[first : first + count], None, None]
+                first += count
+                inner.append(_slopes(work, Vs, views, stacks, M[work.here], own, found, (slopes_S, sizes_S)))
+        table = self._like.new_zeros(len(self._Ss), self._most)
+        if inner:
+            table.view(-1).index_copy_(0, self._slots, torch.cat(inner))
+        return self._collect(found, slopes_S, sizes_S, kept.present, length, table.sum(1))
+
+    def _lengths(self, lengths: Sequence[float]) -> float | Tensor:
+        if len(set(lengths)) == 1:
+            return float(lengths[0])
+        return torch.tensor(lengths, dtype=self._dtype, device=self._like.device)
+
+    def _add_diagonals(self, found: BlockSlopes) -> None:
+        """Sums for the diagonals that are learned."""
+        for side, blocks in (("A", self._As), ("B", self._Bs)):
+            for i, block in enumerate(blocks):
+                if side in self._learned[i] and (i, side) not in self._of_block:
+                    shape = block.shape[:-2]
+                    found.diagonals[side, i] = self._like.new_zeros(shape), self._like.new_zeros(shape)
+
+    def _collect(
+        self,
+        found: BlockSlopes,
+        slopes_S: Sequence[Tensor],
+        sizes_S: Sequence[Tensor],
+        present: Sequence[int],
+        length: float | Tensor,
+        inner: Tensor,
+    ) -> ModelSlopes:
+        for bank in self._banks:
+            if isinstance(length, float):
+                found.flat[bank].mul_(-length)
+            else:
+                found.squares[bank].mul_(-length[self._layer_of_square[bank], None, None])
+        results: list[list[Tensor | None]] = [[None] * len(self._Ss) for _ in range(6)]
+        for i in present:
+            results[2][i], results[5][i] = slopes_S[i], sizes_S[i]
+            for at, side in ((0, "A"), (1, "B")):
+                if side not in self._learned[i]:
+                    continue
+                if (i, side) in self._of_block:
+                    bank, k = self._of_block[i, side]
+                    own = bank.apart(found.flat[bank], found.sizes[bank], k)
+                else:
+                    slope, size = found.diagonals[side, i]
+                    block = (self._As, self._Bs)[at][i]
+                    own = slope.view(block.shape), size.view(block.shape[:-1])
+                results[at][i], results[3 + at][i] = own
+        return ModelSlopes(*results, inner)
+
+
+def _present(Gs: Parts) -> list[int]:
+    """The layers that take part."""
+    return [i for i, own in enumerate(Gs) if own is not None and any(x is not None for x in own)]
+
+
+def _forward(
+    work: Work,
+    Gs: Parts,
+    S_views: Sequence[Tensor],
+    stacks: Stacks,
+    M: Tensor | None,
+    Y: Tensor | None,
+    share: float | Tensor,
+    sums: list[Tensor] | None,
+) -> None:
+    """P(G) into Y and ``BᵀGA`` into M, where they are wanted; what P(G) promises to ``sums``."""
+    X0, X1, X2, X3 = work.scratch()
+    G = work.load_parts(Gs, X0)
+    product = work.inward(G, stacks, X2, X3 if M is None else M)
+    if M is not None and product is G:
+        M.copy_(G)
+    if Y is None:
+        return
+    S = work.load_S(S_views, X1, stacks)
+    SM = torch.mul(product, S, out=X2)
+    if sums is not None:
+        sums.append(_promise(SM, share))
+    work.outward(SM.mul_(S), stacks, X0, Y)
+
+
+def _promise(SM: Tensor, share: float | Tensor) -> Tensor:
+    """The shares of ``‖S⊙M‖²`` of some tiles."""
+    if isinstance(share, Tensor):
+        return torch.linalg.vector_norm(SM, dim=(1, 2)).square_().dot(share)
+    if SM.is_contiguous():
+        flat = SM.view(-1)
+        return flat.dot(flat).mul_(share)
+    return torch.linalg.vector_norm(SM).square_().mul_(share)
+
+
+def _slopes(
+    work: Work,
+    Vs: Parts,
+    S_views: Sequence[Tensor],
+    stacks: Stacks,
+    M: Tensor,
+    length: float | Tensor,
+    found: BlockSlopes,
+    of_S: tuple[Sequence[Tensor], Sequence[Tensor]],
+) -> Tensor:
+    """The derivatives and sizes of a piece into their places. Returns ``ΣS²MN`` of each tile."""
+    X0, X1, X2, X3 = work.scratch()
+    V = work.load_parts(Vs, X0)
+    N = work.inward(V, stacks, X2, X3)
+    spare = X3 if N is V else X0
+    S = work.load_S(S_views, X1, stacks)
+    S2 = torch.mul(S, S, out=X1)
+    TM = torch.mul(M, S2, out=X2)
+    size = torch.mul(M, TM, out=spare).mul_(2 * length)
+    work.unload(size, of_S[1])
+    work.add_sizes(found, size)
+    slope = torch.mul(N, TM, out=spare)
+    inner = slope.sum((1, 2))
+    work.unload(slope.mul_(-2 * length), of_S[0])
+    work.add_diagonal_slopes(found, slope)
+    TN = torch.mul(N, S2, out=spare)
+    work.add_block_slopes(found, N, M, TM, TN)
+    return inner
