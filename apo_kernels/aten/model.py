@@ -17,7 +17,7 @@ from torch import Tensor
 from apo_kernels.aten.operators import accumulation_dtype
 from apo_kernels.aten.outputs import Scalings
 from apo_kernels.aten.pieces import BlockSlopes, Diagonals, Stacks, Work, empty_tiles
-from apo_kernels.aten.squares import Squares
+from apo_kernels.aten.squares import Pick, Squares
 from apo_kernels.aten.tiles import TileClass, classes_of
 from apo_kernels.aten.writing import Update
 from apo_kernels.blocks import is_stack
@@ -89,8 +89,9 @@ class AtenModel:
             Diagonals(each, side, blocks, self._dtype) if each.diagonal[side] else None for side in (0, 1)
         )
         elements = CACHED if self._like.device.type == "cpu" else AT_A_TIME
+        picks: dict[object, Pick] = {}
         return [
-            Work(each, piece, self._of_block, (left, right), widths, whole, self._like)
+            Work(each, piece, self._of_block, (left, right), widths, whole, self._like, picks)
             for piece in each.pieces(elements)
         ]
 
@@ -153,11 +154,13 @@ class AtenModel:
             promised = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
             if total is not None:
                 total(promised)
-            f = most / promised.clamp_min(most)
-            if f.device.type == "cpu":  # to look at it costs nothing there
-                factor = f.item()
-                rates = [rate * factor for rate in lr]
+            if promised.device.type == "cpu":  # to look at it costs nothing there
+                bound = max(promised.item(), most)
+                factor = most / bound if bound else 1.0
+                rates = [rate * factor for rate in lr] if factor != 1 else rates
+                f.fill_(factor)
             else:
+                f = most / promised.clamp_min(most)
                 for Y in Ys:
                     Y.mul_(f)
         shrink = [1 - rate * decay for rate, decay in zip(lr, weight_decay, strict=True)]

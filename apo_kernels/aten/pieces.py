@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from apo_kernels.aten.tiles import Piece, Run, TileClass
 
 __all__ = ["BlockSlopes", "Diagonals", "Places", "Sources", "Stacks", "Work", "empty_tiles"]
 
-Stacks = dict[object, Tensor]
-"""The squares and diagonals that were joined or widened in a call."""
+Stacks = dict[object, Any]
+"""The squares and diagonals that were joined, widened or picked in a call."""
 
 Sources = Sequence[Sequence[Tensor | None] | None]
 
@@ -81,6 +82,7 @@ class Work:
     Args:
         banks: for each layer and side its squares, where it has any.
         diagonals: of the left and the right side, where they are diagonals.
+        picks: those of other pieces, which are shared where they are the same.
         widths, whole: for each layer the widths of its parts, and of the matrix.
     """
 
@@ -93,6 +95,7 @@ class Work:
         widths: Sequence[Sequence[int]],
         whole: Sequence[int],
         like: Tensor,
+        picks: dict[object, Pick],
     ) -> None:
         self.each, self.piece, self.like = each, piece, like
         self.here = slice(piece.first, piece.first + piece.count)
@@ -113,7 +116,11 @@ class Work:
                 region = piece.slices[0][0]
                 self._bank[side] = banks[region.layer, (region.rows, region.columns)[side].side][0]
                 step = self._tall if side else 1
-                self._pick[side] = Pick(self._bank_of(side), numbers[side][::step], size)
+                own = tuple(numbers[side][::step])
+                key = self._bank[side], own, size
+                if key not in picks:
+                    picks[key] = Pick(self._bank_of(side), own, size)
+                self._pick[side] = picks[key]
             else:
                 self._of_diagonal[side] = torch.tensor(numbers[side], device=like.device)
         self.places = [self._places(run, numbers) for run in self.runs]
@@ -186,7 +193,7 @@ class Work:
                 views.append(w.of(x))
                 targets.append(target)
         if self.each.large and len(views) == 1 and not absent and views[0].dtype == into.dtype:
-            return views[0][0, 0]
+            return views[0].reshape(into.shape)
         if absent:
             torch._foreach_zero_(absent)
         if targets:
@@ -196,7 +203,7 @@ class Work:
     def load_S(self, views: Sequence[Tensor], into: Tensor, stacks: Stacks) -> Tensor:
         """The tiles of S, times the diagonals."""
         if self.each.large and views[0].dtype == into.dtype:
-            return views[0][0, 0]
+            return views[0].reshape(into.shape)
         fixed = self._into_matrix if self._fixed else [w.in_tiles(into, self.piece.first) for w in self.matrix]
         torch._foreach_copy_(fixed, views)
         for side, axis in ((0, -1), (1, -2)):

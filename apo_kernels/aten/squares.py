@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ class Squares:
 
 
 class Pick:
-    """The leading part of a square for each of some tiles: a view of the stack where they follow a rule."""
+    """The leading part of a square for each of some tiles: a view of the stack where they follow a rule, and else a copy,
+    of which the last is kept in the call's ``stacks``."""
 
     def __init__(self, squares: Squares, numbers: Sequence[int], side: int) -> None:
         self.squares, self.side = squares, side
@@ -108,7 +110,7 @@ class Pick:
         fixed = squares.fixed
         self._fixed = self._view(fixed) if fixed is not None and self._rule is not None else None
 
-    def __call__(self, stacks: dict[Squares, Tensor]) -> Tensor:
+    def __call__(self, stacks: dict[object, Any]) -> Tensor:
         if self._fixed is not None:
             return self._fixed
         if self._single is not None:
@@ -118,9 +120,13 @@ class Pick:
             stack = stacks[self.squares] = self.squares.stack()
         if self._numbers is None:
             return self._view(stack)
+        last = stacks.get(Pick)
+        if last is not None and last[0] is self:
+            return last[1]
         if self.side < stack.shape[-1]:
             stack = stack[:, : self.side, : self.side]
-        return stack.index_select(0, self._numbers)
+        stacks[Pick] = self, (picked := stack.index_select(0, self._numbers))
+        return picked
 
     def _view(self, stack: Tensor) -> Tensor:
         assert self._rule is not None

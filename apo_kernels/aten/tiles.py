@@ -70,7 +70,7 @@ class Window(NamedTuple):
 
     layer: int
     part: int
-    size: tuple[int, int, int, int, int]
+    size: tuple[int, ...]
     batch: tuple[int, ...]
     row: int
     column: int
@@ -81,9 +81,13 @@ class Window(NamedTuple):
     tile_steps: tuple[int, int, int]
     tile_row: int
     tile_column: int
+    alone: bool
 
     def of(self, x: Tensor) -> Tensor:
-        """The view ``(entries, panels, tiles, rows, columns)`` of the layer's matrix or part."""
+        """The view ``(entries, panels, tiles, rows, columns)`` of the layer's matrix or part, or all of it as it is where
+        it lies in one tile."""
+        if self.alone:
+            return x.mT if self.transposed else x
         strides = x.stride()
         down, right = strides[-2:]
         offset = x.storage_offset() + self.row * down + self.column * right
@@ -100,6 +104,8 @@ class Window(NamedTuple):
         """The same view of a stack of tiles, of which the class's tile ``first`` is the first."""
         apart, down, _ = tiles.stride()
         offset = tiles.storage_offset() + (self.tile - first) * apart + self.tile_row * down + self.tile_column
+        if self.alone:
+            return tiles.as_strided(self.size, (down, 1), offset)
         entry, panel, tile = self.tile_steps
         return tiles.as_strided(self.size, (entry * apart, panel * apart, tile * apart, down, 1), offset)
 
@@ -111,6 +117,7 @@ class Region:
     Attributes:
         batch: the index of all dimensions of the batch but the last.
         number: of that index, of ``all_entries`` of the batch in all.
+        single: whether it holds all rows of a matrix that isn't a batch, in one tile each.
     """
 
     layer: int
@@ -121,6 +128,7 @@ class Region:
     transposed: bool
     number: int
     all_entries: int
+    single: bool
     first: int = 0
 
     @property
@@ -167,14 +175,16 @@ class Region:
         size, start = segment.size, segment.start
         low, high = max(first, -(-(begin - start) // size)), min(beyond, (end - start) // size)
         if low < high:
-            yield self._window(k, begin, part, low, high - low, 0, size)
+            yield self._window(k, begin, end, part, low, high - low, 0, size)
         for q in sorted({(begin - start) // size, (end - start) // size}):
             if first <= q < beyond and not low <= q < high:
                 left, right = max(begin, start + q * size), min(end, start + (q + 1) * size)
                 if left < right:
-                    yield self._window(k, begin, part, q, 1, left - start - q * size, right - left)
+                    yield self._window(k, begin, end, part, q, 1, left - start - q * size, right - left)
 
-    def _window(self, k: int, begin: int, part: Slice, q: int, squares: int, cut: int, width: int) -> Window:
+    def _window(
+        self, k: int, begin: int, end: int, part: Slice, q: int, squares: int, cut: int, width: int
+    ) -> Window:
         rows, columns, transposed = self.rows, self.columns, self.transposed
         j, i, panels, tiles, r, c = part.j, part.i, part.panels, part.tiles, rows.size, columns.size
         if transposed:
@@ -184,10 +194,11 @@ class Region:
         down, right = rows.start + i * rows.size, columns.start + j * columns.size
         if transposed:
             down, right = right, down
+        alone = self.single and width == end - begin
         return Window(
             layer=self.layer,
             part=k,
-            size=(part.entries, panels, tiles, r, c),
+            size=(r, c) if alone else (part.entries, panels, tiles, r, c),
             batch=(*self.batch, part.e),
             row=down,
             column=right + cut - begin,
@@ -198,6 +209,7 @@ class Region:
             tile_steps=(columns.count * rows.count, rows.count, 1),
             tile_row=cut if transposed else 0,
             tile_column=0 if transposed else cut,
+            alone=alone,
         )
 
 
@@ -283,7 +295,8 @@ def classes_of(
         entries = batch.pop() if batch else 1
         for number, before in enumerate(product(*map(range, batch))):
             for rows, columns in product(_segments("B", B, S, m), _segments("A", A, S, n)):
-                region = _region(layer, before, entries, rows, columns, number, entries * math.prod(batch))
+                single = S.ndim == 2 and rows.size == m and columns.count == 1
+                region = _region(layer, before, entries, rows, columns, number, entries * math.prod(batch), single)
                 rows, columns = region.rows, region.columns
                 form = (
                     rows.size,
@@ -308,12 +321,13 @@ def _region(
     columns: Segment,
     number: int,
     all_entries: int,
+    single: bool,
 ) -> Region:
     small = rows.size * columns.size < LARGE
     transposed = small and rows.size > columns.size and not rows.diagonal
     if transposed:
         rows, columns = columns, rows
-    return Region(layer, batch, entries, rows, columns, transposed, number, all_entries)
+    return Region(layer, batch, entries, rows, columns, transposed, number, all_entries, single)
 
 
 def _segments(side: str, block: Tensor, S: Tensor, length: int) -> Iterator[Segment]:

@@ -13,11 +13,14 @@ from apo_kernels.slopes import Parts
 
 __all__ = ["Update"]
 
+At = tuple[int, int]
+"""Number of a class, and of a window among its windows."""
+
 
 class Update:
     """``v ← μv + length·P(G)`` and ``θ ← shrink·θ − v``, or, for a trial, ``θ ← shrink·θ − length·P(G) − μv``.
 
-    Views of weights and momentum buffers are kept for as long as these stay where they are.
+    What is done to which views is listed once for as long as weights and momentum buffers stay where they are.
 
     Args:
         widths: of each layer's parts.
@@ -35,9 +38,9 @@ class Update:
         dtype: torch.dtype,
     ) -> None:
         self._widths, self._dtype = widths, dtype
-        self._windows = parts, matrices
-        self._of_part: list[list[list[tuple[int, int]]]] = [[[] for _ in own] for own in widths]
-        self._of_matrix: list[list[tuple[int, int]]] = [[] for _ in widths]
+        self._parts, self._matrices = parts, matrices
+        self._of_part: list[list[list[At]]] = [[[] for _ in own] for own in widths]
+        self._of_matrix: list[list[At]] = [[] for _ in widths]
         for c, windows in enumerate(parts):
             for k, w in enumerate(windows):
                 self._of_part[w.layer][w.part].append((c, k))
@@ -45,10 +48,10 @@ class Update:
             for k, w in enumerate(windows):
                 self._of_matrix[w.layer].append((c, k))
         self._held = [
-            tuple(None if Y is None else [w.in_tiles(Y) for w in own[c]] for own in self._windows)
+            None if Y is None else ([w.in_tiles(Y) for w in parts[c]], [w.in_tiles(Y) for w in matrices[c]])
             for c, Y in enumerate(held)
         ]
-        self._known: dict[tuple[int, int], tuple[Any, list[Tensor]]] = {}
+        self._known: dict[bool, tuple[Any, _Plan]] = {}
 
     def __call__(
         self,
@@ -64,144 +67,164 @@ class Update:
         carry: bool,
     ) -> None:
         """``carry``: write v, as a step does and a trial doesn't."""
-        staged, direct = _Lists(), _Lists()
-        rounded: list[Tensor] = []
-        Y_parts, Y_matrices = self._views_of(Ys, 0), self._views_of(Ys, 1)
-        for i in present:
-            v = buffers[i]
-            carried = carry and v is not None
-            if v is not None and carry:
-                direct.carry(v, momentum[i])
-                views = self._views(i, -1, v, self._of_matrix[i], 1)
-                direct.move(views, [Y_matrices[c][k] for c, k in self._of_matrix[i]], lengths[i])
-            for k, (theta, G) in enumerate(zip(thetas[i] or (), Gs[i] or (), strict=True)):
-                if G is None or theta is None:
-                    continue
-                lists, target, in_order = direct, theta, carried
-                if theta.dtype != self._dtype:  # rounded once: computed first, copied last
-                    target = theta.to(self._dtype)
-                    rounded += [theta, target]
-                    lists, in_order = staged, False
-                lists.shrink(target, shrink[i])
-                if v is not None and (in_order or momentum[i]):
-                    own = self._slices(i, v)[k]
-                    if in_order:
-                        lists.subtract(target, own)
-                    else:
-                        lists.subtract_scaled([target], [own], momentum[i])
-                if not in_order:
-                    at = self._of_part[i][k]
-                    views = self._views(i, k, target, at, 0, known=lists is direct)
-                    lists.subtract_scaled(views, [Y_parts[c][j] for c, j in at], lengths[i])
-        staged.run()
-        direct.run()
-        if rounded:
-            torch._foreach_copy_(rounded[::2], rounded[1::2])
-
-    def _views_of(self, Ys: Sequence[Tensor], which: int) -> list[list[Tensor]]:
-        """The windows of parts (0) or of matrices (1) on directions in tiles."""
-        return [
-            held[which] or [w.in_tiles(Y) for w in self._windows[which][c]]
-            for c, (Y, held) in enumerate(zip(Ys, self._held, strict=True))
+        written = _written(thetas, Gs, present)
+        held = [buffers[i] for i in present]
+        key = list(present), [_place(x) for own in written for x in own], [_place(v) for v in held]
+        known = self._known.get(carry)
+        if known is None or known[0] != key:
+            known = self._known[carry] = key, self._plan(present, written, held, carry)
+        numbers = lengths, momentum, shrink
+        views = [
+            own or ([w.in_tiles(Y) for w in self._parts[c]], [w.in_tiles(Y) for w in self._matrices[c]])
+            for c, (Y, own) in enumerate(zip(Ys, self._held, strict=True))
         ]
+        rounded = self._round_once(present, written, held, views, numbers)
+        known[1].run(views, *numbers)
+        if rounded[0]:
+            torch._foreach_copy_(*rounded)
 
-    def _views(
-        self, i: int, k: int, x: Tensor, at: Sequence[tuple[int, int]], which: int, *, known: bool = True
-    ) -> list[Tensor]:
-        """The windows on a part of a layer, or on its momentum buffer (-1)."""
-        if not known:
-            return [self._windows[which][c][j].of(x) for c, j in at]
-        key = x.data_ptr(), x.stride(), x.dtype
-        found = self._known.get((i, k))
-        if found is None or found[0] != key:
-            found = self._known[i, k] = key, [self._windows[which][c][j].of(x.detach()) for c, j in at]
-        return found[1]
+    def _plan(
+        self,
+        present: Sequence[int],
+        written: Sequence[Sequence[Tensor | None]],
+        buffers: Sequence[Tensor | None],
+        carry: bool,
+    ) -> _Plan:
+        plan = _Plan()
+        for i, thetas, v in zip(present, written, buffers, strict=True):
+            slices: Sequence[Tensor | None] = [None] * len(thetas)
+            if v is not None:
+                v = v.detach()
+                slices = v.split(list(self._widths[i]), -1) if len(thetas) > 1 else [v]
+            if v is not None and carry:
+                at = self._of_matrix[i]
+                plan.carried.add([v], i)
+                plan.moved.add([self._matrices[c][k].of(v) for c, k in at], i, at)
+            for k, (theta, own) in enumerate(zip(thetas, slices, strict=True)):
+                if theta is None or theta.dtype != self._dtype:
+                    continue
+                at = self._of_part[i][k]
+                self._add_part(plan, i, theta.detach(), at, own, carry)
+        return plan
 
-    def _slices(self, i: int, v: Tensor) -> list[Tensor]:
-        """The parts of a momentum buffer."""
-        key = v.data_ptr(), v.stride(), v.dtype
-        found = self._known.get((i, -2))
-        if found is None or found[0] != key:
-            found = self._known[i, -2] = key, list(v.detach().split(list(self._widths[i]), -1))
-        return found[1]
+    def _add_part(
+        self, plan: _Plan, i: int, theta: Tensor, at: Sequence[At], v: Tensor | None, carry: bool
+    ) -> None:
+        plan.shrunk.add([theta], i)
+        if v is not None:
+            (plan.subtracted if carry else plan.coasted).add([theta], i, by=[v])
+        if v is None or not carry:
+            plan.stepped.add([self._parts[c][j].of(theta) for c, j in at], i, at)
+
+    def _round_once(
+        self,
+        present: Sequence[int],
+        written: Sequence[Sequence[Tensor | None]],
+        buffers: Sequence[Tensor | None],
+        views: Sequence[tuple[list[Tensor], list[Tensor]]],
+        numbers: tuple[Sequence[float], Sequence[float], Sequence[float]],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """16-bit weights, and what is to be copied into them, computed before anything is written."""
+        targets, results = [], []
+        plan = _Plan()
+        for i, thetas, v in zip(present, written, buffers, strict=True):
+            for k, theta in enumerate(thetas):
+                if theta is None or theta.dtype == self._dtype:
+                    continue
+                wide = theta.detach().to(self._dtype)
+                own = None if v is None else v.split(list(self._widths[i]), -1)[k]
+                self._add_part(plan, i, wide, self._of_part[i][k], own, carry=False)
+                targets.append(theta)
+                results.append(wide)
+        if targets:
+            plan.run(views, *numbers)
+        return targets, results
 
 
-class _Lists:
-    """What is done to which tensors, an operation for each kind."""
+class _Targets:
+    """Tensors that one thing is done to, each with its layer, and with what it is done with: other tensors, or windows
+    on directions in tiles."""
 
     def __init__(self) -> None:
-        self._carried: list[Tensor] = []
-        self._momenta: list[float] = []
-        self._moved: tuple[list[Tensor], list[Tensor], list[float]] = [], [], []
-        self._shrunk: list[Tensor] = []
-        self._shrinks: list[float] = []
-        self._subtracted: tuple[list[Tensor], list[Tensor]] = [], []
-        self._scaled: tuple[list[Tensor], list[Tensor], list[float]] = [], [], []
+        self.tensors: list[Tensor] = []
+        self.layers: list[int] = []
+        self.at: list[At] = []
+        self.by: list[Tensor] = []
 
-    def carry(self, v: Tensor, momentum: float) -> None:
-        self._carried.append(v)
-        self._momenta.append(momentum)
+    def add(self, tensors: Sequence[Tensor], layer: int, at: Sequence[At] = (), by: Sequence[Tensor] = ()) -> None:
+        self.tensors += tensors
+        self.layers += [layer] * len(tensors)
+        self.at += at
+        self.by += by
 
-    def move(self, targets: Sequence[Tensor], by: Sequence[Tensor], scale: float) -> None:
-        _extend(self._moved, targets, by, scale)
-
-    def shrink(self, x: Tensor, factor: float) -> None:
-        self._shrunk.append(x)
-        self._shrinks.append(factor)
-
-    def subtract(self, x: Tensor, y: Tensor) -> None:
-        self._subtracted[0].append(x)
-        self._subtracted[1].append(y)
-
-    def subtract_scaled(self, targets: Sequence[Tensor], by: Sequence[Tensor], scale: float) -> None:
-        _extend(self._scaled, targets, by, scale)
-
-    def run(self) -> None:
-        zeros = [v for v, momentum in zip(self._carried, self._momenta, strict=True) if momentum == 0]
-        if zeros:  # they may hold anything, NaN included
-            torch._foreach_zero_(zeros)
-        if len(zeros) < len(self._carried):
-            _multiply(self._carried, [momentum or 1.0 for momentum in self._momenta])
-        for targets, by, scale in _by_number(*self._moved):
-            torch._foreach_add_(targets, by, alpha=scale)
-        if any(factor != 1 for factor in self._shrinks):
-            _multiply(self._shrunk, self._shrinks)
-        if self._subtracted[0]:
-            torch._foreach_sub_(*self._subtracted)
-        for targets, by, scale in _by_number(*self._scaled):
-            torch._foreach_sub_(targets, by, alpha=scale)
+    def by_number(self, numbers: Sequence[float], by: list[Tensor]) -> Iterable[tuple[list[Tensor], list[Tensor], float]]:
+        """Those of one number together."""
+        own = [numbers[i] for i in self.layers]
+        different = dict.fromkeys(own)
+        if len(different) <= 1:
+            return [(self.tensors, by, number) for number in different]
+        return [
+            (
+                [x for x, each in zip(self.tensors, own, strict=True) if each == number],
+                [x for x, each in zip(by, own, strict=True) if each == number],
+                number,
+            )
+            for number in different
+        ]
 
 
-def _extend(
-    lists: tuple[list[Tensor], list[Tensor], list[float]],
-    targets: Sequence[Tensor],
-    by: Sequence[Tensor],
-    scale: float,
-) -> None:
-    lists[0].extend(targets)
-    lists[1].extend(by)
-    lists[2].extend([scale] * len(targets))
+class _Plan:
+    """What a step does, in this order."""
+
+    def __init__(self) -> None:
+        self.carried = _Targets()
+        self.moved = _Targets()
+        self.shrunk = _Targets()
+        self.subtracted = _Targets()
+        self.coasted = _Targets()
+        self.stepped = _Targets()
+
+    def run(
+        self,
+        views: Sequence[tuple[list[Tensor], list[Tensor]]],
+        lengths: Sequence[float],
+        momentum: Sequence[float],
+        shrink: Sequence[float],
+    ) -> None:
+        for targets, _, number in self.carried.by_number(momentum, self.carried.tensors):
+            if number == 0:  # they may hold anything, NaN included
+                torch._foreach_zero_(targets)
+            else:
+                _multiply(targets, number)
+        if self.moved.tensors:
+            by = [views[c][1][k] for c, k in self.moved.at]
+            for targets, own, number in self.moved.by_number(lengths, by):
+                torch._foreach_add_(targets, own, alpha=number)
+        for targets, _, number in self.shrunk.by_number(shrink, self.shrunk.tensors):
+            if number != 1:
+                _multiply(targets, number)
+        if self.subtracted.tensors:
+            torch._foreach_sub_(self.subtracted.tensors, self.subtracted.by)
+        for targets, own, number in self.coasted.by_number(momentum, self.coasted.by):
+            if number != 0:
+                torch._foreach_sub_(targets, own, alpha=number)
+        if self.stepped.tensors:
+            by = [views[c][0][k] for c, k in self.stepped.at]
+            for targets, own, number in self.stepped.by_number(lengths, by):
+                torch._foreach_sub_(targets, own, alpha=number)
 
 
-def _multiply(tensors: list[Tensor], factors: list[float]) -> None:
-    if len(set(factors)) == 1:
-        torch._foreach_mul_(tensors, factors[0])
-    else:
-        torch._foreach_mul_(tensors, factors)
-
-
-def _by_number(
-    targets: list[Tensor], by: list[Tensor], scales: list[float]
-) -> Iterable[tuple[list[Tensor], list[Tensor], float]]:
-    """Those of one number together."""
-    numbers = dict.fromkeys(scales)
-    if len(numbers) == 1:
-        return [(targets, by, scales[0])]
+def _written(thetas: Parts, Gs: Parts, present: Sequence[int]) -> list[list[Tensor | None]]:
+    """The parts that have a gradient, of each layer that takes part."""
     return [
-        (
-            [x for x, scale in zip(targets, scales, strict=True) if scale == number],
-            [x for x, scale in zip(by, scales, strict=True) if scale == number],
-            number,
-        )
-        for number in numbers
+        [None if G is None else theta for theta, G in zip(thetas[i] or (), Gs[i] or (), strict=True)] for i in present
     ]
+
+
+def _place(x: Tensor | None) -> Any:
+    return None if x is None else (x.data_ptr(), x.stride(), x.dtype)
+
+
+def _multiply(tensors: list[Tensor], number: float) -> None:
+    factor = torch.tensor(number, dtype=tensors[0].dtype) if tensors[0].is_cpu else number
+    torch._foreach_mul_(tensors, factor)  # with a number each would make such a tensor
