@@ -25,7 +25,7 @@ from apo_kernels.slopes import ModelSlopes, Parts
 
 __all__ = ["AtenModel"]
 
-CACHED = 2**18
+CACHED = 2**17
 """Elements of a piece on a CPU: four buffers of them stay in its cache."""
 AT_A_TIME = 2**22
 """Elements of a piece elsewhere: four buffers of them are small beside the model."""

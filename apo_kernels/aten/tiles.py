@@ -21,6 +21,8 @@ from torch import Tensor
 
 from apo_kernels.blocks import is_stack
 
+WORTH = 2**14
+"""Elements of a piece from which on its operations cost little beside its arithmetic."""
 __all__ = ["DIAGONAL", "LARGE", "Piece", "Region", "Run", "Segment", "Slice", "TileClass", "Window", "classes_of"]
 
 DIAGONAL = 1024
@@ -278,11 +280,17 @@ class TileClass:
         found: list[Piece] = []
         for region in self.regions:
             for part in region.slices(most):
-                if not found or found[-1].count + part.count > most:
+                if not found or found[-1].count + part.count > most or self._apart(found[-1], part):
                     found.append(Piece(region.tile(part.e, part.j, part.i), 0, []))
                 found[-1].slices.append((region, part))
                 found[-1].count += part.count
         return found
+
+    def _apart(self, piece: Piece, part: Slice) -> bool:
+        """Whether a grid of another form is better off on its own: where each is worth its operations."""
+        last = piece.slices[-1][1]
+        same = (last.panels, last.tiles) == (part.panels, part.tiles)
+        return not same and min(piece.count, part.count) * self.rows * self.columns >= WORTH
 
 
 def classes_of(
