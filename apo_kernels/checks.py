@@ -203,21 +203,23 @@ def model(As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[Sequence[int]]
             raise ValueError(f"learned[{i}] must be letters of 'ABS', with 'S', but is {letters!r}")
 
 
-def parts(
-    written: Parts, read: Parts, shapes: Sequence[Sequence[tuple[int, ...]]], like: Tensor
-) -> None:
+def parts(written: Parts, read: Parts, shapes: Sequence[Sequence[tuple[int, ...]]], like: Tensor) -> None:
     """Refuse parts that don't fit the layers, whose own have these shapes, and weights that can't be written."""
     if _plain_parts(written, read, shapes, like):
         return
-    for name, each in (("Gs", read), ("thetas", written)):
-        if not isinstance(each, _LISTS) or len(each) != len(shapes):
-            raise ValueError(f"{name} must be a list with an entry for each of {len(shapes)} layers, but is {_size(each)}")
+    for name, all_parts in (("Gs", read), ("thetas", written)):
+        if not isinstance(all_parts, _LISTS) or len(all_parts) != len(shapes):
+            raise ValueError(
+                f"{name} must be a list with an entry for each of {len(shapes)} layers, but is {_size(all_parts)}"
+            )
     for i, (thetas, Gs, own) in enumerate(zip(written, read, shapes, strict=True)):
         if Gs is None:
             continue
         for name, each in (("Gs", Gs), ("thetas", thetas)):
             if not isinstance(each, _LISTS) or len(each) != len(own):
-                raise ValueError(f"{name}[{i}] must be a list of {len(own)} parts, of shapes {own}, but is {_size(each)}")
+                raise ValueError(
+                    f"{name}[{i}] must be a list of {len(own)} parts, of shapes {own}, but is {_size(each)}"
+                )
         assert thetas is not None
         for k, (theta, G, shape) in enumerate(zip(thetas, Gs, own, strict=True)):
             if G is None:
@@ -229,9 +231,7 @@ def parts(
                 _writable(f"thetas[{i}][{k}]", theta)
 
 
-def _plain_parts(
-    written: Parts, read: Parts, shapes: Sequence[Sequence[tuple[int, ...]]], like: Tensor
-) -> bool:
+def _plain_parts(written: Parts, read: Parts, shapes: Sequence[Sequence[tuple[int, ...]]], like: Tensor) -> bool:
     """Whether all parts are of the common case, on a CPU or a GPU: as :func:`_plainly_fit`."""
     count = len(shapes)
     if not (type(read) in _LISTS and type(written) in _LISTS and len(read) == count and len(written) == count):
@@ -256,7 +256,8 @@ def _plain_parts(
             ):
                 return False
             if theta is not G and not (
-                type(theta) in _PLAIN
+                theta is not None
+                and type(theta) in _PLAIN
                 and theta.shape == shape
                 and theta.dtype in dtypes
                 and (theta.is_cpu if on_cpu else theta.get_device() == index)

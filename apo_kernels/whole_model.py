@@ -47,11 +47,11 @@ class ModelPreconditioner:
     ) -> None:
         learned = ["ABS"] * len(Ss) if learned is None else learned
         checks.model(As, Bs, Ss, widths, learned)
-        widths = [tuple(each) for each in widths]
+        own = [tuple(each) for each in widths]
         self._shapes = [tuple(S.shape) for S in Ss]
-        self._parts = [[(*S.shape[:-1], width) for width in own] for S, own in zip(Ss, widths, strict=True)]
+        self._parts = [[(*S.shape[:-1], width) for width in each] for S, each in zip(Ss, own, strict=True)]
         self._like = Ss[0] if Ss else torch.empty(0)
-        self._bound = serving(backend, Ss).bind_model(As, Bs, Ss, widths, list(learned))
+        self._bound = serving(backend, Ss).bind_model(As, Bs, Ss, own, list(learned))
 
     def step_(
         self,
@@ -130,7 +130,11 @@ class ModelPreconditioner:
             return self._bound.keep(Gs)
 
     def _check(
-        self, thetas: Parts, Gs: Parts, momentum_buffers: Sequence[Tensor | None] | None = None, **lists: Sequence[float]
+        self,
+        thetas: Parts,
+        Gs: Parts,
+        momentum_buffers: Sequence[Tensor | None] | None = None,
+        **lists: Sequence[float],
     ) -> None:
         checks.parts(thetas, Gs, self._parts, self._like)
         checks.numbers(len(self._shapes), **lists)

@@ -85,9 +85,7 @@ class AtenModel:
 
     def _work(self, each: TileClass, widths: Sequence[Sequence[int]], whole: Sequence[int]) -> list[Work]:
         blocks = {"A": self._As, "B": self._Bs}
-        left, right = (
-            Diagonals(each, side, blocks, self._dtype) if each.diagonal[side] else None for side in (0, 1)
-        )
+        left, right = (Diagonals(each, side, blocks, self._dtype) if each.diagonal[side] else None for side in (0, 1))
         elements = CACHED if self._like.device.type == "cpu" else AT_A_TIME
         picks: dict[object, Pick] = {}
         return [
@@ -103,7 +101,9 @@ class AtenModel:
         for work in small:
             work.bind(scratch)
         self._held = [
-            None if each.large or each.count * each.rows * each.columns > HELD else empty_tiles(each, each.count, self._like)
+            None
+            if each.large or each.count * each.rows * each.columns > HELD
+            else empty_tiles(each, each.count, self._like)
             for each in self._classes
         ]
 
@@ -261,7 +261,7 @@ class AtenModel:
         for side, blocks in (("A", self._As), ("B", self._Bs)):
             for i, block in enumerate(blocks):
                 if side in self._learned[i] and (i, side) not in self._of_block:
-                    shape = block.shape[:-2]
+                    shape = block.shape[:-2] if block.numel() else block.shape[:-1]
                     found.diagonals[side, i] = self._like.new_zeros(shape), self._like.new_zeros(shape)
 
     def _collect(
@@ -290,9 +290,9 @@ class AtenModel:
                 else:
                     slope, size = found.diagonals[side, i]
                     block = (self._As, self._Bs)[at][i]
-                    own = slope.view(block.shape), size.view(block.shape[:-1])
+                    own = slope.reshape(block.shape), size.reshape(block.shape[:-1])
                 results[at][i], results[3 + at][i] = own
-        return ModelSlopes(*results, inner)
+        return ModelSlopes(*results, inner=inner)  # type: ignore[misc]
 
 
 def _present(Gs: Parts) -> list[int]:
@@ -303,7 +303,7 @@ def _present(Gs: Parts) -> list[int]:
 def _forward(
     work: Work,
     Gs: Parts,
-    S_views: Sequence[Tensor],
+    S_views: list[Tensor],
     stacks: Stacks,
     M: Tensor | None,
     Y: Tensor | None,
@@ -328,17 +328,17 @@ def _forward(
 def _promise(SM: Tensor, share: float | Tensor) -> Tensor:
     """The shares of ``‖S⊙M‖²`` of some tiles."""
     if isinstance(share, Tensor):
-        return torch.linalg.vector_norm(SM, dim=(1, 2)).square_().dot(share)
+        return torch.dot(torch.linalg.vector_norm(SM, dim=(1, 2)).square_(), share)
     if SM.is_contiguous():
         flat = SM.view(-1)
-        return flat.dot(flat).mul_(share)
+        return torch.dot(flat, flat).mul_(share)
     return torch.linalg.vector_norm(SM).square_().mul_(share)
 
 
 def _slopes(
     work: Work,
     Vs: Parts,
-    S_views: Sequence[Tensor],
+    S_views: list[Tensor],
     stacks: Stacks,
     M: Tensor,
     length: float | Tensor,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def empty_tiles(each: TileClass, count: int, like: Tensor) -> Tensor:
 class Diagonals:
     """The pieces of diagonals on one side of a class, ``(pieces, size)``."""
 
-    def __init__(self, each: TileClass, side: int, blocks: dict[str, Sequence[Tensor]], dtype: torch.dtype) -> None:
+    def __init__(self, each: TileClass, side: int, blocks: Mapping[str, Sequence[Tensor]], dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._pieces: list[Tensor] = []
         self.first: dict[int, int] = {}
@@ -40,7 +41,7 @@ class Diagonals:
             segment = (region.rows, region.columns)[side]
             diagonal = blocks[segment.side][region.layer][..., 0, 0][region.batch]
             diagonal = diagonal[..., segment.start : segment.start + segment.size * segment.count]
-            self._pieces.append(diagonal.unflatten(-1, (segment.count, segment.size)))
+            self._pieces.append(torch.unflatten(diagonal, -1, (segment.count, segment.size)))
             self.first[id(region)] = count
             count += region.entries * segment.count
 
@@ -53,7 +54,7 @@ class Places:
 
     def __init__(self, numbers: Sequence[int], device: torch.device) -> None:
         step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
-        regular = step > 0 and all(b - a == step for a, b in zip(numbers, numbers[1:], strict=False))
+        regular = step > 0 and all(b - a == step for a, b in itertools.pairwise(numbers))
         self._slice = slice(numbers[0], numbers[-1] + 1, step) if regular else None
         self._numbers = None if regular else torch.tensor(numbers, device=device)
 
@@ -99,7 +100,7 @@ class Work:
     ) -> None:
         self.each, self.piece, self.like = each, piece, like
         self.here = slice(piece.first, piece.first + piece.count)
-        self.layers = [region.layer for region, part in piece.slices for _ in range(part.count)]
+        self.layers = [region.layer for region, part in piece.slices for _ in range(part.total)]
         self.parts = [w for region, part in piece.slices for w in region.windows(widths[region.layer], part)]
         self.matrix = [w for region, part in piece.slices for w in region.windows([whole[region.layer]], part)]
         self.diagonals = diagonals
@@ -160,7 +161,7 @@ class Work:
     def _places(self, run: Run, numbers: Sequence[Sequence[int]]) -> tuple[Places | None, Places | None]:
         """Where the left and right squares of a run's tiles are in their banks."""
         grid = run.panels * run.tiles
-        grids = range(run.first, run.first + run.count, grid)
+        grids = range(run.first, run.first + run.total, grid)
         left = [numbers[0][g + i] for g in grids for i in range(run.tiles)]
         right = [numbers[1][g + j] for g in grids for j in range(0, grid, run.tiles)]
         return tuple(  # type: ignore[return-value]
@@ -200,7 +201,7 @@ class Work:
             torch._foreach_copy_(targets, views)
         return into
 
-    def load_S(self, views: Sequence[Tensor], into: Tensor, stacks: Stacks) -> Tensor:
+    def load_S(self, views: list[Tensor], into: Tensor, stacks: Stacks) -> Tensor:
         """The tiles of S, times the diagonals."""
         if self.each.large and views[0].dtype == into.dtype:
             return views[0].reshape(into.shape)
@@ -259,7 +260,7 @@ class Work:
         """``Nᵀ T + …`` of the right squares and ``N Tᵀ + …`` of the left ones, summed over the tiles of a square."""
         r, c = self.each.rows, self.each.columns
         for run, (left, right) in zip(self.runs, self.places, strict=True):
-            here = slice(run.first, run.first + run.count)
+            here = slice(run.first, run.first + run.total)
             if self.each.learned[1] and right is not None:
                 tall = run.grids * run.panels, run.tiles * r, c
                 n, m, tm, tn = (x[here].view(tall) for x in (N, M, TM, TN))
@@ -281,7 +282,7 @@ class Work:
         """Sums of columns and of rows, over the tiles of a square."""
         r, c = self.each.rows, self.each.columns
         for run, (left, right) in zip(self.runs, self.places, strict=True):
-            here = E[run.first : run.first + run.count]
+            here = E[run.first : run.first + run.total]
             if self.each.learned[1] and right is not None:
                 sums = here.view(run.grids * run.panels, run.tiles * r, c).sum(1)
                 right.add(found.sizes[self._bank_of(1)][:, :c], sums)
@@ -312,7 +313,7 @@ class Work:
             first = 0
             for region, part in self.piece.slices:
                 segment = (region.rows, region.columns)[side]
-                grid = x[first : first + part.count].view(
+                grid = x[first : first + part.total].view(
                     part.entries, part.panels, part.tiles, self.each.rows, self.each.columns
                 )
                 sums = grid.sum(dims).flatten(1)
@@ -321,4 +322,4 @@ class Work:
                 own = found.diagonals[segment.side, region.layer][which]
                 own = own[region.batch].view(region.entries, -1)[part.e : part.e + part.entries]
                 own[:, begin : begin + sums.shape[1]].add_(sums)
-                first += part.count
+                first += part.total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -92,8 +92,10 @@ class Squares:
 
 
 class Pick:
-    """The leading part of a square for each of some tiles: a view of the stack where they follow a rule, and else a copy,
-    of which the last is kept in the call's ``stacks``."""
+    """The leading part of a square for each of some tiles: a view of the stack where they follow a rule.
+
+    Otherwise it is a copy, of which the last is kept in the call's ``stacks``.
+    """
 
     def __init__(self, squares: Squares, numbers: Sequence[int], side: int) -> None:
         self.squares, self.side = squares, side
@@ -103,7 +105,7 @@ class Pick:
         self._numbers: Tensor | None = None
         if len(numbers) == 1:
             self._single = squares.square(numbers[0])[:, :side, :side]
-        elif step >= 0 and all(b - a == step for a, b in zip(numbers, numbers[1:], strict=False)):
+        elif step >= 0 and all(b - a == step for a, b in pairwise(numbers)):
             self._rule = numbers[0], step, len(numbers)
         else:
             self._numbers = torch.tensor(numbers, device=squares.blocks[0].device)

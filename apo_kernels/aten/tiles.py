@@ -63,7 +63,7 @@ class Slice(NamedTuple):
     tiles: int
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         return self.entries * self.panels * self.tiles
 
 
@@ -86,8 +86,8 @@ class Window(NamedTuple):
     alone: bool
 
     def of(self, x: Tensor) -> Tensor:
-        """The view ``(entries, panels, tiles, rows, columns)`` of the layer's matrix or part, or all of it as it is where
-        it lies in one tile."""
+        """The view ``(entries, panels, tiles, rows, columns)`` of the layer's matrix or part, or, where that lies in
+        one tile, all of it as it is."""
         if self.alone:
             return x.mT if self.transposed else x
         strides = x.stride()
@@ -147,7 +147,7 @@ class Region:
     def slices(self, most: int) -> Iterator[Slice]:
         """In parts of at most so many tiles."""
         panels, tiles = self.columns.count, self.rows.count
-        if self.whole.count <= most:
+        if self.whole.total <= most:
             yield self.whole
         elif panels * tiles <= most:
             step = most // (panels * tiles)
@@ -184,9 +184,7 @@ class Region:
                 if left < right:
                     yield self._window(k, begin, end, part, q, 1, left - start - q * size, right - left)
 
-    def _window(
-        self, k: int, begin: int, end: int, part: Slice, q: int, squares: int, cut: int, width: int
-    ) -> Window:
+    def _window(self, k: int, begin: int, end: int, part: Slice, q: int, squares: int, cut: int, width: int) -> Window:
         rows, columns, transposed = self.rows, self.columns, self.transposed
         j, i, panels, tiles, r, c = part.j, part.i, part.panels, part.tiles, rows.size, columns.size
         if transposed:
@@ -224,7 +222,7 @@ class Run(NamedTuple):
     tiles: int
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         return self.grids * self.panels * self.tiles
 
 
@@ -246,7 +244,7 @@ class Piece:
                 found[-1] = found[-1]._replace(grids=found[-1].grids + part.entries)
             else:
                 found.append(Run(first, part.entries, *form))
-            first += part.count
+            first += part.total
         return found
 
 
@@ -271,7 +269,7 @@ class TileClass:
 
     def add(self, region: Region) -> None:
         region.first = self.count
-        self.count += region.whole.count
+        self.count += region.whole.total
         self.regions.append(region)
 
     def pieces(self, elements: int) -> list[Piece]:
@@ -280,17 +278,17 @@ class TileClass:
         found: list[Piece] = []
         for region in self.regions:
             for part in region.slices(most):
-                if not found or found[-1].count + part.count > most or self._apart(found[-1], part):
+                if not found or found[-1].count + part.total > most or self._apart(found[-1], part):
                     found.append(Piece(region.tile(part.e, part.j, part.i), 0, []))
                 found[-1].slices.append((region, part))
-                found[-1].count += part.count
+                found[-1].count += part.total
         return found
 
     def _apart(self, piece: Piece, part: Slice) -> bool:
         """Whether a grid of another form is better off on its own: where each is worth its operations."""
         last = piece.slices[-1][1]
         same = (last.panels, last.tiles) == (part.panels, part.tiles)
-        return not same and min(piece.count, part.count) * self.rows * self.columns >= WORTH
+        return not same and min(piece.count, part.total) * self.rows * self.columns >= WORTH
 
 
 def classes_of(

@@ -95,7 +95,7 @@ class Update:
             slices: Sequence[Tensor | None] = [None] * len(thetas)
             if v is not None:
                 v = v.detach()
-                slices = v.split(list(self._widths[i]), -1) if len(thetas) > 1 else [v]
+                slices = torch.split(v, list(self._widths[i]), -1) if len(thetas) > 1 else [v]
             if v is not None and carry:
                 at = self._of_matrix[i]
                 plan.carried.add([v], i)
@@ -107,9 +107,7 @@ class Update:
                 self._add_part(plan, i, theta.detach(), at, own, carry)
         return plan
 
-    def _add_part(
-        self, plan: _Plan, i: int, theta: Tensor, at: Sequence[At], v: Tensor | None, carry: bool
-    ) -> None:
+    def _add_part(self, plan: _Plan, i: int, theta: Tensor, at: Sequence[At], v: Tensor | None, carry: bool) -> None:
         plan.shrunk.add([theta], i)
         if v is not None:
             (plan.subtracted if carry else plan.coasted).add([theta], i, by=[v])
@@ -132,7 +130,7 @@ class Update:
                 if theta is None or theta.dtype == self._dtype:
                     continue
                 wide = theta.detach().to(self._dtype)
-                own = None if v is None else v.split(list(self._widths[i]), -1)[k]
+                own = None if v is None else torch.split(v, list(self._widths[i]), -1)[k]
                 self._add_part(plan, i, wide, self._of_part[i][k], own, carry=False)
                 targets.append(theta)
                 results.append(wide)
@@ -157,20 +155,17 @@ class _Targets:
         self.at += at
         self.by += by
 
-    def by_number(self, numbers: Sequence[float], by: list[Tensor]) -> Iterable[tuple[list[Tensor], list[Tensor], float]]:
+    def by_number(
+        self, numbers: Sequence[float], by: list[Tensor]
+    ) -> Iterable[tuple[list[Tensor], list[Tensor], float]]:
         """Those of one number together."""
         own = [numbers[i] for i in self.layers]
-        different = dict.fromkeys(own)
-        if len(different) <= 1:
-            return [(self.tensors, by, number) for number in different]
-        return [
-            (
-                [x for x, each in zip(self.tensors, own, strict=True) if each == number],
-                [x for x, each in zip(by, own, strict=True) if each == number],
-                number,
-            )
-            for number in different
-        ]
+        if len(set(own)) <= 1:
+            return [(self.tensors, by, number) for number in own[:1]]
+        groups: dict[float, list[int]] = {}
+        for k, number in enumerate(own):
+            groups.setdefault(number, []).append(k)
+        return [([self.tensors[k] for k in group], [by[k] for k in group], number) for number, group in groups.items()]
 
 
 class _Plan:
