@@ -292,7 +292,7 @@ class AtenModel:
                     block = (self._As, self._Bs)[at][i]
                     own = slope.reshape(block.shape), size.reshape(block.shape[:-1])
                 results[at][i], results[3 + at][i] = own
-        return ModelSlopes(*results, inner=inner)  # type: ignore[misc]
+        return ModelSlopes(*results, inner=inner)  # type: ignore[arg-type]
 
 
 def _present(Gs: Parts) -> list[int]:
@@ -331,8 +331,10 @@ def _promise(SM: Tensor, share: float | Tensor) -> Tensor:
         return torch.dot(torch.linalg.vector_norm(SM, dim=(1, 2)).square_(), share)
     if SM.is_contiguous():
         flat = SM.view(-1)
-        return torch.dot(flat, flat).mul_(share)
-    return torch.linalg.vector_norm(SM).square_().mul_(share)
+        promised = torch.dot(flat, flat)
+    else:
+        promised = torch.linalg.vector_norm(SM).square_()
+    return promised.mul_(share)
 
 
 def _slopes(

@@ -40,10 +40,10 @@ class Diagonals:
         for region in each.regions:
             segment = (region.rows, region.columns)[side]
             diagonal = blocks[segment.side][region.layer][..., 0, 0][region.batch]
-            diagonal = diagonal[..., segment.start : segment.start + segment.size * segment.count]
-            self._pieces.append(torch.unflatten(diagonal, -1, (segment.count, segment.size)))
+            diagonal = diagonal[..., segment.start : segment.start + segment.size * segment.squares]
+            self._pieces.append(torch.unflatten(diagonal, -1, (segment.squares, segment.size)))
             self.first[id(region)] = count
-            count += region.entries * segment.count
+            count += region.entries * segment.squares
 
     def stack(self) -> Tensor:
         return torch.cat([x.reshape(-1, x.shape[-1]).to(self.dtype) for x in self._pieces])
@@ -148,7 +148,7 @@ class Work:
         region = self.piece.slices[k][0]
         segment, q = ((region.rows, i), (region.columns, j))[side]
         if diagonals is not None:
-            return diagonals.first[id(region)] + e * segment.count + q
+            return diagonals.first[id(region)] + e * segment.squares + q
         bank, own = banks[region.layer, segment.side]
         numbers = bank.numbers[own]
         return numbers[segment.square + q + region.entry(e) * (len(numbers) // region.all_entries)]

@@ -37,7 +37,7 @@ class Segment(NamedTuple):
     Attributes:
         side: ``"A"`` or ``"B"``.
         start: where the first of them begins.
-        size, count: of the squares.
+        size, squares: the side of the squares, and how many they are.
         diagonal: whether they are pieces of a diagonal.
         square: number of the first in its stack.
         kind: side of the block's squares, and its dtype: squares of one kind are held together.
@@ -46,7 +46,7 @@ class Segment(NamedTuple):
     side: str
     start: int
     size: int
-    count: int
+    squares: int
     diagonal: bool
     square: int
     kind: tuple[int, torch.dtype]
@@ -135,18 +135,18 @@ class Region:
 
     @property
     def whole(self) -> Slice:
-        return Slice(0, self.entries, 0, self.columns.count, 0, self.rows.count)
+        return Slice(0, self.entries, 0, self.columns.squares, 0, self.rows.squares)
 
     def entry(self, e: int) -> int:
         """The number of an entry in the whole batch."""
         return self.number * self.entries + e
 
     def tile(self, e: int, j: int, i: int) -> int:
-        return self.first + (e * self.columns.count + j) * self.rows.count + i
+        return self.first + (e * self.columns.squares + j) * self.rows.squares + i
 
     def slices(self, most: int) -> Iterator[Slice]:
         """In parts of at most so many tiles."""
-        panels, tiles = self.columns.count, self.rows.count
+        panels, tiles = self.columns.squares, self.rows.squares
         if self.whole.total <= most:
             yield self.whole
         elif panels * tiles <= most:
@@ -206,7 +206,7 @@ class Region:
             tile_step=rows.size,
             transposed=transposed,
             tile=self.tile(part.e, j, i),
-            tile_steps=(columns.count * rows.count, rows.count, 1),
+            tile_steps=(columns.squares * rows.squares, rows.squares, 1),
             tile_row=cut if transposed else 0,
             tile_column=0 if transposed else cut,
             alone=alone,
@@ -301,7 +301,7 @@ def classes_of(
         entries = batch.pop() if batch else 1
         for number, before in enumerate(product(*map(range, batch))):
             for rows, columns in product(_segments("B", B, S, m), _segments("A", A, S, n)):
-                single = S.ndim == 2 and rows.size == m and columns.count == 1
+                single = S.ndim == 2 and rows.size == m and columns.squares == 1
                 region = _region(layer, before, entries, rows, columns, number, entries * math.prod(batch), single)
                 rows, columns = region.rows, region.columns
                 form = (
