@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from apo_kernels.aten.operators import accumulation_dtype
-from apo_kernels.aten.outputs import Scalings
-from apo_kernels.aten.pieces import BlockSlopes, Diagonals, Stacks, Work, empty_tiles
+from apo_kernels.aten.buffers import Pool, Scalings
+from apo_kernels.aten.pieces import BlockSlopes, Diagonals, Stacks, Work
 from apo_kernels.aten.squares import Pick, Squares
 from apo_kernels.aten.tiles import TileClass, classes_of
 from apo_kernels.aten.writing import Update
@@ -61,7 +61,6 @@ class AtenModel:
         self._works = [self._work(each, widths, whole) for each in self._classes]
         self._S_views = [[[w.of(self._Ss[w.layer]) for w in work.matrix] for work in works] for works in self._works]
         self._bind_scratch()
-        self._scalings = Scalings(self._Ss, self._dtype)
         parts = [[w for own in each.regions for w in own.windows(widths[own.layer])] for each in self._classes]
         matrices = [[w for own in each.regions for w in own.windows([whole[own.layer]])] for each in self._classes]
         self._update = Update(widths, parts, matrices, self._held, self._dtype)
@@ -100,11 +99,14 @@ class AtenModel:
         scratch = [self._like.new_empty(most) for _ in range(4)]
         for work in small:
             work.bind(scratch)
+        sizes = [each.count * each.stride[0] for each in self._classes]
+        self._offsets = [sum(sizes[:k]) for k in range(len(sizes))]
+        self._scalings = Scalings(self._Ss)
+        self._pool = Pool(self._like, max(sum(sizes), self._scalings.size))
+        self._most_at_once = max((each.stride[0] for each in self._classes if each.large), default=0)
         self._held = [
-            None
-            if each.large or each.count * each.rows * each.columns > HELD
-            else empty_tiles(each, each.count, self._like)
-            for each in self._classes
+            each.of(self._like.new_empty(size), each.count) if size <= HELD and not each.large else None
+            for each, size in zip(self._classes, sizes, strict=True)
         ]
 
     def _number_tiles(self) -> None:
@@ -201,24 +203,34 @@ class AtenModel:
         if sums is not None:
             assert shares is not None
             share = self._share(shares, present)
-        stacks: Stacks = {}
-        Ys, Ms = [], []
+        stacks = self._stacks()
+        Ys, Ms = self._tiles(wanted, self._held), self._tiles(keep)
         first = 0
-        for each, works, S_views, held in zip(self._classes, self._works, self._S_views, self._held, strict=True):
-            Y = M = self._like
-            if wanted:
-                Y = empty_tiles(each, each.count, self._like) if held is None else held
-            if keep:
-                M = empty_tiles(each, each.count, self._like)
+        for works, S_views, Y, M in zip(self._works, self._S_views, Ys, Ms, strict=True):
             for work, views in zip(works, S_views, strict=True):
                 here = work.here
                 into = M[here] if keep else None, Y[here] if wanted else None
                 own = share if isinstance(share, float) else share[first : first + work.piece.count]
                 first += work.piece.count
                 _forward(work, Gs, views, stacks, *into, own, sums)
-            Ys.append(Y)
-            Ms.append(M)
         return Ys, Ms
+
+    def _tiles(self, wanted: bool, held: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """A stack for each class, uninitialised."""
+        if not wanted:
+            return [self._like for _ in self._classes]
+        held = held or [None] * len(self._classes)
+        if all(x is not None for x in held):
+            return [x for x in held if x is not None]
+        flat = self._pool.take()
+        return [
+            each.of(flat[offset:], each.count) if x is None else x
+            for each, offset, x in zip(self._classes, self._offsets, held, strict=True)
+        ]
+
+    def _stacks(self) -> Stacks:
+        """What a call holds, with the scratch for large tiles, one of which is worked on at a time."""
+        return {Work: [self._like.new_empty(self._most_at_once) for _ in range(4)] if self._most_at_once else []}
 
     def _share(self, shares: Sequence[float], present: Sequence[int]) -> float | Tensor:
         """The share of all layers that take part, where it is one, or of each tile."""
@@ -231,10 +243,12 @@ class AtenModel:
         return tensor
 
     def slopes(self, Vs: Parts, kept: Kept, lengths: Sequence[float]) -> ModelSlopes:
-        slopes_S, sizes_S = (self._scalings.empty(kept.present) for _ in "12")
+        # one after the other: the second is taken while the first is held
+        slopes_S = self._scalings.on(self._pool.take(), kept.present)
+        sizes_S = self._scalings.on(self._pool.take(), kept.present)
         found = BlockSlopes(self._banks)
         self._add_diagonals(found)
-        stacks: Stacks = {}
+        stacks = self._stacks()
         inner = []
         length = self._lengths(lengths)
         first = 0
@@ -311,7 +325,7 @@ def _forward(
     sums: list[Tensor] | None,
 ) -> None:
     """P(G) into Y and ``BᵀGA`` into M, where they are wanted; what P(G) promises to ``sums``."""
-    X0, X1, X2, X3 = work.scratch()
+    X0, X1, X2, X3 = work.scratch(stacks)
     G = work.load_parts(Gs, X0)
     product = work.inward(G, stacks, X2, X3 if M is None else M)
     if M is not None and product is G:
@@ -348,7 +362,7 @@ def _slopes(
     of_S: tuple[Sequence[Tensor], Sequence[Tensor]],
 ) -> Tensor:
     """The derivatives and sizes of a piece into their places. Returns ``ΣS²MN`` of each tile."""
-    X0, X1, X2, X3 = work.scratch()
+    X0, X1, X2, X3 = work.scratch(stacks)
     V = work.load_parts(Vs, X0)
     N = work.inward(V, stacks, X2, X3)
     spare = X3 if N is V else X0

@@ -13,20 +13,12 @@ from apo_kernels.aten.operators import aligned_empty
 from apo_kernels.aten.squares import Pick, Squares
 from apo_kernels.aten.tiles import Piece, Run, TileClass
 
-__all__ = ["BlockSlopes", "Diagonals", "Places", "Sources", "Stacks", "Work", "empty_tiles"]
+__all__ = ["BlockSlopes", "Diagonals", "Places", "Sources", "Stacks", "Work"]
 
 Stacks = dict[object, Any]
 """The squares and diagonals that were joined, widened or picked in a call."""
 
 Sources = Sequence[Sequence[Tensor | None] | None]
-
-
-def empty_tiles(each: TileClass, count: int, like: Tensor) -> Tensor:
-    """So many tiles, uninitialised, one after the other; the rows of large ones are aligned."""
-    shape = count, each.rows, each.columns
-    if each.large:
-        return aligned_empty(shape, like.dtype, like.device)
-    return like.new_empty(shape)
 
 
 class Diagonals:
@@ -171,15 +163,14 @@ class Work:
 
     def bind(self, scratch: Sequence[Tensor]) -> None:
         """Keep views of scratch that stays."""
-        shape = self.piece.count, self.each.rows, self.each.columns
-        size = shape[0] * shape[1] * shape[2]
-        self._fixed = [x[:size].view(shape) for x in scratch]
+        self._fixed = [self.each.of(x, self.piece.count) for x in scratch]
         self._into_parts = [w.in_tiles(self._fixed[0], self.piece.first) for w in self.parts]
         self._out_of_tiles = [w.in_tiles(self._fixed[0], self.piece.first) for w in self.matrix]
         self._into_matrix = [w.in_tiles(self._fixed[1], self.piece.first) for w in self.matrix]
 
-    def scratch(self) -> list[Tensor]:
-        return self._fixed or [empty_tiles(self.each, self.piece.count, self.like) for _ in range(4)]
+    def scratch(self, stacks: Stacks) -> list[Tensor]:
+        """Four buffers, where nothing is bound those of the call."""
+        return self._fixed or [self.each.of(x, self.piece.count) for x in stacks[Work]]
 
     def load_parts(self, sources: Sources, into: Tensor) -> Tensor:
         """The tiles of matrices in parts; what isn't there is zero."""

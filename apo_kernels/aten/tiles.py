@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apo_kernels.blocks import is_stack
+from apo_kernels.aten.operators import ALIGNMENT
+from apo_kernels.blocks import block_count, is_stack
 
 WORTH = 2**14
 """Elements of a piece from which on its operations cost little beside its arithmetic."""
@@ -271,6 +272,16 @@ class TileClass:
         region.first = self.count
         self.count += region.whole.total
         self.regions.append(region)
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """Of a stack of its tiles; the rows of large ones are aligned."""
+        down = block_count(self.columns, ALIGNMENT) * ALIGNMENT if self.large else self.columns
+        return self.rows * down, down, 1
+
+    def of(self, flat: Tensor, count: int) -> Tensor:
+        """The first elements of a buffer as so many tiles."""
+        return flat.as_strided((count, self.rows, self.columns), self.stride, flat.storage_offset())
 
     def pieces(self, elements: int) -> list[Piece]:
         """In pieces of about so many elements."""

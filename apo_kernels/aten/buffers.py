@@ -1,4 +1,4 @@
-"""The storage of derivatives of S, one for all layers."""
+"""The memory that a call's results live in."""
 
 from __future__ import annotations
 
@@ -8,28 +8,58 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Scalings"]
+__all__ = ["Pool", "Scalings"]
 
 ALIGNMENT = 8
 """Elements: a matrix starts at a multiple."""
+
+
+class Pool:
+    """Flat buffers of one size. Large ones are used again once nobody holds a view of them.
+
+    To ask the system for that memory in every call costs as much time as a pass or two over it.
+    """
+
+    LARGE = 2**20
+    """Elements."""
+
+    def __init__(self, like: Tensor, size: int) -> None:
+        self._like, self.size = like, size
+        self._known: list[tuple[Tensor, int]] = []
+
+    def take(self) -> Tensor:
+        for flat, alone in self._known:
+            if _users(flat) == alone:
+                return flat
+        flat = self._like.new_empty(self.size)
+        if self.size >= self.LARGE and self._like.device.type == "cpu" and hasattr(torch._C, "_storage_Use_Count"):
+            self._known.append((flat, _users(flat)))
+        return flat
+
+
+def _users(flat: Tensor) -> int:
+    """How many hold its storage."""
+    return int(torch._C._storage_Use_Count(flat.untyped_storage()._cdata))  # type: ignore[attr-defined]
 
 
 class Scalings:
     """Matrices of the shapes of S that lie in one storage: as the S do, where these lie in one, with zeros between
     them, and else one after the other."""
 
-    def __init__(self, Ss: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self._like = Ss[0] if Ss else torch.empty(0)
-        self._dtype = dtype
+    def __init__(self, Ss: Sequence[Tensor]) -> None:
         self._forms = _mirrored(Ss) or _packed(Ss)
-        self._count = max((offset + _reach(shape, strides) for shape, strides, offset in self._forms), default=0)
-        self._dense = sum(S.numel() for S in Ss) == self._count
+        self.size = max((offset + _reach(shape, strides) for shape, strides, offset in self._forms), default=0)
+        free = torch.ones(self.size, dtype=torch.bool)
+        for own in self._forms:
+            free.as_strided(*own).fill_(False)
+        self._between = free.nonzero().squeeze(1).to(Ss[0].device) if Ss else free.nonzero()
 
-    def empty(self, present: Sequence[int]) -> list[Tensor]:
-        """Such matrices; those of layers that aren't ``present`` are zero."""
-        dense = self._dense and len(present) == len(self._forms)
-        new = self._like.new_empty if dense else self._like.new_zeros
-        flat = new(self._count, dtype=self._dtype)
+    def on(self, flat: Tensor, present: Sequence[int]) -> list[Tensor]:
+        """Such matrices, uninitialised; those of layers that aren't ``present`` are zero."""
+        if len(present) < len(self._forms):
+            flat.zero_()
+        elif self._between.numel():
+            flat[: self.size].index_fill_(0, self._between, 0)
         return [flat.as_strided(shape, strides, offset) for shape, strides, offset in self._forms]
 
 
