@@ -110,9 +110,9 @@ class Work:
                 self._bank[side] = banks[region.layer, (region.rows, region.columns)[side].side][0]
                 step = self._tall if side else 1
                 own = tuple(numbers[side][::step])
-                key = self._bank[side], own, size
+                key = self._bank[side], own, size, side
                 if key not in picks:
-                    picks[key] = Pick(self._bank_of(side), own, size)
+                    picks[key] = Pick(self._bank_of(side), own, size, side)
                 self._pick[side] = picks[key]
             else:
                 self._of_diagonal[side] = torch.tensor(numbers[side], device=like.device)

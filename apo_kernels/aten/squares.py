@@ -94,11 +94,11 @@ class Squares:
 class Pick:
     """The leading part of a square for each of some tiles: a view of the stack where they follow a rule.
 
-    Otherwise it is a copy, of which the last is kept in the call's ``stacks``.
+    Otherwise it is a copy, of which the last in each ``slot`` is kept in the call's ``stacks``.
     """
 
-    def __init__(self, squares: Squares, numbers: Sequence[int], side: int) -> None:
-        self.squares, self.side = squares, side
+    def __init__(self, squares: Squares, numbers: Sequence[int], side: int, slot: int) -> None:
+        self.squares, self.side, self.slot = squares, side, slot
         step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
         self._rule: tuple[int, int, int] | None = None
         self._single: Tensor | None = None
@@ -122,12 +122,12 @@ class Pick:
             stack = stacks[self.squares] = self.squares.stack()
         if self._numbers is None:
             return self._view(stack)
-        last = stacks.get(Pick)
+        last = stacks.get(self.slot)
         if last is not None and last[0] is self:
             return last[1]
         if self.side < stack.shape[-1]:
             stack = stack[:, : self.side, : self.side]
-        stacks[Pick] = self, (picked := stack.index_select(0, self._numbers))
+        stacks[self.slot] = self, (picked := stack.index_select(0, self._numbers))
         return picked
 
     def _view(self, stack: Tensor) -> Tensor:
