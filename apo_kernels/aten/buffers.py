@@ -39,7 +39,7 @@ class Pool:
 
 def _users(flat: Tensor) -> int:
     """How many hold its storage."""
-    return int(torch._C._storage_Use_Count(flat.untyped_storage()._cdata))  # type: ignore[attr-defined]
+    return int(torch._C._storage_Use_Count(flat.untyped_storage()._cdata))
 
 
 class Scalings:
@@ -70,8 +70,8 @@ def _mirrored(Ss: Sequence[Tensor]) -> _Forms | None:
     """As they lie, where that takes little more than their own room."""
     if len({S.untyped_storage().data_ptr() for S in Ss}) != 1 or not all(S.numel() for S in Ss):
         return None
-    base = min(S.storage_offset() for S in Ss)
-    forms = [(tuple(S.shape), S.stride(), S.storage_offset() - base) for S in Ss]
+    base = min(int(S.storage_offset()) for S in Ss)
+    forms = [(tuple(S.shape), S.stride(), int(S.storage_offset()) - base) for S in Ss]
     end = 0
     for shape, strides, offset in sorted(forms, key=lambda form: form[2]):
         if offset < end:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apo_kernels.aten.operators import accumulation_dtype
 from apo_kernels.aten.buffers import Pool, Scalings
+from apo_kernels.aten.operators import accumulation_dtype
 from apo_kernels.aten.pieces import BlockSlopes, Diagonals, Stacks, Work
 from apo_kernels.aten.squares import Pick, Squares
 from apo_kernels.aten.tiles import TileClass, classes_of
@@ -63,6 +63,7 @@ class AtenModel:
         self._bind_scratch()
         parts = [[w for own in each.regions for w in own.windows(widths[own.layer])] for each in self._classes]
         matrices = [[w for own in each.regions for w in own.windows([whole[own.layer]])] for each in self._classes]
+        self._held_views: dict[Work, Tensor] = {}
         self._update = Update(widths, parts, matrices, self._held, self._dtype)
         self._number_tiles()
 
@@ -146,28 +147,38 @@ class AtenModel:
         total: Callable[[Tensor], None] | None,
     ) -> Tensor:
         present = _present(Gs)
-        f = self._like.new_ones(())
         if not present:
-            return f
+            return self._like.new_ones(())
         sums: list[Tensor] | None = [] if math.isfinite(most) else None
         Ys, _ = self._directions(Gs, present, sums=sums, shares=shares)
-        rates = list(lr)
-        if sums is not None:
+        if sums is None:
+            f, rates = self._like.new_ones(()), lr
+        else:
+            share = self._share(shares or (), present)
             promised = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+            if isinstance(share, float):
+                promised.mul_(share)
             if total is not None:
                 total(promised)
-            if promised.device.type == "cpu":  # to look at it costs nothing there
-                bound = max(promised.item(), most)
-                factor = most / bound if bound else 1.0
-                rates = [rate * factor for rate in lr] if factor != 1 else rates
-                f.fill_(factor)
-            else:
-                f = most / promised.clamp_min(most)
-                for Y in Ys:
-                    Y.mul_(f)
+            f, rates = self._bounded(promised, most, lr, Ys)
         shrink = [1 - rate * decay for rate, decay in zip(lr, weight_decay, strict=True)]
         self._update(thetas, Gs, present, momentum_buffers, Ys, rates, momentum, shrink, carry=True)
         return f
+
+    @staticmethod
+    def _bounded(
+        promised: Tensor, most: float, lr: Sequence[float], Ys: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[float]]:
+        """What keeps the promise at ``most``, and the rates times it; elsewhere than on a CPU, to look at it would mean
+        to wait for it, and the directions are scaled."""
+        if promised.device.type == "cpu":
+            bound = max(promised.item(), most)
+            factor = most / bound if bound else 1.0
+            return promised.new_tensor(factor), [rate * factor for rate in lr] if factor != 1 else lr
+        f = torch.where(promised <= most, 1.0, most / promised)
+        for Y in Ys:
+            Y.mul_(f)
+        return f, lr
 
     def trial_(
         self,
@@ -208,8 +219,7 @@ class AtenModel:
         first = 0
         for works, S_views, Y, M in zip(self._works, self._S_views, Ys, Ms, strict=True):
             for work, views in zip(works, S_views, strict=True):
-                here = work.here
-                into = M[here] if keep else None, Y[here] if wanted else None
+                into = M[work.here] if keep else None, self._here(work, Y) if wanted else None
                 own = share if isinstance(share, float) else share[first : first + work.piece.count]
                 first += work.piece.count
                 _forward(work, Gs, views, stacks, *into, own, sums)
@@ -231,6 +241,15 @@ class AtenModel:
     def _stacks(self) -> Stacks:
         """What a call holds, with the scratch for large tiles, one of which is worked on at a time."""
         return {Work: [self._like.new_empty(self._most_at_once) for _ in range(4)] if self._most_at_once else []}
+
+    def _here(self, work: Work, Y: Tensor) -> Tensor:
+        """A piece's directions: views of what is held are held."""
+        known = self._held_views.get(work)
+        if known is None:
+            known = Y[work.here]
+            if any(Y is held for held in self._held):
+                self._held_views[work] = known
+        return known
 
     def _share(self, shares: Sequence[float], present: Sequence[int]) -> float | Tensor:
         """The share of all layers that take part, where it is one, or of each tile."""
@@ -306,7 +325,8 @@ class AtenModel:
                     block = (self._As, self._Bs)[at][i]
                     own = slope.reshape(block.shape), size.reshape(block.shape[:-1])
                 results[at][i], results[3 + at][i] = own
-        return ModelSlopes(*results, inner=inner)  # type: ignore[arg-type]
+        A, B, S, size_A, size_B, size_S = results
+        return ModelSlopes(A, B, S, size_A, size_B, size_S, inner)
 
 
 def _present(Gs: Parts) -> list[int]:
@@ -335,20 +355,15 @@ def _forward(
     S = work.load_S(S_views, X1, stacks)
     SM = torch.mul(product, S, out=X2)
     if sums is not None:
-        sums.append(_promise(SM, share))
+        sums.append(_promise(SM, work.flat, share))
     work.outward(SM.mul_(S), stacks, X0, Y)
 
 
-def _promise(SM: Tensor, share: float | Tensor) -> Tensor:
-    """The shares of ``‖S⊙M‖²`` of some tiles."""
+def _promise(SM: Tensor, flat: Tensor | None, share: float | Tensor) -> Tensor:
+    """The shares of ``‖S⊙M‖²`` of some tiles, which may be had flat."""
     if isinstance(share, Tensor):
         return torch.dot(torch.linalg.vector_norm(SM, dim=(1, 2)).square_(), share)
-    if SM.is_contiguous():
-        flat = SM.view(-1)
-        promised = torch.dot(flat, flat)
-    else:
-        promised = torch.linalg.vector_norm(SM).square_()
-    return promised.mul_(share)
+    return torch.linalg.vector_norm(SM).square_() if flat is None else torch.dot(flat, flat)
 
 
 def _slopes(

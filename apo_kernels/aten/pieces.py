@@ -118,6 +118,8 @@ class Work:
                 self._of_diagonal[side] = torch.tensor(numbers[side], device=like.device)
         self.places = [self._places(run, numbers) for run in self.runs]
         self._fixed: list[Tensor] = []
+        self._panels: dict[int, Tensor] = {}
+        self.flat: Tensor | None = None
 
     def _tiles(self) -> list[tuple[int, int, int, int]]:
         """For each tile: the number of its slice, and its place in the region."""
@@ -164,6 +166,9 @@ class Work:
     def bind(self, scratch: Sequence[Tensor]) -> None:
         """Keep views of scratch that stays."""
         self._fixed = [self.each.of(x, self.piece.count) for x in scratch]
+        if self._tall > 1:
+            self._panels = {id(x): self._in_panels(x) for x in self._fixed}
+        self.flat = None if self.each.large else self._fixed[2].view(-1)
         self._into_parts = [w.in_tiles(self._fixed[0], self.piece.first) for w in self.parts]
         self._out_of_tiles = [w.in_tiles(self._fixed[0], self.piece.first) for w in self.matrix]
         self._into_matrix = [w.in_tiles(self._fixed[1], self.piece.first) for w in self.matrix]
@@ -209,43 +214,40 @@ class Work:
     def inward(self, X: Tensor, stacks: Stacks, between: Tensor, out: Tensor) -> Tensor:
         """``Lᵀ X R`` into ``out``; X itself if both are diagonal, which S holds."""
         left, right = self._pick
-        if left is None and right is None:
-            return X
-        if left is None or right is None:
-            return self._left(left(stacks).mT, X, out) if left else self._right(X, self._pick_right(stacks), out)
+        if left is None:
+            return X if right is None else self._right(X, right(stacks), out)
+        L = left(stacks, transposed=True)
+        if right is None:
+            return torch.bmm(L, X, out=out)
         if self.left_first:
-            return self._right(self._left(left(stacks).mT, X, between), self._pick_right(stacks), out)
-        return self._left(left(stacks).mT, self._right(X, self._pick_right(stacks), between), out)
+            return self._right(torch.bmm(L, X, out=between), right(stacks), out)
+        return torch.bmm(L, self._right(X, right(stacks), between), out=out)
 
     def outward(self, T: Tensor, stacks: Stacks, between: Tensor, out: Tensor) -> None:
         """``L T Rᵀ`` into ``out``."""
         left, right = self._pick
-        if left is None and right is None:
-            out.copy_(T)
-        elif left is None:
-            self._right(T, self._pick_right(stacks).mT, out)
+        if left is None:
+            if right is None:
+                out.copy_(T)
+            else:
+                self._right(T, right(stacks, transposed=True), out)
         elif right is None:
-            self._left(left(stacks), T, out)
+            torch.bmm(left(stacks), T, out=out)
         elif self.left_first:
-            self._right(self._left(left(stacks), T, between), self._pick_right(stacks).mT, out)
+            self._right(torch.bmm(left(stacks), T, out=between), right(stacks, transposed=True), out)
         else:
-            self._left(left(stacks), self._right(T, self._pick_right(stacks).mT, between), out)
-
-    def _pick_right(self, stacks: Stacks) -> Tensor:
-        assert self._pick[1] is not None
-        return self._pick[1](stacks)
-
-    @staticmethod
-    def _left(L: Tensor, X: Tensor, out: Tensor) -> Tensor:
-        return torch.bmm(L, X, out=out)
+            torch.bmm(left(stacks), self._right(T, right(stacks, transposed=True), between), out=out)
 
     def _right(self, X: Tensor, R: Tensor, out: Tensor) -> Tensor:
         """Tiles of one panel, one above the other, are one matrix."""
-        if self._tall > 1:
-            tall = R.shape[0], self._tall * self.each.rows, self.each.columns
-            torch.bmm(X.view(tall), R, out=out.view(tall))
-            return out
-        return torch.bmm(X, R, out=out)
+        if self._tall == 1:
+            return torch.bmm(X, R, out=out)
+        torch.bmm(self._in_panels(X), R, out=self._in_panels(out))
+        return out
+
+    def _in_panels(self, X: Tensor) -> Tensor:
+        known = self._panels.get(id(X))
+        return known if known is not None else X.view(-1, self._tall * self.each.rows, self.each.columns)
 
     def add_block_slopes(self, found: BlockSlopes, N: Tensor, M: Tensor, TM: Tensor, TN: Tensor) -> None:
         """``Nᵀ T + …`` of the right squares and ``N Tᵀ + …`` of the left ones, summed over the tiles of a square."""

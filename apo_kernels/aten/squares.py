@@ -101,20 +101,27 @@ class Pick:
         self.squares, self.side, self.slot = squares, side, slot
         step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
         self._rule: tuple[int, int, int] | None = None
-        self._single: Tensor | None = None
         self._numbers: Tensor | None = None
+        self._single: Tensor | None = None
+        fixed = squares.fixed
         if len(numbers) == 1:
             self._single = squares.square(numbers[0])[:, :side, :side]
+            fixed = self._single if self._single.dtype == squares.dtype else None
         elif step >= 0 and all(b - a == step for a, b in pairwise(numbers)):
             self._rule = numbers[0], step, len(numbers)
+            fixed = None if fixed is None else self._view(fixed)
         else:
             self._numbers = torch.tensor(numbers, device=squares.blocks[0].device)
-        fixed = squares.fixed
-        self._fixed = self._view(fixed) if fixed is not None and self._rule is not None else None
+            fixed = None
+        self._fixed = None if fixed is None else (fixed, fixed.mT)
 
-    def __call__(self, stacks: dict[object, Any]) -> Tensor:
+    def __call__(self, stacks: dict[object, Any], *, transposed: bool = False) -> Tensor:
         if self._fixed is not None:
-            return self._fixed
+            return self._fixed[transposed]
+        found = self._found(stacks)
+        return found.mT if transposed else found
+
+    def _found(self, stacks: dict[object, Any]) -> Tensor:
         if self._single is not None:
             return self._single.to(self.squares.dtype)
         stack = stacks.get(self.squares)
@@ -124,10 +131,12 @@ class Pick:
             return self._view(stack)
         last = stacks.get(self.slot)
         if last is not None and last[0] is self:
-            return last[1]
+            picked: Tensor = last[1]
+            return picked
         if self.side < stack.shape[-1]:
             stack = stack[:, : self.side, : self.side]
-        stacks[self.slot] = self, (picked := stack.index_select(0, self._numbers))
+        picked = stack.index_select(0, self._numbers)
+        stacks[self.slot] = self, picked
         return picked
 
     def _view(self, stack: Tensor) -> Tensor:
@@ -143,6 +152,6 @@ def _places(block: Tensor) -> list[int]:
     """Where the squares begin in their storage."""
     strides = block.stride()[:-2]
     return [
-        block.storage_offset() + sum(i * s for i, s in zip(index, strides, strict=True))
+        int(block.storage_offset()) + sum(i * s for i, s in zip(index, strides, strict=True))
         for index in product(*map(range, block.shape[:-2]))
     ]
