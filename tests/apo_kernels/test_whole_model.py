@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import apo_kernels as ak
 from apo_kernels import reference
+from apo_kernels.aten import buffers, tiles
 from apo_kernels.aten import model as aten_model
-from apo_kernels.aten import tiles
 from apo_kernels.blocks import block_count
 from tests.apo_kernels.cases import TOLERANCE, relative_error
 
@@ -264,6 +264,7 @@ def test_in_pieces(model: Model, alike: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(aten_model, "CACHED", 64)
         patch.setattr(aten_model, "HELD", 100)
+        patch.setattr(buffers.Pool, "LARGE", 1)
         patch.setattr(tiles, "LARGE", 60)
         patch.setattr(tiles, "WORTH", 16)
         patch.setattr(tiles, "DIAGONAL", 4)
@@ -445,6 +446,24 @@ def test_nothing_is_promised() -> None:
     numbers: dict[str, Any] = {"lr": [0.1], "momentum": [0.0], "weight_decay": [0.0]}
     f = model.bind().step_(model.parts(), zeros, [None], most=0.0, shares=[1.0], **numbers)
     assert f.item() == 1
+
+
+def test_memory_is_used_again_once_nobody_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers.Pool, "LARGE", 1)
+    model = Model(random.Random(0))
+    model.add(9, 7, 4, 4, bias=True)
+    bound, Gs, Vs = model.bind(), model.parts(), model.parts()
+    kept = bound.keep(Gs)
+    first = bound.slopes(Vs, kept, lengths=[1.0])
+    assert first.S[0] is not None
+    held, place = first.S[0].clone(), first.S[0].data_ptr()
+    second = bound.slopes(Gs, bound.keep(Vs), lengths=[2.0])
+    assert torch.equal(first.S[0], held)
+    check_slopes(model, Gs, Vs, [1.0], bound.slopes(Vs, kept, lengths=[1.0]), 1e-11)
+    check_slopes(model, Vs, Gs, [2.0], second, 1e-11)
+    del first
+    places = {x.data_ptr() for _ in range(3) for x in bound.slopes(Vs, kept, lengths=[1.0]).S if x is not None}
+    assert place in places
 
 
 class _Fails(Exception):
