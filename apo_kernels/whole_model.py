@@ -79,7 +79,8 @@ class ModelPreconditioner:
             momentum_buffers: the ``v``, of S's shape and float32 (float64) or None, which counts as zeros and isn't
                 written.
             shares: needed where ``most`` is finite.
-            total: called with the sum, 0-d, before it is compared: to add it up over processes, in place.
+            total: called with the sum, 0-d, before it is compared, even where no layer has a gradient: to add it up
+                over processes, in place.
 
         Returns:
             f, 0-d, on the device: nothing waits for it.

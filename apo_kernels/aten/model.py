@@ -147,34 +147,43 @@ class AtenModel:
         total: Callable[[Tensor], None] | None,
     ) -> Tensor:
         present = _present(Gs)
-        if not present:
-            return self._like.new_ones(())
         sums: list[Tensor] | None = [] if math.isfinite(most) else None
-        Ys, _ = self._directions(Gs, present, sums=sums, shares=shares)
+        Ys: list[Tensor] = []
+        if present:
+            Ys, _ = self._directions(Gs, present, sums=sums, shares=shares)
         if sums is None:
             f, rates = self._like.new_ones(()), lr
         else:
             share = self._share(shares or (), present)
-            promised = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-            if isinstance(share, float):
-                promised.mul_(share)
-            if total is not None:
-                total(promised)
-            f, rates = self._bounded(promised, most, lr, Ys)
+            f, rates = self._bounded(sums, share if isinstance(share, float) else 1.0, total, most, lr, Ys)
+        if not present:
+            return f
         shrink = [1 - rate * decay for rate, decay in zip(lr, weight_decay, strict=True)]
         self._update(thetas, Gs, present, momentum_buffers, Ys, rates, momentum, shrink, carry=True)
         return f
 
-    @staticmethod
     def _bounded(
-        promised: Tensor, most: float, lr: Sequence[float], Ys: Sequence[Tensor]
+        self,
+        sums: Sequence[Tensor],
+        share: float,
+        total: Callable[[Tensor], None] | None,
+        most: float,
+        lr: Sequence[float],
+        Ys: Sequence[Tensor],
     ) -> tuple[Tensor, Sequence[float]]:
         """What keeps the promise at ``most``, and the rates times it; elsewhere than on a CPU, to look at it would mean
         to wait for it, and the directions are scaled."""
-        if promised.device.type == "cpu":
-            bound = max(promised.item(), most)
+        if self._like.is_cpu:
+            value = share * sum(x.item() for x in sums)
+            if total is not None:
+                total(promised := self._like.new_full((), value))
+                value = promised.item()
+            bound = max(value, most)
             factor = most / bound if bound else 1.0
-            return promised.new_tensor(factor), [rate * factor for rate in lr] if factor != 1 else lr
+            return self._like.new_full((), factor), [rate * factor for rate in lr] if factor != 1 else lr
+        promised = torch.stack(list(sums)).sum().mul_(share) if sums else self._like.new_zeros(())
+        if total is not None:
+            total(promised)
         f = torch.where(promised <= most, 1.0, most / promised)
         for Y in Ys:
             Y.mul_(f)
@@ -253,8 +262,8 @@ class AtenModel:
 
     def _share(self, shares: Sequence[float], present: Sequence[int]) -> float | Tensor:
         """The share of all layers that take part, where it is one, or of each tile."""
-        if len({shares[i] for i in present}) == 1:
-            return float(shares[present[0]])
+        if len({shares[i] for i in present}) <= 1:
+            return float(shares[present[0]]) if present else 0.0
         known, tensor = self._shares
         if known != tuple(shares):
             tensor = torch.tensor(shares, dtype=self._dtype, device=self._like.device)[self._layer_of_tile]
