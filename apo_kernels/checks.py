@@ -15,6 +15,7 @@ from apo_kernels.blocks import block_count
 from apo_kernels.slopes import Parts
 
 __all__ = [
+    "buffers",
     "foreach_operands",
     "kept_list",
     "kept_products",
@@ -22,6 +23,7 @@ __all__ = [
     "no_graph",
     "no_shared_memory",
     "not_negated",
+    "numbers",
     "operands",
     "parts",
     "step",
@@ -190,6 +192,7 @@ def model(As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[Sequence[int]]
     """Refuse what is no preconditioner of a model."""
     tensor_lists(As=As, Bs=Bs, Ss=Ss)
     foreach_operands(Ss, As, Bs, Ss)
+    not_negated(As=As, Bs=Bs, Ss=Ss)
     for name, each in (("widths", widths), ("learned", learned)):
         if not isinstance(each, _LISTS) or len(each) != len(Ss):
             raise ValueError(f"{name} must be a list with an entry for each of {len(Ss)} layers, but got {each!r}")
@@ -200,33 +203,110 @@ def model(As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[Sequence[int]]
             raise ValueError(f"learned[{i}] must be letters of 'ABS', with 'S', but is {letters!r}")
 
 
-def parts(
-    written: Parts, read: Parts, shapes: Sequence[torch.Size], widths: Sequence[tuple[int, ...]], like: Tensor
-) -> None:
-    """Refuse parts that don't fit the layers, and weights that can't be written."""
-    for name, each in (("Gs", read), ("thetas", written)):
-        if len(each) != len(shapes):
-            raise ValueError(f"{name} must have an entry for each of {len(shapes)} layers, but has {len(each)}")
-    for i, (thetas, Gs, shape, own) in enumerate(zip(written, read, shapes, widths, strict=True)):
+def parts(written: Parts, read: Parts, shapes: Sequence[Sequence[tuple[int, ...]]], like: Tensor) -> None:
+    """Refuse parts that don't fit the layers, whose own have these shapes, and weights that can't be written."""
+    if _plain_parts(written, read, shapes, like):
+        return
+    for name, all_parts in (("Gs", read), ("thetas", written)):
+        if not isinstance(all_parts, _LISTS) or len(all_parts) != len(shapes):
+            raise ValueError(
+                f"{name} must be a list with an entry for each of {len(shapes)} layers, but is {_size(all_parts)}"
+            )
+    for i, (thetas, Gs, own) in enumerate(zip(written, read, shapes, strict=True)):
+        if Gs is None:
+            continue
+        for name, each in (("Gs", Gs), ("thetas", thetas)):
+            if not isinstance(each, _LISTS) or len(each) != len(own):
+                raise ValueError(
+                    f"{name}[{i}] must be a list of {len(own)} parts, of shapes {own}, but is {_size(each)}"
+                )
+        assert thetas is not None
+        for k, (theta, G, shape) in enumerate(zip(thetas, Gs, own, strict=True)):
+            if G is None:
+                continue
+            for name, x in (("Gs", G), ("thetas", theta)):
+                _part(f"{name}[{i}][{k}]", x, shape, like)
+            assert theta is not None
+            if theta is not G:
+                _writable(f"thetas[{i}][{k}]", theta)
+
+
+def _plain_parts(written: Parts, read: Parts, shapes: Sequence[Sequence[tuple[int, ...]]], like: Tensor) -> bool:
+    """Whether all parts are of the common case, on a CPU or a GPU: as :func:`_plainly_fit`."""
+    count = len(shapes)
+    if not (type(read) in _LISTS and type(written) in _LISTS and len(read) == count and len(written) == count):
+        return False
+    dtypes = _NARROW if like.dtype is not torch.float64 else DTYPES[:1]
+    on_cpu, index = like.is_cpu, like.get_device()
+    for thetas, Gs, own in zip(written, read, shapes, strict=True):
         if Gs is None:
             continue
         if thetas is None or len(Gs) != len(own) or len(thetas) != len(own):
-            raise ValueError(f"Gs[{i}] and thetas[{i}] must have {len(own)} parts, of widths {own}")
-        for k, (theta, G, width) in enumerate(zip(thetas, Gs, own, strict=True)):
+            return False
+        for theta, G, shape in zip(thetas, Gs, own, strict=True):
             if G is None:
                 continue
-            expected = (*shape[:-1], width)
-            for name, x in (("Gs", G), ("thetas", theta)):
-                if not isinstance(x, Tensor) or x.shape != expected or x.device != like.device:
-                    raise ValueError(
-                        f"{name}[{i}][{k}] must be a tensor of shape {expected} on {like.device}, "
-                        f"but got {_description(x) if isinstance(x, Tensor) else _kind(x)}"
-                    )
-                if (x.dtype == torch.float64) != (like.dtype == torch.float64):
-                    raise TypeError(
-                        f"{name}[{i}][{k}] must be float64 exactly if the blocks are, but is {x.dtype}, "
-                        f"they {like.dtype}"
-                    )
+            if not (
+                type(G) in _PLAIN
+                and G.shape == shape
+                and G.dtype in dtypes
+                and (G.is_cpu if on_cpu else G.get_device() == index)
+                and G.layout is torch.strided
+                and not G.is_neg()
+            ):
+                return False
+            if theta is not G and not (
+                theta is not None
+                and type(theta) in _PLAIN
+                and theta.shape == shape
+                and theta.dtype in dtypes
+                and (theta.is_cpu if on_cpu else theta.get_device() == index)
+                and theta.is_contiguous()
+                and not theta.is_neg()
+            ):
+                return False
+    return True
+
+
+def _part(name: str, x: object, shape: tuple[int, ...], like: Tensor) -> None:
+    _tensor(name, x)
+    assert isinstance(x, Tensor)
+    if x.shape != shape or x.device != like.device:
+        raise ValueError(f"{name} must be a tensor of shape {shape} on {like.device}, but got {_description(x)}")
+    if (x.dtype == torch.float64) != (like.dtype == torch.float64):
+        raise TypeError(f"{name} must be float64 exactly if the blocks are, but is {x.dtype}, they {like.dtype}")
+    if x.is_neg():
+        raise ValueError(f"{name} must be read as it lies in memory, but is lazily negated: resolve it")
+
+
+def buffers(tensors: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]], like: Tensor) -> None:
+    """Refuse momentum buffers that don't fit the layers."""
+    dtype = accumulation_dtype(like.dtype)
+    if not isinstance(tensors, _LISTS) or len(tensors) != len(shapes):
+        raise ValueError(
+            f"momentum_buffers must be a list with an entry for each of {len(shapes)} layers, but is {_size(tensors)}"
+        )
+    for i, (v, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        if v is None:
+            continue
+        if not isinstance(v, Tensor) or v.shape != shape or v.dtype is not dtype or v.device != like.device:
+            raise ValueError(
+                f"momentum_buffers[{i}] must be a {dtype} tensor of shape {tuple(shape)} on {like.device}, "
+                f"but got {_description(v)}"
+            )
+        if not v.is_contiguous():
+            _writable(f"momentum_buffers[{i}]", v)
+
+
+def numbers(count: int, **lists: Sequence[float]) -> None:
+    """Refuse lists that don't have a number for each layer."""
+    for name, each in lists.items():
+        if not isinstance(each, _LISTS) or len(each) != count:
+            raise ValueError(f"{name} must be a list with a number for each of {count} layers, but is {_size(each)}")
+
+
+def _size(x: object) -> str:
+    return f"a {type(x).__name__} of {len(x)}" if isinstance(x, _LISTS) else _kind(x)
 
 
 def watched(*lists: Tensors) -> bool:

@@ -28,7 +28,9 @@ class ModelSlopes(NamedTuple):
             diagonals, in the shapes of ``A[..., 0]`` and ``B[..., 0]``, of S ``2 length·S²⊙M²``.
         inner: ``⟨V, P(G)⟩`` of each layer, ``(layers,)``, 0 for one left out.
 
-    All are float32 (float64 for float64 operands).
+    All are float32 (float64 for float64 operands). On ATen the derivatives of blocks that lie in one storage lie in one
+    likewise, at the same places relative to each other, and so do those of S: one operation can take all of them. What
+    lies between them is zero.
     """
 
     A: list[Tensor | None]

@@ -47,10 +47,11 @@ class ModelPreconditioner:
     ) -> None:
         learned = ["ABS"] * len(Ss) if learned is None else learned
         checks.model(As, Bs, Ss, widths, learned)
-        self._shapes = [S.shape for S in Ss]
+        own = [tuple(each) for each in widths]
+        self._shapes = [tuple(S.shape) for S in Ss]
+        self._parts = [[(*S.shape[:-1], width) for width in each] for S, each in zip(Ss, own, strict=True)]
         self._like = Ss[0] if Ss else torch.empty(0)
-        self._widths = [tuple(each) for each in widths]
-        self._bound = serving(backend, Ss).bind_model(As, Bs, Ss, self._widths, list(learned))
+        self._bound = serving(backend, Ss).bind_model(As, Bs, Ss, own, list(learned))
 
     def step_(
         self,
@@ -78,12 +79,15 @@ class ModelPreconditioner:
             momentum_buffers: the ``v``, of S's shape and float32 (float64) or None, which counts as zeros and isn't
                 written.
             shares: needed where ``most`` is finite.
-            total: called with the sum, 0-d, before it is compared: to add it up over processes, in place.
+            total: called with the sum, 0-d, before it is compared, even where no layer has a gradient: to add it up
+                over processes, in place.
 
         Returns:
             f, 0-d, on the device: nothing waits for it.
         """
-        self._check(thetas, Gs)
+        self._check(thetas, Gs, momentum_buffers, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        if math.isfinite(most):
+            checks.numbers(len(self._shapes), shares=() if shares is None else shares)
         with torch.no_grad():
             return self._bound.step_(thetas, Gs, momentum_buffers, lr, momentum, weight_decay, most, shares, total)
 
@@ -104,7 +108,7 @@ class ModelPreconditioner:
         Returns:
             What :meth:`slopes` needs of it: a matrix of G's size for each layer.
         """
-        self._check(thetas, Gs)
+        self._check(thetas, Gs, momentum_buffers, lengths=lengths, momentum=momentum, shrink=shrink)
         with torch.no_grad():
             return self._bound.trial_(thetas, Gs, momentum_buffers, lengths, momentum, shrink)
 
@@ -116,7 +120,7 @@ class ModelPreconditioner:
             kept: what :meth:`trial_` returned, on the same blocks.
             lengths: those of the trial.
         """
-        self._check(Vs, Vs)
+        self._check(Vs, Vs, lengths=lengths)
         with torch.no_grad():
             return self._bound.slopes(Vs, kept, lengths)
 
@@ -126,6 +130,14 @@ class ModelPreconditioner:
         with torch.no_grad():
             return self._bound.keep(Gs)
 
-    def _check(self, thetas: Parts, Gs: Parts) -> None:
-        if self._shapes:
-            checks.parts(thetas, Gs, self._shapes, self._widths, self._like)
+    def _check(
+        self,
+        thetas: Parts,
+        Gs: Parts,
+        momentum_buffers: Sequence[Tensor | None] | None = None,
+        **lists: Sequence[float],
+    ) -> None:
+        checks.parts(thetas, Gs, self._parts, self._like)
+        checks.numbers(len(self._shapes), **lists)
+        if momentum_buffers is not None:
+            checks.buffers(momentum_buffers, self._shapes, self._like)

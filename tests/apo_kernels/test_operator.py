@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import apo_kernels as ak
 from apo_kernels import aten, reference
+from apo_kernels.aten import operators
 from tests.apo_kernels.cases import DTYPES, TOLERANCE, Layer, make, relative_error
 
 sides = st.integers(1, 70)
@@ -377,14 +378,14 @@ def test_step_that_runs_out_of_memory_changes_nothing(monkeypatch: pytest.Monkey
     """The second layer's products fail: the first layer's weight must not have moved."""
     layers = [make(4, 4), make(5, 5)]
     thetas, buffers = [torch.ones_like(layer.G) for layer in layers], [torch.ones_like(layer.G) for layer in layers]
-    product = aten.precondition
+    product = operators.precondition
 
     def fails_on_the_second(G: Tensor, *operands: Tensor, **options: bool) -> Tensor:
         if G.shape == (5, 5):
             raise torch.OutOfMemoryError("no memory for this")
         return product(G, *operands, **options)
 
-    monkeypatch.setattr(aten, "precondition", fails_on_the_second)
+    monkeypatch.setattr(operators, "precondition", fails_on_the_second)
     operands = (list(x) for x in zip(*(layer.operands for layer in layers), strict=True))
     with pytest.raises(torch.OutOfMemoryError):
         ak.foreach_precondition_step_(thetas, *operands, lr=0.1, momentum=0.9, momentum_buffers=buffers)

@@ -1,4 +1,4 @@
-"""The fast path on torch's own matrix products: CPU, and any device that has no kernels of ours.
+"""The operators on torch's own matrix products, layer by layer.
 
 Products are chosen for the fewest FLOPs and written into their places; nothing is copied that BLAS can read
 with strides. 16-bit operands are widened once, everything between them stays in float32, and the result is
@@ -20,22 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from apo_kernels.blocks import block_count, is_stack, width
 
-if TYPE_CHECKING:
-    from apo_kernels.whole_model_aten import AtenModel
-
 __all__ = [
     "Kept",
     "accumulation_dtype",
     "aligned_empty",
     "aligned_product",
-    "bind_model",
     "bind_step",
     "foreach_precondition",
     "foreach_precondition_keep",
@@ -231,14 +227,6 @@ def bind_step(
 ) -> Callable[[float | Tensor, float, float], None]:
     """:func:`foreach_precondition_step_` on these tensors, of ``lr, momentum, weight_decay``."""
     return partial(foreach_precondition_step_, thetas, Gs, As, Bs, Ss, momentum_buffers)
-
-
-def bind_model(
-    As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[tuple[int, ...]], learned: Sequence[str]
-) -> AtenModel:
-    from apo_kernels.whole_model_aten import AtenModel
-
-    return AtenModel(As, Bs, Ss, widths, learned)
 
 
 # Layers of one form with blocks in squares, joined to a batch where each alone costs more to call than to compute. Full

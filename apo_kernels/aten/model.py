@@ -1,0 +1,405 @@
+"""The preconditioner of a whole model on torch's own products: as many operations for many layers as for one.
+
+The matrices are taken apart in tiles (:mod:`apo_kernels.aten.tiles`), and every product is a batched one of all tiles
+of a shape, or of as many as stay in the cache. G, V and S are packed into tiles on the way in. The directions leave
+them on the way into the weights; M stays in tiles for the slopes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from apo_kernels.aten.buffers import Pool, Scalings
+from apo_kernels.aten.operators import accumulation_dtype
+from apo_kernels.aten.pieces import BlockSlopes, Diagonals, Stacks, Work
+from apo_kernels.aten.squares import Pick, Squares
+from apo_kernels.aten.tiles import TileClass, classes_of
+from apo_kernels.aten.writing import Update
+from apo_kernels.blocks import is_stack
+from apo_kernels.slopes import ModelSlopes, Parts
+
+__all__ = ["AtenModel"]
+
+CACHED = 2**17
+"""Elements of a piece on a CPU: four buffers of them stay in its cache."""
+AT_A_TIME = 2**22
+"""Elements of a piece elsewhere: four buffers of them are small beside the model."""
+HELD = 2**20
+"""Elements of a class up to which the buffer of its directions is held."""
+
+
+class Kept(NamedTuple):
+    """What slopes need of a trial: ``BᵀGA`` in tiles, a stack for each class, and which layers took part."""
+
+    M: list[Tensor]
+    present: list[int]
+
+
+class AtenModel:
+    """See :class:`apo_kernels.ModelPreconditioner`."""
+
+    def __init__(
+        self,
+        As: Sequence[Tensor],
+        Bs: Sequence[Tensor],
+        Ss: Sequence[Tensor],
+        widths: Sequence[tuple[int, ...]],
+        learned: Sequence[str],
+    ) -> None:
+        self._As, self._Bs, self._Ss = ([x.detach() for x in each] for each in (As, Bs, Ss))
+        self._learned = learned
+        self._dtype = accumulation_dtype(Ss[0].dtype) if Ss else torch.float32
+        self._like = self._Ss[0].new_empty(0, dtype=self._dtype) if Ss else torch.empty(0)
+        self._classes = classes_of(self._As, self._Bs, self._Ss, learned)
+        self._banks, self._of_block = self._join_blocks()
+        whole = [S.shape[-1] for S in Ss]
+        self._works = [self._work(each, widths, whole) for each in self._classes]
+        self._S_views = [[[w.of(self._Ss[w.layer]) for w in work.matrix] for work in works] for works in self._works]
+        self._bind_scratch()
+        parts = [[w for own in each.regions for w in own.windows(widths[own.layer])] for each in self._classes]
+        matrices = [[w for own in each.regions for w in own.windows([whole[own.layer]])] for each in self._classes]
+        self._held_views: dict[Work, Tensor] = {}
+        self._update = Update(widths, parts, matrices, self._held, self._dtype)
+        self._number_tiles()
+
+    def _join_blocks(self) -> tuple[list[Squares], dict[tuple[int, str], tuple[Squares, int]]]:
+        """The squares of equal sides, and for each block where its own are."""
+        alike: dict[tuple[int, torch.dtype], list[tuple[int, str]]] = {}
+        blocks = {"A": self._As, "B": self._Bs}
+        for i, S in enumerate(self._Ss):
+            for side in "AB":
+                block = blocks[side][i]
+                if block.numel() and not (is_stack(block, S) and block.shape[-1] == 1):
+                    alike.setdefault((block.shape[-1], block.dtype), []).append((i, side))
+        banks, of_block = [], {}
+        for names in alike.values():
+            bank = Squares([blocks[side][i] for i, side in names], self._dtype)
+            banks.append(bank)
+            of_block.update({name: (bank, k) for k, name in enumerate(names)})
+        return banks, of_block
+
+    def _work(self, each: TileClass, widths: Sequence[Sequence[int]], whole: Sequence[int]) -> list[Work]:
+        blocks = {"A": self._As, "B": self._Bs}
+        left, right = (Diagonals(each, side, blocks, self._dtype) if each.diagonal[side] else None for side in (0, 1))
+        elements = CACHED if self._like.device.type == "cpu" else AT_A_TIME
+        picks: dict[object, Pick] = {}
+        return [
+            Work(each, piece, self._of_block, (left, right), widths, whole, self._like, picks)
+            for piece in each.pieces(elements)
+        ]
+
+    def _bind_scratch(self) -> None:
+        """Scratch for all pieces but the large, which stays."""
+        small = [work for works in self._works for work in works if not work.each.large]
+        most = max((w.piece.count * w.each.rows * w.each.columns for w in small), default=0)
+        scratch = [self._like.new_empty(most) for _ in range(4)]
+        for work in small:
+            work.bind(scratch)
+        sizes = [each.count * each.stride[0] for each in self._classes]
+        self._offsets = [sum(sizes[:k]) for k in range(len(sizes))]
+        self._scalings = Scalings(self._Ss)
+        self._pool = Pool(self._like, max(sum(sizes), self._scalings.size))
+        self._most_at_once = max((each.stride[0] for each in self._classes if each.large), default=0)
+        self._held = [
+            each.of(self._like.new_empty(size), each.count) if size <= HELD and not each.large else None
+            for each, size in zip(self._classes, sizes, strict=True)
+        ]
+
+    def _number_tiles(self) -> None:
+        """The layer of each tile, and its place in a table of all layers' tiles."""
+        layers = [layer for works in self._works for work in works for layer in work.layers]
+        counts = [0] * len(self._Ss)
+        places = []
+        for layer in layers:
+            places.append(counts[layer])
+            counts[layer] += 1
+        self._most = max(counts, default=0)
+        device = self._like.device
+        self._layer_of_tile = torch.tensor(layers, dtype=torch.int64, device=device)
+        self._slots = torch.tensor(
+            [layer * self._most + k for layer, k in zip(layers, places, strict=True)], dtype=torch.int64, device=device
+        )
+        self._shares: tuple[tuple[float, ...], Tensor] = ((), self._like)
+        self._layer_of_square = {}
+        for bank in self._banks:
+            owners = [0] * bank.count
+            for (layer, _), (own, k) in self._of_block.items():
+                if own is bank:
+                    for number in bank.numbers[k]:
+                        owners[number] = layer
+            self._layer_of_square[bank] = torch.tensor(owners, device=device)
+
+    def step_(
+        self,
+        thetas: Parts,
+        Gs: Parts,
+        momentum_buffers: Sequence[Tensor | None],
+        lr: Sequence[float],
+        momentum: Sequence[float],
+        weight_decay: Sequence[float],
+        most: float,
+        shares: Sequence[float] | None,
+        total: Callable[[Tensor], None] | None,
+    ) -> Tensor:
+        present = _present(Gs)
+        sums: list[Tensor] | None = [] if math.isfinite(most) else None
+        Ys: list[Tensor] = []
+        if present:
+            Ys, _ = self._directions(Gs, present, sums=sums, shares=shares)
+        if sums is None:
+            f, rates = self._like.new_ones(()), lr
+        else:
+            share = self._share(shares or (), present)
+            f, rates = self._bounded(sums, share if isinstance(share, float) else 1.0, total, most, lr, Ys)
+        if not present:
+            return f
+        shrink = [1 - rate * decay for rate, decay in zip(lr, weight_decay, strict=True)]
+        self._update(thetas, Gs, present, momentum_buffers, Ys, rates, momentum, shrink, carry=True)
+        return f
+
+    def _bounded(
+        self,
+        sums: Sequence[Tensor],
+        share: float,
+        total: Callable[[Tensor], None] | None,
+        most: float,
+        lr: Sequence[float],
+        Ys: Sequence[Tensor],
+    ) -> tuple[Tensor, Sequence[float]]:
+        """What keeps the promise at ``most``, and the rates times it; elsewhere than on a CPU, to look at it would mean
+        to wait for it, and the directions are scaled."""
+        if self._like.is_cpu:
+            value = share * sum(x.item() for x in sums)
+            if total is not None:
+                total(promised := self._like.new_full((), value))
+                value = promised.item()
+            bound = max(value, most)
+            factor = most / bound if bound else 1.0
+            return self._like.new_full((), factor), [rate * factor for rate in lr] if factor != 1 else lr
+        promised = torch.stack(list(sums)).sum().mul_(share) if sums else self._like.new_zeros(())
+        if total is not None:
+            total(promised)
+        f = torch.where(promised <= most, 1.0, most / promised)
+        for Y in Ys:
+            Y.mul_(f)
+        return f, lr
+
+    def trial_(
+        self,
+        thetas: Parts,
+        Gs: Parts,
+        momentum_buffers: Sequence[Tensor | None],
+        lengths: Sequence[float],
+        momentum: Sequence[float],
+        shrink: Sequence[float],
+    ) -> Kept:
+        present = _present(Gs)
+        Ys, Ms = self._directions(Gs, present, keep=True)
+        if present:
+            self._update(thetas, Gs, present, momentum_buffers, Ys, lengths, momentum, shrink, carry=False)
+        return Kept(Ms, present)
+
+    def keep(self, Gs: Parts) -> Kept:
+        present = _present(Gs)
+        return Kept(self._directions(Gs, present, keep=True, wanted=False)[1], present)
+
+    def _directions(
+        self,
+        Gs: Parts,
+        present: Sequence[int],
+        *,
+        keep: bool = False,
+        wanted: bool = True,
+        sums: list[Tensor] | None = None,
+        shares: Sequence[float] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """P(G) and M in tiles; to ``sums`` goes what they promise."""
+        share: float | Tensor = 1.0
+        if sums is not None:
+            assert shares is not None
+            share = self._share(shares, present)
+        stacks = self._stacks()
+        Ys, Ms = self._tiles(wanted, self._held), self._tiles(keep)
+        first = 0
+        for works, S_views, Y, M in zip(self._works, self._S_views, Ys, Ms, strict=True):
+            for work, views in zip(works, S_views, strict=True):
+                into = M[work.here] if keep else None, self._here(work, Y) if wanted else None
+                own = share if isinstance(share, float) else share[first : first + work.piece.count]
+                first += work.piece.count
+                _forward(work, Gs, views, stacks, *into, own, sums)
+        return Ys, Ms
+
+    def _tiles(self, wanted: bool, held: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """A stack for each class, uninitialised."""
+        if not wanted:
+            return [self._like for _ in self._classes]
+        held = held or [None] * len(self._classes)
+        if all(x is not None for x in held):
+            return [x for x in held if x is not None]
+        flat = self._pool.take()
+        return [
+            each.of(flat[offset:], each.count) if x is None else x
+            for each, offset, x in zip(self._classes, self._offsets, held, strict=True)
+        ]
+
+    def _stacks(self) -> Stacks:
+        """What a call holds, with the scratch for large tiles, one of which is worked on at a time."""
+        return {Work: [self._like.new_empty(self._most_at_once) for _ in range(4)] if self._most_at_once else []}
+
+    def _here(self, work: Work, Y: Tensor) -> Tensor:
+        """A piece's directions: views of what is held are held."""
+        known = self._held_views.get(work)
+        if known is None:
+            known = Y[work.here]
+            if any(Y is held for held in self._held):
+                self._held_views[work] = known
+        return known
+
+    def _share(self, shares: Sequence[float], present: Sequence[int]) -> float | Tensor:
+        """The share of all layers that take part, where it is one, or of each tile."""
+        if len({shares[i] for i in present}) <= 1:
+            return float(shares[present[0]]) if present else 0.0
+        known, tensor = self._shares
+        if known != tuple(shares):
+            tensor = torch.tensor(shares, dtype=self._dtype, device=self._like.device)[self._layer_of_tile]
+            self._shares = tuple(shares), tensor
+        return tensor
+
+    def slopes(self, Vs: Parts, kept: Kept, lengths: Sequence[float]) -> ModelSlopes:
+        # one after the other: the second is taken while the first is held
+        slopes_S = self._scalings.on(self._pool.take(), kept.present)
+        sizes_S = self._scalings.on(self._pool.take(), kept.present)
+        found = BlockSlopes(self._banks)
+        self._add_diagonals(found)
+        stacks = self._stacks()
+        inner = []
+        length = self._lengths(lengths)
+        first = 0
+        for works, S_views, M in zip(self._works, self._S_views, kept.M, strict=True):
+            for work, views in zip(works, S_views, strict=True):
+                count = work.piece.count
+                own = length
+                if isinstance(own, Tensor):
+                    own = own[self._layer_of_tile[first : first + count], None, None]
+                first += count
+                inner.append(_slopes(work, Vs, views, stacks, M[work.here], own, found, (slopes_S, sizes_S)))
+        table = self._like.new_zeros(len(self._Ss), self._most)
+        if inner:
+            table.view(-1).index_copy_(0, self._slots, torch.cat(inner))
+        return self._collect(found, slopes_S, sizes_S, kept.present, length, table.sum(1))
+
+    def _lengths(self, lengths: Sequence[float]) -> float | Tensor:
+        if len(set(lengths)) == 1:
+            return float(lengths[0])
+        return torch.tensor(lengths, dtype=self._dtype, device=self._like.device)
+
+    def _add_diagonals(self, found: BlockSlopes) -> None:
+        """Sums for the diagonals that are learned."""
+        for side, blocks in (("A", self._As), ("B", self._Bs)):
+            for i, block in enumerate(blocks):
+                if side in self._learned[i] and (i, side) not in self._of_block:
+                    shape = block.shape[:-2] if block.numel() else block.shape[:-1]
+                    found.diagonals[side, i] = self._like.new_zeros(shape), self._like.new_zeros(shape)
+
+    def _collect(
+        self,
+        found: BlockSlopes,
+        slopes_S: Sequence[Tensor],
+        sizes_S: Sequence[Tensor],
+        present: Sequence[int],
+        length: float | Tensor,
+        inner: Tensor,
+    ) -> ModelSlopes:
+        for bank in self._banks:
+            if isinstance(length, float):
+                found.flat[bank].mul_(-length)
+            else:
+                found.squares[bank].mul_(-length[self._layer_of_square[bank], None, None])
+        results: list[list[Tensor | None]] = [[None] * len(self._Ss) for _ in range(6)]
+        for i in present:
+            results[2][i], results[5][i] = slopes_S[i], sizes_S[i]
+            for at, side in ((0, "A"), (1, "B")):
+                if side not in self._learned[i]:
+                    continue
+                if (i, side) in self._of_block:
+                    bank, k = self._of_block[i, side]
+                    own = bank.apart(found.flat[bank], found.sizes[bank], k)
+                else:
+                    slope, size = found.diagonals[side, i]
+                    block = (self._As, self._Bs)[at][i]
+                    own = slope.reshape(block.shape), size.reshape(block.shape[:-1])
+                results[at][i], results[3 + at][i] = own
+        A, B, S, size_A, size_B, size_S = results
+        return ModelSlopes(A, B, S, size_A, size_B, size_S, inner)
+
+
+def _present(Gs: Parts) -> list[int]:
+    """The layers that take part."""
+    return [i for i, own in enumerate(Gs) if own is not None and any(x is not None for x in own)]
+
+
+def _forward(
+    work: Work,
+    Gs: Parts,
+    S_views: list[Tensor],
+    stacks: Stacks,
+    M: Tensor | None,
+    Y: Tensor | None,
+    share: float | Tensor,
+    sums: list[Tensor] | None,
+) -> None:
+    """P(G) into Y and ``BᵀGA`` into M, where they are wanted; what P(G) promises to ``sums``."""
+    X0, X1, X2, X3 = work.scratch(stacks)
+    G = work.load_parts(Gs, X0)
+    product = work.inward(G, stacks, X2, X3 if M is None else M)
+    if M is not None and product is G:
+        M.copy_(G)
+    if Y is None:
+        return
+    S = work.load_S(S_views, X1, stacks)
+    SM = torch.mul(product, S, out=X2)
+    if sums is not None:
+        sums.append(_promise(SM, work.flat, share))
+    work.outward(SM.mul_(S), stacks, X0, Y)
+
+
+def _promise(SM: Tensor, flat: Tensor | None, share: float | Tensor) -> Tensor:
+    """The shares of ``‖S⊙M‖²`` of some tiles, which may be had flat."""
+    if isinstance(share, Tensor):
+        return torch.dot(torch.linalg.vector_norm(SM, dim=(1, 2)).square_(), share)
+    return torch.linalg.vector_norm(SM).square_() if flat is None else torch.dot(flat, flat)
+
+
+def _slopes(
+    work: Work,
+    Vs: Parts,
+    S_views: list[Tensor],
+    stacks: Stacks,
+    M: Tensor,
+    length: float | Tensor,
+    found: BlockSlopes,
+    of_S: tuple[Sequence[Tensor], Sequence[Tensor]],
+) -> Tensor:
+    """The derivatives and sizes of a piece into their places. Returns ``ΣS²MN`` of each tile."""
+    X0, X1, X2, X3 = work.scratch(stacks)
+    V = work.load_parts(Vs, X0)
+    N = work.inward(V, stacks, X2, X3)
+    spare = X3 if N is V else X0
+    S = work.load_S(S_views, X1, stacks)
+    S2 = torch.mul(S, S, out=X1)
+    TM = torch.mul(M, S2, out=X2)
+    size = torch.mul(M, TM, out=spare).mul_(2 * length)
+    work.unload(size, of_S[1])
+    work.add_sizes(found, size)
+    slope = torch.mul(N, TM, out=spare)
+    inner = slope.sum((1, 2))
+    work.unload(slope.mul_(-2 * length), of_S[0])
+    work.add_diagonal_slopes(found, slope)
+    TN = torch.mul(N, S2, out=spare)
+    work.add_block_slopes(found, N, M, TM, TN)
+    return inner
