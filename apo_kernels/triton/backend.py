@@ -7,7 +7,6 @@ has one plan. float64 isn't served.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +15,9 @@ from torch import Tensor
 
 from apo_kernels.aten import Kept, aligned_empty
 from apo_kernels.blocks import is_stack, relative_derivative
+from apo_kernels.triton.launch import on_device
 from apo_kernels.triton.layers import turns
+from apo_kernels.triton.model import TritonModel
 from apo_kernels.triton.plan import Bound, Operation, Step
 from apo_kernels.triton.plan_builder import Operands
 from apo_kernels.triton.table_layout import Role
@@ -102,9 +103,14 @@ class TritonBackend:
         bound = self._bind(operands)
         return partial(_step, bound, bool(len(momentum_buffers))) if bound is not None else _nothing
 
+    def bind_model(
+        self, As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[tuple[int, ...]], learned: Sequence[str]
+    ) -> TritonModel:
+        return TritonModel(self.precision, As, Bs, Ss, widths, learned)
+
     def _run(self, operation: Operation, operands: Operands) -> None:
         if (bound := self._bind(operands, turn=operation.keep)) is not None:
-            with _on(bound.device):
+            with on_device(bound.device):
                 bound.run(operation, Step())
 
     def _bind(self, operands: Operands, *, turn: bool = False) -> Bound | None:
@@ -124,16 +130,12 @@ def _step(bound: Bound, buffer: bool, lr: float | Tensor, momentum: float, weigh
         lr_dtype=None if on_device is None else on_device.dtype,
     )
     rate = 0.0 if isinstance(lr, Tensor) else float(lr)
-    with _on(bound.device):
+    with on_device(bound.device):
         bound.run(operation, Step(rate, on_device, float(momentum), float(weight_decay)))
 
 
 def _nothing(*_: object) -> None:
     """The step of a model without entries."""
-
-
-def _on(device: torch.device) -> AbstractContextManager[None]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _operands(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors) -> dict[Role, Tensors]:
