@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from apo_kernels import aten
+from apo_kernels import aten, relative_steps_aten
 from apo_kernels.aten import Kept
 from apo_kernels.slopes import ModelSlopes, Parts
 from apo_kernels.triton.errors import Interrupted, Unserved
@@ -77,6 +77,41 @@ class Backend(Protocol):
     def bind_model(
         self, As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[tuple[int, ...]], learned: Sequence[str]
     ) -> BoundModel: ...
+
+
+class Steps(Protocol):
+    """What a path must offer for :mod:`apo_kernels.relative_steps`. Operands have been checked."""
+
+    def relative_step_squares_(
+        self,
+        X: Tensor,
+        slope: Tensor,
+        size: Tensor,
+        new_slope: Tensor,
+        new_size: Tensor,
+        rate: float | Tensor,
+        betas: tuple[float, float],
+        correction: float | Tensor,
+        floor: float,
+        longest: float,
+        active: Tensor | None,
+    ) -> None: ...
+
+    def relative_step_scalings_(
+        self,
+        S: Tensor,
+        slope: Tensor,
+        size: Tensor,
+        new_slope: Tensor,
+        new_size: Tensor,
+        lengths: Sequence[int],
+        entries: Sequence[int],
+        rate: float | Tensor,
+        betas: tuple[float, float],
+        correction: float | Tensor,
+        floor: float,
+        active: Tensor | None,
+    ) -> None: ...
 
 
 class BoundModel(Protocol):
@@ -141,6 +176,12 @@ def serving(backend: str | None, Gs: Tensors) -> Backend:
     if backend is None and requested is None and not (Gs and Gs[0].is_cuda):
         return _ATEN
     return choose(backend, Gs).backend
+
+
+def stepping(backend: str | None, X: Tensor) -> Steps:
+    """The path of :func:`serving` for relative steps."""
+    path = serving(backend, [X])
+    return cast(Steps, relative_steps_aten if path is _ATEN else path)
 
 
 def choose(backend: str | None = None, Gs: Tensors = ()) -> Choice:
@@ -223,7 +264,8 @@ class _Guarded:
         self._backend = backend
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(self._call, getattr(self._backend, name), getattr(aten, name))
+        fallback = getattr(aten if hasattr(aten, name) else relative_steps_aten, name)
+        return partial(self._call, getattr(self._backend, name), fallback)
 
     def bind_step(self, *operands: Any) -> Callable[[float | Tensor, float, float], None]:
         return partial(self._call, self._backend.bind_step(*operands), aten.bind_step(*operands))

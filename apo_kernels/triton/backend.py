@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from apo_kernels.aten import Kept, aligned_empty
 from apo_kernels.blocks import is_stack, relative_derivative
 from apo_kernels.triton.launch import on_device
+from apo_kernels.triton import relative_steps
 from apo_kernels.triton.layers import turns
 from apo_kernels.triton.model import TritonModel
 from apo_kernels.triton.plan import Bound, Operation, Step
@@ -107,6 +109,12 @@ class TritonBackend:
         self, As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[tuple[int, ...]], learned: Sequence[str]
     ) -> TritonModel:
         return TritonModel(self.precision, As, Bs, Ss, widths, learned)
+
+    def relative_step_squares_(self, *arguments: Any) -> None:
+        relative_steps.relative_step_squares_(self.precision, *arguments)
+
+    def relative_step_scalings_(self, *arguments: Any) -> None:
+        relative_steps.relative_step_scalings_(self.precision, *arguments)
 
     def _run(self, operation: Operation, operands: Operands) -> None:
         if (bound := self._bind(operands, turn=operation.keep)) is not None:

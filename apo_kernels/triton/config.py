@@ -92,8 +92,8 @@ def ways(stage: str, side: int, limit: int) -> tuple[tuple[bool, bool], ...]:
 
 
 def model_ways(side: int, limit: int) -> tuple[tuple[bool, bool], ...]:
-    """:func:`ways` of the kernels of a whole model."""
-    return ways("model", side, limit)
+    """:func:`ways` of the kernels of a whole model, whose matrices lie well where their squares do."""
+    return tuple(way for way in ways("model", side, limit) if way != (False, True))
 
 
 def model_split(tiles: int) -> bool:

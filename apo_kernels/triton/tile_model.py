@@ -309,7 +309,7 @@ def model_forward(
 
 @triton.jit
 def model_apply(
-    jobs,
+    tiles,
     layers,
     operands,
     numbers,
@@ -324,10 +324,10 @@ def model_apply(
 
     ``f = most / max(sum, most)``, from the sum of the promises in ``sums[0]``; it goes to ``sums[1]``.
     """
-    entry = jobs + tl.program_id(0) * 4
+    entry = tiles + tl.program_id(0) * 4
     layer, row0, col0 = tl.load(entry).to(tl.int64), tl.load(entry + 1).to(tl.int64), tl.load(entry + 2).to(tl.int64)
     most = tl.load(numbers + tl.load(entry + 3) * _NUMBERS)
-    f = most / tl.maximum(tl.load(sums), most)
+    f = most / tl.maximum(tl.load(sums), most, propagate_nan=tl.PropagateNan.ALL)
     tl.store(sums + 1, f, mask=tl.program_id(0) == 0)
     shape = layers + layer * LAYER_FIELDS
     rows = tl.minimum(tl.load(shape + _M) - row0, ROWS).to(tl.int32)
@@ -479,9 +479,9 @@ def model_sums(jobs, workspace, results, CHUNK: tl.constexpr, PARTS: tl.constexp
             sums += tl.load(source + p + lanes, mask=p + lanes < count, other=0)
         tl.store(to, tl.sum(sums))
     else:
-        e, p = first + tl.arange(0, CHUNK), tl.arange(0, PARTS)
+        e, own = first + tl.arange(0, CHUNK), tl.arange(0, PARTS)
         total = tl.zeros((CHUNK,), tl.float32)
         for at in range(0, count, PARTS):
-            inside = (at + p < count)[:, None] & (e < length)[None, :]
-            total += tl.sum(tl.load(source + (at + p)[:, None] * length + e[None, :], mask=inside, other=0), axis=0)
+            inside = (at + own < count)[:, None] & (e < length)[None, :]
+            total += tl.sum(tl.load(source + (at + own)[:, None] * length + e[None, :], mask=inside, other=0), axis=0)
         tl.store(to + e, total, mask=e < length)

@@ -24,9 +24,12 @@ from apo_kernels.targets import Target
 from apo_kernels.triton import config
 from apo_kernels.triton.gemm import grouped_gemm
 from apo_kernels.triton.gemm_part import KEEPING, gemm_constants, pack_constants
+from apo_kernels.triton.model import apply_constants, slopes_constants, sums_constants
+from apo_kernels.triton.model import forward_constants as model_constants
 from apo_kernels.triton.pack import pack
 from apo_kernels.triton.plan_builder import TYPES, Operation
 from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
+from apo_kernels.triton.tile_model import model_apply, model_forward, model_slopes, model_sums
 from apo_kernels.triton.tile_part import SUM_CHUNK, backward_constants, forward_constants
 
 __all__ = ["Case", "Report", "argument_type", "cases", "compile_case", "source_of"]
@@ -38,6 +41,7 @@ _ARGUMENTS = {
     "decay": "fp32",
     "amax": "*fp32",
     "lr_tensor": "*fp32",
+    **dict.fromkeys(("numbers", "workspace", "kept", "sums", "results"), "*fp32"),
 }
 
 
@@ -141,8 +145,29 @@ def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> I
             types = [compute, wide if stage == "dA_dG" else compute, wide]
             constants = gemm_constants(stage, gemm, operation, types=types, **common)
             yield Case(name, dtype, precision, size, grouped_gemm, constants, gemm.warps, gemm.stages, multiplies)
+    yield from _model_cases(target, dtype, precision, multiplies)
     yield Case("pack", dtype, precision, "-", pack, pack_constants(compute), 4, 1, multiplies=False)
     yield Case("sum_parts", torch.float32, precision, "-", sum_parts, {"CHUNK": SUM_CHUNK}, 4, 1, multiplies=False)
+
+
+def _model_cases(target: Target, dtype: torch.dtype, precision: str, multiplies: bool) -> Iterator[Case]:
+    """The kernels of a whole model."""
+    limit = config.tile_limit(target, torch.float32, backward=False)
+    stages = ("model_direction", "model_update", "model_trial", "model_keep", "model_slopes")
+    for stage, side in product(stages, (side for side in (16, 32, 64) if side <= limit)):
+        for way in config.model_ways(side, limit):
+            tile = config.model_config(target, dtype, precision, stage, side, way)
+            given: dict[str, Any] = {"compute": dtype, "precision": precision, "way": way}
+            if stage == "model_slopes":
+                kernel, every = model_slopes, slopes_constants(tile, types=[dtype] * 5, **given)
+            else:
+                kernel, every = model_forward, [model_constants(stage, tile, types=[dtype] * 7, **given)]
+            for constants in every:
+                yield _tile_case(stage, side, way, kernel, constants, tile, dtype, precision, multiplies)
+    constants = apply_constants([dtype] * 2)
+    yield Case("model_apply", dtype, precision, "-", model_apply, constants, 4, 1, multiplies=False)
+    wide = torch.float32
+    yield Case("model_sums", wide, precision, "-", model_sums, sums_constants(), 4, 1, multiplies=False)
 
 
 _WAYS = {(False, False): "", (False, True): " squares", (True, False): " matrices", (True, True): " wide"}
