@@ -248,6 +248,7 @@ class TritonModel:
 
     def knows(self, written: Parts, read: Parts) -> bool:
         """Whether parts of this form were checked before, at these places."""
+        self._looked = None
         given = self._look(written, read)
         self._looked = written, read, given
         known = self._checked.get(written is read)
@@ -288,11 +289,9 @@ class TritonModel:
                 width = 1 if role is ModelRole.MOMENTUM else len(self.widths[i])
                 for k in range(width):
                     x = given.tensors[number]
-                    if x is not None and x.numel():
+                    if x is not None and (role is ModelRole.G or i in found):
                         found.setdefault(i, {})[ModelRole(role + k)] = number, x
                     number += 1
-        read = (ModelRole.G, ModelRole.G_BIAS)
-        found = {i: own for i, own in found.items() if any(role in own for role in read)}
         for own in found.values():  # a weight is written where the part of G is there
             for k in range(2):
                 if ModelRole(ModelRole.G + k) not in own:
@@ -366,7 +365,7 @@ class TritonModel:
                 view = view_of(x, number, own.index, False)
                 if role is ModelRole.MOMENTUM and x.dtype != torch.float32:
                     raise TypeError(f"momentum buffers must be float32, but one is {x.dtype}")
-                if x.data_ptr() == 0:
+                if x.data_ptr() == 0 and x.numel():
                     raise TypeError(f"backend triton needs tensors that lie in memory, but a {type(x).__name__} has no "
                                     "address")  # fmt: skip
                 views[at][role] = view

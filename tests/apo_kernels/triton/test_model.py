@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import apo_kernels as ak
-from apo_kernels import reference
-from apo_kernels.blocks import is_stack
+from apo_kernels import checks, dispatch, reference
+from apo_kernels.dispatch import Choice
 from tests.apo_kernels.triton.examples import DTYPES, assert_close, block
 
 pytest.importorskip("triton.language")
-from apo_kernels.triton import config
-from apo_kernels.triton import plan as plans
-from apo_kernels.triton.errors import Interrupted, Unserved
+from apo_kernels.triton import config, model
+from apo_kernels.triton.errors import Interrupted
 from apo_kernels.triton.gemm import grouped_gemm
 from apo_kernels.triton.launch import Launch, count_launches
 
@@ -105,13 +105,13 @@ def layers(
         count = math.prod(batch)
         for side, b, to in ((n, A, found.As), (m, B, found.Bs)):
             each = torch.stack([block(side, b, own) for _ in range(count)])
+            if b is not None and side % b:  # what sticks out of a side may hold anything
+                each[:, -1, side % b :] = each[:, -1, :, side % b :] = torch.nan
             to.append(each.reshape(*batch, *each.shape[1:]))
         found.Ss.append(padded((torch.randn(*batch, m, n) + 2).to(own)))
         found.widths.append((n1, 1) if one else (n,))
         for parts, size in ((found.thetas, 1.0), (found.Gs, scale), (found.Vs, scale)):
             each = [(torch.randn(*batch, m, width) * size).to(dtype) for width in found.widths[-1]]
-            kept = [x if k < len(letters) and "wb"[k] in letters or parts is found.thetas else None
-                    for k, x in enumerate(each)]  # fmt: skip
             kept = [x if parts is found.thetas or "wb"[k] in letters else None for k, x in enumerate(each)]
             parts.append(kept if letters or parts is found.thetas else None)
         found.buffers.append(padded(torch.randn(*batch, m, n)) if at % 3 != 2 else None)
@@ -280,11 +280,241 @@ def assert_size(dtype: torch.dtype) -> float:
     return {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
 
 
-def test_is_stack_is_seen() -> None:
+@pytest.fixture
+def counted_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches are made and counted, but no program runs."""
+    monkeypatch.setattr(type(grouped_gemm), "__getitem__", lambda *_: lambda *_, **__: None)
+
+
+def launched(call: Callable[[], object]) -> list[str]:
+    with count_launches() as names:
+        call()
+    return names
+
+
+def step(own: Layers, bound: ak.ModelPreconditioner, most: float = math.inf, **more: Any) -> torch.Tensor:
+    return bound.step_(
+        own.thetas, own.Gs, own.buffers, lr=own.lr, momentum=own.momentum, weight_decay=own.decay, most=most,
+        shares=own.shares, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("counted_only")
+@pytest.mark.parametrize("count", [3, 9, 33, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_launches_dont_grow_with_the_layers(count: int, dtype: torch.dtype) -> None:
+    shapes = [((8, 16), (64, 128), (10, 33), (65, 27), (3, 200))[i % 5] for i in range(count)]
+    own = layers(shapes, dtype, bias=[i % 4 != 3 for i in range(count)])
+    bound = own.bind()
+    assert len(launched(lambda: step(own, bound))) == 1
+    assert len(launched(lambda: step(own, bound, 0.1))) == 3
+    trial = {"lengths": own.lr, "momentum": own.momentum, "shrink": own.lr}
+    kept: list[object] = []
+    assert len(launched(lambda: kept.append(bound.trial_(own.thetas, own.Gs, own.buffers, **trial)))) == 1
+    assert len(launched(lambda: bound.slopes(own.Vs, kept[0], lengths=own.lr))) == 2
+
+
+@pytest.mark.usefixtures("counted_only")
+def test_what_has_a_launch_of_its_own() -> None:
+    """Layers of other dtypes; A's slopes where one launch would spill; in a model of many tiles, those that don't lie
+    well."""
+    own, other = layers([(64, 64)], torch.float32), layers([(64, 64)], torch.bfloat16)
+    both = Layers(*(getattr(own, each.name) + getattr(other, each.name) for each in fields(Layers)))
+    bound = both.bind()
+    names = launched(lambda: step(both, bound, 0.1))
+    assert names == ["model_direction"] * 2 + ["model_sums"] + ["model_apply"] * 2
+    kept = bound.keep(both.Gs)
+    with config.override(model_slopes={"split": 1}):
+        assert launched(lambda: bound.slopes(both.Vs, kept, lengths=both.lr)) == ["model_slopes"] * 4 + ["model_sums"]
+
+
+@pytest.mark.usefixtures("counted_only")
+@pytest.mark.parametrize(("many", "expected"), [(7, [(True, False)]), (6, [(True, True), (True, False)])])
+def test_tiles_that_lie_well_are_many(
+    many: int, expected: list[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "MODEL_SPLIT", many)
+    own = layers([(64, 128), (64, 128)], torch.float32, pad=True)
+    narrow = layers([(64, 64)], torch.float32, A=16, B=16, pad=True)
+    own = Layers(*(getattr(own, each.name) + getattr(narrow, each.name) for each in fields(Layers)))
+    bound = own.bind()
+    step(own, bound)
+    (plan,) = bound._bound._plans.values()  # type: ignore[union-attr, attr-defined]
+    found = [(each.constants["WIDE_MATRICES"], each.constants["WIDE_SQUARES"]) for each in plan.launches]
+    assert found == expected
+
+
+def test_a_bias_leaves_the_weight_moved_16_bytes_at_a_time() -> None:
+    own = layers([(64, 128)], torch.bfloat16, pad=True)
+    bound = own.bind()
+    step(own, bound)
+    (plan,) = bound._bound._plans.values()  # type: ignore[union-attr, attr-defined]
+    (launch,) = plan.launches
+    assert launch.constants["WIDE_MATRICES"]
+    assert launch.constants["WIDE_SQUARES"]
+
+
+@pytest.mark.parametrize("side", [16, 32])
+def test_slabs_and_launches_apart(side: int) -> None:
+    own = of_form(torch.float32, 64, 64, True)
+    bound = own.bind()
+    slab = {"slab": side, "split": 1}
+    changes = {f"model_{name}": slab for name in ("slopes", "keep", "direction", "update")}
+    with config.override(**changes):
+        kept = bound.keep(own.Gs)
+        check_slopes(own, bound, kept, torch.float32, ["ABS"] * len(own.Ss))
+        check_step(own, torch.float32, 0.5)
+        check_step(own, torch.float32, None)
+
+
+def test_mixed_dtypes() -> None:
+    """Of blocks and parts, each of its own; the bias not of its weight's."""
+    own = layers([(33, 64), (7, 12)], torch.float32, blocks=torch.bfloat16)
+    own.Gs[0][1] = own.Gs[0][1].bfloat16()  # type: ignore[index, union-attr]
+    own.thetas[1][0] = own.thetas[1][0].half()  # type: ignore[index, union-attr]
+    names = check_step(own, torch.float16, 0.5)
+    assert names.count("model_sums") == 1
+    kept = own.bind().keep(own.Gs)
+    check_slopes(own, own.bind(), kept, torch.float32, ["ABS"] * 2)
+
+
+def test_the_sum_is_shown_before_it_is_compared() -> None:
+    own = layers([(7, 12), (9, 30)], torch.float32)
+    promise, shown = own.promise(), []
+
+    def total(x: torch.Tensor) -> None:
+        shown.append(x.item())
+        x.mul_(4)
+
+    f = step(own, own.bind(), 2 * promise, total=total)
+    assert shown == [pytest.approx(promise, rel=1e-5)]
+    assert f.item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_a_promise_that_isnt_a_number_stops_the_step() -> None:
     own = layers([(7, 12)], torch.float32)
-    assert is_stack(own.As[0], own.Ss[0])
-    assert config.model_split(10**6)
-    assert Interrupted is not Unserved
-    assert plans is not None
-    assert Launch is not None
-    assert grouped_gemm is not None
+    own.Gs[0][0][0, 0] = torch.nan  # type: ignore[index]
+    assert step(own, own.bind(), 1.0).isnan()
+
+
+def test_what_a_buffer_holds_isnt_read_at_momentum_0() -> None:
+    own = layers([(7, 12)], torch.float32)
+    own.momentum[0] = 0.0
+    own.buffers[0].fill_(torch.nan)  # type: ignore[union-attr]
+    step(own, own.bind())
+    assert own.buffers[0].isfinite().all()  # type: ignore[union-attr]
+    assert_close(own.buffers[0], own.lr[0] * own.P(0), torch.float32)  # type: ignore[arg-type]
+
+
+def test_nothing_is_there() -> None:
+    own = layers([(7, 12), (3, 4)], torch.float32, there=["", ""])
+    bound = own.bind()
+    assert launched(lambda: step(own, bound, 0.1)) == []
+    assert step(own, bound, 0.1) == 1
+    kept = bound.keep(own.Gs)
+    found = bound.slopes(own.Vs, kept, lengths=own.lr)
+    assert found.A == [None, None]
+    assert found.inner.tolist() == [0, 0]
+    none = ak.ModelPreconditioner([], [], [], widths=[], backend="triton")
+    assert none.step_([], [], [], lr=[], momentum=[], weight_decay=[]) == 1
+
+
+def test_layers_without_entries() -> None:
+    own = layers([(0, 5), (7, 12)], torch.float32)
+    bound = own.bind()
+    kept = bound.keep(own.Gs)
+    found = bound.slopes(own.Vs, kept, lengths=own.lr)
+    assert found.A[0] is not None
+    assert (found.A[0] == 0).all()
+    step(own, bound, 0.1)
+
+
+def test_tensors_that_moved_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = layers([(7, 12), (33, 65)], torch.float32)
+    bound = own.bind()
+    step(own, bound, 0.1)
+    own.Gs = [[x.clone() * 2 for x in each] for each in own.Gs]  # type: ignore[union-attr]
+    thetas, buffers = expected_step(own, 0.1 / own.promise())
+    step(own, bound, 0.1)
+    check_weights(own, thetas, torch.float32)
+    made: list[str] = []
+    for module, name in ((checks, "parts"), (model, "to_device"), (model.TritonModel, "_plan")):
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: made.append(name))
+    step(own, bound, 0.1)
+    assert made == []
+
+
+def test_parts_that_dont_fit_are_refused_again_and_again() -> None:
+    own = layers([(7, 12)], torch.float32)
+    bound = own.bind()
+    step(own, bound)
+    own.Gs[0][0] = torch.ones(7, 11)  # type: ignore[index]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"Gs\[0\]\[0\] must be a tensor of shape"):
+            step(own, bound)
+
+
+def test_the_same_bits_in_every_run() -> None:
+    own = layers([(130, 200)], torch.float32)
+    bound = own.bind()
+    kept = bound.keep(own.Gs)
+    first, second = (bound.slopes(own.Vs, kept, lengths=own.lr) for _ in range(2))
+    for x, y in zip(first[:6], second[:6], strict=True):
+        assert torch.equal(x[0], y[0])  # type: ignore[arg-type]
+    assert torch.equal(first.inner, second.inner)
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels as the ones that were chosen, not asked for."""
+    monkeypatch.setattr("apo_kernels.whole_model.serving", lambda *_: Choice("triton", "", forced=False).backend)
+    monkeypatch.setattr(dispatch, "_failure", None)
+
+
+def test_where_slopes_fail_aten_reads_what_was_kept(chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = layers([(7, 12), (33, 64)], torch.float32)
+    bound = own.bind()
+    kept = bound.keep(own.Gs)
+    expected = bound.slopes(own.Vs, kept, lengths=own.lr)
+
+    def fail(launch: Launch, run: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(Launch, "compile", fail)
+    with pytest.warns(RuntimeWarning, match="aten serves from now on .*no such instruction"):
+        found = bound.slopes(own.Vs, kept, lengths=own.lr)
+    for x, y in zip(found[:6], expected[:6], strict=True):
+        for one, other in zip(x, y, strict=True):
+            assert_close(one, other.double(), torch.float32)  # type: ignore[union-attr, arg-type]
+    buffers = [None if x is None else x.double() for x in own.buffers]
+    assert buffers
+    thetas, _ = expected_step(own, 1.0)
+    step(own, bound)
+    check_weights(own, thetas, torch.float32)
+
+
+def test_a_bias_of_two_columns_is_atens(chosen: None) -> None:
+    with pytest.warns(RuntimeWarning, match="aten serves a model, .*a bias of width 1"):
+        ak.ModelPreconditioner(
+            [torch.eye(5)], [torch.eye(3)], [torch.ones(3, 5)], widths=[(3, 2)]
+        )
+
+
+def test_a_launch_that_fails_after_a_weight_was_stepped_is_raised(
+    chosen: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, other = layers([(8, 8)], torch.float32), layers([(2, 8)], torch.bfloat16)
+    both = Layers(*(getattr(own, each.name) + getattr(other, each.name) for each in fields(Layers)))
+    bound = both.bind()
+    launches, start = [], Launch.__call__
+
+    def fail(launch: Launch, run: Any) -> None:
+        if launch.name in launches:
+            raise RuntimeError("too many resources")
+        launches.append(launch.name)
+        start(launch, run)
+
+    monkeypatch.setattr(Launch, "__call__", fail)
+    with pytest.raises(Interrupted, match="after some weights had been stepped"):
+        step(both, bound)
+    assert dispatch._failure is None
