@@ -91,9 +91,11 @@ def ways(stage: str, side: int, limit: int) -> tuple[tuple[bool, bool], ...]:
     return tuple(way for way in every if way != (True, False)) if stage == "tile_keep" else every
 
 
-def model_ways(side: int, limit: int) -> tuple[tuple[bool, bool], ...]:
-    """:func:`ways` of the kernels of a whole model, whose matrices lie well where their squares do."""
-    return tuple(way for way in ways("model", side, limit) if way != (False, True))
+def model_ways(stage: str, side: int, limit: int) -> tuple[tuple[bool, bool], ...]:
+    """:func:`ways` of a stage of a whole model, whose matrices lie well where their squares do. Slopes have none for
+    matrices alone, which spilled in float32 on sm_90."""
+    left_out = ((False, True), (True, False)) if stage == "model_slopes" else ((False, True),)
+    return tuple(way for way in ways(stage, side, limit) if way not in left_out)
 
 
 def model_split(tiles: int) -> bool:
@@ -214,9 +216,11 @@ def _model_default(
     if target.backend == "cpu":
         return TileConfig(side, side, 1)
     if side < 64:
-        return TileConfig(side, 16 if wide else side, 4)
+        apart = (name, side, stage, wide) == ("sm_90", 32, "model_update", False)
+        return TileConfig(side, 16 if wide else side, 8 if apart else 4)
     if wide:
-        return TileConfig(side, 16, 8, split=int(slopes))
+        few = name == "sm_90" and not (slopes and all(way))
+        return TileConfig(side, 16, 4 if few else 8, split=int(slopes))
     if slopes:
         return TileConfig(side, 32, 8)
     return TileConfig(side, 32 if name == "sm_80" else side, 8)

@@ -421,7 +421,7 @@ class TritonModel:
         self, stage: str, side: int, matrices: Sequence[int], views: dict[int, dict[ModelRole, View]]
     ) -> dict[tuple[bool, bool], list[tuple[int, int, int]]]:
         """The tiles of a stage's launches, by what can be moved 16 bytes at a time."""
-        served = config.model_ways(side, self.limit)
+        served = config.model_ways(stage, side, self.limit)
         found: dict[tuple[bool, bool], list[tuple[int, int, int]]] = {}
         for at in matrices:
             own = self.matrices[at]

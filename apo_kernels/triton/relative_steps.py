@@ -34,6 +34,8 @@ WIDEST = 64
 DIAGONALS = 1024
 CHUNK = 4096
 LANES = 1024
+WARPS = 8
+"""But for squares below 64: fewer have too few registers."""
 
 
 def squares_constants(b: int, each: bool, wide: bool, precision: str) -> dict[str, Any]:
@@ -174,11 +176,14 @@ def _squares(
     *_, b, count = shape
     _, table = to_device(np.array(shape, np.int64), device)
     if b == 1:
-        constants, kernel, programs = diagonals_constants(each), step_diagonals, -(-count // DIAGONALS)
+        kernel, programs = step_diagonals, -(-count // DIAGONALS)
+        constants, warps = diagonals_constants(each), WARPS
     else:
         chosen = plans.target_of(device).precision(precision, torch.float32)
-        constants, kernel, programs = squares_constants(b, each, wide, chosen), step_squares, count
-    return _Launch("relative_squares", kernel, programs, (table,), constants, 4, 1)
+        kernel, programs = step_squares, count
+        constants = squares_constants(b, each, wide, chosen)
+        warps = WARPS if constants["SIDE"] == WIDEST else 4
+    return _Launch("relative_squares", kernel, programs, (table,), constants, warps, 1)
 
 
 @cache
@@ -195,7 +200,7 @@ def _scalings(
         ]
         first += length
     _, table = to_device(np.array(rows, np.int64), device)
-    make: Callable[..., Launch] = partial(_Launch, programs=len(rows), tables=(table,), warps=4, stages=1)
+    make: Callable[..., Launch] = partial(_Launch, programs=len(rows), tables=(table,), warps=WARPS, stages=1)
     own = scalings_constants(each)
     return (
         make("relative_means", average_scalings, constants=own),

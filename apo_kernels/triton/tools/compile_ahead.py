@@ -29,7 +29,7 @@ from apo_kernels.triton.model import forward_constants as model_constants
 from apo_kernels.triton.pack import pack
 from apo_kernels.triton.plan_builder import TYPES, Operation
 from apo_kernels.triton.relative import average_scalings, step_diagonals, step_scalings, step_squares
-from apo_kernels.triton.relative_steps import LANES, diagonals_constants, scalings_constants, squares_constants
+from apo_kernels.triton.relative_steps import LANES, WARPS, diagonals_constants, scalings_constants, squares_constants
 from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
 from apo_kernels.triton.tile_model import model_apply, model_forward, model_slopes, model_sums
 from apo_kernels.triton.tile_part import SUM_CHUNK, backward_constants, forward_constants
@@ -165,7 +165,7 @@ def _model_cases(target: Target, dtype: torch.dtype, precision: str, multiplies:
     limit = config.tile_limit(target, torch.float32, backward=False)
     stages = ("model_direction", "model_update", "model_trial", "model_keep", "model_slopes")
     for stage, side in product(stages, (side for side in (16, 32, 64) if side <= limit)):
-        for way in config.model_ways(side, limit):
+        for way in config.model_ways(stage, side, limit):
             tile = config.model_config(target, dtype, precision, stage, side, way)
             given: dict[str, Any] = {"compute": dtype, "precision": precision, "way": way}
             if stage == "model_slopes":
@@ -188,13 +188,13 @@ def _step_cases(precision: str, multiplies: bool) -> Iterator[Case]:
         for side, eights in product((16, 32, 64), (False, True)):
             constants = squares_constants(side, each, eights, precision)
             size = f"{side}{' wide' * eights}{of}"
-            yield Case("relative_squares", wide, precision, size, step_squares, constants, 4, 1, multiplies)
+            yield Case("relative_squares", wide, precision, size, step_squares, constants, WARPS if side == 64 else 4, 1, multiplies)
         constants = diagonals_constants(each)
-        yield Case("relative_squares", wide, precision, f"1{of}", step_diagonals, constants, 4, 1, multiplies=False)
+        yield Case("relative_squares", wide, precision, f"1{of}", step_diagonals, constants, WARPS, 1, multiplies=False)
         constants = scalings_constants(each)
-        yield Case("relative_means", wide, precision, f"-{of}", average_scalings, constants, 4, 1, multiplies=False)
+        yield Case("relative_means", wide, precision, f"-{of}", average_scalings, constants, WARPS, 1, multiplies=False)
         constants = {**constants, "LANES": LANES}
-        yield Case("relative_scalings", wide, precision, f"-{of}", step_scalings, constants, 4, 1, multiplies=False)
+        yield Case("relative_scalings", wide, precision, f"-{of}", step_scalings, constants, WARPS, 1, multiplies=False)
 
 
 _WAYS = {(False, False): "", (False, True): " squares", (True, False): " matrices", (True, True): " wide"}
