@@ -16,8 +16,8 @@ from torch import Tensor
 
 from apo_kernels.aten import Kept, aligned_empty
 from apo_kernels.blocks import is_stack, relative_derivative
-from apo_kernels.triton.launch import on_device
 from apo_kernels.triton import relative_steps
+from apo_kernels.triton.launch import on_device
 from apo_kernels.triton.layers import turns
 from apo_kernels.triton.model import TritonModel
 from apo_kernels.triton.plan import Bound, Operation, Step
@@ -108,7 +108,7 @@ class TritonBackend:
     def bind_model(
         self, As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[tuple[int, ...]], learned: Sequence[str]
     ) -> TritonModel:
-        return TritonModel(self.precision, As, Bs, Ss, widths, learned)
+        return TritonModel(self.precision, self._run, As, Bs, Ss, widths, learned)
 
     def relative_step_squares_(self, *arguments: Any) -> None:
         relative_steps.relative_step_squares_(self.precision, *arguments)
@@ -129,17 +129,17 @@ class TritonBackend:
 def _step(bound: Bound, buffer: bool, lr: float | Tensor, momentum: float, weight_decay: float) -> None:
     if isinstance(lr, Tensor) and lr.device.type == "cpu" and bound.device.type != "cpu":
         lr = float(lr)  # it is on the host: nothing waits
-    on_device = lr if isinstance(lr, Tensor) else None
+    lr_tensor = lr if isinstance(lr, Tensor) else None
     operation = Operation(
         update=True,
         buffer=buffer,
         momentum=momentum != 0,
         decay=weight_decay != 0,
-        lr_dtype=None if on_device is None else on_device.dtype,
+        lr_dtype=None if lr_tensor is None else lr_tensor.dtype,
     )
     rate = 0.0 if isinstance(lr, Tensor) else float(lr)
     with on_device(bound.device):
-        bound.run(operation, Step(rate, on_device, float(momentum), float(weight_decay)))
+        bound.run(operation, Step(rate, lr_tensor, float(momentum), float(weight_decay)))
 
 
 def _nothing(*_: object) -> None:

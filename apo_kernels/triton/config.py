@@ -209,9 +209,7 @@ def _tile_default(
     return TileConfig(side, side, 8)
 
 
-def _model_default(
-    target: Target, dtype: torch.dtype, stage: str, side: int, way: tuple[bool, bool]
-) -> TileConfig:
+def _model_default(target: Target, dtype: torch.dtype, stage: str, side: int, way: tuple[bool, bool]) -> TileConfig:
     name, wide, slopes = target.name, dtype == torch.float32, stage == "model_slopes"
     if target.backend == "cpu":
         return TileConfig(side, side, 1)
@@ -222,7 +220,7 @@ def _model_default(
         few = name == "sm_90" and not (slopes and all(way))
         return TileConfig(side, 16, 4 if few else 8, split=int(slopes))
     if slopes:
-        return TileConfig(side, 32, 8)
+        return TileConfig(side, 16 if name == "gfx942" else 32, 8)
     return TileConfig(side, 32 if name == "sm_80" else side, 8)
 
 

@@ -34,8 +34,9 @@ from apo_kernels.triton.errors import Interrupted, Unserved
 from apo_kernels.triton.graphs import keep_for_graph
 from apo_kernels.triton.launch import Launch, current_stream, on_device
 from apo_kernels.triton.layers import Squares, View, padded, squares_of, view_of
-from apo_kernels.triton.plan_builder import TYPES, to_device
+from apo_kernels.triton.plan_builder import TYPES, Operands, Operation, to_device
 from apo_kernels.triton.table_layout import ALIGN, Column, LayerField, ModelField, ModelRole, Number, Role
+from apo_kernels.triton.model_wide import WideLayers
 from apo_kernels.triton.tile_model import model_apply, model_forward, model_slopes, model_sums
 
 __all__ = ["KeptM", "TritonModel", "apply_constants", "forward_constants", "slopes_constants", "sums_constants"]
@@ -48,9 +49,15 @@ APPLY_TILE = (16, 128)
 SUM_CHUNK = (128, 8, 1024)
 """Of :func:`model_sums`: entries of a result, parts that are added at a time, and parts of one entry."""
 
+PLANS = 32
+"""Of one preconditioner, for as many forms of operands."""
+
+_NO_BOUND = float(np.finfo(np.float32).max)
 _BLOCKS = (ModelRole.A, ModelRole.B)
-_GIVEN = (ModelRole.G, ModelRole.G_BIAS, ModelRole.THETA, ModelRole.THETA_BIAS, ModelRole.MOMENTUM)
 _OPERANDS, _NUMBERS, _WORKSPACE, _KEPT, _SUMS, _RESULTS = range(6)
+
+
+Run = Callable[[Operation, Operands], None]
 
 
 class KeptM(NamedTuple):
@@ -102,15 +109,24 @@ class Matrix:
         return padded(self.n)
 
 
-@dataclass
-class Given:
-    """The tensors of a call, by role and layer, and what a plan and a table of addresses are found by."""
+class Given(NamedTuple):
+    """The parts of a call, by role and layer, without the layers that are None.
+
+    ``places`` and ``forms``: where they lie, and how those that are read do. A weight whose memory stays keeps its form.
+    """
 
     layers: list[int]
     tensors: list[Tensor | None]
     roles: tuple[ModelRole, ...]
     places: list[int]
-    forms: list[object]
+    forms: list[list[Any]]
+
+    def same(self, other: Given) -> bool:
+        return self is other or (self[0] == other[0] and self[2:] == other[2:])
+
+    def forget(self) -> Given:
+        """Without the tensors: these may go."""
+        return self._replace(tensors=[])
 
 
 @dataclass
@@ -124,6 +140,10 @@ class ModelPlan:
     which: NDArray[np.int64]
     offsets: NDArray[np.int64]
     sizes: dict[str, int]
+    wide: list[int] = field(default_factory=list)
+    """The layers that the grouped GEMM serves."""
+    first: int = 0
+    """Where in the workspace directions begin."""
     results: list[tuple[int, int, tuple[int, ...], tuple[int, ...], int]] = field(default_factory=list)
     """Of a slope: which of :class:`ModelSlopes`, its layer, shape, strides and offset."""
     inner: int = 0
@@ -139,9 +159,9 @@ class _Last:
     """What an operation used last."""
 
     def __init__(self) -> None:
-        self.places: list[int] | None = None
-        self.forms: list[object] | None = None
-        self.layers: list[int] = []
+        self.given: Given | None = None
+        self.buffers: list[int] | None = None
+        self.also: tuple[int, ...] | None = None
         self.plan: ModelPlan | None = None
         self.operands: Tensor | None = None
         self.stream = 0
@@ -157,6 +177,7 @@ class TritonModel:
     def __init__(
         self,
         precision: str | None,
+        run: Run,
         As: Tensors,
         Bs: Tensors,
         Ss: Tensors,
@@ -164,7 +185,7 @@ class TritonModel:
         learned: Sequence[str],
     ) -> None:
         self.As, self.Bs, self.Ss, self.widths, self.learned = As, Bs, Ss, widths, learned
-        self.precision = precision
+        self.precision, self.wide = precision, WideLayers(run, As, Bs, Ss, widths, learned)
         self.device = Ss[0].device if Ss else torch.device("cpu")
         self.target = plans.target_of(self.device)
         self.limit = config.tile_limit(self.target, torch.float32, backward=False)
@@ -196,7 +217,7 @@ class TritonModel:
         m, n = S.shape[-2:]
         squares = [squares_of(X, S, side) for X, side in ((B, m), (A, n))]
         if any(each.side > self.limit for each in squares):
-            raise Unserved(f"triton's tiles have squares of at most {self.limit}, but layer {i} has wider ones")
+            self.wide.layers.add(i)
         pitch = S.stride(-2) if S.stride(-1) == 1 and n <= S.stride(-2) < n + ALIGN else n
         for x in (A, B, S):
             if x.data_ptr() == 0 or x.is_neg():
@@ -248,74 +269,86 @@ class TritonModel:
 
     def knows(self, written: Parts, read: Parts) -> bool:
         """Whether parts of this form were checked before, at these places."""
-        self._looked = None
-        given = self._look(written, read)
+        given, known = self._parts(written, read), self._checked.get(written is read)
+        found = known is not None and known.same(given)
+        if found:
+            assert known is not None
+            given = known._replace(tensors=given.tensors)
         self._looked = written, read, given
-        known = self._checked.get(written is read)
-        return known is not None and (
-            known.layers == given.layers and known.places == given.places and known.forms == given.forms
-        )
+        return found
 
-    def _look(self, written: Parts | None, read: Parts) -> Given:
-        looked = self._looked
-        if looked is not None and looked[0] is written and looked[1] is read:
-            self._looked = None
-            self._checked[written is read] = looked[2]
-            return looked[2]
+    def _look(self, written: Parts, read: Parts) -> Given:
+        """The parts of a call, which have been checked."""
+        looked, self._looked = self._looked, None
+        if looked is None or looked[0] is not written or looked[1] is not read:
+            return self._parts(written, read)
+        self._checked[written is read] = looked[2].forget()
+        return looked[2]
+
+    def _parts(self, written: Parts, read: Parts) -> Given:
         layers = [i for i, own in enumerate(read) if own is not None]
-        reads = [x for own in read if own is not None for x in own]
+        tensors = [x for own in read if own is not None for x in own]
+        there = [x for x in tensors if x is not None]
+        forms: list[list[Any]] = [
+            list(map(Tensor.stride, there)),
+            [x.dtype for x in there],
+            [*map(Tensor.is_neg, there)],
+        ]
         roles: tuple[ModelRole, ...] = (ModelRole.G,)
-        places = [0 if x is None else x.data_ptr() for x in reads]
-        forms: list[object] = [None if x is None else (x.stride(), x.dtype, x.is_neg()) for x in reads]
-        tensors = reads
-        if written is not None and written is not read:
+        if written is not read:
             roles = (ModelRole.G, ModelRole.THETA)
-            writes = [x for i in layers for x in written[i] or ()]
-            places += [0 if x is None else x.data_ptr() for x in writes]
-            tensors = reads + writes
-        return Given(layers, tensors, roles, places, forms)
+            tensors += [x for i in layers for x in written[i] or ()]
+        return Given(layers, tensors, roles, _places(tensors), forms)
 
-    def _with_buffers(self, given: Given, buffers: Buffers) -> Given:
-        own = [buffers[i] for i in given.layers]
-        places = given.places + [0 if x is None else x.data_ptr() for x in own]
-        return Given(given.layers, given.tensors + own, (*given.roles, ModelRole.MOMENTUM), places, given.forms)
-
-    def _placed(self, given: Given) -> dict[int, dict[ModelRole, tuple[int, Tensor]]]:
+    def _placed(self, given: Given, buffers: Buffers | None) -> dict[int, dict[ModelRole, tuple[int, Tensor]]]:
         """By layer and role: which of the given tensors it is. A layer without any part is left out."""
         found: dict[int, dict[ModelRole, tuple[int, Tensor]]] = {}
         number = 0
         for role in given.roles:
             for i in given.layers:
-                width = 1 if role is ModelRole.MOMENTUM else len(self.widths[i])
-                for k in range(width):
+                for k in range(len(self.widths[i])):
                     x = given.tensors[number]
                     if x is not None and (role is ModelRole.G or i in found):
                         found.setdefault(i, {})[ModelRole(role + k)] = number, x
                     number += 1
+        for i in given.layers if buffers is not None else ():
+            if i in found and (x := buffers[i]) is not None:  # type: ignore[index]
+                found[i][ModelRole.MOMENTUM] = number, x
+            number += 1
         for own in found.values():  # a weight is written where the part of G is there
             for k in range(2):
                 if ModelRole(ModelRole.G + k) not in own:
                     own.pop(ModelRole(ModelRole.THETA + k), None)
         return found
 
-    def _ready(self, name: str, given: Given, lists: tuple[Any, ...], also: tuple[int, ...] | None = None) -> _Last:
+    def _ready(
+        self,
+        name: str,
+        given: Given,
+        buffers: Buffers | None,
+        lists: tuple[Any, ...],
+        numbers: Callable[..., tuple[Any, ...]],
+        also: tuple[int, ...] | None = None,
+    ) -> _Last:
         """The plan and the tables for a call.
 
         Args:
-            lists: the numbers of :class:`Number` by layer, and a number of the call.
+            lists: what the numbers of the layers are made of, by ``numbers``: one column after the other.
             also: of a slope: the layers of the trial.
         """
         last = self._last[name]
         stream, overrides = current_stream(self.device), config.overrides_key()
-        layers = given.layers if also is None else [*given.layers, -1, *also]
-        same = last.plan is not None and last.layers == layers and last.forms == given.forms
-        if not (same and last.stream == stream and last.overrides == overrides and last.places == given.places):
-            self._renew(last, name, given, layers, also)
+        places = None if buffers is None else _places([buffers[i] for i in given.layers])
+        known = last.given
+        if (
+            known is None or last.buffers != places or last.also != also or last.stream != stream
+            or last.overrides != overrides or not known.same(given)
+        ):  # fmt: skip
+            self._renew(last, name, given, buffers, places, also)
             last.stream, last.overrides = stream, overrides
-        lists = tuple([list(x) if isinstance(x, Sequence) else x for x in lists])
         if last.lists != lists:
-            host, last.numbers = to_device(self._numbers(lists), self.device)
-            last.lists = lists
+            host, last.numbers = to_device(self._numbers(*numbers(*lists)), self.device)
+            last.lists = tuple([list(x) if isinstance(x, Sequence) else x for x in lists])
             last.hosts = last.hosts[0], host
         if plans._capturing(self.device):
             keep_for_graph(stream, self, last.plan, last.operands, last.numbers, *last.hosts)
@@ -323,26 +356,32 @@ class TritonModel:
         return last
 
     def _renew(
-        self, last: _Last, name: str, given: Given, layers: list[int], also: tuple[int, ...] | None
+        self,
+        last: _Last,
+        name: str,
+        given: Given,
+        buffers: Buffers | None,
+        places: list[int] | None,
+        also: tuple[int, ...] | None,
     ) -> None:
-        if any(form is not None and form[2] for form in given.forms):  # type: ignore[index]
-            raise Unserved("parts of gradients are lazily negated")
-        form = [(x.stride(), x.dtype, x.data_ptr() % 16) if x is not None else None for x in given.tensors]
-        key = (name, tuple(layers), given.roles, tuple(form), config.overrides_key(), current_stream(self.device))
+        if any(given.forms[2]):
+            raise Unserved("parts are lazily negated")
+        tensors = given.tensors if buffers is None else given.tensors + [buffers[i] for i in given.layers]
+        form = [None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors]
+        key = (name, tuple(given.layers), given.roles, also, tuple(form), config.overrides_key(), last.stream)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plan(name, given, also)
+            plan = self._plan(name, given, buffers, also)
             if not plans._capturing(self.device):
-                if len(self._plans) >= 32:
+                if len(self._plans) >= PLANS:
                     self._plans.clear()
                 self._plans[key] = plan
-        host, table = to_device(plan.table(given.places or [0]), self.device)
-        last.plan, last.operands, last.layers = plan, table, layers
-        last.places, last.forms = given.places, given.forms
+        host, table = to_device(plan.table(given.places + (places or []) or [0]), self.device)
+        last.plan, last.operands = plan, table
+        last.given, last.buffers, last.also = given.forget(), places, also
         last.hosts = host, last.hosts[1]
 
-    def _numbers(self, lists: tuple[Any, ...]) -> NDArray[np.float32]:
-        *each, single = lists
+    def _numbers(self, single: float, *each: Sequence[float]) -> NDArray[np.float32]:
         numbers = np.zeros((len(self.matrices) + 1, len(Number)), np.float32)
         for column, values in enumerate(each):
             numbers[:-1, column] = np.array(values, np.float32)[self._layer_of[: len(self.matrices)]]
@@ -351,8 +390,8 @@ class TritonModel:
 
     # Plans.
 
-    def _plan(self, name: str, given: Given, also: tuple[int, ...] | None) -> ModelPlan:
-        placed = self._placed(given)
+    def _plan(self, name: str, given: Given, buffers: Buffers | None, also: tuple[int, ...] | None) -> ModelPlan:
+        placed = self._placed(given, buffers)
         layers = sorted(placed) if also is None else list(also)
         matrices = [at for i in layers for at in self.of_layer[i]]
         values = self._static.copy()
@@ -373,13 +412,18 @@ class TritonModel:
                 moving.append((int(np.ravel_multi_index((at, role, 0), values.shape)), number, view.offset))
         plan = ModelPlan(layers, [], values, *(np.array([x[k] for x in moving], np.int64) for k in range(3)), {})
         groups: dict[tuple[Any, ...], list[int]] = {}
+        by_theta: dict[tuple[Any, ...], list[int]] = {}
         for at in matrices:
-            groups.setdefault(self._types(at, placed), []).append(at)
+            types = self._types(at, placed)
+            by_theta.setdefault(types[5:], []).append(at)
+            if self.matrices[at].layer not in self.wide.layers:
+                groups.setdefault(types, []).append(at)
+        plan.wide = [i for i in layers if i in self.wide.layers and self.of_layer[i]]
         if name == "slopes":
             self._plan_slopes(plan, groups, views)
             return plan
         stage = {"step": "model_direction"}.get(name, f"model_{name}")
-        count = 0
+        count = len(plan.wide) if name == "step" else 0
         for types, own in groups.items():
             found, rows = self._forward(stage, types, own, views, count)
             plan.launches += found
@@ -387,11 +431,9 @@ class TritonModel:
         # The numbers of the promise come first: their places are counted in 32 bits.
         values[:, ModelRole.P, Column.ADDRESS] += _Layout.rounded(count)
         plan.sizes["workspace"] = _Layout.rounded(count) + self.flat_size
-        if name == "step" and plan.launches:
+        plan.first = _Layout.rounded(count)
+        if name == "step" and by_theta:
             plan.launches.append(self._sums([(0, 0, 0, 1, count)], (_WORKSPACE, _SUMS)))
-            by_theta: dict[tuple[Any, ...], list[int]] = {}
-            for types, own in groups.items():
-                by_theta.setdefault(types[5:], []).extend(own)
             plan.launches += [self._apply(types, own) for types, own in by_theta.items()]
         return plan
 
@@ -497,13 +539,14 @@ class TritonModel:
         jobs: list[tuple[int, ...]] = []
         plan.inner = layout.take(len(self.Ss))
         partials = dict.fromkeys(range(len(self.Ss)), 0)
-        for i in plan.given:  # first: their places are counted in 32 bits
+        tiled = [i for i in plan.given if i not in self.wide.layers]
+        for i in tiled:  # first: their places are counted in 32 bits
             tiles = sum(self.matrices[at].B.groups * self.matrices[at].A.groups for at in self.of_layer[i])
             partials[i] = layout.take(tiles)
             jobs.append((partials[i], plan.inner + i, 0, 1, tiles))
-        jobs += [(0, plan.inner + i, 0, 1, 0) for i in range(len(self.Ss)) if i not in plan.given]
+        jobs += [(0, plan.inner + i, 0, 1, 0) for i in range(len(self.Ss)) if i not in tiled]
         for role, slot in ((ModelRole.DS, 2), (ModelRole.SIZE_S, 5)):
-            for i in plan.given:
+            for i in tiled:
                 for at in self.of_layer[i]:
                     own = self.matrices[at]
                     entry = plan.values[at, role]
@@ -524,7 +567,8 @@ class TritonModel:
         """Where slopes and sizes of blocks go, squares of one side one after the other; and the parts that they are
         sums of, where there are several."""
         sides = (("A", 0, ModelRole.DA, ModelRole.SIZE_A), ("B", 1, ModelRole.DB, ModelRole.SIZE_B))
-        wanted = [(i, *each) for i in plan.given for each in sides if each[0] in self.learned[i] and self.of_layer[i]]
+        tiled = [i for i in plan.given if i not in self.wide.layers and self.of_layer[i]]
+        wanted = [(i, *each) for i in tiled for each in sides if each[0] in self.learned[i]]
         wanted.sort(key=lambda each: (self.As, self.Bs)[each[2]][each[0]].shape[-1])
         for size in (False, True):
             for i, _letter, which, slope_role, size_role in wanted:
@@ -591,22 +635,29 @@ class TritonModel:
     ) -> Tensor:
         if self._one is None:
             self._one = torch.ones((), dtype=torch.float32, device=self.device)
-        given = self._with_buffers(self._look(thetas, Gs), momentum_buffers)
+        given = self._look(thetas, Gs)
         bounded = math.isfinite(most)
-        if not bounded:
-            shares = lr  # of which nothing is made
-        assert shares is not None
-        shrink = [1 - rate * decay for rate, decay in zip(lr, weight_decay, strict=True)]
-        last = self._ready("step" if bounded else "update", given, (lr, momentum, shrink, shares, most))
+        if not bounded and self.wide.layers:  # their directions pass through memory: that is a step with a promise
+            most, shares = _NO_BOUND, lr
+        if math.isfinite(most):
+            last = self._ready("step", given, momentum_buffers, (lr, momentum, weight_decay, shares, most), _of_a_step)
+        else:
+            last = self._ready("update", given, momentum_buffers, (lr, momentum, weight_decay), _of_a_step)
         if not last.plan or not last.plan.launches:
             return self._one
-        if not bounded:
+        if not math.isfinite(most):
             self._launch(last)
             return self._one
         sums = torch.empty(2, dtype=torch.float32, device=self.device)
         workspace = torch.empty(last.plan.sizes["workspace"], dtype=torch.float32, device=self.device)
-        self._launch(last, workspace=workspace, sums=sums, after_sum=total)
-        return sums[1]
+        if last.plan.wide:
+            assert shares is not None
+            directions = [self._views(i, workspace[last.plan.first :]) for i in last.plan.wide]
+            self.wide.directions(last.plan.wide, Gs, directions, None)
+            for k, (i, Y) in enumerate(zip(last.plan.wide, directions, strict=True)):
+                workspace[k] = shares[i] * (self.wide.joined(Gs, i).float() * Y).sum()
+        self._launch(last, workspace=workspace, sums=sums, after_sum=total if bounded else None)
+        return sums[1] if bounded else self._one
 
     def trial_(
         self,
@@ -617,43 +668,70 @@ class TritonModel:
         momentum: Sequence[float],
         shrink: Sequence[float],
     ) -> KeptM:
-        given = self._with_buffers(self._look(thetas, Gs), momentum_buffers)
-        return self._kept(self._ready("trial", given, (lengths, momentum, shrink, lengths, 0.0)))
-
-    def keep(self, Gs: Parts) -> KeptM:
-        zeros = [0.0] * len(self.Ss)
-        return self._kept(self._ready("keep", self._look(Gs, Gs), (zeros, zeros, zeros, zeros, 0.0)))
-
-    def _kept(self, last: _Last) -> KeptM:
+        given = self._look(thetas, Gs)
+        last = self._ready("trial", given, momentum_buffers, (lengths, momentum, shrink), _as_they_are)
         assert last.plan is not None
         kept = torch.empty(self.flat_size, dtype=torch.float32, device=self.device)
+        if last.plan.wide:
+            found = self._keep_wide(last.plan, Gs, kept)
+            self._launch(last, kept=kept)
+            try:
+                self.wide.trial_(last.plan.wide, thetas, Gs, found, momentum_buffers, lengths, momentum, shrink)
+            except Exception as error:
+                raise Interrupted(f"a trial failed after some weights had been written: {error}") from error
+        else:
+            self._launch(last, kept=kept)
+        return KeptM(kept, tuple(last.plan.given), self._matrices)
+
+    def keep(self, Gs: Parts) -> KeptM:
+        last = self._ready("keep", self._look(Gs, Gs), None, (), _as_they_are)
+        assert last.plan is not None
+        kept = torch.empty(self.flat_size, dtype=torch.float32, device=self.device)
+        if last.plan.wide:
+            self._keep_wide(last.plan, Gs, kept)
         self._launch(last, kept=kept)
         return KeptM(kept, tuple(last.plan.given), self._matrices)
 
+    def _keep_wide(self, plan: ModelPlan, parts: Parts, kept: Tensor) -> list[Tensor]:
+        """The directions of the grouped GEMM's layers, and their ``M`` into ``kept``."""
+        directions = [torch.empty(self.Ss[i].shape, dtype=torch.float32, device=self.device) for i in plan.wide]
+        self.wide.directions(plan.wide, parts, directions, [self._views(i, kept) for i in plan.wide])
+        return directions
+
     def _matrices(self, flat: Tensor, layers: tuple[int, ...]) -> dict[int, Tensor]:
-        found = {}
-        for i in layers:
-            own = [self.matrices[at] for at in self.of_layer[i]]
-            views = [flat[x.offset :].as_strided((x.m, x.n), (x.pitch, 1)) for x in own]
-            found[i] = torch.stack(views).reshape(self.Ss[i].shape) if own else flat.new_zeros(self.Ss[i].shape)
-        return found
+        return {i: self._views(i, flat) for i in layers}
+
+    def _views(self, i: int, flat: Tensor) -> Tensor:
+        """A layer's matrices in a flat piece of memory."""
+        shape = self.Ss[i].shape
+        if not self.of_layer[i]:
+            return flat.new_zeros(shape)
+        first = self.matrices[self.of_layer[i][0]]
+        strides = *_batch_strides(shape[:-2], first.m * first.pitch), first.pitch, 1
+        return flat[first.offset :].as_strided(shape, strides)
 
     def slopes(self, Vs: Parts, kept: KeptM, lengths: Sequence[float]) -> ModelSlopes:
         given = self._look(Vs, Vs)
-        last = self._ready("slopes", given, (lengths, lengths, lengths, lengths, 0.0), kept.layers)
+        last = self._ready("slopes", given, None, (lengths,), _as_they_are, kept.layers)
         assert last.plan is not None
         results = torch.empty(last.plan.sizes["results"], dtype=torch.float32, device=self.device)
-        if kept.layers:
+        if last.plan.launches:
             self._launch(last, kept=kept.flat, results=results)
-        else:
-            results.zero_()
         found: list[list[Tensor | None]] = [[None] * len(self.Ss) for _ in range(6)]
         for slot, i, shape, strides, start in last.plan.results:
             found[slot][i] = results.as_strided(shape, strides, start)
         for i in kept.layers:
             if not self.of_layer[i]:
                 self._empty_slopes(found, i)
-        return ModelSlopes(*found, results[last.plan.inner : last.plan.inner + len(self.Ss)])
+        inner = results[last.plan.inner : last.plan.inner + len(self.Ss)]
+        if last.plan.wide:
+            Ms = [self._views(i, kept.flat) for i in last.plan.wide]
+            for i, each, product_ in self.wide.slopes(last.plan.wide, Vs, Ms, lengths):
+                for slot, x in enumerate(each):
+                    found[slot][i] = x
+                inner[i] = product_
+        A, B, S, size_A, size_B, size_S = found
+        return ModelSlopes(A, B, S, size_A, size_B, size_S, inner)
 
     def _empty_slopes(self, found: list[list[Tensor | None]], i: int) -> None:
         for slot, letter, x in ((0, "A", self.As[i]), (1, "B", self.Bs[i]), (2, "S", self.Ss[i])):
@@ -807,6 +885,29 @@ def apply_constants(types: Sequence[torch.dtype]) -> dict[str, Any]:
 def sums_constants() -> dict[str, Any]:
     """What :func:`model_sums` is compiled for."""
     return dict(zip(("CHUNK", "PARTS", "LANES"), SUM_CHUNK, strict=True))
+
+
+def _places(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Addresses; 0 for what isn't there."""
+    try:
+        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:
+        return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def _as_they_are(*lists: Sequence[float]) -> tuple[Any, ...]:
+    return 0.0, *lists
+
+
+def _of_a_step(
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    weight_decay: Sequence[float],
+    shares: Sequence[float] = (),
+    most: float = 0.0,
+) -> tuple[Any, ...]:
+    shrink = [1 - rate * decay for rate, decay in zip(lr, weight_decay, strict=True)]
+    return (most, lr, momentum, shrink, *([shares] if shares else []))
 
 
 def _lay(entry: NDArray[np.int64], view: View) -> None:

@@ -195,9 +195,7 @@ def _scalings(
     for tensor, (length, true) in enumerate(zip(lengths, entries, strict=True)):
         parts = range(0, length, CHUNK)
         chunk = len(rows)
-        rows += [
-            (first + at, min(CHUNK, length - at), tensor, chunk, len(parts), max(true, 1)) for at in parts
-        ]
+        rows += [(first + at, min(CHUNK, length - at), tensor, chunk, len(parts), max(true, 1)) for at in parts]
         first += length
     _, table = to_device(np.array(rows, np.int64), device)
     make: Callable[..., Launch] = partial(_Launch, programs=len(rows), tables=(table,), warps=WARPS, stages=1)

@@ -156,4 +156,3 @@ class Number(IntEnum):
     MOMENTUM = 1
     SHRINK = 2
     SHARE = 3
-

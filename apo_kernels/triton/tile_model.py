@@ -55,9 +55,7 @@ _A, _B, _S, _MOMENTUM, _P, _KEPT = (
     for role in (ModelRole.A, ModelRole.B, ModelRole.S, ModelRole.MOMENTUM, ModelRole.P, ModelRole.M)
 )
 _DA, _DB, _DS = (tl.constexpr(int(role)) for role in (ModelRole.DA, ModelRole.DB, ModelRole.DS))
-_SIZE_A, _SIZE_B, _SIZE_S = (
-    tl.constexpr(int(role)) for role in (ModelRole.SIZE_A, ModelRole.SIZE_B, ModelRole.SIZE_S)
-)
+_SIZE_A, _SIZE_B, _SIZE_S = (tl.constexpr(int(role)) for role in (ModelRole.SIZE_A, ModelRole.SIZE_B, ModelRole.SIZE_S))
 _RATE, _MOMENTUM_OF, _SHRINK, _SHARE = (
     tl.constexpr(int(x)) for x in (Number.RATE, Number.MOMENTUM, Number.SHRINK, Number.SHARE)
 )
@@ -85,8 +83,7 @@ def raised(cols, WIDE: tl.constexpr):
     """``cols``, if ``WIDE`` up to the next multiple of 8: as far as a matrix with padded rows may be read or written."""
     if WIDE:
         return (cols + (UNIT - 1)) // UNIT * UNIT
-    else:
-        return cols
+    return cols
 
 
 @triton.jit
@@ -107,8 +104,7 @@ def load_own(base, operands, layer, role, row0, col0, rows, cols, R: tl.constexp
     x = load_tile(pointer, row, one, row0, col0, rows, raised(cols, WIDE), R, C, WIDE)
     if WIDE:  # its pad may hold anything
         return tl.where((tl.arange(0, C) < cols)[None, :], x, 0.0)
-    else:
-        return x
+    return x
 
 
 @triton.jit
@@ -129,7 +125,9 @@ def load_column(pointer, row_stride, row0, rows, is_there, R: tl.constexpr):
 
 
 @triton.jit
-def store_column(pointer, row_stride, row0, rows, is_there, at, x, TYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+def store_column(
+    pointer, row_stride, row0, rows, is_there, at, x, TYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
     """Column ``at`` of ``x``."""
     r = tl.arange(0, R)
     column = tl.sum(tl.where((tl.arange(0, C) == at)[None, :], x, 0.0), axis=1)
@@ -198,8 +196,7 @@ def load_diagonal(
         x = load_squares(pointer, row, col, square, side, first, col0, raised(limit, True), R, C, True)
         inside = (tl.arange(0, R) < limit)[:, None] & (col0 + tl.arange(0, C) < limit)[None, :]
         return tl.where(inside, x, tl.zeros((R, C), x.dtype))
-    else:
-        return load_squares(pointer, row, col, square, side, first, col0, limit, R, C, False)
+    return load_squares(pointer, row, col, square, side, first, col0, limit, R, C, False)
 
 
 @triton.jit

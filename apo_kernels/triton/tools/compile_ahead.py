@@ -188,7 +188,17 @@ def _step_cases(precision: str, multiplies: bool) -> Iterator[Case]:
         for side, eights in product((16, 32, 64), (False, True)):
             constants = squares_constants(side, each, eights, precision)
             size = f"{side}{' wide' * eights}{of}"
-            yield Case("relative_squares", wide, precision, size, step_squares, constants, WARPS if side == 64 else 4, 1, multiplies)
+            yield Case(
+                "relative_squares",
+                wide,
+                precision,
+                size,
+                step_squares,
+                constants,
+                WARPS if side == 64 else 4,
+                1,
+                multiplies,
+            )
         constants = diagonals_constants(each)
         yield Case("relative_squares", wide, precision, f"1{of}", step_diagonals, constants, WARPS, 1, multiplies=False)
         constants = scalings_constants(each)

@@ -48,9 +48,7 @@ class Layers:
     shares: list[float]
 
     def bind(self, backend: str = "triton", learned: Sequence[str] | None = None) -> ak.ModelPreconditioner:
-        return ak.ModelPreconditioner(
-            self.As, self.Bs, self.Ss, widths=self.widths, learned=learned, backend=backend
-        )
+        return ak.ModelPreconditioner(self.As, self.Bs, self.Ss, widths=self.widths, learned=learned, backend=backend)
 
     def present(self) -> list[int]:
         return [i for i, own in enumerate(self.Gs) if own is not None and any(x is not None for x in own)]
@@ -65,7 +63,9 @@ class Layers:
         return torch.cat(each, -1)
 
     def exact(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.As[i].double(), self.Bs[i].double(), self.Ss[i].double()
+        """The operands, with zeros in what sticks out of a side."""
+        A, B = (x[i].double().nan_to_num(0) for x in (self.As, self.Bs))
+        return A, B, self.Ss[i].double()
 
     def P(self, i: int) -> Tensor:
         return reference.precondition(self.joined(self.Gs, i), *self.exact(i))
@@ -236,9 +236,7 @@ def test_trials_and_slopes(dtype: torch.dtype, A: int | None, B: int | None, pad
         thetas.append(each)
     buffers = [None if x is None else x.clone() for x in own.buffers]
     with count_launches() as names:
-        kept = bound.trial_(
-            own.thetas, own.Gs, own.buffers, lengths=own.lr, momentum=own.momentum, shrink=shrink
-        )
+        kept = bound.trial_(own.thetas, own.Gs, own.buffers, lengths=own.lr, momentum=own.momentum, shrink=shrink)
     assert names == ["model_trial"]
     check_weights(own, thetas, dtype)
     for x, y in zip(own.buffers, buffers, strict=True):
@@ -251,12 +249,18 @@ def test_trials_and_slopes(dtype: torch.dtype, A: int | None, B: int | None, pad
 
 
 def check_slopes(
-    own: Layers, bound: ak.ModelPreconditioner, kept: object, dtype: torch.dtype, learned: Sequence[str]
+    own: Layers,
+    bound: ak.ModelPreconditioner,
+    kept: object,
+    dtype: torch.dtype,
+    learned: Sequence[str],
+    most: int | None = 3,
 ) -> None:
     with count_launches() as names:
         found = bound.slopes(own.Vs, kept, lengths=own.lr)
-    assert names[-1] == "model_sums"
-    assert len(names) <= 3
+    if most is not None:
+        assert names[-1] == "model_sums"
+        assert len(names) <= most
     for i in range(len(own.Ss)):
         if i not in own.present():
             assert all(each[i] is None for each in found[:6])
@@ -367,6 +371,32 @@ def test_slabs_and_launches_apart(side: int) -> None:
         check_step(own, torch.float32, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("A", "B"), [(70, 64), (None, None), (100, 70)])
+def test_squares_wider_than_a_tile(dtype: torch.dtype, A: int | None, B: int | None) -> None:
+    """Among narrow ones, in one call; the directions of all make one promise, and one launch applies them."""
+    own, narrow = layers([(75, 80), (2, 6, 80)], dtype, A=A, B=B, there=["wb", "w"]), layers([(7, 12)], dtype)
+    own = Layers(*(getattr(own, each.name) + getattr(narrow, each.name) for each in fields(Layers)))
+    own.shares[2], own.lr[2] = 3.0, 0.3
+    for share in (0.25, None):
+        names = check_step(own, dtype, share)
+        assert names[-3:] == ["model_direction", "model_sums", "model_apply"]
+    learned = ["ABS", "AS", "BS"]
+    bound = own.bind(learned=learned)
+    kept = bound.keep(own.Gs)
+    check_slopes(own, bound, kept, dtype, learned, None)
+    before = [[x.double() for x in parts] for parts in own.thetas]  # type: ignore[union-attr]
+    bound.trial_(own.thetas, own.Gs, own.buffers, lengths=own.lr, momentum=own.momentum, shrink=[0.9] * 3)
+    for i, parts in enumerate(before):
+        step_ = own.lr[i] * own.P(i)
+        if own.buffers[i] is not None:
+            step_ += own.momentum[i] * own.buffers[i].double()  # type: ignore[union-attr]
+        for k, (x, y) in enumerate(zip(parts, step_.split(own.widths[i], -1), strict=True)):
+            if own.Gs[i][k] is not None:  # type: ignore[index]
+                before[i][k] = 0.9 * x - y
+    check_weights(own, before, dtype)
+
+
 def test_mixed_dtypes() -> None:
     """Of blocks and parts, each of its own; the bias not of its weight's."""
     own = layers([(33, 64), (7, 12)], torch.float32, blocks=torch.bfloat16)
@@ -434,7 +464,7 @@ def test_tensors_that_moved_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     bound = own.bind()
     step(own, bound, 0.1)
     own.Gs = [[x.clone() * 2 for x in each] for each in own.Gs]  # type: ignore[union-attr]
-    thetas, buffers = expected_step(own, 0.1 / own.promise())
+    thetas, _ = expected_step(own, 0.1 / own.promise())
     step(own, bound, 0.1)
     check_weights(own, thetas, torch.float32)
     made: list[str] = []
@@ -495,9 +525,7 @@ def test_where_slopes_fail_aten_reads_what_was_kept(chosen: None, monkeypatch: p
 
 def test_a_bias_of_two_columns_is_atens(chosen: None) -> None:
     with pytest.warns(RuntimeWarning, match="aten serves a model, .*a bias of width 1"):
-        ak.ModelPreconditioner(
-            [torch.eye(5)], [torch.eye(3)], [torch.ones(3, 5)], widths=[(3, 2)]
-        )
+        ak.ModelPreconditioner([torch.eye(5)], [torch.eye(3)], [torch.ones(3, 5)], widths=[(3, 2)])
 
 
 def test_a_launch_that_fails_after_a_weight_was_stepped_is_raised(

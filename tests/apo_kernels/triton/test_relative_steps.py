@@ -83,4 +83,3 @@ def test_scalings(each: bool) -> None:
             assert not each or at % 3 != 1 or torch.equal(x[here], z[here])
         first += length
     assert (S[~inside] == 0).all()
-
