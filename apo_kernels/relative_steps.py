@@ -105,8 +105,8 @@ def relative_step_scalings_(
         raise ValueError(f"S must be flat, of {sum(lengths)} elements, but its shape is {tuple(S.shape)}")
     if entries is not None and len(entries) != len(lengths):
         raise ValueError(f"entries must be None or one for each of {len(lengths)} tensors, but got {len(entries)}")
-    _check(S, **{name: (x, S.shape) for name, x in
-                 dict(slope=slope, size=size, new_slope=new_slope, new_size=new_size).items()})  # fmt: skip
+    _check(S, slope=(slope, S.shape), size=(size, S.shape), new_slope=(new_slope, S.shape),
+           new_size=(new_size, S.shape))  # fmt: skip
     numbers = _numbers(S, len(lengths), rate=rate, correction=correction, active=active)
     if S.numel():
         stepping(backend, S).relative_step_scalings_(

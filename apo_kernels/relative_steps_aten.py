@@ -103,7 +103,7 @@ def _parts(first: int, length: int) -> list[slice]:
 
 def _floors(size: Tensor, lengths: Sequence[int], entries: Sequence[int], floor: float) -> Tensor:
     """The least size of each tensor."""
-    sums = torch.stack(torch._foreach_norm(list(size.split(list(lengths))), ord=1))
+    sums = torch.stack(torch._foreach_norm(list(torch.split(size, list(lengths))), ord=1))
     means = sums / torch.tensor([max(each, 1) for each in entries], dtype=size.dtype, device=size.device)
     return means.mul_(floor).add_(EPS[size.dtype])
 

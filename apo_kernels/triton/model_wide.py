@@ -1,4 +1,4 @@
-"""The layers of a whole model whose squares are wider than a tile: the grouped GEMM's products, and torch's for the rest.
+"""The layers of a whole model with squares wider than a tile: the grouped GEMM's products, torch's for the rest.
 
 Their parts are joined by a copy, and their trials and slopes take operations of torch's by the layer: right, but not in
 a constant number of launches.
@@ -24,7 +24,7 @@ Tensors = Sequence[Tensor]
 
 
 class WideLayers:
-    """The ``layers`` among those of a preconditioner; ``run`` computes operations on the grouped GEMM."""
+    """Products of a preconditioner's layers; ``run`` computes operations on the grouped GEMM."""
 
     def __init__(
         self,
@@ -37,7 +37,6 @@ class WideLayers:
     ) -> None:
         self.run, self.widths, self.learned = run, widths, learned
         self.As, self.Bs, self.Ss = As, Bs, Ss
-        self.layers: set[int] = set()
 
     def joined(self, parts: Parts, i: int) -> Tensor:
         """A layer's matrix, with zeros in place of a part that isn't there."""
@@ -83,7 +82,7 @@ class WideLayers:
             step, buffer = Y.mul_(lengths[i]), buffers[i]
             if buffer is not None and momentum[i]:
                 step.add_(buffer, alpha=momentum[i])
-            own = thetas[i], Gs[i], step.split(self.widths[i], -1)
+            own = thetas[i], Gs[i], torch.split(step, list(self.widths[i]), -1)
             for theta, G, y in zip(*own, strict=True):  # type: ignore[arg-type]
                 if theta is not None and G is not None:
                     theta.copy_(theta.float().mul_(shrink[i]).sub_(y))

@@ -43,8 +43,9 @@ def step_squares(
 ):
     """``X ← X (I − rate · R)`` of one square.
 
-    ``shape`` (int64): how far squares lie apart in ``X``, ``slope`` and ``new_slope``, rows in ``size`` and ``new_size``;
-    their side. ``EACH``: the squares have numbers of their own. ``WIDE``: sides and distances are multiples of 8.
+    ``shape`` (int64): how far squares lie apart in ``X``, ``slope`` and ``new_slope``, rows in ``size`` and
+    ``new_size``; their side. ``EACH``: the squares have numbers of their own. ``WIDE``: sides and distances are
+    multiples of 8.
     """
     q = tl.program_id(0).to(tl.int64)
     apart, apart_slope, apart_new = tl.load(shape), tl.load(shape + 1), tl.load(shape + 2)

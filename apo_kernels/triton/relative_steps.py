@@ -190,7 +190,7 @@ def _squares(
 def _scalings(
     device: torch.device, stream: int, lengths: tuple[int, ...], entries: tuple[int, ...], each: bool
 ) -> tuple[Launch, Launch]:
-    rows = []
+    rows: list[tuple[int, ...]] = []
     first = 0
     for tensor, (length, true) in enumerate(zip(lengths, entries, strict=True)):
         parts = range(0, length, CHUNK)

@@ -80,7 +80,7 @@ def tile_of(layers, layer, i, j, WIDE_MATRICES: tl.constexpr, WIDE_SQUARES: tl.c
 
 @triton.jit
 def raised(cols, WIDE: tl.constexpr):
-    """``cols``, if ``WIDE`` up to the next multiple of 8: as far as a matrix with padded rows may be read or written."""
+    """``cols``, if ``WIDE`` up to the next multiple of 8: as far as a matrix with padded rows can be used."""
     if WIDE:
         return (cols + (UNIT - 1)) // UNIT * UNIT
     return cols

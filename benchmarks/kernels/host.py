@@ -82,13 +82,14 @@ def calls(count: int, side: int, squares: int | None, backend: str) -> dict[str,
     scalars = {"lr": 1e-9, "momentum": 0.9, "weight_decay": 0.1}
     step = partial(ak.foreach_precondition_step_, thetas, *operands, momentum_buffers=buffers, backend=backend)
     bound = ak.BoundStep(thetas, *operands, momentum_buffers=buffers, backend=backend)
+    bound_model = backend == "triton" and squares is not None
     return {
-        **(_model_calls(thetas, *operands, Vs, buffers) if backend == "triton" and squares is not None else {}),
         "bound step": partial(bound, **scalars),
         "step": partial(step, **scalars),
         "forward": partial(ak.foreach_precondition, *operands, backend=backend),
         "forward, keep": partial(ak.foreach_precondition, *operands, keep=True, backend=backend),
         "derivatives": partial(ak.foreach_precondition_vjp, *operands, Vs, backend=backend),
+        **(_model_calls(thetas, *operands, Vs, buffers) if bound_model else {}),
     }
 
 
@@ -106,9 +107,9 @@ def _model_calls(
     weights, gradients, cotangents = ([[x] for x in xs] for xs in (thetas, Gs, Vs))
     elsewhere = [[[G.clone()] for G in Gs] for _ in range(9)]
     rates = [1e-9] * len(Gs)
-    scalars = {"lr": rates, "momentum": [0.9] * len(Gs), "weight_decay": [0.1] * len(Gs)}
-    trial = {"lengths": rates, "momentum": [0.9] * len(Gs), "shrink": [1.0] * len(Gs)}
-    promise = {"most": 1.0, "shares": [1.0] * len(Gs)}
+    scalars: dict[str, Any] = {"lr": rates, "momentum": [0.9] * len(Gs), "weight_decay": [0.1] * len(Gs)}
+    trial: dict[str, Any] = {"lengths": rates, "momentum": [0.9] * len(Gs), "shrink": [1.0] * len(Gs)}
+    promise: dict[str, Any] = {"most": 1.0, "shares": [1.0] * len(Gs)}
     kept = bound.keep(gradients)
     turns = itertools.count()
 

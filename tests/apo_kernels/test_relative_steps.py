@@ -74,11 +74,10 @@ def test_what_doesnt_fit_is_refused() -> None:
     options = {"rate": 1.0, "correction": 1.0, "betas": BETAS, "floor": FLOOR, "longest": 2.0}
     with pytest.raises(ValueError, match=r"size must be a .* shape \(3, 4\)"):
         ak.relative_step_squares_(X, X.clone(), size[:2], X, size, **options)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="float32 or float64, but the tensors are torch.bfloat16"):
-        half = X.bfloat16()
+    half, flat = X.bfloat16(), [torch.ones(6) for _ in range(5)]
+    with pytest.raises(TypeError, match=r"float32 or float64, but the tensors are torch\.bfloat16"):
         ak.relative_step_squares_(half, half, size, half, size, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rate must be a number or 3"):
         ak.relative_step_squares_(X, X.clone(), size, X, size, **{**options, "rate": torch.ones(2)})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="S must be flat, of 5"):
-        flat = [torch.ones(6) for _ in range(5)]
         ak.relative_step_scalings_(*flat, lengths=[2, 3], rate=1.0, correction=1.0, betas=BETAS, floor=FLOOR)

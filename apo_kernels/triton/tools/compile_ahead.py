@@ -24,8 +24,8 @@ from apo_kernels.targets import Target
 from apo_kernels.triton import config
 from apo_kernels.triton.gemm import grouped_gemm
 from apo_kernels.triton.gemm_part import KEEPING, gemm_constants, pack_constants
-from apo_kernels.triton.model import apply_constants, slopes_constants, sums_constants
-from apo_kernels.triton.model import forward_constants as model_constants
+from apo_kernels.triton.model_plan import apply_constants, slopes_constants, sums_constants
+from apo_kernels.triton.model_plan import forward_constants as model_constants
 from apo_kernels.triton.pack import pack
 from apo_kernels.triton.plan_builder import TYPES, Operation
 from apo_kernels.triton.relative import average_scalings, step_diagonals, step_scalings, step_squares

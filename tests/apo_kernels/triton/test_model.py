@@ -468,7 +468,7 @@ def test_tensors_that_moved_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     step(own, bound, 0.1)
     check_weights(own, thetas, torch.float32)
     made: list[str] = []
-    for module, name in ((checks, "parts"), (model, "to_device"), (model.TritonModel, "_plan")):
+    for module, name in ((checks, "parts"), (model, "to_device"), (model.ModelPlanner, "plan")):
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: made.append(name))
     step(own, bound, 0.1)
     assert made == []
