@@ -16,6 +16,7 @@ from apo_kernels.functional import (
     precondition,
     precondition_vjp,
 )
+from apo_kernels.relative_steps import relative_step_scalings_, relative_step_squares_
 from apo_kernels.slopes import ModelSlopes
 from apo_kernels.whole_model import ModelPreconditioner
 
@@ -37,4 +38,6 @@ __all__ = [
     "precondition_flops",
     "precondition_vjp",
     "precondition_vjp_flops",
+    "relative_step_scalings_",
+    "relative_step_squares_",
 ]

@@ -78,6 +78,37 @@ class Backend(Protocol):
         self, As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[tuple[int, ...]], learned: Sequence[str]
     ) -> BoundModel: ...
 
+    def relative_step_squares_(
+        self,
+        X: Tensor,
+        slope: Tensor,
+        size: Tensor,
+        new_slope: Tensor,
+        new_size: Tensor,
+        rate: float | Tensor,
+        betas: tuple[float, float],
+        correction: float | Tensor,
+        floor: float,
+        longest: float,
+        active: Tensor | None,
+    ) -> None: ...
+
+    def relative_step_scalings_(
+        self,
+        S: Tensor,
+        slope: Tensor,
+        size: Tensor,
+        new_slope: Tensor,
+        new_size: Tensor,
+        lengths: Sequence[int],
+        entries: Sequence[int],
+        rate: float | Tensor,
+        betas: tuple[float, float],
+        correction: float | Tensor,
+        floor: float,
+        active: Tensor | None,
+    ) -> None: ...
+
 
 class BoundModel(Protocol):
     """What a path must offer for :class:`apo_kernels.ModelPreconditioner`, whose methods these are."""
@@ -228,6 +259,27 @@ class _Guarded:
     def bind_step(self, *operands: Any) -> Callable[[float | Tensor, float, float], None]:
         return partial(self._call, self._backend.bind_step(*operands), aten.bind_step(*operands))
 
+    def bind_model(self, *operands: Any) -> BoundModel:
+        global _failure
+        other = aten.bind_model(*operands)
+        if _failure is not None:
+            return other
+        try:
+            return cast(BoundModel, _GuardedModel(self, self._backend.bind_model(*operands), other))
+        except torch.OutOfMemoryError:
+            raise
+        except Unserved as error:
+            warnings.warn(f"apo_kernels: aten serves a model, for {error}", RuntimeWarning, stacklevel=4)
+        except Exception as error:
+            _failure = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"apo_kernels: the backend triton failed and aten serves from now on ({_failure}); "
+                f"backend='triton' shows the failure in full",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return other
+
     def _call(self, serves: Callable[..., Any], fallback: Callable[..., Any], *arguments: Any) -> Any:
         global _failure
         if _failure is not None:  # since this was bound
@@ -247,3 +299,33 @@ class _Guarded:
                 stacklevel=3,
             )
         return fallback(*arguments)
+
+
+class _GuardedModel:
+    """A bound model of a backend that was chosen: where a call fails, ATen's serves it. What one path kept, the other
+    can read."""
+
+    def __init__(self, guard: _Guarded, serves: BoundModel, fallback: aten.AtenModel) -> None:
+        self._guard, self._serves, self._fallback = guard, serves, fallback
+        self.knows = getattr(serves, "knows", None)
+
+    def step_(self, *arguments: Any) -> Tensor:
+        found: Tensor = self._guard._call(self._serves.step_, self._fallback.step_, *arguments)
+        return found
+
+    def trial_(self, *arguments: Any) -> object:
+        return self._guard._call(self._serves.trial_, self._fallback.trial_, *arguments)
+
+    def keep(self, *arguments: Any) -> object:
+        return self._guard._call(self._serves.keep, self._fallback.keep, *arguments)
+
+    def slopes(self, Vs: Parts, kept: Any, lengths: Sequence[float]) -> ModelSlopes:
+        def fallback() -> ModelSlopes:
+            own = self._fallback.adopted(kept.by_layer()) if hasattr(kept, "by_layer") else kept
+            slopes: ModelSlopes = self._fallback.slopes(Vs, own, lengths)
+            return slopes
+
+        if not hasattr(kept, "by_layer"):
+            return fallback()
+        found: ModelSlopes = self._guard._call(lambda: self._serves.slopes(Vs, kept, lengths), fallback)
+        return found

@@ -52,6 +52,7 @@ class ModelPreconditioner:
         self._parts = [[(*S.shape[:-1], width) for width in each] for S, each in zip(Ss, own, strict=True)]
         self._like = Ss[0] if Ss else torch.empty(0)
         self._bound = serving(backend, Ss).bind_model(As, Bs, Ss, own, list(learned))
+        self._knows = getattr(self._bound, "knows", None)
 
     def step_(
         self,
@@ -137,7 +138,8 @@ class ModelPreconditioner:
         momentum_buffers: Sequence[Tensor | None] | None = None,
         **lists: Sequence[float],
     ) -> None:
-        checks.parts(thetas, Gs, self._parts, self._like)
+        if self._knows is None or not self._knows(thetas, Gs):
+            checks.parts(thetas, Gs, self._parts, self._like)
         checks.numbers(len(self._shapes), **lists)
         if momentum_buffers is not None:
             checks.buffers(momentum_buffers, self._shapes, self._like)

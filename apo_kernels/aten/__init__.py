@@ -21,8 +21,10 @@ from apo_kernels.aten.operators import (
     precondition_keep,
     precondition_vjp,
 )
+from apo_kernels.aten.relative_steps import relative_step_scalings_, relative_step_squares_
 
 __all__ = [
+    "AtenModel",
     "Kept",
     "accumulation_dtype",
     "aligned_empty",
@@ -36,6 +38,8 @@ __all__ = [
     "precondition",
     "precondition_keep",
     "precondition_vjp",
+    "relative_step_scalings_",
+    "relative_step_squares_",
 ]
 
 

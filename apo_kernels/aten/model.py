@@ -8,7 +8,7 @@ them on the way into the weights; M stays in tiles for the slopes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -207,6 +207,18 @@ class AtenModel:
     def keep(self, Gs: Parts) -> Kept:
         present = _present(Gs)
         return Kept(self._directions(Gs, present, keep=True, wanted=False)[1], present)
+
+    def adopted(self, Ms: Mapping[int, Tensor]) -> Kept:
+        """What another path has kept, ``BᵀGA`` of the layers that took part, as this one keeps it."""
+        stacks = self._tiles(True)
+        for works, stack in zip(self._works, stacks, strict=True):
+            for work in works:
+                targets = [w.in_tiles(stack[work.here], work.piece.first) for w in work.matrix]
+                pairs = [(x, w.of(Ms[w.layer])) for x, w in zip(targets, work.matrix, strict=True) if w.layer in Ms]
+                torch._foreach_zero_(targets)
+                if pairs:
+                    torch._foreach_copy_([target for target, _ in pairs], [M for _, M in pairs])
+        return Kept(stacks, sorted(Ms))
 
     def _directions(
         self,

@@ -40,6 +40,7 @@ __all__ = [
     "precondition",
     "precondition_keep",
     "precondition_vjp",
+    "sum_of_products",
 ]
 
 Tensors = Sequence[Tensor]
@@ -136,13 +137,13 @@ def precondition_vjp(
         TM = (held.M * p.S).mul_(p.S)
     if "B" in letters:
         left_V, left_G = (N, held.M) if relative else (UV, held.U)
-        d["B"] = p.leave_block(_sum_of_products(left_V, TM.mT, left_G, TN.mT, like=p.B))
+        d["B"] = p.leave_block(sum_of_products(left_V, TM.mT, left_G, TN.mT, like=p.B))
     if "A" in letters and relative:
-        d["A"] = p.leave_block(_sum_of_products(N.mT, TM, held.M.mT, TN, like=p.A))
+        d["A"] = p.leave_block(sum_of_products(N.mT, TM, held.M.mT, TN, like=p.A))
     if need_W or "G" in letters:
         WN = _left(p.B, TN, UV)  # UV has been read for the last time
     if need_W:
-        d["A"] = p.leave_block(_sum_of_products(V.mT, held.W, p.G.mT, WN, like=p.A))
+        d["A"] = p.leave_block(sum_of_products(V.mT, held.W, p.G.mT, WN, like=p.A))
     if "G" in letters:
         d["G"] = _apply(p, WN, p.dtype, p.buffer())
     return {name.translate(_SWAP): x for name, x in d.items()} if p.transposed else d
@@ -398,7 +399,7 @@ def _left(B: Tensor, X: Tensor, out: Tensor | None) -> Tensor:
     return out
 
 
-def _sum_of_products(L: Tensor, R: Tensor, L2: Tensor, R2: Tensor, like: Tensor) -> Tensor:
+def sum_of_products(L: Tensor, R: Tensor, L2: Tensor, R2: Tensor, like: Tensor) -> Tensor:
     """``L·R + L2·R2``, contiguous, as far as a block of the form of ``like`` has entries for it."""
     if not is_stack(like, L):
         return _full_sum_of_products(L, R, L2, R2)

@@ -7,16 +7,19 @@ has one plan. float64 isn't served.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from apo_kernels.aten import Kept, aligned_empty
 from apo_kernels.blocks import is_stack, relative_derivative
+from apo_kernels.triton import relative_steps
+from apo_kernels.triton.launch import on_device
 from apo_kernels.triton.layers import turns
+from apo_kernels.triton.model import TritonModel
 from apo_kernels.triton.plan import Bound, Operation, Step
 from apo_kernels.triton.plan_builder import Operands
 from apo_kernels.triton.table_layout import Role
@@ -102,9 +105,20 @@ class TritonBackend:
         bound = self._bind(operands)
         return partial(_step, bound, bool(len(momentum_buffers))) if bound is not None else _nothing
 
+    def bind_model(
+        self, As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[tuple[int, ...]], learned: Sequence[str]
+    ) -> TritonModel:
+        return TritonModel(self.precision, self._run, As, Bs, Ss, widths, learned)
+
+    def relative_step_squares_(self, *arguments: Any) -> None:
+        relative_steps.relative_step_squares_(self.precision, *arguments)
+
+    def relative_step_scalings_(self, *arguments: Any) -> None:
+        relative_steps.relative_step_scalings_(self.precision, *arguments)
+
     def _run(self, operation: Operation, operands: Operands) -> None:
         if (bound := self._bind(operands, turn=operation.keep)) is not None:
-            with _on(bound.device):
+            with on_device(bound.device):
                 bound.run(operation, Step())
 
     def _bind(self, operands: Operands, *, turn: bool = False) -> Bound | None:
@@ -115,25 +129,21 @@ class TritonBackend:
 def _step(bound: Bound, buffer: bool, lr: float | Tensor, momentum: float, weight_decay: float) -> None:
     if isinstance(lr, Tensor) and lr.device.type == "cpu" and bound.device.type != "cpu":
         lr = float(lr)  # it is on the host: nothing waits
-    on_device = lr if isinstance(lr, Tensor) else None
+    lr_tensor = lr if isinstance(lr, Tensor) else None
     operation = Operation(
         update=True,
         buffer=buffer,
         momentum=momentum != 0,
         decay=weight_decay != 0,
-        lr_dtype=None if on_device is None else on_device.dtype,
+        lr_dtype=None if lr_tensor is None else lr_tensor.dtype,
     )
     rate = 0.0 if isinstance(lr, Tensor) else float(lr)
-    with _on(bound.device):
-        bound.run(operation, Step(rate, on_device, float(momentum), float(weight_decay)))
+    with on_device(bound.device):
+        bound.run(operation, Step(rate, lr_tensor, float(momentum), float(weight_decay)))
 
 
 def _nothing(*_: object) -> None:
     """The step of a model without entries."""
-
-
-def _on(device: torch.device) -> AbstractContextManager[None]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _operands(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors) -> dict[Role, Tensors]:

@@ -37,6 +37,9 @@ __all__ = [
     "GemmConfig",
     "TileConfig",
     "gemm_config",
+    "model_config",
+    "model_split",
+    "model_ways",
     "override",
     "size_class",
     "tile_config",
@@ -46,6 +49,7 @@ __all__ = [
 
 STAGES = ("right", "scale", "left", "out", "update", "pair", "left_dB", "dA_dG")
 TUNED = Path(__file__).parent / "tuned"
+MODEL_SPLIT = 1024
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,19 @@ def ways(stage: str, side: int, limit: int) -> tuple[tuple[bool, bool], ...]:
         return ((False, False),)
     every = ((False, False), (False, True), (True, False), (True, True))
     return tuple(way for way in every if way != (True, False)) if stage == "tile_keep" else every
+
+
+def model_ways(stage: str, side: int, limit: int) -> tuple[tuple[bool, bool], ...]:
+    """:func:`ways` of a stage of a whole model, whose matrices lie well where their squares do. Slopes have none for
+    matrices alone, which spilled in float32 on sm_90."""
+    left_out = ((False, True), (True, False)) if stage == "model_slopes" else ((False, True),)
+    return tuple(way for way in ways(stage, side, limit) if way not in left_out)
+
+
+def model_split(tiles: int) -> bool:
+    """Whether so many tiles of which 16 bytes can be moved at a time have a launch apart from the others: a launch more
+    takes as long as some hundreds of tiles gain by it."""
+    return tiles >= MODEL_SPLIT
 
 
 _override: ContextVar[dict[str, dict[str, int]] | None] = ContextVar("apo_kernels_config", default=None)
@@ -147,6 +164,16 @@ def tile_config(
     return replace(chosen, **_changes(target, f"{name}/{_name(dtype)}/{precision}/{side}", stage))
 
 
+def model_config(
+    target: Target, dtype: torch.dtype, precision: str, stage: str, widest: int, way: tuple[bool, bool] = (True, True)
+) -> TileConfig:
+    """For a stage of :mod:`apo_kernels.triton.tile_model`: ``model_direction``, ``model_update``, ``model_trial``,
+    ``model_keep`` or ``model_slopes``. ``split``: the slopes of A have a launch of their own."""
+    side = next(side for side in (16, 32, 64) if widest <= side)
+    chosen = _model_default(target, dtype, stage, side, way)
+    return replace(chosen, **_changes(target, f"{stage}/{_name(dtype)}/{precision}/{side}", stage))
+
+
 def gemm_config(
     target: Target, dtype: torch.dtype, precision: str, stage: str, size: str, keep: bool = False
 ) -> GemmConfig:
@@ -180,6 +207,21 @@ def _tile_default(
     if dtype == torch.float16 and name == "sm_90":  # its powers of two take registers
         return TileConfig(side, 16, 8)
     return TileConfig(side, side, 8)
+
+
+def _model_default(target: Target, dtype: torch.dtype, stage: str, side: int, way: tuple[bool, bool]) -> TileConfig:
+    name, wide, slopes = target.name, dtype == torch.float32, stage == "model_slopes"
+    if target.backend == "cpu":
+        return TileConfig(side, side, 1)
+    if side < 64:
+        apart = (name, side, stage, wide) == ("sm_90", 32, "model_update", False)
+        return TileConfig(side, 16 if wide else side, 8 if apart else 4)
+    if wide:
+        few = name == "sm_90" and not (slopes and all(way))
+        return TileConfig(side, 16, 4 if few else 8, split=int(slopes))
+    if slopes:
+        return TileConfig(side, 16 if name == "gfx942" else 32, 8)
+    return TileConfig(side, 32 if name == "sm_80" else side, 8)
 
 
 def _gemm_default(target: Target, dtype: torch.dtype, stage: str, size: str, keep: bool) -> GemmConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-__all__ = ["Launch", "Run", "count_launches"]
+__all__ = ["Launch", "Run", "count_launches", "current_stream", "on_device"]
 
 _NO_SCALARS = (0.0, None, 0.0, 0.0)
 _observers: list[list[str]] = []
@@ -104,3 +104,8 @@ class Launch:
 def current_stream(device: torch.device) -> int:
     """The stream that a launch on the device goes to now; 0 for the CPU's interpreter."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """A GPU made the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

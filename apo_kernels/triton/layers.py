@@ -18,7 +18,7 @@ from apo_kernels.blocks import block_count, is_stack, width
 from apo_kernels.triton.errors import Unserved
 from apo_kernels.triton.table_layout import ALIGN, Role
 
-__all__ = ["BLOCKS", "Layer", "Squares", "View", "layers_of", "padded", "turns"]
+__all__ = ["BLOCKS", "Layer", "Squares", "View", "layers_of", "padded", "squares_of", "turns", "view_of"]
 
 _STRIDE_LIMIT = 2**24
 """Of the sum of the strides: offsets within a tile of 128 by 128 are computed in int32."""
@@ -120,12 +120,12 @@ def layers_of(operands: Mapping[Role, Sequence[Tensor]], *, turn: bool) -> list[
         m, n = G.shape[-2:]
         if G.numel() == 0:
             continue
-        squares = {Role.A: _squares(A, G, n), Role.B: _squares(B, G, m)}
+        squares = {Role.A: squares_of(A, G, n), Role.B: squares_of(B, G, m)}
         turned = turn and turns(G, A, B)
         for index in product(*(range(size) for size in G.shape[:-2])):
             views = {}
             for position, (role, tensors) in enumerate(operands.items()):
-                view = _view(tensors[i], position * length + i, index, role in BLOCKS and is_stack(tensors[i], G))
+                view = view_of(tensors[i], position * length + i, index, role in BLOCKS and is_stack(tensors[i], G))
                 if turned and role not in BLOCKS:
                     view = view._replace(row=view.col, col=view.row)
                 views[_TURNED.get(role, role) if turned else role] = view
@@ -136,13 +136,13 @@ def layers_of(operands: Mapping[Role, Sequence[Tensor]], *, turn: bool) -> list[
     return layers
 
 
-def _squares(block: Tensor, G: Tensor, length: int) -> Squares:
+def squares_of(block: Tensor, G: Tensor, length: int) -> Squares:
     if is_stack(block, G):
         return Squares(length, block.shape[-1], block.shape[-3])
     return Squares(length, length, 1)
 
 
-def _view(x: Tensor, tensor: int, index: tuple[int, ...], stacked: bool) -> View:
+def view_of(x: Tensor, tensor: int, index: tuple[int, ...], stacked: bool) -> View:
     element = sum(at * stride for at, stride in zip(index, x.stride(), strict=False))
     offset = element * x.element_size()
     row, col = x.stride()[-2:]

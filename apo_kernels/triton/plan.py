@@ -38,7 +38,7 @@ from apo_kernels.triton.plan_builder import Operands, Operation, PlanBuilder, to
 from apo_kernels.triton.table_layout import Role
 from apo_kernels.triton.tile_part import TilePart
 
-__all__ = ["Bound", "Operation", "Plan", "Ready", "Step", "clear_plans", "plan_for", "start"]
+__all__ = ["Bound", "Operation", "Plan", "Ready", "Step", "clear_plans", "plan_for", "start", "target_of"]
 
 _shape = attrgetter("shape")
 _BINDINGS = 8

@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = ["ALIGN", "Column", "Kind", "LayerField", "PackField", "ProblemField", "Role"]
+__all__ = [
+    "ALIGN",
+    "Column",
+    "Kind",
+    "LayerField",
+    "ModelField",
+    "ModelRole",
+    "Number",
+    "PackField",
+    "ProblemField",
+    "Role",
+]
 
 ALIGN = 8
 """Sides of packed and workspace matrices are multiples of this many elements: 16 bytes of 16-bit numbers."""
@@ -106,3 +117,42 @@ class PackField(IntEnum):
     ROWS = 10  # true sides of the packed square
     COLS = 11
     PITCH = 12  # padded side
+
+
+class ModelRole(IntEnum):
+    """What a matrix is to its layer in the kernels of a whole model; in :class:`Role`'s place, and as many at most.
+
+    Of those that the kernels have in memory of their own, the table says offsets in elements, not addresses.
+    """
+
+    G = 0  # or the cotangent
+    G_BIAS = 1
+    THETA = 2
+    THETA_BIAS = 3
+    A = 4
+    B = 5
+    S = 6
+    MOMENTUM = 7
+    P = 8  # P(G); from here on in memory of their own
+    M = 9
+    DA = 10
+    DB = 11
+    DS = 12
+    SIZE_A = 13
+    SIZE_B = 14
+    SIZE_S = 15
+
+
+class ModelField(IntEnum):
+    """What a layer's shape has besides the fields of :class:`LayerField`, in place of those of the grouped GEMM."""
+
+    N1 = 8  # the columns of its weight: n, or n - 1 where it has a bias
+
+
+class Number(IntEnum):
+    """The numbers of each layer (float32), one row; the last row of the table has those of the whole call."""
+
+    RATE = 0  # lr, or the length of a trial's step
+    MOMENTUM = 1
+    SHRINK = 2
+    SHARE = 3

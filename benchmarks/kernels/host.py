@@ -7,6 +7,7 @@ run in one process, in turn. Figures are medians of process time, so that other 
 
 from __future__ import annotations
 
+import itertools
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -36,6 +37,10 @@ MODELS: dict[str, tuple[str, int, int, int | None]] = {
 
 GOALS = {
     ("21 layers, squares of 64", "bound step"): 40.0,
+    ("21 layers, squares of 64", "model's step, promise"): 40.0,
+    ("60 layers, squares of 64", "model's step, promise"): 80.0,
+    ("21 layers, squares of 64", "model's trial"): 40.0,
+    ("60 layers, squares of 64", "model's trial"): 80.0,
     ("60 layers, squares of 64", "bound step"): 80.0,
     ("60 layers of 8, squares of 4", "step"): 900.0,
 }
@@ -73,12 +78,46 @@ def calls(count: int, side: int, squares: int | None, backend: str) -> dict[str,
     scalars = {"lr": 1e-9, "momentum": 0.9, "weight_decay": 0.1}
     step = partial(ak.foreach_precondition_step_, thetas, *operands, momentum_buffers=buffers, backend=backend)
     bound = ak.BoundStep(thetas, *operands, momentum_buffers=buffers, backend=backend)
+    bound_model = backend == "triton" and squares is not None
     return {
         "bound step": partial(bound, **scalars),
         "step": partial(step, **scalars),
         "forward": partial(ak.foreach_precondition, *operands, backend=backend),
         "forward, keep": partial(ak.foreach_precondition, *operands, keep=True, backend=backend),
         "derivatives": partial(ak.foreach_precondition_vjp, *operands, Vs, backend=backend),
+        **(_model_calls(thetas, *operands, Vs, buffers) if bound_model else {}),
+    }
+
+
+def _model_calls(
+    thetas: list[Tensor],
+    Gs: list[Tensor],
+    As: list[Tensor],
+    Bs: list[Tensor],
+    Ss: list[Tensor],
+    Vs: list[Tensor],
+    buffers: list[Tensor],
+) -> dict[str, Call]:
+    """The methods of a bound model: with every tensor where it was, and with gradients that move in each call."""
+    bound = ak.ModelPreconditioner(As, Bs, Ss, widths=[S.shape[-1:] for S in Ss], backend="triton")
+    weights, gradients, cotangents = ([[x] for x in xs] for xs in (thetas, Gs, Vs))
+    elsewhere = [[[G.clone()] for G in Gs] for _ in range(9)]
+    rates = [1e-9] * len(Gs)
+    scalars: dict[str, Any] = {"lr": rates, "momentum": [0.9] * len(Gs), "weight_decay": [0.1] * len(Gs)}
+    trial: dict[str, Any] = {"lengths": rates, "momentum": [0.9] * len(Gs), "shrink": [1.0] * len(Gs)}
+    promise: dict[str, Any] = {"most": 1.0, "shares": [1.0] * len(Gs)}
+    kept = bound.keep(gradients)
+    turns = itertools.count()
+
+    def moved() -> None:
+        bound.step_(weights, elsewhere[next(turns) % len(elsewhere)], buffers, **scalars, **promise)
+
+    return {
+        "model's step": partial(bound.step_, weights, gradients, buffers, **scalars),
+        "model's step, promise": partial(bound.step_, weights, gradients, buffers, **scalars, **promise),
+        "model's step, gradients moved": moved,
+        "model's trial": partial(bound.trial_, weights, gradients, buffers, **trial),
+        "model's slopes": partial(bound.slopes, cotangents, kept, lengths=rates),
     }
 
 

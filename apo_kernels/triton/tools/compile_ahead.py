@@ -24,13 +24,22 @@ from apo_kernels.targets import Target
 from apo_kernels.triton import config
 from apo_kernels.triton.gemm import grouped_gemm
 from apo_kernels.triton.gemm_part import KEEPING, gemm_constants, pack_constants
+from apo_kernels.triton.model_plan import apply_constants, slopes_constants, sums_constants
+from apo_kernels.triton.model_plan import forward_constants as model_constants
 from apo_kernels.triton.pack import pack
 from apo_kernels.triton.plan_builder import TYPES, Operation
+from apo_kernels.triton.relative import average_scalings, step_diagonals, step_scalings, step_squares
+from apo_kernels.triton.relative_steps import LANES, WARPS, diagonals_constants, scalings_constants, squares_constants
 from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
+from apo_kernels.triton.tile_model import model_apply, model_forward, model_slopes, model_sums
 from apo_kernels.triton.tile_part import SUM_CHUNK, backward_constants, forward_constants
 
 __all__ = ["Case", "Report", "argument_type", "cases", "compile_case", "source_of"]
 
+_FLOATS = (
+    "numbers", "workspace", "kept", "sums", "results", "X", "S", "slope", "size", "new_slope", "new_size", "rates",
+    "corrections",
+)  # fmt: skip
 _ARGUMENTS = {
     "tiles": "*i32",
     "lr": "fp32",
@@ -38,6 +47,9 @@ _ARGUMENTS = {
     "decay": "fp32",
     "amax": "*fp32",
     "lr_tensor": "*fp32",
+    "active": "*i32",
+    **dict.fromkeys(_FLOATS, "*fp32"),
+    **dict.fromkeys(("rate", "correction", "weight_slope", "weight_size", "floor", "eps", "longest"), "fp32"),
 }
 
 
@@ -141,8 +153,58 @@ def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> I
             types = [compute, wide if stage == "dA_dG" else compute, wide]
             constants = gemm_constants(stage, gemm, operation, types=types, **common)
             yield Case(name, dtype, precision, size, grouped_gemm, constants, gemm.warps, gemm.stages, multiplies)
+    yield from _model_cases(target, dtype, precision, multiplies)
+    if dtype == torch.float32:
+        yield from _step_cases(precision, multiplies)
     yield Case("pack", dtype, precision, "-", pack, pack_constants(compute), 4, 1, multiplies=False)
     yield Case("sum_parts", torch.float32, precision, "-", sum_parts, {"CHUNK": SUM_CHUNK}, 4, 1, multiplies=False)
+
+
+def _model_cases(target: Target, dtype: torch.dtype, precision: str, multiplies: bool) -> Iterator[Case]:
+    """The kernels of a whole model."""
+    limit = config.tile_limit(target, torch.float32, backward=False)
+    stages = ("model_direction", "model_update", "model_trial", "model_keep", "model_slopes")
+    for stage, side in product(stages, (side for side in (16, 32, 64) if side <= limit)):
+        for way in config.model_ways(stage, side, limit):
+            tile = config.model_config(target, dtype, precision, stage, side, way)
+            given: dict[str, Any] = {"compute": dtype, "precision": precision, "way": way}
+            if stage == "model_slopes":
+                kernel, every = model_slopes, slopes_constants(tile, types=[dtype] * 5, **given)
+            else:
+                kernel, every = model_forward, [model_constants(stage, tile, types=[dtype] * 7, **given)]
+            for constants in every:
+                yield _tile_case(stage, side, way, kernel, constants, tile, dtype, precision, multiplies)
+    constants = apply_constants([dtype] * 2)
+    yield Case("model_apply", dtype, precision, "-", model_apply, constants, 4, 1, multiplies=False)
+    wide = torch.float32
+    yield Case("model_sums", wide, precision, "-", model_sums, sums_constants(), 4, 1, multiplies=False)
+
+
+def _step_cases(precision: str, multiplies: bool) -> Iterator[Case]:
+    """The kernels of relative steps: of numbers for all tensors, and of each (``each``)."""
+    wide = torch.float32
+    for each in (False, True):
+        of = " each" * each
+        for side, eights in product((16, 32, 64), (False, True)):
+            constants = squares_constants(side, each, eights, precision)
+            size = f"{side}{' wide' * eights}{of}"
+            yield Case(
+                "relative_squares",
+                wide,
+                precision,
+                size,
+                step_squares,
+                constants,
+                WARPS if side == 64 else 4,
+                1,
+                multiplies,
+            )
+        constants = diagonals_constants(each)
+        yield Case("relative_squares", wide, precision, f"1{of}", step_diagonals, constants, WARPS, 1, multiplies=False)
+        constants = scalings_constants(each)
+        yield Case("relative_means", wide, precision, f"-{of}", average_scalings, constants, WARPS, 1, multiplies=False)
+        constants = {**constants, "LANES": LANES}
+        yield Case("relative_scalings", wide, precision, f"-{of}", step_scalings, constants, WARPS, 1, multiplies=False)
 
 
 _WAYS = {(False, False): "", (False, True): " squares", (True, False): " matrices", (True, True): " wide"}

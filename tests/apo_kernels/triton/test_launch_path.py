@@ -7,7 +7,8 @@ it is asked to launch. So it shows that arguments have types that Triton takes, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import apo_kernels as ak
 from apo_kernels.targets import TARGETS, Target
 from tests.apo_kernels.triton.conftest import INTERPRETED
 from tests.apo_kernels.triton.examples import Model, model
@@ -24,7 +26,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver as drivers
 
-from apo_kernels.triton import config
+from apo_kernels.triton import config, relative_steps
 from apo_kernels.triton import plan as plans
 from apo_kernels.triton.backend import TritonBackend
 from apo_kernels.triton.tools import compile_ahead
@@ -127,15 +129,22 @@ def everything(layers: Model, lr: torch.Tensor) -> None:
     backend.foreach_precondition_step_(thetas, *operands, buffers, lr, 0.9, 0.1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("side", "size"), [(None, "large"), (None, "small"), (16, "16"), (64, "64")])
-def test_what_is_launched_is_what_is_compiled_ahead(
-    gpu: Recorder, dtype: torch.dtype, side: int | None, size: str
-) -> None:
-    shapes = [(60, 200), (33, 65)] if size == "small" else [(130, 200), (33, 65)]
-    if size == "64" and config.tile_limit(gpu.target, dtype, backward=True) < 64:
-        size = "large"  # the derivatives' half is the grouped GEMM's
-    everything(model(shapes, dtype, A=side, B=side), torch.tensor(0.1))
+def everything_of_a_model(layers: Model, pairs: Sequence[int], bounded: bool) -> None:
+    """Each function of a bound model, once; of the layers ``pairs`` the last column is a bias."""
+    Gs, Vs = ([[*x.split([x.shape[1] - 1, 1], 1)] if i in pairs else [x] for i, x in enumerate(xs)]
+              for xs in (layers.Gs, layers.Vs))  # fmt: skip
+    Gs, Vs, thetas = ([[x.clone() for x in own] for own in each] for each in (Gs, Vs, Gs))
+    buffers, numbers = [G.float() for G in layers.Gs], [0.1] * len(Gs)
+    widths = [tuple(x.shape[1] for x in own) for own in Gs]
+    bound = ak.ModelPreconditioner(layers.As, layers.Bs, layers.Ss, widths=widths, backend="triton")
+    most = 1.0 if bounded else math.inf
+    bound.step_(thetas, Gs, buffers, lr=numbers, momentum=numbers, weight_decay=numbers, most=most, shares=numbers)
+    kept = bound.trial_(thetas, Gs, buffers, lengths=numbers, momentum=numbers, shrink=numbers)
+    bound.slopes(Vs, kept, lengths=numbers)
+    bound.keep(Gs)
+
+
+def is_known(gpu: Recorder, dtype: torch.dtype) -> None:
     known = {
         (identity(compile_ahead.source_of(case, gpu.target)), case.warps)
         for case in compile_ahead.cases(gpu.target, dtype)
@@ -146,6 +155,52 @@ def test_what_is_launched_is_what_is_compiled_ahead(
         assert launch.programs > 0
         assert launch.shared <= gpu.target.shared
         assert launch.scratch == 0, "nobody would allocate it"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("side", "shapes"), [(16, [(16, 16)]), (16, [(64, 65)]), (64, [(64, 129)]), (64, [(33, 65), (7, 13)])]
+)
+def test_a_whole_models_kernels_are_compiled_ahead(
+    gpu: Recorder, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, side: int, shapes: list[tuple[int, int]]
+) -> None:
+    monkeypatch.setattr("apo_kernels.dispatch._obstacle", lambda _: None)
+    for bounded in (False, True):
+        layers = model(shapes, dtype, A=side, B=side)
+        layers.Ss = [torch.zeros(m, -(-n // 8) * 8, dtype=dtype)[:, :n] for m, n in shapes]
+        everything_of_a_model(layers, [0], bounded)
+    is_known(gpu, dtype)
+    stages = {launch.name for launch in gpu.launched}
+    assert stages == {"model_forward", "model_apply", "model_slopes", "model_sums"}
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("b", [1, 3, 30, 64])
+def test_the_relative_steps_kernels_are_compiled_ahead(
+    gpu: Recorder, monkeypatch: pytest.MonkeyPatch, b: int, each: bool
+) -> None:
+    monkeypatch.setattr("apo_kernels.dispatch._obstacle", lambda _: None)
+    relative_steps._squares.cache_clear()
+    relative_steps._scalings.cache_clear()
+    number: Any = torch.ones(3) if each else 0.1
+    given = {"rate": number, "correction": number, "betas": (0.5, 0.9), "floor": 0.1, "backend": "triton"}
+    X, size, S = [torch.ones(3, b, b)] * 2, torch.ones(3, b), [torch.ones(24)] * 5
+    ak.relative_step_squares_(*X, size, X[0], size, longest=2.0, **given)
+    ak.relative_step_scalings_(*S, lengths=[8] * 3, **given)
+    is_known(gpu, torch.float32)
+    assert len(gpu.launched) == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("side", "size"), [(None, "large"), (None, "small"), (16, "16"), (64, "64")])
+def test_what_is_launched_is_what_is_compiled_ahead(
+    gpu: Recorder, dtype: torch.dtype, side: int | None, size: str
+) -> None:
+    shapes = [(60, 200), (33, 65)] if size == "small" else [(130, 200), (33, 65)]
+    if size == "64" and config.tile_limit(gpu.target, dtype, backward=True) < 64:
+        size = "large"  # the derivatives' half is the grouped GEMM's
+    everything(model(shapes, dtype, A=side, B=side), torch.tensor(0.1))
+    is_known(gpu, dtype)
 
 
 def test_pointers_are_of_the_tables(gpu: Recorder) -> None:

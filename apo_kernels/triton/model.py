@@ -1,0 +1,376 @@
+"""A whole model's step, trial and slopes on the tile kernels: the host's side of :mod:`~apo_kernels.triton.tile_model`.
+
+What doesn't change from call to call is laid down when a preconditioner is bound: tiles, shapes, where blocks lie. A
+call compares where its tensors lie with where they lay in the last one; where nothing has moved it only launches.
+Two small tables go to the device, asynchronously, each only when it has changed: addresses, and the layers' numbers.
+
+**Launches.** A step that keeps a promise has three: the directions with a number a tile, the sum of these, and the
+momentum and weights; one that needn't, and a trial, have one; slopes have one or two and the sums of their parts.
+Layers whose operands have other dtypes have launches of their own; so do, in a model of many tiles, those whose
+matrices can't be moved 16 bytes at a time (:func:`apo_kernels.triton.config.model_split`).
+
+**Memory.** Directions, ``M`` and slopes lie in one piece each, rows apart in multiples of 8; nothing of them outlives
+the call but what it returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from apo_kernels.slopes import ModelSlopes, Parts
+from apo_kernels.triton import config
+from apo_kernels.triton import plan as plans
+from apo_kernels.triton.errors import Interrupted, Unserved
+from apo_kernels.triton.graphs import keep_for_graph
+from apo_kernels.triton.launch import current_stream, on_device
+from apo_kernels.triton.model_plan import Given, ModelPlan, ModelPlanner, ModelRun
+from apo_kernels.triton.model_wide import WideLayers
+from apo_kernels.triton.plan_builder import Operands, Operation, to_device
+from apo_kernels.triton.table_layout import ModelRole, Number
+
+__all__ = ["KeptM", "TritonModel"]
+
+Tensors = Sequence[Tensor]
+Buffers = Sequence[Tensor | None]
+Run = Callable[[Operation, Operands], None]
+
+PLANS = 32
+"""Of one preconditioner, for as many forms of operands."""
+_NO_BOUND = float(np.finfo(np.float32).max)
+
+
+class KeptM(NamedTuple):
+    """``M`` of a trial: of the layers that took part, in the preconditioner's layout."""
+
+    flat: Tensor
+    layers: tuple[int, ...]
+    matrices: Callable[[Tensor, tuple[int, ...]], dict[int, Tensor]]
+
+    def by_layer(self) -> dict[int, Tensor]:
+        """As the ATen path keeps it."""
+        return self.matrices(self.flat, self.layers)
+
+
+class _Last:
+    """What an operation used last."""
+
+    def __init__(self) -> None:
+        self.given: Given | None = None
+        self.buffers: list[int] | None = None
+        self.also: tuple[int, ...] | None = None
+        self.plan: ModelPlan | None = None
+        self.operands: Tensor | None = None
+        self.stream = 0
+        self.overrides = ""
+        self.lists: tuple[Any, ...] | None = None
+        self.numbers: Tensor | None = None
+        self.hosts: tuple[Tensor | None, Tensor | None] = (None, None)
+
+
+class TritonModel:
+    """See :class:`apo_kernels.ModelPreconditioner`."""
+
+    def __init__(
+        self,
+        precision: str | None,
+        run: Run,
+        As: Tensors,
+        Bs: Tensors,
+        Ss: Tensors,
+        widths: Sequence[tuple[int, ...]],
+        learned: Sequence[str],
+    ) -> None:
+        self.planner = ModelPlanner(precision, As, Bs, Ss, widths, learned)
+        self.wide = WideLayers(run, As, Bs, Ss, widths, learned)
+        self._plans: dict[object, ModelPlan] = {}
+        self._last = {name: _Last() for name in ("step", "update", "trial", "keep", "slopes")}
+        self._one: Tensor | None = None
+        self._checked: dict[bool, Given] = {}
+        self._looked: tuple[object, object, Given] | None = None
+
+    def knows(self, written: Parts, read: Parts) -> bool:
+        """Whether parts of this form were checked before, at these places."""
+        given, known = self._parts(written, read), self._checked.get(written is read)
+        found = known is not None and known.same(given)
+        if found:
+            assert known is not None
+            given = known._replace(tensors=given.tensors)
+        self._looked = written, read, given
+        return found
+
+    def _look(self, written: Parts, read: Parts) -> Given:
+        """The parts of a call, which have been checked."""
+        looked, self._looked = self._looked, None
+        if looked is None or looked[0] is not written or looked[1] is not read:
+            return self._parts(written, read)
+        self._checked[written is read] = looked[2].forget()
+        return looked[2]
+
+    def _parts(self, written: Parts, read: Parts) -> Given:
+        layers = [i for i, own in enumerate(read) if own is not None]
+        tensors = [x for own in read if own is not None for x in own]
+        there = [x for x in tensors if x is not None]
+        forms: list[list[Any]] = [
+            list(map(Tensor.stride, there)),
+            [x.dtype for x in there],
+            [*map(Tensor.is_neg, there)],
+        ]
+        roles: tuple[ModelRole, ...] = (ModelRole.G,)
+        if written is not read:
+            roles = (ModelRole.G, ModelRole.THETA)
+            tensors += [x for i in layers for x in written[i] or ()]
+        return Given(layers, tensors, roles, _places(tensors), forms)
+
+    def _ready(
+        self,
+        name: str,
+        given: Given,
+        buffers: Buffers | None,
+        lists: tuple[Any, ...],
+        numbers: Callable[..., tuple[Any, ...]],
+        also: tuple[int, ...] | None = None,
+    ) -> _Last:
+        """The plan and the tables for a call.
+
+        Args:
+            lists: what the numbers of the layers are made of, by ``numbers``: one column after the other.
+            also: of a slope: the layers of the trial.
+        """
+        last = self._last[name]
+        stream, overrides = current_stream(self.planner.device), config.overrides_key()
+        places = None if buffers is None else _places([buffers[i] for i in given.layers])
+        known = last.given
+        if (
+            known is None or last.buffers != places or last.also != also or last.stream != stream
+            or last.overrides != overrides or not known.same(given)
+        ):  # fmt: skip
+            self._renew(last, name, given, buffers, places, also)
+            last.stream, last.overrides = stream, overrides
+        if last.lists != lists:
+            host, last.numbers = to_device(self._numbers(*numbers(*lists)), self.planner.device)
+            last.lists = tuple([list(x) if isinstance(x, Sequence) else x for x in lists])
+            last.hosts = last.hosts[0], host
+        if plans._capturing(self.planner.device):
+            keep_for_graph(stream, self, last.plan, last.operands, last.numbers, *last.hosts)
+            self._last[name] = _Last()  # its tables are the graph's alone
+        return last
+
+    def _renew(
+        self,
+        last: _Last,
+        name: str,
+        given: Given,
+        buffers: Buffers | None,
+        places: list[int] | None,
+        also: tuple[int, ...] | None,
+    ) -> None:
+        if any(given.forms[2]):
+            raise Unserved("parts are lazily negated")
+        tensors = given.tensors if buffers is None else given.tensors + [buffers[i] for i in given.layers]
+        form = [None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors]
+        key = (name, tuple(given.layers), given.roles, also, tuple(form), config.overrides_key(), last.stream)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self.planner.plan(name, given, buffers, also)
+            if not plans._capturing(self.planner.device):
+                if len(self._plans) >= PLANS:
+                    self._plans.clear()
+                self._plans[key] = plan
+        host, table = to_device(plan.table(given.places + (places or []) or [0]), self.planner.device)
+        last.plan, last.operands = plan, table
+        last.given, last.buffers, last.also = given.forget(), places, also
+        last.hosts = host, last.hosts[1]
+
+    def _numbers(self, single: float, *each: Sequence[float]) -> NDArray[np.float32]:
+        numbers = np.zeros((len(self.planner.matrices) + 1, len(Number)), np.float32)
+        for column, values in enumerate(each):
+            numbers[:-1, column] = np.array(values, np.float32)[self.planner.layer_of]
+        numbers[-1, 0] = single
+        return numbers
+
+    def step_(
+        self,
+        thetas: Parts,
+        Gs: Parts,
+        momentum_buffers: Buffers,
+        lr: Sequence[float],
+        momentum: Sequence[float],
+        weight_decay: Sequence[float],
+        most: float,
+        shares: Sequence[float] | None,
+        total: Callable[[Tensor], None] | None,
+    ) -> Tensor:
+        if self._one is None:
+            self._one = torch.ones((), dtype=torch.float32, device=self.planner.device)
+        given = self._look(thetas, Gs)
+        bounded = math.isfinite(most)
+        if not bounded and self.planner.wide:  # their directions pass through memory: that is a step with a promise
+            most, shares = _NO_BOUND, lr
+        if math.isfinite(most):
+            last = self._ready("step", given, momentum_buffers, (lr, momentum, weight_decay, shares, most), _of_a_step)
+        else:
+            last = self._ready("update", given, momentum_buffers, (lr, momentum, weight_decay), _of_a_step)
+        if not last.plan or not last.plan.launches:
+            return self._one
+        if not math.isfinite(most):
+            self._launch(last)
+            return self._one
+        sums = torch.empty(2, dtype=torch.float32, device=self.planner.device)
+        workspace = torch.empty(last.plan.sizes["workspace"], dtype=torch.float32, device=self.planner.device)
+        if last.plan.wide:
+            assert shares is not None
+            directions = [self.planner.views(i, workspace[last.plan.first :]) for i in last.plan.wide]
+            self.wide.directions(last.plan.wide, Gs, directions, None)
+            for k, (i, Y) in enumerate(zip(last.plan.wide, directions, strict=True)):
+                workspace[k] = shares[i] * (self.wide.joined(Gs, i).float() * Y).sum()
+        self._launch(last, workspace=workspace, sums=sums, after_sum=total if bounded else None)
+        return sums[1] if bounded else self._one
+
+    def trial_(
+        self,
+        thetas: Parts,
+        Gs: Parts,
+        momentum_buffers: Buffers,
+        lengths: Sequence[float],
+        momentum: Sequence[float],
+        shrink: Sequence[float],
+    ) -> KeptM:
+        given = self._look(thetas, Gs)
+        last = self._ready("trial", given, momentum_buffers, (lengths, momentum, shrink), _as_they_are)
+        assert last.plan is not None
+        kept = torch.empty(self.planner.flat_size, dtype=torch.float32, device=self.planner.device)
+        if last.plan.wide:
+            found = self._keep_wide(last.plan, Gs, kept)
+            self._launch(last, kept=kept)
+            try:
+                self.wide.trial_(last.plan.wide, thetas, Gs, found, momentum_buffers, lengths, momentum, shrink)
+            except Exception as error:
+                raise Interrupted(f"a trial failed after some weights had been written: {error}") from error
+        else:
+            self._launch(last, kept=kept)
+        return KeptM(kept, tuple(last.plan.given), self._matrices)
+
+    def keep(self, Gs: Parts) -> KeptM:
+        last = self._ready("keep", self._look(Gs, Gs), None, (), _as_they_are)
+        assert last.plan is not None
+        kept = torch.empty(self.planner.flat_size, dtype=torch.float32, device=self.planner.device)
+        if last.plan.wide:
+            self._keep_wide(last.plan, Gs, kept)
+        self._launch(last, kept=kept)
+        return KeptM(kept, tuple(last.plan.given), self._matrices)
+
+    def _keep_wide(self, plan: ModelPlan, parts: Parts, kept: Tensor) -> list[Tensor]:
+        """The directions of the grouped GEMM's layers, and their ``M`` into ``kept``."""
+        directions = [
+            torch.empty(self.planner.Ss[i].shape, dtype=torch.float32, device=self.planner.device) for i in plan.wide
+        ]
+        self.wide.directions(plan.wide, parts, directions, [self.planner.views(i, kept) for i in plan.wide])
+        return directions
+
+    def _matrices(self, flat: Tensor, layers: tuple[int, ...]) -> dict[int, Tensor]:
+        return {i: self.planner.views(i, flat) for i in layers}
+
+    def slopes(self, Vs: Parts, kept: KeptM, lengths: Sequence[float]) -> ModelSlopes:
+        given = self._look(Vs, Vs)
+        last = self._ready("slopes", given, None, (lengths,), _as_they_are, kept.layers)
+        assert last.plan is not None
+        results = torch.empty(last.plan.sizes["results"], dtype=torch.float32, device=self.planner.device)
+        if last.plan.launches:
+            self._launch(last, kept=kept.flat, results=results)
+        found: list[list[Tensor | None]] = [[None] * len(self.planner.Ss) for _ in range(6)]
+        for slot, i, shape, strides, start in last.plan.results:
+            found[slot][i] = results.as_strided(shape, strides, start)
+        for i in kept.layers:
+            if not self.planner.of_layer[i]:
+                self._empty_slopes(found, i)
+        inner = results[last.plan.inner : last.plan.inner + len(self.planner.Ss)]
+        if last.plan.wide:
+            Ms = [self.planner.views(i, kept.flat) for i in last.plan.wide]
+            for i, each, product_ in self.wide.slopes(last.plan.wide, Vs, Ms, lengths):
+                for slot, x in enumerate(each):
+                    found[slot][i] = x
+                inner[i] = product_
+        A, B, S, size_A, size_B, size_S = found
+        return ModelSlopes(A, B, S, size_A, size_B, size_S, inner)
+
+    def _empty_slopes(self, found: list[list[Tensor | None]], i: int) -> None:
+        for slot, letter, x in (
+            (0, "A", self.planner.As[i]),
+            (1, "B", self.planner.Bs[i]),
+            (2, "S", self.planner.Ss[i]),
+        ):
+            if letter in self.planner.learned[i]:
+                found[slot][i] = torch.zeros(x.shape, dtype=torch.float32, device=self.planner.device)
+                size = x.shape if letter == "S" else x.shape[:-1]
+                found[slot + 3][i] = torch.zeros(size, dtype=torch.float32, device=self.planner.device)
+
+    def _launch(
+        self,
+        last: _Last,
+        *,
+        workspace: Tensor | None = None,
+        kept: Tensor | None = None,
+        sums: Tensor | None = None,
+        results: Tensor | None = None,
+        after_sum: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """Compile everything, then launch.
+
+        Raises:
+            Interrupted: a launch failed, and one before it has written weights, or the sum was shown already.
+        """
+        plan, operands, numbers = last.plan, last.operands, last.numbers
+        assert plan is not None
+        assert operands is not None
+        assert numbers is not None
+        filler = numbers
+        values = tuple(filler if x is None else x for x in (workspace, kept, sums, results))
+        run = ModelRun((operands, numbers, *values), last.stream)
+        with on_device(self.planner.device):
+            for launch in plan.launches:
+                launch.compile(run)  # type: ignore[arg-type]
+            begun = False
+            try:
+                for launch in plan.launches:
+                    launch(run)  # type: ignore[arg-type]
+                    begun |= launch.updates
+                    if after_sum is not None and launch.name == "model_sums":
+                        assert sums is not None
+                        begun = True
+                        after_sum(sums[0])
+            except Exception as error:
+                if begun:
+                    raise Interrupted(
+                        f"a launch failed after some weights had been stepped: {type(error).__name__}: {error}"
+                    ) from error
+                raise
+
+
+def _places(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Addresses; 0 for what isn't there."""
+    try:
+        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:
+        return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def _as_they_are(*lists: Sequence[float]) -> tuple[Any, ...]:
+    return 0.0, *lists
+
+
+def _of_a_step(
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    weight_decay: Sequence[float],
+    shares: Sequence[float] = (),
+    most: float = 0.0,
+) -> tuple[Any, ...]:
+    shrink = [1 - rate * decay for rate, decay in zip(lr, weight_decay, strict=True)]
+    return (most, lr, momentum, shrink, *([shares] if shares else []))
