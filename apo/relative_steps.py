@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apo.meta_optimizer import EPS, Learned, count_updates
-from apo.shared_storage import Numbers, SharedScalings, SharedSquares, shared
-from apo_kernels.aten import aligned_product
+import apo_kernels as ak
+from apo.meta_optimizer import Learned, count_updates
+from apo.shared_storage import SharedScalings, SharedSquares, shared
 
 __all__ = ["RelativeSteps"]
 
@@ -78,39 +78,28 @@ class RelativeSteps:
         found: Mapping[Learned, tuple[Tensor, Tensor]],
         counts: Mapping[Learned, float],
     ) -> None:
-        taking_part = [own for own in each.learned if own in found]
-        if not taking_part:
+        taking_part = [own in found for own in each.learned]
+        if not any(taking_part):
             return
-        slopes, sizes = ([found[own][i] for own in taking_part] for i in (0, 1))
+        active = None
+        if not all(taking_part):
+            active = each.numbers(lambda own: float(own in found))
+            assert isinstance(active, Tensor)
+            active = active != 0
         squares = isinstance(each, SharedSquares)
         betas = self.BLOCK_BETAS if squares else self.S_BETAS
-        torch._foreach_lerp_([own.buffers["slope"] for own in taking_part], slopes, 1 - betas[0])
-        torch._foreach_lerp_([own.buffers["size"] for own in taking_part], sizes, 1 - betas[1])
-        unbias = each.each(lambda own: _unbias(counts[own], betas) if own in found else 1.0)
-        # a rate of 0 leaves a tensor that doesn't take part as it is
-        rate = each.each(lambda own: own.rate if own in found else 0.0)
+        slope, size = each.together(found)
+        step: dict[str, Any] = {
+            "rate": each.numbers(lambda own: own.rate),
+            "betas": betas,
+            "correction": each.numbers(lambda own: _unbias(counts[own], betas) if own in found else 1.0),
+            "active": active,
+        }
+        held = each.tensor, each.slope, each.size, slope, size
         if isinstance(each, SharedSquares):
-            self._step_squares(each, rate, unbias)
+            ak.relative_step_squares_(*held, **step, floor=self.BLOCK_FLOOR, longest=self.LONGEST)
         else:
-            self._step_scalings(each, rate, unbias)
-
-    def _step_squares(self, squares: SharedSquares, rate: Numbers, unbias: Numbers) -> None:
-        for part in squares.parts():
-            X, average, mean = squares.tensor[part], squares.slope[part], squares.size[part]
-            least = self.BLOCK_FLOOR * mean.mean(-1, keepdim=True) + EPS[X.dtype]
-            scale = (mean + least).rsqrt_()
-            change = torch.add(average, average.mT).mul_(scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2))
-            change.mul_(_part(unbias, part) / 2)
-            length = torch.linalg.vector_norm(change, dim=(-2, -1), keepdim=True)
-            change.mul_(_part(rate, part) * self.LONGEST / length.clamp_min_(self.LONGEST))
-            X.sub_(torch.bmm(X, change) if len(X) > 1 else aligned_product(X, change))
-
-    def _step_scalings(self, scalings: SharedScalings, rate: Numbers, unbias: Numbers) -> None:
-        floors = scalings.mean_sizes().mul_(self.S_FLOOR).add_(EPS[scalings.tensor.dtype])
-        for part, floor in scalings.parts(floors):
-            ratio = scalings.slope[part] / (scalings.size[part] + floor)
-            ratio.mul_(_part(unbias, part)).clamp_(-1, 1)
-            scalings.tensor[part].mul_(ratio.mul_(-_part(rate, part)).exp_())
+            ak.relative_step_scalings_(*held, **step, floor=self.S_FLOOR, lengths=each.counts, entries=each.entries)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"learned": self.learned}  # a pickle doesn't keep views of one storage together
@@ -129,7 +118,3 @@ def _unbias(count: float, betas: tuple[float, float]) -> float:
     """What takes the bias from the ratio of the two running means."""
     of_average, of_mean = (1 - beta**count for beta in betas)
     return float(of_mean / of_average)
-
-
-def _part(number: Numbers, part: slice) -> Numbers:
-    return number[part] if isinstance(number, Tensor) else number

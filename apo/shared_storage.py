@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,12 +16,8 @@ ALIGNMENT = 8
 """Elements: every view starts at a multiple, and every row of a matrix, so that kernels may read 16 bytes at a time."""
 SHORT = 16
 """Elements: shorter rows lie close together."""
-SQUARES_AT_A_TIME = 64
-SCALINGS_AT_A_TIME = 2**15
-"""On a CPU: as many as stay in its cache."""
-
 Numbers = float | Tensor
-"""One number for all, where it is the same, or one for each in a shape that broadcasts."""
+"""One number for all, where it is the same, or one for each."""
 
 
 def matrices_of_one(
@@ -38,28 +35,31 @@ class SharedSquares:
     def __init__(self, learned: Sequence[Learned]) -> None:
         self.learned = list(learned)
         b = learned[0].tensor.shape[-1]
-        self._counts = [own.tensor.numel() // (b * b) for own in learned]
+        self.counts = [own.tensor.numel() // (b * b) for own in learned]
         apart = _aligned(b * b)
-        count, like = sum(self._counts), learned[0].tensor
+        count, like = sum(self.counts), learned[0].tensor
         self.tensor, self.slope = (like.new_zeros(count, apart).as_strided((count, b, b), (apart, b, 1)) for _ in "12")
         self.size = like.new_zeros(count, b)
         first = 0
-        for own, squares in zip(self.learned, self._counts, strict=True):
+        for own, squares in zip(self.learned, self.counts, strict=True):
             here = slice(first, first + squares)
             stacks = zip((self.tensor, self.slope, self.size), _held(own), strict=True)
             _move(own, *(stack[here].view(x.shape) for stack, x in stacks))
             first += squares
 
-    def each(self, number: Callable[[Learned], float]) -> Numbers:
-        """A number of each tensor's, in the shape ``(count, 1, 1)`` where they differ."""
-        found = _one_or_each([number(own) for own in self.learned], self._counts, self.size)
-        return found[:, None, None] if isinstance(found, Tensor) else found
+    def numbers(self, number: Callable[[Learned], float]) -> Numbers:
+        """A number of each tensor's: one, or one for each square."""
+        return _one_or_each([number(own) for own in self.learned], self.counts, self.size)
 
-    def parts(self) -> Iterator[slice]:
-        """All squares at once, or, on a CPU, in parts that stay in its cache."""
-        count = len(self.size)
-        step = SQUARES_AT_A_TIME if self.size.device.type == "cpu" else count
-        return (slice(first, first + step) for first in range(0, count, step))
+    def together(self, found: Mapping[Learned, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Slopes and sizes that were found, as stacks."""
+        each = [found.get(own, (None, None)) for own in self.learned]
+        slopes, sizes = [slope for slope, _ in each], [size for _, size in each]
+        b = self.size.shape[1]
+        return (
+            _together(slopes, _starts(self.counts, b * b), self.slope.shape, (b * b, b, 1)),
+            _together(sizes, _starts(self.counts, b), self.size.shape, (b, 1)),
+        )
 
 
 class SharedScalings:
@@ -68,33 +68,62 @@ class SharedScalings:
     def __init__(self, learned: Sequence[Learned]) -> None:
         self.learned = list(learned)
         shapes = [own.tensor.shape for own in learned]
-        self._counts = [_padded(shape) for shape in shapes]
+        self.counts = [_padded(shape) for shape in shapes]
+        self.entries = [shape.numel() for shape in shapes]
         like = learned[0].tensor
         storage = [matrices_of_one(shapes, like.dtype, like.device) for _ in "123"]
         self.tensor, self.slope, self.size = (flat for flat, _ in storage)
-        self._lengths = torch.tensor(self._counts, device=like.device)
-        self._entries = torch.tensor([shape.numel() for shape in shapes], dtype=like.dtype, device=like.device)
         for own, *views in zip(self.learned, *(matrices for _, matrices in storage), strict=True):
             _move(own, *views)
 
-    def each(self, number: Callable[[Learned], float]) -> Numbers:
-        """A number of each tensor's, one for every entry where they differ."""
-        return _one_or_each([number(own) for own in self.learned], self._counts, self.size)
+    def numbers(self, number: Callable[[Learned], float]) -> Numbers:
+        """A number of each tensor's: one, or one for each tensor."""
+        return _one_or_each([number(own) for own in self.learned], [1] * len(self.learned), self.size)
 
-    def mean_sizes(self) -> Tensor:
-        """The mean of each tensor's sizes, one per tensor."""
-        return torch.stack(torch._foreach_norm([own.buffers["size"] for own in self.learned], ord=1)) / self._entries
+    def together(self, found: Mapping[Learned, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Slopes and sizes that were found, flat, with zeros between them."""
+        each = [found.get(own, (None, None)) for own in self.learned]
+        starts = _starts(self.counts, 1)
+        strides = [own.tensor.stride() for own in self.learned]
+        of_each = ([x[which] for x in each] for which in (0, 1))
+        slopes, sizes = (_together(x, starts, self.size.shape, (1,), strides) for x in of_each)
+        return slopes, sizes
 
-    def parts(self, numbers: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """All entries, each with its tensor's number: at once, or, on a CPU, in parts that stay in its cache."""
-        if self.size.device.type != "cpu":
-            yield slice(None), numbers.repeat_interleave(self._lengths, output_size=len(self.size))
-            return
-        first = 0
-        for count, number in zip(self._counts, numbers, strict=True):
-            for part in range(first, first + count, SCALINGS_AT_A_TIME):
-                yield slice(part, min(part + SCALINGS_AT_A_TIME, first + count)), number
-            first += count
+
+def _starts(counts: Sequence[int], unit: int) -> list[int]:
+    return [unit * first for first in accumulate(counts[:-1], initial=0)]
+
+
+def _together(
+    found: Sequence[Tensor | None],
+    starts: Sequence[int],
+    shape: Sequence[int],
+    strides: Sequence[int],
+    own_strides: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
+    """Tensors as one, each with its first entry at its start. Where they lie so, as they lie; else copied, with zeros
+    for what isn't there."""
+    there = [i for i, x in enumerate(found) if x is not None]
+    views = [x for x in found if x is not None]
+    first = views[0]
+    base = first.storage_offset() - starts[there[0]]
+    end = base + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
+    storage = first.untyped_storage()
+    fits = len(there) == len(found) and base >= 0 and end * first.element_size() <= storage.nbytes()
+    if fits and all(
+        x.storage_offset() - starts[i] == base
+        and x.untyped_storage().data_ptr() == storage.data_ptr()
+        and (x.is_contiguous() if own_strides is None else x.stride() == own_strides[i])
+        for i, x in zip(there, views, strict=True)
+    ):
+        return first.as_strided(shape, strides, base)
+    whole = first.new_zeros(end - base)
+    targets = [
+        whole[starts[i] :].as_strided(x.shape, x.contiguous().stride() if own_strides is None else own_strides[i])
+        for i, x in zip(there, views, strict=True)
+    ]
+    torch._foreach_copy_(targets, views)
+    return whole.as_strided(shape, strides)
 
 
 def shared(learned: Sequence[Learned]) -> list[SharedSquares | SharedScalings]:

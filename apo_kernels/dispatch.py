@@ -107,6 +107,7 @@ class Backend(Protocol):
         correction: float | Tensor,
         floor: float,
         active: Tensor | None,
+        total: Callable[[Tensor], None] | None,
     ) -> None: ...
 
 

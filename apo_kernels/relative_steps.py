@@ -12,7 +12,7 @@ with sizes that are bounded from below by a share of their mean, and ``c`` the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,6 +84,7 @@ def relative_step_scalings_(
     correction: Numbers,
     floor: float,
     active: Tensor | None = None,
+    total: Callable[[Tensor], None] | None = None,
     backend: str | None = None,
 ) -> None:
     """A step of scalings that lie one after the other, in place.
@@ -94,6 +95,8 @@ def relative_step_scalings_(
         new_slope, new_size: what is averaged in, like ``S``, and zero where ``S`` has no entries.
         lengths: how many elements each tensor takes, which add up to those of ``S``.
         entries: how many of them it has, for the mean of its sizes; None for all.
+        total: called with the sums of the tensors' sizes before their means are taken: to add them up over processes
+            that hold parts of the tensors, in place.
         floor: the least size, over the tensor's mean size.
         rate, correction, active: as for :func:`relative_step_squares_`, one for each tensor.
         betas, backend: as for :func:`relative_step_squares_`.
@@ -111,7 +114,7 @@ def relative_step_scalings_(
     if S.numel():
         serving(backend, [S]).relative_step_scalings_(
             S, slope, size, new_slope, new_size, lengths, lengths if entries is None else entries, numbers["rate"],
-            betas, numbers["correction"], floor, active,
+            betas, numbers["correction"], floor, active, total,
         )  # fmt: skip
 
 

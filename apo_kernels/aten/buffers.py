@@ -47,8 +47,13 @@ class Scalings:
     them, and else one after the other."""
 
     def __init__(self, Ss: Sequence[Tensor]) -> None:
-        self._forms = _mirrored(Ss) or _packed(Ss)
+        mirrored = _mirrored(Ss)
+        self._forms = mirrored or _packed(Ss)
         self.size = max((offset + _reach(shape, strides) for shape, strides, offset in self._forms), default=0)
+        if mirrored:  # to the end of the storage, so that all of it can be stepped along with the S
+            base = min(int(S.storage_offset()) for S in Ss)
+            whole = Ss[0].untyped_storage().nbytes() // Ss[0].element_size() - base
+            self.size = whole if whole <= 2 * self.size else self.size
         free = torch.ones(self.size, dtype=torch.bool)
         for own in self._forms:
             free.as_strided(*own).fill_(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -66,13 +66,14 @@ def relative_step_scalings_(
     correction: Numbers,
     floor: float,
     active: Tensor | None,
+    total: Callable[[Tensor], None] | None,
 ) -> None:
     if active is not None:
         rate = active * rate
     floors = None
     for floored in (False, True):  # all sizes are averaged before the first floor is taken
         if floored:
-            floors = _floors(size, lengths, entries, floor)
+            floors = _floors(size, lengths, entries, floor, total)
         for part, tensors in _parts(lengths, S.device.type == "cpu"):
             counts = torch.tensor(lengths[tensors], device=S.device)
 
@@ -108,9 +109,17 @@ def _parts(lengths: Sequence[int], cached: bool) -> list[tuple[slice, slice]]:
     return parts
 
 
-def _floors(size: Tensor, lengths: Sequence[int], entries: Sequence[int], floor: float) -> Tensor:
+def _floors(
+    size: Tensor,
+    lengths: Sequence[int],
+    entries: Sequence[int],
+    floor: float,
+    total: Callable[[Tensor], None] | None,
+) -> Tensor:
     """The least size of each tensor."""
     sums = torch.stack(torch._foreach_norm(list(torch.split(size, list(lengths))), ord=1))
+    if total is not None:
+        total(sums)
     means = sums / torch.tensor([max(each, 1) for each in entries], dtype=size.dtype, device=size.device)
     return means.mul_(floor).add_(EPS[size.dtype])
 

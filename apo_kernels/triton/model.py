@@ -281,7 +281,7 @@ class TritonModel:
         given = self._look(Vs, Vs)
         last = self._ready("slopes", given, None, (lengths,), _as_they_are, kept.layers)
         assert last.plan is not None
-        results = torch.empty(last.plan.sizes["results"], dtype=torch.float32, device=self.planner.device)
+        results = torch.zeros(last.plan.sizes["results"], dtype=torch.float32, device=self.planner.device)
         if last.plan.launches:
             self._launch(last, kept=kept.flat, results=results)
         found: list[list[Tensor | None]] = [[None] * len(self.planner.Ss) for _ in range(6)]

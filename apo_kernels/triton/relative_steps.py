@@ -118,11 +118,12 @@ def relative_step_scalings_(
     correction: Numbers,
     floor: float,
     active: Tensor | None,
+    total: Callable[[Tensor], None] | None,
 ) -> None:
     flat = (S, slope, size)
-    if S.dtype != torch.float32 or not all(x.is_contiguous() for x in flat):
+    if total is not None or S.dtype != torch.float32 or not all(x.is_contiguous() for x in flat):
         on_aten.relative_step_scalings_(
-            S, slope, size, new_slope, new_size, lengths, entries, rate, betas, correction, floor, active
+            S, slope, size, new_slope, new_size, lengths, entries, rate, betas, correction, floor, active, total
         )
         return
     each, (rates, corrections, takes_part, one_rate, one_correction) = _each(S, len(lengths), rate, correction, active)
