@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from apo import checks
+from apo.sharding import Over
 
 __all__ = ["EPS", "Learned", "MetaOptimizer", "MetaOptimizerName", "count_updates"]
 
@@ -31,6 +32,9 @@ class Learned:
         count: 0-d float32 on the CPU, how many meta-updates it had; one for all tensors of a layer.
         block: whether it is a block A or B, not a scaling S.
         buffers: running means, by name.
+        over: the groups of the ranks that hold its other parts (:mod:`apo.sharding`).
+        alike: the groups of the ranks that hold the same and learn it from the sum of their derivatives.
+        entries: of how many entries the whole of it is; None: its own.
     """
 
     tensor: Tensor
@@ -38,6 +42,9 @@ class Learned:
     count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu"))
     block: bool = False
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    over: Over = ()
+    alike: Over = ()
+    entries: int | None = None
 
 
 def count_updates(found: Iterable[Learned]) -> None:

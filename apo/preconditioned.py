@@ -24,11 +24,14 @@ from apo.meta_learner import MetaLearner, Trial
 from apo.meta_optimizer import MetaOptimizer
 from apo.method import Method, check_sizes
 from apo.objective import ProximalObjective, check_objective
+from apo.placement_checks import check_placements, check_unplaced
 from apo.plan import Plan, plan_of
 from apo.preconditioner import Layer
 from apo.rates import LogRates, get_rate
 from apo.relative_steps import RelativeSteps
 from apo.schedules import Schedules
+from apo.sharded_views import local_views
+from apo.sharding import is_placed, local, local_grad, over, sum_over
 from apo.shared_storage import matrices_of_one
 from apo.trial import Lookahead, without_autocast
 
@@ -117,6 +120,7 @@ class APO(MetaLearner):
         self._start = FisherStart(method.fisher_start)
         self._sampled: list[Tensor | None] | None = None
         self._promise: Tensor | float = 1.0
+        self._process_group = process_group
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -150,6 +154,9 @@ class APO(MetaLearner):
         try:
             _check_group(group)
             checks.parameters(self.parameters)
+            check_placements(self._models, self.parameters, self._process_group)
+            if self._start.updates:
+                check_unplaced("fisher_start", self.parameters, "leave it at 0")
             layers = self._layers_of(group)
         except BaseException:
             self.param_groups.pop()
@@ -166,7 +173,8 @@ class APO(MetaLearner):
             raise ValueError(f"block_dtype must be None for float64 weights, but got {group['block_dtype']}")
         place = next(i for i, own in enumerate(self.param_groups) if own is group)
         sizes = group["block_size"], group["max_dim"], group["block_dtype"]
-        return [Layer.start(view, *sizes, place) for view in matrix_views(self.model, group["params"])]
+        views = local_views(matrix_views(self.model, group["params"]), group["block_size"], group["max_dim"])
+        return [Layer.start(view, *sizes, place) for view in views]
 
     def _take_in(self, layers: Sequence[Layer]) -> None:
         """Let the meta-optimizer learn these layers, and checkpoints hold them, from now on."""
@@ -216,7 +224,7 @@ class APO(MetaLearner):
     def _renew(self) -> None:
         replaced = self._held.replaced()
         if replaced and all(
-            held.is_meta and isinstance(now, nn.Parameter) and not hasattr(now, "placements")
+            held.is_meta and isinstance(now, nn.Parameter) and is_placed(now) == is_placed(held)
             for _, held, now in replaced
         ):
             self._adopt({id(held): now for _, held, now in replaced})
@@ -372,6 +380,7 @@ class APO(MetaLearner):
         derivatives, sizes = self._arena.by_name(slopes)
         if not isinstance(self.meta, RelativeSteps):
             derivatives = self._arena.derivatives(proposal.Gs, Vs, proposal.lengths)
+        self._arena.sum_blocks_(derivatives, sizes)
         proposal.kept = None
         del V, Vs, slopes
         trial.V.clear()
@@ -389,7 +398,7 @@ class APO(MetaLearner):
         self, derivatives: list[Tensor | None], sizes: list[Tensor | None], by_group: Sequence[float]
     ) -> bool:
         judged = [x for x in (*derivatives, *sizes) if x is not None]
-        if judged and not bool(norms(judged).isfinite().all()):
+        if self._shards.any(bool(judged) and not bool(norms(judged).isfinite().all())):
             return False
         if not all(map(math.isfinite, by_group)):
             return False
@@ -427,7 +436,7 @@ class APO(MetaLearner):
         found: list[Tensor | None] = []
         for group in self.param_groups:
             decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
-            grads = ((p, p.grad) for p in group["params"])
+            grads = ((local(p), local_grad(p)) for p in group["params"])
             found += [g if g is None or not decay else g.add(p, alpha=decay) for p, g in grads]
         return self._arena.parts(found, self.parameters)
 
@@ -442,7 +451,9 @@ class APO(MetaLearner):
             for v, (group, p) in zip(V, ((g, p) for g in self.param_groups for p in g["params"]), strict=True)
             if v is not None and _decay(group)
         ]
-        thetas = inner_products([v for _, v, _ in decayed], [p for *_, p in decayed])
+        thetas = inner_products([v for _, v, _ in decayed], [local(p) for *_, p in decayed])
+        inner = sum_over(inner, [layer.view.over for layer in self.layers])
+        thetas = sum_over(thetas, [over(p) for *_, p in decayed])
         values = torch.cat([inner.to(torch.promote_types(inner.dtype, thetas.dtype)), thetas.to(inner)]).tolist()
         sums = [0.0] * len(self.param_groups)
         for layer, value in zip(self.layers, values, strict=False):

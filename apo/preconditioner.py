@@ -61,9 +61,9 @@ class Layer:
             torch.zeros((), dtype=torch.float32, device="cpu"),
         )
         parts = {
-            "A": Learned(block(sides[0]), count=count, block=True),
-            "B": Learned(block(sides[1]), count=count, block=True),
-            "S": Learned(S, count=count),
+            "A": Learned(block(sides[0]), count=count, block=True, over=view.column_over, alike=view.row_over),
+            "B": Learned(block(sides[1]), count=count, block=True, over=view.row_over, alike=view.column_over),
+            "S": Learned(S, count=count, over=view.over, entries=view.entries),
         }
         layer = cls(view, sides, parts, dtype or master, group)
         if layer.dtype != master:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from apo.meta_optimizer import Learned
+from apo.sharding import Over, sum_over
 
 __all__ = ["Numbers", "SharedScalings", "SharedSquares", "matrices_of_one", "shared"]
 
@@ -57,7 +58,7 @@ class SharedSquares:
 
     def parts(self) -> Iterator[slice]:
         """All squares at once, or, on a CPU, in parts that stay in its cache."""
-        count = len(self.size)
+        count = max(len(self.size), 1)
         step = SQUARES_AT_A_TIME if self.size.device.type == "cpu" else count
         return (slice(first, first + step) for first in range(0, count, step))
 
@@ -73,7 +74,8 @@ class SharedScalings:
         storage = [matrices_of_one(shapes, like.dtype, like.device) for _ in "123"]
         self.tensor, self.slope, self.size = (flat for flat, _ in storage)
         self._lengths = torch.tensor(self._counts, device=like.device)
-        self._entries = torch.tensor([shape.numel() for shape in shapes], dtype=like.dtype, device=like.device)
+        entries = [own.tensor.numel() if own.entries is None else own.entries for own in learned]
+        self._entries = torch.tensor(entries, dtype=like.dtype, device=like.device)
         for own, *views in zip(self.learned, *(matrices for _, matrices in storage), strict=True):
             _move(own, *views)
 
@@ -82,8 +84,9 @@ class SharedScalings:
         return _one_or_each([number(own) for own in self.learned], self._counts, self.size)
 
     def mean_sizes(self) -> Tensor:
-        """The mean of each tensor's sizes, one per tensor."""
-        return torch.stack(torch._foreach_norm([own.buffers["size"] for own in self.learned], ord=1)) / self._entries
+        """The mean of each tensor's sizes, one per tensor; of a part of one, over the whole."""
+        sums = torch.stack(torch._foreach_norm([own.buffers["size"] for own in self.learned], ord=1))
+        return sum_over(sums, [own.over for own in self.learned]) / self._entries
 
     def parts(self, numbers: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """All entries, each with its tensor's number: at once, or, on a CPU, in parts that stay in its cache."""
@@ -99,10 +102,11 @@ class SharedScalings:
 
 def shared(learned: Sequence[Learned]) -> list[SharedSquares | SharedScalings]:
     """Let like tensors share storage: their ``tensor`` and ``buffers`` become views of it."""
-    alike: dict[tuple[int, torch.dtype, torch.device], list[Learned]] = {}
+    alike: dict[tuple[int, torch.dtype, torch.device, Over], list[Learned]] = {}
     for own in learned:
         side = own.tensor.shape[-1] if own.block else 0
-        alike.setdefault((side, own.tensor.dtype, own.tensor.device), []).append(own)
+        # ranks that hold the same block must step it by the same operations, to the bit
+        alike.setdefault((side, own.tensor.dtype, own.tensor.device, own.alike), []).append(own)
     return [(SharedSquares if each[0].block else SharedScalings)(each) for each in alike.values()]
 
 

@@ -1,0 +1,257 @@
+"""Sharded training on gloo: ``python -m tests.apo.sharded_worker scene folder rank ranks``; each saves what it got."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import apo
+from tests.apo.helpers import apo_of
+
+STEPS = 50
+BLOCK = 3
+"""Every part of every side that is cut is a multiple of it, or ends the side, on 2 ranks and on 4."""
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(7, 23), nn.Tanh(), nn.Linear(23, 11), nn.Tanh(), nn.Linear(11, 11))
+
+
+def even_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(7, 24), nn.Tanh(), nn.Linear(24, 11), nn.Tanh(), nn.Linear(11, 11))
+
+
+class ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 11, 3), nn.Conv2d(11, 23, 3, stride=2, bias=False)
+        self.norm, self.last = nn.GroupNorm(1, 23), nn.Linear(23, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.second(torch.tanh(self.first(x))))
+        out: Tensor = self.last(torch.tanh(x).mean((-2, -1)))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.v = nn.Linear(width, width), nn.Linear(width, width)
+        self.k = nn.Linear(width, width, bias=False)  # the gradient of a bias would be rounding errors alone
+        self.proj = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        h = self.norm_1(x)
+        q, k, v = (layer(h).view(n, t, -1, 3).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, t, -1)
+        x = x + self.proj(h)
+        return x + self.down(F.gelu(self.up(self.norm_2(x))))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """With tied embeddings."""
+
+    def __init__(self, vocabulary: int = 13, width: int = 12) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(5, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.tokens.weight
+        nn.init.normal_(self.tokens.weight, std=0.3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.head(self.norm(x))
+        return out.flatten(0, 1)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "even mlp": even_mlp, "conv": ConvNet, "gpt": GPT}
+ROWWISE = {"even mlp": ["2"], "gpt": [f"blocks.{i}.{name}" for i in range(2) for name in ("proj", "down")]}
+COLWISE = {"even mlp": ["0"], "gpt": [f"blocks.{i}.{name}" for i in range(2) for name in ("q", "k", "v", "up")]}
+
+
+def data(name: str, steps: int, count: int, dtype: torch.dtype, seed: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(192, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for _ in range(steps):
+        if name == "gpt":
+            tokens = torch.randint(13, (count, 6), generator=generator)
+            found.append((tokens[:, :-1], tokens[:, 1:]))
+        else:
+            shape = (count, 3, 8, 8) if name == "conv" else (count, 7)
+            x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            found.append((x, (x.flatten(1).to(torch.float64) @ teacher[: x[0].numel()]).argmax(-1)))
+    return found
+
+
+def sharded(model: nn.Module, name: str, layout: str, ranks: int) -> tuple[int, int]:
+    """Shard a model in place. Which part of the batch this rank takes, and of how many."""
+    rank = dist.get_rank()
+    if layout == "fsdp":
+        mesh = init_device_mesh("cpu", (ranks,))
+        _fully_shard(model, mesh)
+        return rank, ranks
+    if layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
+        _fully_shard(model, mesh)
+        return rank, ranks
+    across = ranks if layout == "tp" else 2
+    mesh = init_device_mesh("cpu", (ranks // across, across), mesh_dim_names=("dp", "tp"))
+    plan = dict.fromkeys(COLWISE[name], ColwiseParallel()) | dict.fromkeys(ROWWISE[name], RowwiseParallel())
+    parallelize_module(model, mesh["tp"], plan)
+    if layout == "2d":
+        _fully_shard(model, mesh["dp"])
+    return rank // across, ranks // across
+
+
+def _fully_shard(model: nn.Module, mesh: Any, **options: Any) -> None:
+    for inner in getattr(model, "blocks", []):
+        fully_shard(inner, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+
+
+def groups(model: nn.Module, name: str, layout: str) -> list[dict[str, Any]]:
+    """One group; and one of the biases that row parallel layers leave whole, which are vectors then."""
+    lone = {f"{layer}.bias" for layer in ROWWISE.get(name, []) if layout in ("tp", "2d")}
+    named = list(model.named_parameters())
+    found = [{"params": [p for n, p in named if n not in lone]}]
+    return [*found, {"params": [p for n, p in named if n in lone]}] if lone else found
+
+
+def front_end(kind: str, model: nn.Module, goal: Any, params: Any, **settings: Any) -> Any:
+    settings = {"interval": 2, "warmup": 5, **settings}
+    if kind == "APO":
+        return apo_of(model, goal, params=params, lr=0.01, block_size=BLOCK, **settings)
+    bases = {
+        "SGD": partial(torch.optim.SGD, lr=0.02, momentum=0.5),
+        "AdamW": partial(torch.optim.AdamW, lr=1e-3, eps=1e-2),
+        "RMSprop": partial(torch.optim.RMSprop, lr=1e-3, eps=1e-2),
+    }
+    return apo.AdaptiveLR(bases[kind](params), goal, shared_lr=True, **settings)
+
+
+def train(
+    kind: str, name: str, layout: str | None, ranks: int, dtype: torch.dtype, *, steps: int = STEPS,
+    own_loss: bool = False, structure: str | None = None, **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Train on this rank's part of every batch; with no layout on all of it."""
+    torch.manual_seed(0)
+    model = MODELS[name]().to(dtype)
+    part, parts = (0, 1) if layout is None else sharded(model, name, layout, ranks)
+    own = slice(part * 8 // parts, (part + 1) * 8 // parts)
+    batches, others = (data(name, steps, 8, dtype, seed) for seed in (1, 2))
+    inputs = [(x[own], t[own].flatten()) if own_loss else x[own] for x, t in others]
+    goal = apo.ProximalObjective(
+        model, inputs, fsd_weight=1.0 if kind == "APO" else 5.0, loss=F.cross_entropy if own_loss else None
+    )
+    opt = front_end(kind, model, goal, groups(model, name, structure or layout or ""), **settings)
+    losses = []
+    for batch, targets in batches:
+
+        def closure(x: Tensor = batch[own], t: Tensor = targets[own]) -> Tensor:
+            opt.zero_grad()
+            loss = F.cross_entropy(model(x), t.flatten())
+            loss.backward()
+            return loss
+
+        losses.append(float(opt.step(closure).detach()))
+    return outcome(opt, model) | {"losses": losses}
+
+
+def whole(t: Tensor) -> Tensor:
+    t = t.detach()
+    return (t.full_tensor() if hasattr(t, "placements") else t).clone()
+
+
+def outcome(opt: Any, model: nn.Module) -> dict[str, Any]:
+    counts = [opt.failed_trials, opt.skipped_steps, opt.steps]
+    numbers = [opt.param_groups[0]["lr"], opt.last.objective, opt.last.step_norm]
+    blocks = {
+        f"{layer.view.name} {name}": part.tensor.clone()
+        for layer in getattr(opt, "layers", [])
+        for name, part in layer.parts.items()
+        if name in layer.learned
+    }
+    return {
+        "weights": {n: whole(p) for n, p in model.named_parameters()},
+        "numbers": torch.tensor(numbers, dtype=torch.float64),
+        "counts": counts,
+        "blocks": blocks,
+    }
+
+
+Case = tuple[str, str, str, torch.dtype, dict[str, Any]]
+BOTH, DOUBLE, SINGLE = "float64 float32", "float64", "float32"
+_CASES: dict[int, list[tuple[str, str, str, str, dict[str, Any]]]] = {
+    2: [
+        ("APO", "mlp", "fsdp", SINGLE, {}),
+        ("APO", "conv", "fsdp", DOUBLE, {}),
+        ("APO", "gpt", "fsdp", BOTH, {}),
+        ("APO", "even mlp", "tp", SINGLE, {}),
+        ("APO", "gpt", "tp", DOUBLE, {}),
+        ("APO", "mlp", "fsdp", DOUBLE, {"meta_optimizer": "adam", "own_loss": True}),
+        ("SGD", "mlp", "fsdp", SINGLE, {}),
+        ("AdamW", "gpt", "tp", DOUBLE, {"own_loss": True}),
+        ("RMSprop", "conv", "fsdp", DOUBLE, {}),
+    ],
+    4: [
+        ("APO", "mlp", "fsdp", SINGLE, {}),
+        ("APO", "even mlp", "hsdp", DOUBLE, {}),
+        ("APO", "gpt", "2d", SINGLE, {}),
+        ("AdamW", "even mlp", "2d", DOUBLE, {}),
+    ],
+}
+CASES: dict[int, list[Case]] = {
+    ranks: [
+        (kind, name, layout, getattr(torch, dtype), settings)
+        for kind, name, layout, dtypes, settings in cases
+        for dtype in dtypes.split()
+    ]
+    for ranks, cases in _CASES.items()
+}
+
+
+def title(case: Case) -> str:
+    return ", ".join(map(str, case))
+
+
+def equal(ranks: int) -> dict[str, Any]:
+    return {
+        title(case): train(kind, name, layout, ranks, dtype, **settings)
+        for case in CASES[ranks]
+        for kind, name, layout, dtype, settings in [case]
+    }
+
+
+SCENES: dict[str, Callable[[int], Any]] = {"equal": equal}
+
+
+def main(scene: str, folder: Path, rank: int, ranks: int) -> None:
+    torch.set_num_threads(1)
+    start = partial(dist.init_process_group, "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    start(timeout=timedelta(seconds=60))
+    torch.save(SCENES[scene](ranks), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
