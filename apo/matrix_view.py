@@ -133,8 +133,8 @@ class MatrixView:
         return (self.n,) if self.bias is None else (self.n - 1, 1)
 
     def matrices(self, parts: Iterable[Tensor | None]) -> list[Tensor | None]:
-        """Tensors in the shapes of :attr:`parameters`, of DTensors this rank's parts, as matrices ``(*batch, m, width)`` that lie side by side. Views
-        where they can be."""
+        """Tensors in the shapes of :attr:`parameters`, of DTensors this rank's parts, as matrices
+        ``(*batch, m, width)`` that lie side by side. Views where they can be."""
         weight, *biases = parts
         if weight is not None:
             weight = weight.transpose(0, 1) if self.transposed else weight
