@@ -12,6 +12,7 @@ from torch import Tensor
 import apo_kernels as ak
 from apo.inner_products import norms
 from apo.meta_optimizer import Learned
+from apo.owners import Owners
 from apo.preconditioner import Layer
 from apo.sharding import local, sum_over, sum_over_, summed_once
 
@@ -24,11 +25,15 @@ Parts = list[list[Tensor | None] | None]
 class Arena:
     """The layers of an optimizer, bound to the tensors that hold them until these are replaced.
 
+    Args:
+        owners: the ranks that the layers are given to.
+
     Attributes:
         layers: in the order of all lists that go in and come out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owners: Owners | None = None) -> None:
+        self.owners = owners or Owners()
         self.layers: list[Layer] = []
         self._operator: ak.ModelPreconditioner | None = None
 
@@ -82,11 +87,12 @@ class Arena:
             own = thetas[i] = layer.view.matrices(map(local, layer.view.parameters))
             weight, matrix = local(layer.view.weight), own[0]
             assert matrix is not None
-            if matrix.data_ptr() != weight.data_ptr():
+            if layer.view.held and matrix.data_ptr() != weight.data_ptr():
                 copies.append((weight.transpose(0, 1) if layer.view.transposed else weight, matrix))
         found = write(thetas)
         for weight, matrix in copies:
             weight.copy_(matrix.view(weight.shape))
+        self.owners.share_(layer.view for layer, G in zip(self.layers, Gs, strict=True) if G is not None)
         return found
 
     def refresh(self) -> None:
@@ -118,9 +124,8 @@ class Arena:
         if any(own.over for own in phi):
             both = torch.stack([lengths.square(), lengths.new_tensor(ones)]).flatten()
             squares, counts = sum_over(both, [own.over for own in phi] * 2).view(2, -1)
-            found = iter((squares / counts).sqrt().tolist())
-        else:
-            found = iter([length / math.sqrt(one) for length, one in zip(lengths.tolist(), ones, strict=True)])
+            lengths, ones = squares.sqrt(), counts.tolist()
+        found = iter([length / math.sqrt(one) for length, one in zip(lengths.tolist(), ones, strict=True)])
         return [tuple(next(found) for _ in layer.phi) for layer in self.layers]
 
     @property
@@ -144,13 +149,21 @@ class Arena:
             sizes += [size[name] for name in layer.learned]
         return found, sizes
 
+    def gathered(self) -> dict[Layer, dict[str, Tensor]]:
+        """The whole state of layers that have owners, on all ranks; to be called on all of them."""
+        found: dict[Layer, dict[str, Tensor]] = {}
+        for owner in range(self.owners.count) if self.owners.over else ():
+            layers = [layer for layer in self.layers if layer.view.owner == owner]
+            found |= zip(layers, self.owners.handed_on([x.state() for x in layers], owner), strict=True)
+        return found
+
     def take_in(self, layers: Iterable[Layer]) -> None:
         """Add layers."""
         self.layers += layers
         self.renew()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers}
+        return {"layers": self.layers, "owners": self.owners}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layers, self._operator = state["layers"], None
+        self.layers, self.owners, self._operator = state["layers"], state["owners"], None

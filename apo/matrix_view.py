@@ -87,6 +87,8 @@ class MatrixView:
         whole: of a matrix that is cut over ranks, the whole one; this is then the part that this rank holds.
         over: the groups of the ranks that hold the other parts; of those, ``row_over`` cut the ``m`` side and
             ``column_over`` the ``n`` side.
+        owner: the rank that alone holds the preconditioner (:mod:`apo.owners`); None: every rank that has the weight.
+        held: whether that is this rank, or any.
     """
 
     name: str
@@ -102,6 +104,8 @@ class MatrixView:
     over: Over = ()
     row_over: Over = ()
     column_over: Over = ()
+    owner: int | None = None
+    held: bool = True
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -130,12 +134,14 @@ class MatrixView:
     @property
     def widths(self) -> tuple[int, ...]:
         """Of the matrices of :attr:`parameters`, which lie side by side."""
-        return (self.n,) if self.bias is None else (self.n - 1, 1)
+        return (self.n,) if self.bias is None or not self.held else (self.n - 1, 1)
 
     def matrices(self, parts: Iterable[Tensor | None]) -> list[Tensor | None]:
         """Tensors in the shapes of :attr:`parameters`, of DTensors this rank's parts, as matrices
         ``(*batch, m, width)`` that lie side by side. Views where they can be."""
         weight, *biases = parts
+        if not self.held:
+            return [local(self.weight).new_empty(self.shape)]
         if weight is not None:
             weight = weight.transpose(0, 1) if self.transposed else weight
             weight = weight.reshape(*self.batch, self.m, self.widths[0])

@@ -24,6 +24,7 @@ from apo.meta_learner import MetaLearner, Trial
 from apo.meta_optimizer import MetaOptimizer
 from apo.method import Method, check_sizes
 from apo.objective import ProximalObjective, check_objective
+from apo.owners import Owners, Shard
 from apo.placement_checks import check_placements, check_unplaced
 from apo.plan import Plan, plan_of
 from apo.preconditioner import Layer
@@ -31,7 +32,7 @@ from apo.rates import LogRates, get_rate
 from apo.relative_steps import RelativeSteps
 from apo.schedules import Schedules
 from apo.sharded_views import local_views
-from apo.sharding import is_placed, local, local_grad, over, sum_over
+from apo.sharding import any_over, is_placed, local, local_grad, over, sum_over
 from apo.shared_storage import matrices_of_one
 from apo.trial import Lookahead, without_autocast
 
@@ -79,6 +80,10 @@ class APO(MetaLearner):
             forward and backward; 10 makes most steps nearly as cheap as SGD's, and learns more slowly.
         warmup: and at each of the first so many.
         rescale_schedule, grad_scaler, process_group: as for :class:`~apo.AdaptiveLR`.
+        shard: of a model that every rank holds whole, as under DDP. ``"owner"``: each layer's A, B, S and momentum are
+            held by one rank of the process group (DDP's, else the default one), which computes its steps and hands
+            the weights on; ``state_dict()`` and ``load_state_dict()`` must then be called on all ranks. ``"auto"``: so
+            where a process group or DDP is given. ``"none"``: by every rank. DTensors are sharded as they lie.
         method: how it learns (:class:`~apo.Method`): what seldom has to be set.
 
     A trial fails where Q isn't finite or leaps (:attr:`failed_trials`): the step is then left out,
@@ -104,6 +109,7 @@ class APO(MetaLearner):
         rescale_schedule: bool = False,
         grad_scaler: GradScaler | None = None,
         process_group: Any = None,
+        shard: Shard = "none",
         method: Method | None = None,
     ) -> None:
         self.model = checks.module("model", model)
@@ -115,12 +121,13 @@ class APO(MetaLearner):
         if not isinstance(method, Method):
             raise TypeError(f"method must be an apo.Method, but got {method!r}")
         self.method = method
-        self._arena = Arena()
         self.meta = _meta_optimizer(method)
         self._start = FisherStart(method.fisher_start)
         self._sampled: list[Tensor | None] | None = None
         self._promise: Tensor | float = 1.0
         self._process_group = process_group
+        checks.one_of("shard", shard, ("none", "auto", "owner"))
+        self._shard = shard
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -143,6 +150,7 @@ class APO(MetaLearner):
             rescale_schedule=rescale_schedule,
         )
         self._schedules = Schedules([self])
+        self._arena = Arena(self._found_owners())
         super().__init__(params, defaults)
         filled = objective.with_defaults(fsd_weight=1.0, wsd_weight=1e-3)
         self._init_meta_learner(filled, interval, warmup, grad_scaler, process_group)
@@ -157,7 +165,9 @@ class APO(MetaLearner):
             check_placements(self._models, self.parameters, self._process_group)
             if self._start.updates:
                 check_unplaced("fisher_start", self.parameters, "leave it at 0")
-            layers = self._layers_of(group)
+            if self._shard == "owner":
+                check_unplaced("shard='owner'", self.parameters, "leave it out, for their state is sharded as they are")
+            layers = self._layers_of(group, self._arena.owners)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -168,13 +178,21 @@ class APO(MetaLearner):
         self._take_in(layers)
         self._held = HeldParameters(self._models, self.parameters)
 
-    def _layers_of(self, group: dict[str, Any]) -> list[Layer]:
+    def _found_owners(self) -> Owners:
+        parameters = list(self.model.parameters())
+        placed = any(map(is_placed, parameters))
+        owners = Owners() if placed else Owners.found(self._shard, self._process_group, self.model, parameters)
+        if owners.count > 1 and self._start.updates:
+            raise ValueError("fisher_start must be 0 where layers have owners: build APO with shard='none'")
+        return owners
+
+    def _layers_of(self, group: dict[str, Any], owners: Owners) -> list[Layer]:
         if group["block_dtype"] is not None and any(p.dtype == torch.float64 for p in group["params"]):
             raise ValueError(f"block_dtype must be None for float64 weights, but got {group['block_dtype']}")
         place = next(i for i, own in enumerate(self.param_groups) if own is group)
         sizes = group["block_size"], group["max_dim"], group["block_dtype"]
-        views = local_views(matrix_views(self.model, group["params"]), group["block_size"], group["max_dim"])
-        return [Layer.start(view, *sizes, place) for view in views]
+        views = local_views(matrix_views(self.model, group["params"]), *sizes[:2])
+        return [Layer.start(view, *sizes, place) for view in owners.views(views, *sizes[:2])]
 
     def _take_in(self, layers: Sequence[Layer]) -> None:
         """Let the meta-optimizer learn these layers, and checkpoints hold them, from now on."""
@@ -251,8 +269,9 @@ class APO(MetaLearner):
     def _rebuild(self) -> None:
         """Make the blocks anew in the parameters' dtype and on their device, with what was learned so far."""
         former = {layer.view.name: layer for layer in self.layers}
-        fresh = [layer for group in self.param_groups for layer in self._layers_of(group)]
-        self._arena, self.meta = Arena(), _meta_optimizer(self.method)
+        owners = self._found_owners()
+        fresh = [layer for group in self.param_groups for layer in self._layers_of(group, owners)]
+        self._arena, self.meta = Arena(owners), _meta_optimizer(self.method)
         self._take_in(fresh)
         for layer in self.layers:
             if not former[layer.view.name].S.is_meta:
@@ -398,7 +417,8 @@ class APO(MetaLearner):
         self, derivatives: list[Tensor | None], sizes: list[Tensor | None], by_group: Sequence[float]
     ) -> bool:
         judged = [x for x in (*derivatives, *sizes) if x is not None]
-        if self._shards.any(bool(judged) and not bool(norms(judged).isfinite().all())):
+        wrong = bool(judged) and not bool(norms(judged).isfinite().all())
+        if any_over(wrong, self._shards.groups or self._arena.owners.over, self.layers[0].S.device):
             return False
         if not all(map(math.isfinite, by_group)):
             return False
@@ -481,8 +501,12 @@ class APO(MetaLearner):
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`MetaLearner.state_dict`; once the start is over with zeros in the place of its running means, so
-        that checkpoints have the same entries early and late."""
+        that checkpoints have the same entries early and late. Where layers have owners, all ranks must call it
+        together: each gets the whole, which may be loaded on any number of ranks."""
         state = super().state_dict()
+        gathered = self._arena.gathered()
+        for layer, saved in self._saved(state) if gathered else ():
+            saved.update(gathered[layer])
         if self._start.updates:
             for layer, saved in self._saved(state):
                 for name, zeros in self._start.missing(layer).items():

@@ -60,9 +60,10 @@ class Layer:
             torch.ones(view.shape, dtype=master, device=device),
             torch.zeros((), dtype=torch.float32, device="cpu"),
         )
+        of_A, of_B = (view.column_over, view.row_over) if view.owner is None else (view.over, view.over)
         parts = {
-            "A": Learned(block(sides[0]), count=count, block=True, over=view.column_over, alike=view.row_over),
-            "B": Learned(block(sides[1]), count=count, block=True, over=view.row_over, alike=view.column_over),
+            "A": Learned(block(sides[0]), count=count, block=True, over=of_A, alike=view.row_over),
+            "B": Learned(block(sides[1]), count=count, block=True, over=of_B, alike=view.column_over),
             "S": Learned(S, count=count, over=view.over, entries=view.entries),
         }
         layer = cls(view, sides, parts, dtype or master, group)
@@ -138,7 +139,7 @@ class Layer:
         if self.momentum is None and "momentum_buffer" in state:
             self.momentum = torch.zeros_like(self.S)
         for name, tensor in self.state().items():
-            if name in state:
+            if name in state and (self.view.held or name == "step"):
                 tensor.copy_(torch.as_tensor(state[name]))
         for copy, own in self.copies():
             copy.copy_(own)
@@ -147,6 +148,8 @@ class Layer:
         """Why a state can't be taken up; None where it can."""
         if not isinstance(state, dict) or not set(self.learned) <= state.keys():
             return f"{self.view.name} needs entries {', '.join(self.learned)}"
+        if not self.view.held:
+            return None
         for name, tensor in self.state().items():
             held = state.get(name)
             if isinstance(held, Tensor) and held.shape != tensor.shape:

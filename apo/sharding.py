@@ -17,7 +17,9 @@ from torch import Tensor
 __all__ = [
     "Over",
     "Shards",
+    "any_over",
     "is_placed",
+    "known",
     "local",
     "local_grad",
     "over",
@@ -68,7 +70,7 @@ def shards_of(tensor: Tensor) -> list[tuple[int, str]]:
     for i, placement in enumerate(placements):
         dim = getattr(placement, "dim", None)  # None: replicated. FSDP over TP is a strided Shard, which is no Shard
         if dim is not None and mesh.size(i) > 1:
-            found.append((dim % tensor.ndim, _known(mesh.get_group(i))))
+            found.append((dim % tensor.ndim, known(mesh.get_group(i))))
     return found
 
 
@@ -87,7 +89,8 @@ def place_like(part: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def _known(group: Any) -> str:
+def known(group: Any) -> str:
+    """The name that a process group goes by here."""
     _groups[group.group_name] = group
     return str(group.group_name)
 
@@ -122,6 +125,13 @@ def sum_over_(tensors: Sequence[Tensor], overs: Sequence[Over]) -> None:
             _all_reduce(flat, name)
             parts = [x.view(t.shape) for x, t in zip(torch.split(flat, [t.numel() for t in those]), those, strict=True)]
             torch._foreach_copy_(those, parts)
+
+
+def any_over(flag: bool, groups: Over, device: torch.device) -> bool:
+    """Whether it is so on any rank of these groups; on all of them the same."""
+    if not groups:
+        return flag
+    return bool(sum_over(torch.tensor([float(flag)], device=device), [groups]).item())
 
 
 def summed_once(shares: Sequence[float], overs: Sequence[Over]) -> tuple[list[float], Callable[[Tensor], None] | None]:
@@ -165,7 +175,7 @@ class Shards:
         for p in self.parameters:
             if is_placed(p):
                 mesh: Any = p.device_mesh  # type: ignore[attr-defined]
-                found |= dict.fromkeys(_known(mesh.get_group(i)) for i in range(mesh.ndim) if mesh.size(i) > 1)
+                found |= dict.fromkeys(known(mesh.get_group(i)) for i in range(mesh.ndim) if mesh.size(i) > 1)
         self.groups: Over = tuple(found)
 
     def grads(self) -> list[Tensor | None]:
@@ -178,10 +188,7 @@ class Shards:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank; on all ranks the same."""
-        if not self.groups:
-            return flag
-        count = torch.tensor([float(flag)], device=self._device)
-        return bool(sum_over(count, [self.groups]).item())
+        return any_over(flag, self.groups, self._device)
 
     def largest(self, value: Tensor) -> float:
         """The largest of the ranks' values; infinite where one isn't finite."""

@@ -242,7 +242,76 @@ def equal(ranks: int) -> dict[str, Any]:
     }
 
 
-SCENES: dict[str, Callable[[int], Any]] = {"equal": equal}
+class Deep(nn.Module):
+    """One layer that outweighs all others, two tied ones, a frozen one and vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.frozen, self.norm = nn.Linear(7, 40), nn.Linear(40, 9), nn.LayerNorm(9)
+        self.one, self.two, self.last = nn.Linear(9, 9), nn.Linear(9, 9), nn.Linear(9, 11)
+        self.two.weight = self.one.weight
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.frozen(torch.tanh(self.large(x))))
+        out: Tensor = self.last(torch.tanh(self.two(torch.tanh(self.one(x)))))
+        return out
+
+
+def replicated(shard: str, dtype: torch.dtype, *, steps: int = 20, state: Any = None, **settings: Any) -> Any:
+    """Replicas under DDP, each on its part of every batch."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    inner = Deep().to(dtype)
+    model = nn.parallel.DistributedDataParallel(inner)
+    own = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+    batches, others = (data("mlp", steps, 8, dtype, seed) for seed in (1, 2))
+    goal = apo.ProximalObjective(model, [x[own] for x, _ in others])
+    trained = [p for p in inner.parameters() if p.requires_grad]
+    groups = [{"params": trained[:2], "momentum": 0.5, "weight_decay": 0.1}, {"params": trained[2:]}]
+    opt = apo_of(model, goal, params=groups, lr=0.01, interval=2, warmup=5, block_size=4, shard=shard, **settings)
+    if state is not None:
+        inner.load_state_dict(state["model"], strict=False)
+        opt.load_state_dict(state["optimizer"])
+    promises = []
+    for batch, targets in batches:
+
+        def closure(x: Tensor = batch[own], t: Tensor = targets[own]) -> Tensor:
+            opt.zero_grad()
+            loss = F.cross_entropy(model(x), t)
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+        promises.append(opt.metrics()["promise_factor"])
+    return opt, inner, promises
+
+
+def held(opt: Any) -> int:
+    """Bytes of A, B, S, momentum and running means on this rank."""
+    states = (layer.state() for layer in opt.layers)
+    return sum(t.nbytes for state in states for name, t in state.items() if name != "step")
+
+
+def owners(ranks: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for dtype in (torch.float64, torch.float32):
+        for shard in ("none", "owner"):
+            opt, inner, promises = replicated(shard, dtype)
+            result = outcome(opt, inner) | {"bytes": held(opt), "promises": promises, "state": opt.state_dict()}
+            found[f"{shard} {dtype}"] = result | {"owners": [layer.view.owner for layer in opt.layers]}
+    state = {"model": found["owner torch.float64"]["weights"], "optimizer": found["owner torch.float64"]["state"]}
+    for shard in ("none", "owner"):
+        opt, inner, _ = replicated(shard, torch.float64, state=state)
+        found[f"resumed {shard}"] = outcome(opt, inner)
+    opt, inner, _ = replicated("auto", torch.float64, meta_optimizer="adam", steps=6)
+    found["adam owner"] = outcome(opt, inner)
+    opt, inner, _ = replicated("none", torch.float64, meta_optimizer="adam", steps=6)
+    found["adam none"] = outcome(opt, inner)
+    return found
+
+
+SCENES: dict[str, Callable[[int], Any]] = {"equal": equal, "owners": owners}
 
 
 def main(scene: str, folder: Path, rank: int, ranks: int) -> None:

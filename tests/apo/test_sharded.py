@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from apo.owners import balanced
 from tests.apo import sharded_worker
 from tests.apo.helpers import played
 from tests.apo.sharded_worker import CASES, Case, title
@@ -45,3 +46,58 @@ def test_sharded_training_is_one_process(ranks: int, case: Case, found: dict[int
         alike = [block for block in first["blocks"] if block.endswith(" A")]
         assert len(alike) == len([block for block in expected["blocks"] if block.endswith(" A")])
         assert all(torch.equal(first["blocks"][block], other["blocks"][block]) for block in alike for other in others)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def owned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return played("tests.apo.sharded_worker", "owners", request.param, tmp_path_factory.mktemp("owners"))
+
+
+def test_layers_with_owners_train_as_without_to_the_bit(owned: list[Any]) -> None:
+    """With one layer larger than all others, tied, frozen, groups of their own settings; then from a checkpoint."""
+    for dtype in TOLERANCE:
+        for rank in owned:
+            plain, own = owned[0][f"none {dtype}"], rank[f"owner {dtype}"]
+            assert identical(plain["weights"], own["weights"])
+            assert identical(plain["state"], own["state"])
+            assert torch.equal(plain["numbers"], own["numbers"])
+            assert plain["promises"] == own["promises"]
+    for rank in owned:
+        assert identical(owned[0]["resumed none"]["weights"], rank["resumed owner"]["weights"])
+        assert identical(owned[0]["adam none"]["weights"], rank["adam owner"]["weights"])
+
+
+def test_owners_hold_each_layer_once(owned: list[Any]) -> None:
+    whole = owned[0]["none torch.float64"]["bytes"]
+    parts = [rank["owner torch.float64"]["bytes"] for rank in owned]
+    assert sum(parts) == whole
+    owners = owned[0]["owner torch.float64"]["owners"]
+    assert all(rank["owner torch.float64"]["owners"] == owners for rank in owned)
+    assert len(set(owners)) == len(owned)
+    assert owners.count(owners[0]) == 1  # the large layer, which bounds what balance there can be
+
+
+def test_the_balance_is_within_the_largest_cost() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 2, 3, 8):
+        costs = [(x, y) for x, y in torch.rand(20, 2, generator=generator).square().tolist()]
+        loads = [(0.0, 0.0)] * count
+        owners = balanced(costs, loads)
+        for k in (0, 1):
+            assert loads == [
+                pytest.approx([sum(c[j] for c, o in zip(costs, owners, strict=True) if o == rank) for j in (0, 1)])
+                for rank in range(count)
+            ]
+            even = sum(c[k] for c in costs) / count
+            assert max(load[k] for load in loads) <= 1.35 * even + max(c[k] for c in costs)
+    assert balanced([(1.0, 1.0)], [(0.0, 0.0)] * 3) == [0]  # more ranks than layers
+
+
+def identical(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return bool(a == b or a != a)
