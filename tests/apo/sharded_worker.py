@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import apo
+from apo.sharding import local
 from tests.apo.helpers import apo_of
 
 STEPS = 50
@@ -311,15 +313,111 @@ def owners(ranks: int) -> dict[str, Any]:
     return found
 
 
-SCENES: dict[str, Callable[[int], Any]] = {"equal": equal, "owners": owners}
+def spoiled(kind: str, where: str, layout: str = "fsdp") -> dict[str, Any]:
+    """Something isn't finite, on rank 1 alone and at one step."""
+    torch.manual_seed(0)
+    rank, model = dist.get_rank(), mlp()
+    if layout == "fsdp":
+        _fully_shard(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    replica = nn.parallel.DistributedDataParallel(model) if layout == "ddp" else model
+    drawn: list[Tensor] = []
+
+    def inputs() -> Tensor:
+        drawn.append(torch.randn(4, 7))
+        return drawn[-1] * (float("nan") if where == "inputs" and rank == 1 and opt.steps == 3 else 1)
+
+    owner = {"shard": "owner"} if layout == "ddp" and kind == "APO" else {}
+    opt = front_end(kind, model, apo.ProximalObjective(model, inputs), model.parameters(), interval=1, **owner)
+    x, t = torch.randn(4, 7), torch.randint(11, (4,))
+    states = []
+
+    def closure() -> Tensor:
+        now = rank == 1 and opt.steps == 3
+        opt.zero_grad()
+        loss = F.cross_entropy(replica(x * (float("nan") if now and where == "batch" else 1)), t)
+        loss.backward()
+        if now and where == "gradient":
+            local(opt.parameters[0].grad)[0] = float("nan")
+        return loss * (float("nan") if now and where == "loss" else 1)
+
+    for _ in range(6):
+        opt.step(closure)
+        states.append(torch.cat([whole(p).flatten() for p in model.parameters()]))
+    return {"counts": [opt.skipped_steps, opt.failed_trials, opt.steps], "states": states}
+
+
+SPOILED = [
+    ("APO", "batch", "fsdp"),
+    ("APO", "gradient", "fsdp"),
+    ("APO", "inputs", "fsdp"),
+    ("APO", "loss", "fsdp"),
+    ("APO", "batch", "ddp"),
+    ("APO", "inputs", "ddp"),
+    ("SGD", "gradient", "fsdp"),
+    ("SGD", "inputs", "fsdp"),
+]
+
+
+def not_finite(ranks: int) -> dict[str, Any]:
+    return {f"{case}": spoiled(*case) for case in SPOILED}
+
+
+def stopping(ranks: int, how: str = "raise", layout: str = "fsdp", at: str = "trial") -> dict[str, Any]:
+    """Rank 1 raises, or dies, in its closure; the other must neither hang nor go on by itself."""
+    torch.manual_seed(0)
+    rank, model = dist.get_rank(), mlp()
+    if layout == "fsdp":
+        _fully_shard(model, init_device_mesh("cpu", (ranks,)))
+    replica = nn.parallel.DistributedDataParallel(model) if layout == "ddp" else model
+    owner = {"shard": "owner"} if layout == "ddp" else {}
+    opt = front_end("APO", model, apo.ProximalObjective(model, [torch.randn(4, 7)]), None, **owner)
+    x, t = torch.randn(4, 7), torch.randint(11, (4,))
+
+    def closure() -> Tensor:
+        if rank == 1 and opt.steps == 2 and opt.in_trial == (at == "trial"):
+            if how == "die":
+                torch.save({}, Path(sys.argv[2]) / "1.pt")
+                os._exit(1)
+            raise RuntimeError("stop")
+        opt.zero_grad()
+        loss = F.cross_entropy(replica(x), t)
+        loss.backward()
+        return loss
+
+    before: list[Tensor] = []
+    try:
+        for _ in range(4):
+            before = [local(p).detach().clone() for p in opt.parameters]
+            before += [t.clone() for layer in opt.layers for t in layer.state().values()]
+            opt.step(closure)
+    except RuntimeError as error:
+        after = [local(p).detach() for p in opt.parameters]
+        after += [t for layer in opt.layers for t in layer.state().values()]
+        kept = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        return {"steps": opt.steps, "error": str(error), "kept": kept}
+    return {"steps": opt.steps, "error": None, "kept": False}
+
+
+STOPPING = {
+    "raise, fsdp, theta": ("raise", "fsdp", "theta"),
+    "raise, ddp, trial": ("raise", "ddp", "trial"),
+    "die, fsdp, trial": ("die", "fsdp", "trial"),
+}
+SCENES: dict[str, Callable[[int], Any]] = {
+    "equal": equal,
+    "owners": owners,
+    "not_finite": not_finite,
+    **{name: partial(stopping, how=how, layout=layout, at=at) for name, (how, layout, at) in STOPPING.items()},
+}
 
 
 def main(scene: str, folder: Path, rank: int, ranks: int) -> None:
     torch.set_num_threads(1)
     start = partial(dist.init_process_group, "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    start(timeout=timedelta(seconds=60))
+    start(timeout=timedelta(seconds=20 if scene in STOPPING else 60))
     torch.save(SCENES[scene](ranks), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    if scene not in STOPPING:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +92,33 @@ def test_the_balance_is_within_the_largest_cost() -> None:
             even = sum(c[k] for c in costs) / count
             assert max(load[k] for load in loads) <= 1.35 * even + max(c[k] for c in costs)
     assert balanced([(1.0, 1.0)], [(0.0, 0.0)] * 3) == [0]  # more ranks than layers
+
+
+@pytest.fixture(scope="module")
+def not_finite(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return played("tests.apo.sharded_worker", "not_finite", 2, tmp_path_factory.mktemp("not_finite"))
+
+
+@pytest.mark.parametrize("case", sharded_worker.SPOILED, ids=str)
+def test_what_is_not_finite_on_one_rank_is_judged_alike_on_all(case: tuple[str, ...], not_finite: list[Any]) -> None:
+    first, second = (each[str(case)] for each in not_finite)
+    skipped = case[1] in ("batch", "gradient")
+    assert first["counts"] == second["counts"] == [int(skipped), 1, 6]
+    assert all(torch.equal(a, b) for a, b in zip(first["states"], second["states"], strict=True))
+    assert torch.equal(first["states"][2], first["states"][3])
+    assert all(state.isfinite().all() for state in first["states"])
+    assert not torch.equal(first["states"][3], first["states"][5])
+
+
+@pytest.mark.parametrize("scene", sharded_worker.STOPPING)
+def test_no_rank_hangs_or_goes_on_where_another_stops(scene: str, tmp_path: Path) -> None:
+    """An error on all that live, within the group's timeout; weights and state are as before the step."""
+    first, second = played("tests.apo.sharded_worker", scene, 2, tmp_path, failing=True)
+    assert first["error"] is not None
+    assert first["steps"] == 2
+    assert first["kept"]
+    if "die" not in scene:
+        assert second == {"steps": 2, "error": "stop", "kept": True}
 
 
 def identical(a: Any, b: Any) -> bool:
