@@ -54,6 +54,10 @@ class Side:
         """Side of the largest square."""
         return self.length if self.block_size is None else self.block_size
 
+    def places(self, device: torch.device) -> Tensor:
+        """The place of each entry in its square."""
+        return torch.arange(self.length, device=device) % max(self.width, 1)
+
     def __str__(self) -> str:
         if not self.learned:
             return "-"

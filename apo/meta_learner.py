@@ -31,7 +31,7 @@ from apo.rates import get_rate
 from apo.sharding import Shards, is_placed
 from apo.trial import CallersAutocast, Lookahead, Undisturbed, changed_by, forget_casts, leaves_of_backwards
 
-__all__ = ["MetaLearner", "Trial"]
+__all__ = ["MetaLearner", "Trial", "apart"]
 
 # What torch.optim.Optimizer.__getstate__ leaves out too: hooks belong to the process, and schedulers wrap `step`.
 _NOT_PICKLED = {"step", "_opt_called", "_zero_grad_profile_name"}
@@ -227,7 +227,7 @@ class MetaLearner(Optimizer):
                 self._plain_step()
             if move:
                 forget_casts(self._gathering)
-                self._used_rates = [_apart(group["lr"]) for group in self.param_groups]
+                self._used_rates = [apart(group["lr"]) for group in self.param_groups]
                 self.steps += 1
         return loss
 
@@ -478,8 +478,8 @@ class MetaLearner(Optimizer):
 
         B′ is not part of it: an iterable begins anew, a callable goes on from whatever it draws from.
         """
-        apart: dict[str, Any] = tree_map(_apart, super().state_dict())
-        return apart
+        found: dict[str, Any] = tree_map(apart, super().state_dict())
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a copy of a :meth:`state_dict` of the same front end on the same parameters.
@@ -521,7 +521,7 @@ class MetaLearner(Optimizer):
         }
 
 
-def _apart(x: Any) -> Any:
+def apart(x: Any) -> Any:
     """A copy; of a tensor that shares its storage with others, of it alone."""
     return x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x)
 

@@ -34,6 +34,7 @@ class Learned:
         buffers: running means, by name.
         over: the groups of the ranks that hold its other parts (:mod:`apo.sharding`).
         alike: the groups of the ranks that hold the same and learn it from the sum of their derivatives.
+        ones: 0-d on the CPU: what stands on the diagonal of what sticks out of a side, scaled as all of the block is.
         entries: of how many entries the whole of it is; None: its own.
     """
 
@@ -45,6 +46,10 @@ class Learned:
     over: Over = ()
     alike: Over = ()
     entries: int | None = None
+    ones: Tensor = field(default_factory=lambda: torch.ones((), device="cpu"))
+
+    def __post_init__(self) -> None:
+        self.ones = self.ones.to(self.tensor.dtype)
 
 
 def count_updates(found: Iterable[Learned]) -> None:

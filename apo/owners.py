@@ -102,13 +102,13 @@ class Owners:
         ]
         alike: dict[torch.dtype, list[Tensor]] = {}
         for state in found:
-            for name, t in state.items():
-                if name != "step":  # which lies on the CPU, and is the same everywhere
+            for t in state.values():
+                if not _is_number(t):
                     alike.setdefault(t.dtype, []).append(t)
         for tensors in alike.values():
             self.broadcast_(tensors, owner)
         for own, state in zip(states, found, strict=True):
-            state["step"] = own["step"].clone()
+            state |= {name: t.clone() for name, t in own.items() if _is_number(t)}
         return found
 
     def _source(self, owner: int) -> int:
@@ -119,6 +119,11 @@ class Owners:
         if self._group:
             raise TypeError("an optimizer whose layers have owners can't be pickled or copied: save its state_dict()")
         return self.__dict__
+
+
+def _is_number(tensor: Tensor) -> bool:
+    """One that lies on the CPU, and is the same on all ranks."""
+    return tensor.ndim == 0
 
 
 def balanced(costs: Sequence[Cost], loads: list[Cost]) -> list[int]:

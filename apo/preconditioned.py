@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from apo import checks
 from apo.arena import Arena, Parts
@@ -20,13 +21,14 @@ from apo.fisher_start import FisherStart
 from apo.held_parameters import HeldParameters
 from apo.inner_products import inner_products, norms
 from apo.matrix_view import matrix_views
-from apo.meta_learner import MetaLearner, Trial
+from apo.meta_learner import MetaLearner, Trial, apart
 from apo.meta_optimizer import MetaOptimizer
 from apo.method import Method, check_sizes
 from apo.objective import ProximalObjective, check_objective
 from apo.owners import Owners, Shard
 from apo.placement_checks import check_placements, check_unplaced
 from apo.plan import Plan, plan_of
+from apo.portable_state import load_portable, misfit, portable
 from apo.preconditioner import Layer
 from apo.rates import LogRates, get_rate
 from apo.relative_steps import RelativeSteps
@@ -448,7 +450,9 @@ class APO(MetaLearner):
         factors = []
         for layer, (*of_blocks, _) in zip(self.layers, rms, strict=True):
             factors += [*(1 / x for x in of_blocks), math.prod(of_blocks) / math.sqrt(moved[layer.group])]
-        torch._foreach_mul_([x for layer in self.layers for x in layer.tensors()], factors)
+        phi = self._arena.phi
+        torch._foreach_mul_([own.tensor for own in phi], factors)
+        torch._foreach_mul_([own.ones for own in phi], factors)
         self._start.rescale(self.layers, [1 / moved[layer.group] for layer in self.layers])
 
     def _gradients(self) -> Parts:
@@ -505,12 +509,15 @@ class APO(MetaLearner):
         together: each gets the whole, which may be loaded on any number of ranks."""
         state = super().state_dict()
         gathered = self._arena.gathered()
-        for layer, saved in self._saved(state) if gathered else ():
-            saved.update(gathered[layer])
         if self._start.updates:
             for layer, saved in self._saved(state):
                 for name, zeros in self._start.missing(layer).items():
                     saved.setdefault(name, zeros)
+        for layer, saved in self._saved(state):
+            held = gathered.get(layer, saved)
+            form = portable(layer, held, whole=bool(gathered))
+            saved.clear()
+            saved.update(tree_map(apart, form))
         return state
 
     def _settings(self) -> dict[str, Any]:
@@ -523,9 +530,9 @@ class APO(MetaLearner):
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         for layer, state in self._saved(state_dict):
-            misfit = layer.misfit(state)
-            if misfit:
-                raise ValueError(f"state_dict must come from the same model and block settings: {misfit}")
+            wrong = misfit(layer, state)
+            if wrong:
+                raise ValueError(f"state_dict must come from the same model and block settings: {wrong}")
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         # torch casts the blocks to the weights' dtype, so they are taken from the source
@@ -534,7 +541,7 @@ class APO(MetaLearner):
         if self._start.updates:
             self._start.prepare(self.layers)
         for layer, state in saved:
-            layer.load(state)
+            load_portable(layer, state)
         self._show_state()
         self._end_start()
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -292,7 +294,7 @@ def replicated(shard: str, dtype: torch.dtype, *, steps: int = 20, state: Any = 
 def held(opt: Any) -> int:
     """Bytes of A, B, S, momentum and running means on this rank."""
     states = (layer.state() for layer in opt.layers)
-    return sum(t.nbytes for state in states for name, t in state.items() if name != "step")
+    return sum(t.nbytes for state in states for t in state.values() if t.ndim and t.is_floating_point())
 
 
 def owners(ranks: int) -> dict[str, Any]:
@@ -398,6 +400,57 @@ def stopping(ranks: int, how: str = "raise", layout: str = "fsdp", at: str = "tr
     return {"steps": opt.steps, "error": None, "kept": False}
 
 
+def resumable() -> nn.Module:
+    """Whose sides are cut at multiples of the blocks on 2, 3 and 4 ranks."""
+    return nn.Sequential(nn.Linear(7, 36), nn.Tanh(), nn.Linear(36, 36))
+
+
+def resumed(kind: str, folder: Path, ranks: int | None, *, save: bool = False) -> dict[str, Any]:
+    """Ten steps, a checkpoint and ten more; or ten steps from that checkpoint. No ranks: whole, without DTensors."""
+    torch.manual_seed(0 if save else 1)
+    model = resumable()
+    part, parts = (0, 1) if ranks is None else sharded(model, "mlp", "fsdp", ranks)
+    own = slice(part * 12 // parts, (part + 1) * 12 // parts)
+    batches, others = (data("mlp", 20, 12, torch.float32, seed) for seed in (1, 2))
+    inputs = [x[own] for x, _ in others]
+    drawn = iter(inputs if save else inputs[10:])
+    goal = apo.ProximalObjective(model, lambda: next(drawn), fsd_weight=1.0 if kind == "APO" else 5.0)
+    opt = front_end(kind, model, goal, model.parameters(), interval=1)
+
+    def train(batches: list[tuple[Tensor, Tensor]]) -> None:
+        for x, t in batches:
+
+            def closure(x: Tensor = x[own], t: Tensor = t[own]) -> Tensor:
+                opt.zero_grad()
+                loss = F.cross_entropy(model(x), t)
+                loss.backward()
+                return loss
+
+            opt.step(closure)
+
+    place = folder / f"checkpoint {kind}"
+    if save:
+        train(batches[:10])
+        of_model, of_optimizer = get_state_dict(model, opt)
+        dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=place)
+    else:
+        of_model, of_optimizer = get_state_dict(model, opt)
+        state = {"model": of_model, "optimizer": of_optimizer}
+        dcp.load(state, checkpoint_id=place, no_dist=ranks is None)
+        set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    train(batches[10:])
+    return outcome(opt, model)
+
+
+def saving(ranks: int) -> dict[str, Any]:
+    folder = Path(sys.argv[2])
+    return {kind: resumed(kind, folder, ranks, save=True) for kind in ("APO", "AdamW")}
+
+
+def loading(ranks: int) -> dict[str, Any]:
+    return {kind: resumed(kind, Path(sys.argv[2]).parent / "2", ranks) for kind in ("APO", "AdamW")}
+
+
 STOPPING = {
     "raise, fsdp, theta": ("raise", "fsdp", "theta"),
     "raise, ddp, trial": ("raise", "ddp", "trial"),
@@ -407,6 +460,8 @@ SCENES: dict[str, Callable[[int], Any]] = {
     "equal": equal,
     "owners": owners,
     "not_finite": not_finite,
+    "saving": saving,
+    "loading": loading,
     **{name: partial(stopping, how=how, layout=layout, at=at) for name, (how, layout, at) in STOPPING.items()},
 }
 

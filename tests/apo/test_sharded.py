@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+import apo_kernels as ak
+from apo.matrix_view import Side
 from apo.owners import balanced
+from apo.portable_state import _squares
 from tests.apo import sharded_worker
 from tests.apo.helpers import played
 from tests.apo.sharded_worker import CASES, Case, title
@@ -119,6 +122,56 @@ def test_no_rank_hangs_or_goes_on_where_another_stops(scene: str, tmp_path: Path
     assert first["kept"]
     if "die" not in scene:
         assert second == {"steps": 2, "error": "stop", "kept": True}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks have saved their state after ten steps, and what they had after ten more."""
+    folder = tmp_path_factory.mktemp("saved") / "2"
+    folder.mkdir()
+    played("tests.apo.sharded_worker", "saving", 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [None, 2, 3, 4])
+def test_checkpoints_reshard(ranks: int | None, saved: Path) -> None:
+    """By torch.distributed.checkpoint, from two ranks under fully_shard; None: to one process without DTensors."""
+    expected = torch.load(saved / "0.pt", weights_only=True)
+    if ranks is None:
+        found = {kind: sharded_worker.resumed(kind, saved, None) for kind in expected}
+    else:
+        folder = saved.parent / f"loaded {ranks}"
+        folder.mkdir()
+        found = played("tests.apo.sharded_worker", "loading", ranks, folder)[0]
+    for kind, result in found.items():
+        if ranks == 2:
+            assert identical(result["weights"], expected[kind]["weights"])
+        wanted = joined(expected[kind])
+        assert (joined(result) - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_squares_that_start_elsewhere_keep_what_they_share() -> None:
+    """Ten rows in squares of 4, whole and as two parts of five rows: from the parts to the whole, nothing is lost."""
+    generator = torch.Generator().manual_seed(0)
+    parts, places = [], []
+    for _ in range(2):
+        side = Side(5, 4)
+        stack = torch.zeros(2, 4, 4)
+        stack[0] = torch.randn(4, 4, generator=generator)
+        stack[1] = torch.diag(torch.tensor([3.0, 2.0, 2.0, 2.0]))  # one row, and what sticks out
+        parts.append(stack)
+        places.append(side.places(torch.device("cpu")))
+    dense = torch.block_diag(*(ak.blocks_to_dense(stack, 5) for stack in parts))
+    rows = torch.cat([stack.flatten(0, 1)[:5] for stack in parts])
+    whole = _squares(rows, torch.cat(places), Side(10, 4), torch.Size((3, 4, 4)), 2.0, 0)
+    kept = ak.blocks_to_dense(whole, 10)
+    inside = torch.block_diag(torch.ones(4, 4), torch.ones(4, 4), torch.ones(2, 2))
+    assert torch.equal(kept, dense * inside)
+    assert whole[2].diagonal()[2:].tolist() == [2, 2]
+    back = _squares(
+        whole.flatten(0, 1)[:10][:5], Side(10, 4).places(rows.device)[:5], Side(5, 4), parts[0].shape, 2.0, 0
+    )
+    assert torch.equal(back, parts[0])
 
 
 def identical(a: Any, b: Any) -> bool:
