@@ -262,7 +262,7 @@ class Deep(nn.Module):
         return out
 
 
-def replicated(shard: str, dtype: torch.dtype, *, steps: int = 20, state: Any = None, **settings: Any) -> Any:
+def replicated(shard: str, dtype: torch.dtype, *, steps: int = 12, state: Any = None, **settings: Any) -> Any:
     """Replicas under DDP, each on its part of every batch."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
@@ -443,11 +443,11 @@ def resumed(kind: str, folder: Path, ranks: int | None, *, save: bool = False) -
 
 
 def saving(ranks: int) -> dict[str, Any]:
-    folder = Path(sys.argv[2])
-    return {kind: resumed(kind, folder, ranks, save=True) for kind in ("APO", "AdamW")}
+    return {kind: resumed(kind, Path(sys.argv[2]), ranks, save=True) for kind in ("APO", "AdamW")}
 
 
 def loading(ranks: int) -> dict[str, Any]:
+    """What two ranks have saved, in a folder beside."""
     return {kind: resumed(kind, Path(sys.argv[2]).parent / "2", ranks) for kind in ("APO", "AdamW")}
 
 
@@ -456,12 +456,20 @@ STOPPING = {
     "raise, ddp, trial": ("raise", "ddp", "trial"),
     "die, fsdp, trial": ("die", "fsdp", "trial"),
 }
+ALL: dict[int, list[Callable[[int], Any]]] = {
+    2: [equal, owners, not_finite, saving, loading],
+    3: [loading],
+    4: [equal, owners, loading],
+}
+
+
+def everything(ranks: int) -> dict[str, Any]:
+    """In one process for each rank, for it takes longer to start one than to play a scene."""
+    return {scene.__name__: scene(ranks) for scene in ALL[ranks]}
+
+
 SCENES: dict[str, Callable[[int], Any]] = {
-    "equal": equal,
-    "owners": owners,
-    "not_finite": not_finite,
-    "saving": saving,
-    "loading": loading,
+    "everything": everything,
     **{name: partial(stopping, how=how, layout=layout, at=at) for name, (how, layout, at) in STOPPING.items()},
 }
 

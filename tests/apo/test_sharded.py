@@ -24,11 +24,18 @@ def joined(result: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
-    return {
-        ranks: played("tests.apo.sharded_worker", "equal", ranks, tmp_path_factory.mktemp(f"ranks_{ranks}"))
-        for ranks in CASES
-    }
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[int, list[Any]]:
+    """What each rank got in all scenes, by the number of ranks."""
+    results = {}
+    for ranks in sharded_worker.ALL:
+        (folder / str(ranks)).mkdir()
+        results[ranks] = played("tests.apo.sharded_worker", "everything", ranks, folder / str(ranks))
+    return results
 
 
 @pytest.mark.parametrize(
@@ -37,7 +44,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
 def test_sharded_training_is_one_process(ranks: int, case: Case, found: dict[int, list[Any]]) -> None:
     """After 50 steps, relative to the weights' length; what several ranks hold is the same to the bit."""
     kind, name, layout, dtype, settings = case
-    first, *others = (each[title(case)] for each in found[ranks])
+    first, *others = (each["equal"][title(case)] for each in found[ranks])
     expected = sharded_worker.train(kind, name, None, ranks, dtype, structure=layout, **settings)
     assert first["counts"] == expected["counts"] == [0, 0, sharded_worker.STEPS]
     assert expected["losses"][-1] < expected["losses"][0]
@@ -52,9 +59,9 @@ def test_sharded_training_is_one_process(ranks: int, case: Case, found: dict[int
         assert all(torch.equal(first["blocks"][block], other["blocks"][block]) for block in alike for other in others)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def owned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return played("tests.apo.sharded_worker", "owners", request.param, tmp_path_factory.mktemp("owners"))
+@pytest.fixture(params=[2, 4])
+def owned(request: pytest.FixtureRequest, found: dict[int, list[Any]]) -> list[Any]:
+    return [each["owners"] for each in found[request.param]]
 
 
 def test_layers_with_owners_train_as_without(owned: list[Any]) -> None:
@@ -106,14 +113,11 @@ def test_the_balance_is_within_the_largest_cost() -> None:
     assert balanced([(1.0, 1.0)], [(0.0, 0.0)] * 3) == [0]  # more ranks than layers
 
 
-@pytest.fixture(scope="module")
-def not_finite(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return played("tests.apo.sharded_worker", "not_finite", 2, tmp_path_factory.mktemp("not_finite"))
-
-
 @pytest.mark.parametrize("case", sharded_worker.SPOILED, ids=str)
-def test_what_is_not_finite_on_one_rank_is_judged_alike_on_all(case: tuple[str, ...], not_finite: list[Any]) -> None:
-    first, second = (each[str(case)] for each in not_finite)
+def test_what_is_not_finite_on_one_rank_is_judged_alike_on_all(
+    case: tuple[str, ...], found: dict[int, list[Any]]
+) -> None:
+    first, second = (each["not_finite"][str(case)] for each in found[2])
     skipped = case[1] in ("batch", "gradient")
     assert first["counts"] == second["counts"] == [int(skipped), 1, 6]
     assert all(torch.equal(a, b) for a, b in zip(first["states"], second["states"], strict=True))
@@ -133,29 +137,13 @@ def test_no_rank_hangs_or_goes_on_where_another_stops(scene: str, tmp_path: Path
         assert second == {"steps": 2, "error": "stop", "kept": True}
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two ranks have saved their state after ten steps, and what they had after ten more."""
-    folder = tmp_path_factory.mktemp("saved") / "2"
-    folder.mkdir()
-    played("tests.apo.sharded_worker", "saving", 2, folder)
-    return folder
-
-
 @pytest.mark.parametrize("ranks", [None, 2, 3, 4])
-def test_checkpoints_reshard(ranks: int | None, saved: Path) -> None:
+def test_checkpoints_reshard(ranks: int | None, found: dict[int, list[Any]], folder: Path) -> None:
     """By torch.distributed.checkpoint, from two ranks under fully_shard; None: to one process without DTensors."""
-    expected = torch.load(saved / "0.pt", weights_only=True)
-    if ranks is None:
-        found = {kind: sharded_worker.resumed(kind, saved, None) for kind in expected}
-    else:
-        folder = saved.parent / f"loaded {ranks}"
-        folder.mkdir()
-        found = played("tests.apo.sharded_worker", "loading", ranks, folder)[0]
-    for kind, result in found.items():
-        if ranks == 2:
-            assert identical(result["weights"], expected[kind]["weights"])
-        wanted = joined(expected[kind])
+    for kind, expected in found[2][0]["saving"].items():
+        result = sharded_worker.resumed(kind, folder / "2", None) if ranks is None else found[ranks][0]["loading"][kind]
+        assert ranks != 2 or identical(result["weights"], expected["weights"])
+        wanted = joined(expected)
         assert (joined(result) - wanted).norm() <= 1e-6 * wanted.norm()
 
 
