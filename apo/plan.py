@@ -60,7 +60,7 @@ class Plan:
         left_out: parameters that aren't trained: frozen, or in no param group.
         groups: how many dimensions of meshes the ranks of DTensors agree over.
         promise: bytes of what a step promises, summed over ranks.
-        verdict: bytes of the verdict on slopes, where layers have owners.
+        verdict: bytes of the terms of Q and of the verdict on slopes, where layers have owners.
     """
 
     rows: tuple[PlanRow, ...]
@@ -134,7 +134,7 @@ def plan_of(
     shards = Shards(p for group in groups for p in group["params"])
     summed = {name: layer.S.element_size() for layer in layers for name in layer.view.over}
     owned = any(layer.view.owner is not None for layer in layers)
-    return Plan(rows, left_out, len(shards.groups), sum(summed.values()), VERDICT * owned)
+    return Plan(rows, left_out, len(shards.groups), sum(summed.values()), (VERDICT + TERMS) * owned)
 
 
 def _row(layer: Layer, group: dict[str, Any], meta_optimizer: str, starts: bool) -> PlanRow:
@@ -184,7 +184,7 @@ def _sent(layer: Layer, *, relative: bool) -> tuple[int, int]:
     weights = sum(p.nbytes for p in view.parameters) if view.owner is not None else 0  # handed on
     lengths = LENGTH * sum(len(over(p)) for p in view.parameters)
     products = len(view.over) * (size + relative * size)  # its slope, and its share of S's mean size
-    return weights, weights + lengths + of_blocks + products
+    return weights, 2 * weights + lengths + of_blocks + products  # of an owned layer θ′, and V, are weights too
 
 
 def _bytes(count: float) -> str:

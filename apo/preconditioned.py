@@ -401,6 +401,7 @@ class APO(MetaLearner):
         derivatives, sizes = self._arena.by_name(slopes)
         if not isinstance(self.meta, RelativeSteps):
             derivatives = self._arena.derivatives(proposal.Gs, Vs, proposal.lengths)
+            sizes = [None] * len(sizes)
         self._arena.sum_blocks_(derivatives, sizes)
         proposal.kept = None
         del V, Vs, slopes

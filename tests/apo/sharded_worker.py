@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import apo
 from apo.sharding import local
@@ -451,13 +452,68 @@ def loading(ranks: int) -> dict[str, Any]:
     return {kind: resumed(kind, Path(sys.argv[2]).parent / "2", ranks) for kind in ("APO", "AdamW")}
 
 
+class Sent(TorchDispatchMode):
+    """Bytes that are all-reduced and broadcast while it counts. Under FSDP2 that is the optimizer's part, for the
+    model's own passes gather and scatter."""
+
+    counts, bytes = True, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.counts and func._schema.name in ("c10d::allreduce_", "c10d::broadcast_"):
+            self.bytes += sum(t.nbytes for t in args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def sending(name: str, layout: str, dtype: torch.dtype, ranks: int, **settings: Any) -> dict[str, Any]:
+    """Bytes of a plain step and of a step with a meta-update, counted and planned."""
+    torch.manual_seed(0)
+    model = MODELS[name]().to(dtype)
+    replica = model
+    if layout == "ddp":
+        replica = nn.parallel.DistributedDataParallel(model)
+    else:
+        sharded(model, name, layout, ranks)
+    (x, t), (other, _) = data(name, 2, 8, dtype, 0)
+    goal = apo.ProximalObjective(replica, [other])
+    opt = front_end("APO", model, goal, None, interval=2, warmup=0, **settings)
+    counted: dict[str, Any] = {}
+
+    def closure() -> Tensor:
+        sent.counts = False
+        opt.zero_grad()
+        loss = F.cross_entropy(replica(x), t.flatten())
+        loss.backward()
+        sent.counts = True
+        return loss
+
+    for _ in range(4):
+        kind = "meta" if opt.meta_due else "step"
+        with Sent() as sent:
+            opt.step(closure)
+        counted[kind] = sent.bytes
+    plan = opt.plan()
+    return {"counted": counted, "planned": {"step": plan.step_sent, "meta": plan.meta_sent}}
+
+
+SENT: list[tuple[str, str, torch.dtype, dict[str, Any]]] = [
+    ("mlp", "fsdp", torch.float32, {}),
+    ("gpt", "fsdp", torch.float64, {}),
+    ("mlp", "fsdp", torch.float32, {"meta_optimizer": "adam"}),
+    ("mlp", "ddp", torch.float32, {"shard": "owner"}),
+]
+
+
+def sent(ranks: int) -> dict[str, Any]:
+    return {str(case[:2] + case[3:]): sending(*case[:3], ranks, **case[3]) for case in SENT}
+
+
 STOPPING = {
     "raise, fsdp, theta": ("raise", "fsdp", "theta"),
     "raise, ddp, trial": ("raise", "ddp", "trial"),
     "die, fsdp, trial": ("die", "fsdp", "trial"),
 }
 ALL: dict[int, list[Callable[[int], Any]]] = {
-    2: [equal, owners, not_finite, saving, loading],
+    2: [equal, owners, not_finite, saving, loading, sent],
     3: [loading],
     4: [equal, owners, loading],
 }
@@ -469,6 +525,7 @@ def everything(ranks: int) -> dict[str, Any]:
 
 
 SCENES: dict[str, Callable[[int], Any]] = {
+    "sent": sent,
     "everything": everything,
     **{name: partial(stopping, how=how, layout=layout, at=at) for name, (how, layout, at) in STOPPING.items()},
 }

@@ -147,6 +147,16 @@ def test_checkpoints_reshard(ranks: int | None, found: dict[int, list[Any]], fol
         assert (joined(result) - wanted).norm() <= 1e-6 * wanted.norm()
 
 
+@pytest.mark.parametrize("case", sharded_worker.SENT, ids=str)
+def test_what_is_sent_is_what_the_plan_says(case: Any, found: dict[int, list[Any]]) -> None:
+    """Counted in a plain step and in one with a meta-update, beside what the model's own passes send."""
+    for each in found[2]:
+        result = each["sent"][str(case[:2] + case[3:])]
+        planned, counted = result["planned"], result["counted"]
+        assert counted["step"] == planned["step"] > 0
+        assert counted["meta"] == planned["meta"] > planned["step"]
+
+
 def test_squares_that_start_elsewhere_keep_what_they_share() -> None:
     """Ten rows in squares of 4, whole and as two parts of five rows: from the parts to the whole, nothing is lost."""
     generator = torch.Generator().manual_seed(0)
