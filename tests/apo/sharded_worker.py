@@ -443,6 +443,38 @@ def loading(ranks: int) -> dict[str, Any]:
     return {kind: resumed(kind, Path(sys.argv[2]).parent / "2", ranks) for kind in ("APO", "AdamW")}
 
 
+def single(layout: str | None) -> dict[str, Any]:
+    """One layer of two rows: some ranks have nothing of it."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Linear(7, 2).double()
+    rank, ranks = (0, 1) if layout is None else (dist.get_rank(), dist.get_world_size())
+    replica = model
+    if layout == "fsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+    elif layout == "ddp":
+        replica = nn.parallel.DistributedDataParallel(model)
+    generator = torch.Generator().manual_seed(1)
+    x, t, other = (torch.randn(8, n, generator=generator).double() for n in (7, 2, 7))
+    own = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+    goal = apo.ProximalObjective(replica, [other[own]], "mse")
+    owner = {"shard": "owner"} if layout == "ddp" else {}
+    opt = apo_of(model, goal, lr=0.1, block_size=1, warmup=30, weight_decay=0.1, **owner)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = F.mse_loss(replica(x[own]), t[own])
+        loss.backward()
+        return loss
+
+    for _ in range(25):
+        opt.step(closure)
+    return outcome(opt, model)
+
+
+def nothing(ranks: int) -> dict[str, Any]:
+    return {layout: single(layout) for layout in ("fsdp", "ddp")}
+
+
 class Sent(TorchDispatchMode):
     """Bytes that are all-reduced and broadcast while it counts. Under FSDP2 that is the optimizer's part, for the
     model's own passes gather and scatter."""
@@ -507,7 +539,7 @@ STOPPING = {
 ALL: dict[int, list[Callable[[int], Any]]] = {
     2: [equal, owners, not_finite, saving, loading, sent],
     3: [loading],
-    4: [equal, owners, loading],
+    4: [equal, owners, loading, nothing],
 }
 
 
@@ -517,6 +549,7 @@ def everything(ranks: int) -> dict[str, Any]:
 
 
 SCENES: dict[str, Callable[[int], Any]] = {
+    "nothing": nothing,
     "sent": sent,
     "everything": everything,
     **{name: partial(stopping, how=how, layout=layout, at=at) for name, (how, layout, at) in STOPPING.items()},

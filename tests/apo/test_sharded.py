@@ -97,6 +97,13 @@ def test_owners_hold_each_layer_once(owned: list[Any]) -> None:
     assert owners.count(owners[0]) == 1  # the large layer, which bounds what balance there can be
 
 
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_ranks_that_hold_nothing_join_in(layout: str, found: dict[int, list[Any]]) -> None:
+    expected = joined(sharded_worker.single(None))
+    for each in found[4]:
+        assert (joined(each["nothing"][layout]) - expected).norm() <= 1e-12 * expected.norm()
+
+
 def test_the_balance_is_within_the_largest_cost() -> None:
     generator = torch.Generator().manual_seed(0)
     for count in (1, 2, 3, 8):
