@@ -12,7 +12,7 @@ from torch import nn
 import apo_kernels as ak
 from apo.matrix_view import MatrixView
 from apo.preconditioner import Layer
-from apo.sharding import Shards, local, over
+from apo.sharding import Shards, is_placed, local, over
 
 __all__ = ["Plan", "PlanRow", "plan_of"]
 
@@ -61,6 +61,7 @@ class Plan:
         groups: how many dimensions of meshes the ranks of DTensors agree over.
         promise: bytes of what a step promises, summed over ranks.
         verdict: bytes of the terms of Q and of the verdict on slopes, where layers have owners.
+        averaged: bytes of V of parameters that are no DTensors, beside some that are, as under tensor parallel.
     """
 
     rows: tuple[PlanRow, ...]
@@ -68,6 +69,7 @@ class Plan:
     groups: int = 0
     promise: int = 0
     verdict: int = 0
+    averaged: int = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -93,7 +95,8 @@ class Plan:
     @property
     def meta_sent(self) -> int:
         """The same of a step with a meta-update; every ten of them send two numbers more for each block and S."""
-        return self.step_sent + self.groups * (TERMS + VERDICT) + sum(row.meta_sent for row in self.rows) + self.verdict
+        alike = self.groups * (TERMS + VERDICT + self.averaged) + self.verdict
+        return self.step_sent + alike + sum(row.meta_sent for row in self.rows)
 
     def __str__(self) -> str:
         head = ("parameter", "matrix", "block A (n)", "block B (m)", "memory", "x weights", "step", "meta-step")
@@ -134,7 +137,9 @@ def plan_of(
     shards = Shards(p for group in groups for p in group["params"])
     summed = {name: layer.S.element_size() for layer in layers for name in layer.view.over}
     owned = any(layer.view.owner is not None for layer in layers)
-    return Plan(rows, left_out, len(shards.groups), sum(summed.values()), (VERDICT + TERMS) * owned)
+    promise, verdict = sum(summed.values()), (VERDICT + TERMS) * owned
+    plain = sum(p.nbytes for p in shards.parameters if not is_placed(p)) if shards.groups else 0
+    return Plan(rows, left_out, len(shards.groups), promise, verdict, plain)
 
 
 def _row(layer: Layer, group: dict[str, Any], meta_optimizer: str, starts: bool) -> PlanRow:

@@ -25,13 +25,19 @@ ROOT = Path(__file__).parents[2]
 def played(worker: str, scene: str, ranks: int, folder: Path, *, failing: bool = False) -> list[Any]:
     """What each rank of a worker's scene saved; ``failing``: whatever the processes' exit codes."""
     command = [sys.executable, "-m", worker, scene, str(folder)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(ranks)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in range(ranks)
-    ]
+    return _saved([[*command, str(rank), str(ranks)] for rank in range(ranks)], ranks, folder, failing=failing)
+
+
+def played_by_forks(worker: str, scene: str, ranks: int, folder: Path, *, failing: bool = False) -> list[Any]:
+    """The same of a worker that is given all ranks, so that it is imported once, and forks."""
+    return _saved([[sys.executable, "-m", worker, scene, str(folder), str(ranks)]], ranks, folder, failing=failing)
+
+
+def _saved(commands: list[list[str]], ranks: int, folder: Path, *, failing: bool) -> list[Any]:
+    processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for command in commands]
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=240)
+            _, errors = process.communicate(timeout=280)
             assert process.returncode == 0 or failing, errors
     finally:
         for process in processes:

@@ -13,7 +13,7 @@ from apo.matrix_view import Side
 from apo.owners import balanced
 from apo.portable_state import _squares
 from tests.apo import sharded_worker
-from tests.apo.helpers import played
+from tests.apo.helpers import played_by_forks
 from tests.apo.sharded_worker import CASES, Case, title
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -34,7 +34,7 @@ def found(folder: Path) -> dict[int, list[Any]]:
     results = {}
     for ranks in sharded_worker.ALL:
         (folder / str(ranks)).mkdir()
-        results[ranks] = played("tests.apo.sharded_worker", "everything", ranks, folder / str(ranks))
+        results[ranks] = played_by_forks("tests.apo.sharded_worker", "everything", ranks, folder / str(ranks))
     return results
 
 
@@ -97,6 +97,13 @@ def test_owners_hold_each_layer_once(owned: list[Any]) -> None:
     assert owners.count(owners[0]) == 1  # the large layer, which bounds what balance there can be
 
 
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_ranks_that_hold_nothing_join_in(layout: str, found: dict[int, list[Any]]) -> None:
+    expected = joined(sharded_worker.single(None))
+    for each in found[4]:
+        assert (joined(each["nothing"][layout]) - expected).norm() <= 1e-12 * expected.norm()
+
+
 def test_the_balance_is_within_the_largest_cost() -> None:
     generator = torch.Generator().manual_seed(0)
     for count in (1, 2, 3, 8):
@@ -129,7 +136,7 @@ def test_what_is_not_finite_on_one_rank_is_judged_alike_on_all(
 @pytest.mark.parametrize("scene", sharded_worker.STOPPING)
 def test_no_rank_hangs_or_goes_on_where_another_stops(scene: str, tmp_path: Path) -> None:
     """An error on all that live, within the group's timeout; weights and state are as before the step."""
-    first, second = played("tests.apo.sharded_worker", scene, 2, tmp_path, failing=True)
+    first, second = played_by_forks("tests.apo.sharded_worker", scene, 2, tmp_path, failing=True)
     assert first["error"] is not None
     assert first["steps"] == 2
     assert first["kept"]
