@@ -50,6 +50,18 @@ class Layers:
     def bind(self, backend: str = "triton", learned: Sequence[str] | None = None) -> ak.ModelPreconditioner:
         return ak.ModelPreconditioner(self.As, self.Bs, self.Ss, widths=self.widths, learned=learned, backend=backend)
 
+    def to(self, device: str) -> Layers:
+        """With the pads between rows."""
+
+        def moved(x: Tensor) -> Tensor:
+            base = x if x._base is None else x._base
+            return base.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+        def each(x: Any) -> Any:
+            return moved(x) if isinstance(x, Tensor) else [each(y) for y in x] if isinstance(x, list) else x
+
+        return Layers(*(each(getattr(self, own.name)) for own in fields(Layers)))
+
     def present(self) -> list[int]:
         return [i for i, own in enumerate(self.Gs) if own is not None and any(x is not None for x in own)]
 
@@ -57,7 +69,9 @@ class Layers:
         """In float64, zeros where a part isn't there."""
         own, S = parts[i], self.Ss[i]
         each = [
-            torch.zeros(*S.shape[:-1], width, dtype=torch.float64) if own is None or own[k] is None else own[k].double()
+            S.new_zeros((*S.shape[:-1], width), dtype=torch.float64)
+            if own is None or own[k] is None
+            else own[k].double()
             for k, width in enumerate(self.widths[i])
         ]
         return torch.cat(each, -1)
@@ -222,6 +236,15 @@ def test_trials_and_slopes(dtype: torch.dtype, A: int | None, B: int | None, pad
     own = of_form(dtype, A, B, pad)
     learned = ["ABS", "AS", "BS", "ABS", "S", "ABS"][: len(own.Ss)]
     bound = own.bind(learned=learned)
+    kept = check_trial(own, bound, dtype)
+    check_slopes(own, bound, kept, dtype, learned)
+    with count_launches() as names:
+        kept = bound.keep(own.Gs)
+    assert names == ["model_keep"]
+    check_slopes(own, bound, kept, dtype, learned)
+
+
+def check_trial(own: Layers, bound: ak.ModelPreconditioner, dtype: torch.dtype) -> object:
     shrink = [0.9 + 0.01 * i for i in range(len(own.Ss))]
     present = own.present()
     thetas = []
@@ -241,11 +264,7 @@ def test_trials_and_slopes(dtype: torch.dtype, A: int | None, B: int | None, pad
     check_weights(own, thetas, dtype)
     for x, y in zip(own.buffers, buffers, strict=True):
         assert x is None or torch.equal(x, y)  # type: ignore[arg-type]
-    check_slopes(own, bound, kept, dtype, learned)
-    with count_launches() as names:
-        kept = bound.keep(own.Gs)
-    assert names == ["model_keep"]
-    check_slopes(own, bound, kept, dtype, learned)
+    return kept
 
 
 def check_slopes(
