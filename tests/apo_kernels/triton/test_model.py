@@ -329,6 +329,12 @@ def test_what_lies_well_is_moved_16_bytes_at_a_time(dtype: torch.dtype, side: in
     assert ways_of(bound) == {way, way if way[1] else (False, False)}
 
 
+def test_sums_of_many_parts() -> None:
+    own = layers([(8, 700), (700, 7)], torch.float32, B=8)
+    bound = own.bind()
+    check_slopes(own, bound, bound.keep(own.Gs), torch.float32, ["ABS"] * 2)
+
+
 def test_what_a_trial_keeps_lies_well_though_its_gradients_dont() -> None:
     own = layers([(64, 64), (33, 128)], torch.float32, pad=True)
     for parts in own.Gs:
