@@ -191,8 +191,8 @@ def peak_memory(contestant: str, options: argparse.Namespace) -> float | None:
     For a process of its own. A narrow model goes before, with which libraries take what they keep to themselves. None
     where the system doesn't tell.
     """
-    begin: Callable[[], object] = torch.cuda.reset_peak_memory_stats
-    most: Callable[[], int] = torch.cuda.max_memory_allocated
+    begin: Callable[[], object] = partial(torch.cuda.reset_peak_memory_stats, options.device)
+    most: Callable[[], int] = partial(torch.cuda.max_memory_allocated, options.device)
     if torch.device(options.device).type != "cuda":
         anew, now = Path("/proc/self/clear_refs"), Path("/proc/self/status")
         if not anew.exists():
