@@ -56,10 +56,19 @@ class SharedSquares:
         each = [found.get(own, (None, None)) for own in self.learned]
         slopes, sizes = [slope for slope, _ in each], [size for _, size in each]
         b = self.size.shape[1]
+        apart = self._apart(slopes)
         return (
-            _together(slopes, _starts(self.counts, b * b), self.slope.shape, (b * b, b, 1)),
+            _together(slopes, _starts(self.counts, apart), self.slope.shape, (apart, b, 1)),
             _together(sizes, _starts(self.counts, b), self.size.shape, (b, 1)),
         )
+
+    def _apart(self, slopes: Sequence[Tensor | None]) -> int:
+        """From one square to the next: as in here, or close together."""
+        b, first, second = self.size.shape[1], slopes[0], slopes[1] if len(slopes) > 1 else None
+        if first is None or second is None:
+            return b * b
+        step = second.storage_offset() - first.storage_offset()
+        return self.slope.stride(0) if step == self.counts[0] * self.slope.stride(0) else b * b
 
 
 class SharedScalings:
