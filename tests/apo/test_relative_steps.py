@@ -15,6 +15,7 @@ from apo import preconditioned
 from apo.meta_optimizer import Learned
 from apo.preconditioner import Layer
 from apo.relative_steps import RelativeSteps
+from apo.shared_storage import SharedSquares
 from tests.apo.helpers import apo_of, closure_of, convnet, mlp, objective, precondition, weights
 
 RATE = 0.1
@@ -231,3 +232,16 @@ def test_a_layer_of_no_gradient_keeps_its_preconditioner() -> None:
         assert model[0].weight.grad is None
     assert all(torch.equal(a, b) for a, b in zip(first.tensors(), before, strict=True))
     assert opt.failed_trials == 0
+
+
+def test_slopes_of_squares_that_lie_apart_are_taken_as_they_lie() -> None:
+    """Squares of side 3 lie 16 elements apart."""
+    torch.manual_seed(0)
+    squares = SharedSquares(made(drawn(2, 3, 3) + drawn(3, 3, 3), [RATE] * 2, [True] * 2).learned)
+    squares.slope.copy_(torch.randn(5, 3, 3))
+    held = {own: (own.buffers["slope"], own.buffers["size"]) for own in squares.learned}
+    apart = {own: (slope.clone(), size) for own, (slope, size) in held.items()}
+    for found in (held, apart):
+        slope, _ = squares.together(found)
+        assert torch.equal(slope, squares.slope)
+        assert (slope.data_ptr() == squares.slope.data_ptr()) == (found is held)
