@@ -38,7 +38,7 @@ def relative_step_squares_(
     step = SQUARES_AT_A_TIME if X.device.type == "cpu" else count
     rate, correction = (x[:, None, None] if isinstance(x, Tensor) else x for x in (rate, correction))
     if active is not None:  # a rate of 0 leaves a square as it is
-        rate = active[:, None, None] * rate
+        rate = active[:, None, None].to(X.dtype) * rate
     for part in (slice(first, first + step) for first in range(0, count, step)):
         takes_part = None if active is None else active[part]
         _average_(slope[part], new_slope[part], betas[0], takes_part)
@@ -69,7 +69,7 @@ def relative_step_scalings_(
     total: Callable[[Tensor], None] | None,
 ) -> None:
     if active is not None:
-        rate = active * rate
+        rate = active.to(S.dtype) * rate
     floors = None
     for floored in (False, True):  # all sizes are averaged before the first floor is taken
         if floored:

@@ -259,3 +259,16 @@ def test_slopes_are_taken_together_however_they_lie(lie: str, b: int, without: i
         for whole, part in zip((slopes, sizes), found.get(own, ()), strict=False):
             assert torch.equal(whole[at : at + squared].reshape(part.shape), part)
         at += squared
+
+
+def test_slopes_of_squares_that_lie_apart_are_taken_as_they_lie() -> None:
+    """Squares of side 3 lie 16 elements apart."""
+    torch.manual_seed(0)
+    squares = SharedSquares(made(drawn(2, 3, 3) + drawn(3, 3, 3), [RATE] * 2, [True] * 2).learned)
+    squares.slope.copy_(torch.randn(5, 3, 3))
+    held = {own: (own.buffers["slope"], own.buffers["size"]) for own in squares.learned}
+    apart = {own: (slope.clone(), size) for own, (slope, size) in held.items()}
+    for found in (held, apart):
+        slope, _ = squares.together(found)
+        assert torch.equal(slope, squares.slope)
+        assert (slope.data_ptr() == squares.slope.data_ptr()) == (found is held)

@@ -17,13 +17,14 @@ def lerped(mean: Tensor, new: Tensor, beta: float) -> Tensor:
 
 @pytest.mark.parametrize(("count", "b"), [(1, 5), (70, 3), (130, 1), (3, 8)])
 @pytest.mark.parametrize("each", [False, True])
-def test_squares(count: int, b: int, each: bool) -> None:
+@pytest.mark.parametrize("some", [False, True])
+def test_squares(count: int, b: int, each: bool, some: bool) -> None:
     torch.manual_seed(0)
     X, slope, new = (torch.randn(count, b, b, dtype=torch.float64) for _ in range(3))
     size, new_size = (torch.rand(count, b, dtype=torch.float64) for _ in range(2))
     rate = torch.rand(count, dtype=torch.float64) if each else 0.1
     correction = torch.rand(count, 1, 1, dtype=torch.float64) if each else 0.7
-    active = torch.arange(count) % 2 == 0 if each else None
+    active = torch.arange(count) % 2 == 0 if some else None
     found = [x.clone() for x in (X, slope, size)]
     ak.relative_step_squares_(
         *found, new, new_size, rate=rate, betas=BETAS, correction=correction, floor=FLOOR, longest=2.0, active=active
@@ -42,14 +43,15 @@ def test_squares(count: int, b: int, each: bool) -> None:
 
 
 @pytest.mark.parametrize("each", [False, True])
-def test_scalings(each: bool) -> None:
+@pytest.mark.parametrize("some", [False, True])
+def test_scalings(each: bool, some: bool) -> None:
     torch.manual_seed(0)
     entries, lengths = [5, 40000, 8], [8, 40000, 8]
     inside = torch.cat([torch.arange(length) < true for length, true in zip(lengths, entries, strict=True)])
     S, slope, size, new, new_size = (torch.rand(sum(lengths), dtype=torch.float64) * inside for _ in range(5))
     rate = torch.rand(3, dtype=torch.float64) if each else 0.1
     correction = torch.rand(3, dtype=torch.float64) if each else 0.7
-    active = torch.tensor([True, True, False]) if each else None
+    active = torch.tensor([True, True, False]) if some else None
     found = [x.clone() for x in (S, slope, size)]
     ak.relative_step_scalings_(
         *found, new, new_size, lengths=lengths, entries=entries, rate=rate, betas=BETAS, correction=correction,
