@@ -23,7 +23,7 @@ def main(steps: int = 100) -> None:
     model = DistributedDataParallel(GPT(vocabulary, length=32))
 
     objective = apo.ProximalObjective(model, inputs=draw, loss=loss_of)
-    optimizer = apo.APO(model, objective, lr=0.1, interval=5, warmup=20, shard="owner")
+    optimizer = apo.APO(model, objective, lr=0.1, interval=5, warmup=20, method=apo.Method(shard="owner"))
     if rank == 0:
         print(optimizer.plan())
 
