@@ -1,11 +1,11 @@
 """A start for P: whitening by sampled Fisher gradients, without an inverse.
 
 In the first meta-updates ``∇_φ Q`` is mostly noise across directions, and P starts as the identity. A gradient ``w``
-whose targets are sampled from the model's own outputs has ``E wwᵀ = F``, the Fisher matrix; so the energies of
-``Y = S ⊙ BᵀWA`` say how far ``P (F + δI)`` is from a multiple of the identity, and relative steps against what is
-above their mean τ lead there. They descend ``tr(P (F + δI)) − log det P``, whose minimum is Theorem 1's
-``(F + δI)⁻¹``, up to scale, with ``δ = λ_WSD / λ_FSD``: noise of variance δ is added to ``w``. Q goes on learning φ and
-the rate meanwhile.
+whose targets are sampled from the model's own outputs has ``E wwᵀ = F``, the Fisher matrix. So the energies of
+``Y = S ⊙ BᵀWA`` say how far ``P (F + δI)`` is from a multiple of the identity, with ``δ = λ_WSD / λ_FSD``, whose share
+of the energies is known in closed form. Relative steps against what is above the mean energy τ descend
+``tr(P (F + δI)) − log det P``. Its minimum is Theorem 1's ``(F + δI)⁻¹``, up to scale. Q goes on learning φ and the
+rate meanwhile.
 """
 
 from __future__ import annotations
@@ -23,20 +23,27 @@ __all__ = ["FisherStart"]
 
 
 class FisherStart:
-    """Steps of A, B and S towards the Fisher matrix's inverse, in the first ``updates`` meta-updates.
+    """Steps of A, B and S towards ``(F + δI)⁻¹``, in the first ``updates`` meta-updates.
 
-    With e the running mean of ``Y²``, and τ its mean over the entries of all layers,
-    ``S ← S exp(−ε (e − τ)/(e + τ))``. In each square, with a the running mean of ``YᵀY/m``::
+    The energies of S are ``e = mean(Y²) + δ E``, those of A ``a = mean(YᵀY/m) + δ N``, and B's likewise, where E and N
+    are what noise of variance 1 in the place of W would give::
 
-        R_jk = (a − τI)_jk / √((a_jj + τ)(a_kk + τ)),    A ← A (I − ε R),    ‖R‖_F <= 2
+        E_ij = S_ij² ‖B_:i‖² ‖A_:j‖²,    N_jk = (AᵀA)_jk Σ_i S_ij S_ik ‖B_:i‖² / m
 
-    and B likewise.
+    With τ the mean of e over the entries of all layers::
+
+        S ← S exp(−ε (e − τ)/(e + τ))
+        A ← A (I − ε R),    R_jk = (a − τI)_jk / √((a_jj + τ)(a_kk + τ)),    ‖R‖_F <= 2 in each square
+
+    ε falls linearly to 0, so that the noise of single samples is averaged out of P before the start is over. The
+    running means move with what they are measured in.
 
     Attributes:
         updates: how many meta-updates it lasts.
     """
 
     RATE = 0.05
+    """ε at the first update."""
     BETA = 0.99
     """Of the running means, which are unbiased by their own weight."""
     LONGEST = 2.0
@@ -89,43 +96,82 @@ class FisherStart:
         _, kept = apply_and_keep(layers, W)
         for layer, own in zip(layers, kept, strict=True):
             Y = layer.S * own.M
-            energies = {"S": Y.square()}
-            if "A" in layer.learned:
-                energies["A"] = _gram(Y, layer.A)
-            if "B" in layer.learned:
-                energies["B"] = _gram(Y.mT, layer.B)
+            energies = _energies(layer, Y, Y.mT, Y)
             for name, part in zip(layer.learned, layer.phi, strict=True):
                 part.buffers[self.ENERGY].lerp_(energies[name], 1 - self.BETA)
             layer.parts["S"].buffers[self.WEIGHT].lerp_(torch.ones(()), 1 - self.BETA)
 
     @torch.no_grad()
-    def step(self, layers: Sequence[Layer]) -> None:
-        """One step of A, B and S."""
+    def step(self, layers: Sequence[Layer], delta: float, done: int = 0) -> None:
+        """One step of A, B and S.
+
+        Args:
+            delta: δ, what P's inverse has beside the Fisher matrix.
+            done: how many updates there were before.
+        """
         means = []
         for layer in layers:
             weight = layer.parts["S"].buffers[self.WEIGHT].item()
-            means.append([part.buffers[self.ENERGY] / weight for part in layer.phi])
+            of_noise = _energies_of_noise(layer) if delta else {}
+            means.append([])
+            for name, part in zip(layer.learned, layer.phi, strict=True):
+                mean = part.buffers[self.ENERGY] / weight
+                means[-1].append(mean.add_(of_noise[name], alpha=delta) if delta else mean)
         entries = sum(each[-1].numel() for each in means)
         tau = torch.stack([each[-1].sum() for each in means]).sum() / entries
         if not bool(tau > 0):
             return
+        rate = self.RATE * max(0.0, 1 - done / self.updates)
         for layer, each in zip(layers, means, strict=True):
             for name, part, mean in zip(layer.learned, layer.phi, each, strict=True):
                 if name == "S":
-                    part.tensor.mul_(((mean - tau) / (mean + tau)).mul_(-self.RATE).exp_())
+                    r = ((mean - tau) / (mean + tau)).mul_(-rate).exp_()
+                    part.tensor.mul_(r)
+                    part.buffers[self.ENERGY].mul_(r.square_())
                 else:
-                    self._step_block(part.tensor, mean, tau, layer.view.n if name == "A" else layer.view.m)
+                    R = self._relative(mean, tau, layer.view.n if name == "A" else layer.view.m).mul_(rate)
+                    part.tensor.sub_(aligned_product(part.tensor, R))
+                    energy = part.buffers[self.ENERGY]
+                    energy.sub_(aligned_product(R, energy))
+                    energy.sub_(aligned_product(energy, R))
 
-    def _step_block(self, X: Tensor, a: Tensor, tau: Tensor, length: int) -> None:
+    def _relative(self, a: Tensor, tau: Tensor, length: int) -> Tensor:
+        """R of each square, kept to its greatest norm."""
         scale = (a.diagonal(dim1=-2, dim2=-1) + tau).rsqrt()
         a.diagonal(dim1=-2, dim2=-1).sub_(tau)
-        rest = length % X.shape[-1]
+        rest = length % a.shape[-1]
         if rest:  # of the last square, what sticks out has no energies
             a.diagonal(dim1=-2, dim2=-1).select(-2, -1)[..., rest:] = 0
         R = a.mul_(scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2))
         norm = torch.linalg.vector_norm(R, dim=(-2, -1), keepdim=True)
-        R.mul_(self.RATE * self.LONGEST / norm.clamp_min_(self.LONGEST))
-        X.sub_(aligned_product(X, R))
+        return R.mul_(self.LONGEST / norm.clamp_min_(self.LONGEST))
+
+
+def _energies(layer: Layer, of_A: Tensor, of_B: Tensor, of_S: Tensor) -> dict[str, Tensor]:
+    """Of each learned part."""
+    found = {"S": of_S.square()}
+    if "A" in layer.learned:
+        found["A"] = _gram(of_A, layer.A)
+    if "B" in layer.learned:
+        found["B"] = _gram(of_B, layer.B)
+    return found
+
+
+def _energies_of_noise(layer: Layer) -> dict[str, Tensor]:
+    """Those expected if W were noise of variance 1."""
+    S = layer.S
+    a, b = _column_squares(layer.A, S, -1).sqrt().unsqueeze(-2), _column_squares(layer.B, S, -2).sqrt().unsqueeze(-1)
+    found = _energies(layer, S * b, (S * a).mT, S * a * b)
+    for name in layer.learned[:-1]:
+        block = getattr(layer, name)
+        found[name].mul_(block.mT @ block)
+    return found
+
+
+def _column_squares(block: Tensor, S: Tensor, dim: int) -> Tensor:
+    """The squared norm of each column of a full block or a stack of squares, along a side of S."""
+    squares = block.square().sum(-2)
+    return squares if block.ndim == S.ndim else squares.flatten(-2)[..., : S.shape[dim]]
 
 
 def _gram(Y: Tensor, block: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from apo.inner_products import inner_products
 from apo.matrix_view import matrix_views
 from apo.meta_learner import MetaLearner, Trial
 from apo.meta_optimizer import MetaOptimizer
-from apo.objective import ProximalObjective, check_objective
+from apo.objective import Evaluation, ProximalObjective, check_objective
 from apo.plan import Plan, plan_of
 from apo.preconditioner import Layer
 from apo.rates import LogRates, get_rate
@@ -36,7 +36,12 @@ META_LR = {"relative": 0.05, "adam": 0.01, "rmsprop": 0.01}
 MOVED_EVERY = 10
 """Meta-updates between two moves of P's scale to the rates."""
 
-_NUMBERS = {"apo_most_promised": math.inf, "apo_overwritten": False}
+MOST_PROMISED = 10.0
+"""Greatest predicted decrease of a step, over the loss."""
+LOSS_BETA = 0.9
+"""Of the running mean of that loss, over meta-updates."""
+
+_NUMBERS = {"apo_most_promised": math.inf, "apo_mean_loss": math.nan, "apo_overwritten": False}
 """What is remembered beside the rates."""
 
 _BLOCK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,9 +60,8 @@ class APO(MetaLearner):
     and is given, every ten meta-updates, what scale P has gained (unless a scheduler overwrites it). It stands inside
     the momentum: φ answers for what it adds to the step, not for old gradients too.
 
-    No step promises more than there is to gain: ``P(G)`` is scaled down to ``lr/(1 − μ) ⟨G, P(G)⟩ ≤ J + 1`` in all,
-    J the loss at the last good trial. Without it one odd batch, between two trials, ended a run on digits in NaN, for
-    P had grown as the curvature of saturated outputs went.
+    No step promises much more than there is to gain: ``P(G)`` is scaled down so that ``lr/(1 − μ) ⟨G, P(G)⟩``, in all,
+    is at most ten times the loss. Without it one odd batch, or a few steps between two trials, can end a run.
 
     Args:
         model: whose parameters are trained, the module or its DDP.
@@ -144,7 +148,7 @@ class APO(MetaLearner):
         params: Iterable[Any] | None = None,
         *,
         lr: float = 0.1,
-        momentum: float = 0.75,
+        momentum: float = 0.5,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         block_size: int | None = 64,
@@ -156,10 +160,10 @@ class APO(MetaLearner):
         meta_optimizer: Literal["relative", "adam", "rmsprop"] = "relative",
         lookahead: Literal["whole", "step"] = "whole",
         adapt_lr: bool = True,
-        lr_meta_lr: float = 0.03,
+        lr_meta_lr: float = 0.1,
         shared_lr: bool = True,
         bounds: tuple[float, float] = (1e-10, 1e4),
-        fisher_start: int = 0,
+        fisher_start: int = 300,
         rescale_schedule: bool = False,
         grad_scaler: GradScaler | None = None,
         process_group: Any = None,
@@ -197,13 +201,14 @@ class APO(MetaLearner):
             raise TypeError(f"params must be parameters of the model or param groups of them, but got {params!r}")
         self.rates = LogRates(
             meta_lr=checks.number("lr_meta_lr", lr_meta_lr),
+            meta_optimizer="relative",
             shared=checks.boolean("shared_lr", shared_lr),
             bounds=bounds,
             rescale_schedule=rescale_schedule,
         )
         self._schedules = Schedules([self])
         super().__init__(params, defaults)
-        filled = objective.with_defaults(fsd_weight=1.0, wsd_weight=1e-3)
+        filled = objective.with_defaults(fsd_weight=1.0, wsd_weight=1e-4)
         self._init_meta_learner(filled, interval, warmup, grad_scaler, process_group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -348,11 +353,12 @@ class APO(MetaLearner):
     def _bound_promise(
         self, layers: Sequence[Layer], gradients: Sequence[Tensor], directions: Sequence[Tensor], scale: float
     ) -> None:
-        """Safeguard: the predicted decrease ``Σ lr/(1 − μ) ⟨G, P(G)⟩`` never exceeds J + 1, J the loss of the last good
-        trial.
+        """Safeguard: the predicted decrease ``Σ lr/(1 − μ) ⟨G, P(G)⟩`` never exceeds ten times the loss, of the last
+        good trial or in the mean over those before.
 
-        Where outputs saturate, P grows as curvature goes, and one odd batch, between two trials, would leap. No
-        synchronisation, and the same on all ranks.
+        A Newton step on a quadratic predicts at most twice the loss. Where P is too large in a direction that trials
+        didn't see, the steps between two trials would else grow until the run ends. No synchronisation, and the same
+        on all ranks.
         """
         most = self.param_groups[0]["apo_most_promised"]
         self._promise = 1.0
@@ -400,14 +406,9 @@ class APO(MetaLearner):
             return
         with without_autocast(tensors[0]):
             torch.autograd.backward(tensors, [c.to(t.dtype) for c, t in zip(cotangents, tensors, strict=True)])
-        delta = (self.objective.wsd_weight or 0.0) / (self.objective.fsd_weight or 1.0)
-        self._sampled = []
+        self._sampled = [p.grad for p in self.parameters]
         for p in self.parameters:
-            sampled, p.grad = p.grad, None
-            if sampled is not None and delta:
-                noise = torch.randn(p.shape, generator=generator, dtype=sampled.dtype, device=p.device)
-                sampled.add_(noise, alpha=math.sqrt(delta))
-            self._sampled.append(sampled)
+            p.grad = None
 
     def _take_sample(self, layers: Sequence[Layer]) -> bool:
         """Let the start see the sampled gradient, if there is one and it is finite."""
@@ -433,11 +434,12 @@ class APO(MetaLearner):
 
     def _learn(self, proposal: _Proposal, trial: Trial) -> bool:
         """Step φ down what ``⟨V, P(G)⟩`` and the rates' slopes say of Q, unless they aren't all finite."""
-        self._note("apo_most_promised", abs(trial.evaluation.loss) + 1)
+        self._note_loss(trial.evaluation)
         layers = proposal.layers
         V_of = {p: v if proposal.has_grad[p] else None for p, v in zip(self.parameters, trial.V, strict=True)}
         cotangents = [layer.view.gather(V_of[p] for p in layer.view.parameters) for layer in layers]
         by_group = self._slopes(layers, proposal.directions, cotangents) if self.adapt_lr else []
+        magnitudes = self._slope_sizes(layers, proposal.directions, proposal.gradients) if self.adapt_lr else []
         relative = isinstance(self.meta, RelativeSteps)
         derivatives = preconditioner.block_gradients(
             layers, proposal.gradients, cotangents, proposal.kept, relative=relative
@@ -446,21 +448,30 @@ class APO(MetaLearner):
         proposal.kept.clear()
         trial.V.clear()
         trial.steps.clear()
-        started = self._take_sample(layers)
-        if not self._step_phi(derivatives, sizes, by_group):
+        done, started = self._updates, self._take_sample(layers)
+        if not self._step_phi(derivatives, sizes, by_group, magnitudes):
             return False
         if started:
-            self._start.step(layers)
+            delta = (self.objective.wsd_weight or 0.0) / (self.objective.fsd_weight or 1.0)
+            self._start.step(layers, delta, done)
         self._end_start()
         for layer in self.layers:
             layer.refresh()
         return True
+
+    def _note_loss(self, trial: Evaluation) -> None:
+        """Set what a step may promise by the loss at this trial and by those before."""
+        loss, mean = max(abs(trial.loss), abs(trial.base)), self.param_groups[0]["apo_mean_loss"]
+        mean = loss if math.isnan(mean) else LOSS_BETA * mean + (1 - LOSS_BETA) * loss
+        self._note("apo_mean_loss", mean)
+        self._note("apo_most_promised", MOST_PROMISED * max(loss, mean))
 
     def _step_phi(
         self,
         derivatives: dict[Layer, tuple[Tensor, ...]],
         sizes: dict[Layer, tuple[Tensor, ...]],
         by_group: Sequence[float],
+        magnitudes: Sequence[float],
     ) -> bool:
         # dQ/dφ = −(∂u/∂φ)ᵀ V with u = … + lr·P(G), relative to the blocks where the steps are
         for found, sign in ((derivatives, -1.0), (sizes, 1.0)):
@@ -472,14 +483,14 @@ class APO(MetaLearner):
         judged += [first for first, *_ in sizes.values()]  # the others are sums of the same, or its terms
         if judged and not bool(torch.stack(torch._foreach_norm(judged)).isfinite().all()):
             return False
-        if not all(map(math.isfinite, by_group)):
+        if not all(map(math.isfinite, [*by_group, *magnitudes])):
             return False
         if isinstance(self.meta, RelativeSteps):
             self.meta.step(self._in_order(derivatives), self._in_order(sizes))
         else:
             self.meta.step(self._in_order(derivatives))
         if self.adapt_lr:
-            self.rates.update(self.param_groups, by_group)
+            self.rates.update(self.param_groups, by_group, magnitudes)
             if isinstance(self.meta, RelativeSteps) and self._updates % MOVED_EVERY == 0:
                 if not self.param_groups[0]["apo_overwritten"]:
                     self._move_scale_to_rates()
@@ -558,6 +569,16 @@ class APO(MetaLearner):
         weights = [self._reach(layer) for layer in layers] + [self._decay(layer) for layer in decayed]
         for layer, weight, value in zip([*layers, *decayed], weights, values, strict=True):
             sums[layer.group] -= get_rate(self._group(layer)) * weight * value
+        return sums
+
+    def _slope_sizes(
+        self, layers: Sequence[Layer], directions: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> list[float]:
+        """What :meth:`_slopes` would give, except the sign and the weights' decay, if V equalled G."""
+        sums = [0.0] * len(self.param_groups)
+        values = inner_products(gradients, directions).tolist()
+        for layer, value in zip(layers, values, strict=True):
+            sums[layer.group] += get_rate(self._group(layer)) * self._reach(layer) * abs(value)
         return sums
 
     def _decay(self, layer: Layer) -> float:

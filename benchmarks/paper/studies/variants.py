@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -34,6 +34,8 @@ class Variant:
     learned: str = "ABS"  # which of ``"ABS"`` are learned; the others stay the identity
     moments: bool = False  # start A and B from the second moments of ten gradients
     by_length: bool = False  # relative steps by their length alone
+    start: Mapping[str, float] = field(default_factory=dict)  # constants of apo's FisherStart, such as RATE
+    study: str = "meta-update"
 
     def make(self, setting: Setting) -> Optimizer:
         task, model, batches = setting.task, setting.model, setting.batches
@@ -44,6 +46,8 @@ class Variant:
         }
         objective = task.objective(model, draw[self.other], fsd_weight=self.fsd_weight, wsd_weight=self.wsd_weight)
         optimizer = apo.APO(model, objective, **self.settings)
+        for name, value in self.start.items():
+            setattr(optimizer._start, name, value)
         if self.by_length:
             learned, optimizer.meta = optimizer.meta.learned, StepsByLength()
             optimizer.meta.add(learned)
@@ -86,6 +90,27 @@ VARIANTS: dict[str, Variant] = {
     "B' = B": Variant("FSD on the batch itself", other="same"),
     "B' of 4 batches": Variant("FSD on four fresh batches", other="large"),
     "P fixed": Variant("only lr learned", {"meta_lr": 0.0}),
+}
+
+_TEN = {"interval": 10}
+
+VARIANTS |= {
+    name: replace(variant, settings=_TEN | dict(variant.settings), study="start")
+    for name, variant in {
+        "start": Variant("defaults at interval 10"),
+        "start: λ_WSD 0": Variant("", wsd_weight=0.0),
+        "start: λ_WSD 0.001": Variant("", wsd_weight=1e-3),
+        "start: none": Variant("no Fisher start", {"fisher_start": 0}),
+        "start: 100": Variant("shorter start", {"fisher_start": 100}),
+        "start: 450": Variant("longer start", {"fisher_start": 450}),
+        "start: ε 0.1": Variant("faster start", start={"RATE": 0.1}),
+        "start: β 0.98": Variant("shorter running means of the start", start={"BETA": 0.98}),
+        "start: momentum 0": Variant("", {"momentum": 0.0}),
+        "start: momentum 0.75": Variant("", {"momentum": 0.75}),
+        "start: rate 0.05": Variant("lr learned at half the rate", {"lr_meta_lr": 0.05}),
+        "start: rate 0.2": Variant("lr learned at twice the rate", {"lr_meta_lr": 0.2}),
+        "start: interval 1": Variant("the same", {"interval": 1}),
+    }.items()
 }
 
 
