@@ -3,9 +3,8 @@
 In the first meta-updates ``∇_φ Q`` is mostly noise across directions, and P starts as the identity. A gradient ``w``
 whose targets are sampled from the model's own outputs has ``E wwᵀ = F``, the Fisher matrix. So the energies of
 ``Y = S ⊙ BᵀWA`` say how far ``P (F + δI)`` is from a multiple of the identity, with ``δ = λ_WSD / λ_FSD``, whose share
-of the energies is known in closed form. Relative steps against what is above the mean energy τ descend
-``tr(P (F + δI)) − log det P``. Its minimum is Theorem 1's ``(F + δI)⁻¹``, up to scale. Q goes on learning φ and the
-rate meanwhile.
+of the energies is known in closed form. Relative steps go against what is above the mean energy τ. Their fixed point,
+where P can represent it, is Theorem 1's ``(F + δI)⁻¹``, up to scale. Q goes on learning φ and the rate meanwhile.
 """
 
 from __future__ import annotations
@@ -109,14 +108,16 @@ class FisherStart:
             delta: δ, what P's inverse has beside the Fisher matrix.
             done: how many updates there were before.
         """
+        if not layers:
+            return
         means = []
         for layer in layers:
             weight = layer.parts["S"].buffers[self.WEIGHT].item()
-            of_noise = _energies_of_noise(layer) if delta else {}
-            means.append([])
-            for name, part in zip(layer.learned, layer.phi, strict=True):
-                mean = part.buffers[self.ENERGY] / weight
-                means[-1].append(mean.add_(of_noise[name], alpha=delta) if delta else mean)
+            own = [part.buffers[self.ENERGY] / weight for part in layer.phi]
+            if delta:
+                of_noise = _energies_of_noise(layer)
+                torch._foreach_add_(own, [of_noise[name] for name in layer.learned], alpha=delta)
+            means.append(own)
         entries = sum(each[-1].numel() for each in means)
         tau = torch.stack([each[-1].sum() for each in means]).sum() / entries
         if not bool(tau > 0):

@@ -398,7 +398,9 @@ class APO(MetaLearner):
         self._sampled = None
         if not self._starts:
             return
-        tensors = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        tensors = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        if not all(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+            return  # the discrepancy says what is wrong
         # a generator of its own, the same for a run that was resumed
         generator = torch.Generator(tensors[0].device).manual_seed(self._ranks.rank * 2**32 + self._updates)
         cotangents = self.objective.fisher_sample(outputs, generator)

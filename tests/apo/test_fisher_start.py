@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import apo
-from apo.fisher_start import FisherStart
-from apo.preconditioner import Layer, apply
+from apo.fisher_start import FisherStart, _energies, _energies_of_noise
+from apo.preconditioner import Layer, apply, apply_and_keep
 from apo.proximal import hessian
 from tests.apo.helpers import closure_of, mlp, objective, same, weights
 
@@ -54,28 +54,90 @@ def test_samples_of_a_mean_and_a_log_variance() -> None:
     assert (drawn.T @ drawn / DRAWS - expected).abs().max() < 0.06 * expected.abs().max()
 
 
-@pytest.mark.parametrize(("block_size", "n", "m"), [(None, 5, 4), (2, 5, 4), (2, 4, 3)])
-def test_the_fixed_point_is_the_inverse_up_to_scale(block_size: int | None, n: int, m: int) -> None:
-    """Theorem 1's ``(F + δI)⁻¹``, where P can represent it: a Kronecker product whose factors fit the blocks."""
+SHAPES = [(None, 5, 4), (2, 5, 4), (2, 4, 3)]
+
+
+@pytest.mark.parametrize(("block_size", "n", "m"), SHAPES)
+def test_from_the_identity_to_the_inverse(block_size: int | None, n: int, m: int) -> None:
+    """Theorem 1's ``F⁻¹``, up to scale: F a Kronecker product whose factors fit the blocks."""
+    layer, factors = layer_and_factors(block_size, n, m)
+    whiten(layer, torch.kron(*factors), delta=0.0, steps=500)
+    assert away(layer, torch.kron(*factors)) < 1e-2
+
+
+@pytest.mark.parametrize("delta", [1e-3, 1e-2, 1.0])
+@pytest.mark.parametrize(("block_size", "n", "m"), SHAPES)
+def test_the_damped_inverse_is_a_fixed_point_that_attracts(
+    block_size: int | None, n: int, m: int, delta: float
+) -> None:
+    """Theorem 1's ``(F + δI)⁻¹``, up to scale: in the factors' eigenbases S represents it."""
+    layer, factors = layer_and_factors(block_size, n, m)
+    F = torch.kron(*factors) + delta * torch.eye(m * n).double()
+    for x, factor in ((layer.B, factors[0]), (layer.A, factors[1])):
+        for i, square in enumerate(x if block_size else [x]):
+            own = slice(i * square.shape[0], min((i + 1) * square.shape[0], len(factor)))
+            square[: own.stop - own.start, : own.stop - own.start] = torch.linalg.eigh(factor[own, own]).eigenvectors
+    basis = torch.kron(layer_basis(layer.B, m), layer_basis(layer.A, n))
+    layer.S.copy_((basis.T @ F @ basis).diagonal().rsqrt().view(m, n))
+    assert away(layer, F) < 1e-7
+    whiten(layer, F - delta * torch.eye(m * n).double(), delta, steps=5)
+    assert away(layer, F) < 1e-7
+    layer.S.mul_(torch.exp(0.1 * torch.randn(m, n).double()))
+    for x in (layer.A, layer.B):
+        x.add_(0.1 * torch.randn_like(x) * (x != 0))
+    assert away(layer, F) > 3e-2
+    whiten(layer, F - delta * torch.eye(m * n).double(), delta, steps=1500)
+    assert away(layer, F) < 1e-2
+
+
+def layer_and_factors(block_size: int | None, n: int, m: int) -> tuple[Layer, list[Tensor]]:
     torch.manual_seed(0)
     model = nn.Linear(n, m, bias=False).double()
     (layer,) = apo.APO(model, objective(model, torch.zeros(1, n)), block_size=block_size).layers
-    factors = [spread(side, layer_block) for side, layer_block in ((m, layer.B), (n, layer.A))]
-    F = torch.kron(*factors)
-    roots = torch.linalg.cholesky(F).T * math.sqrt(len(F))
+    return layer, [spread(side, block) for side, block in ((m, layer.B), (n, layer.A))]
 
+
+def whiten(layer: Layer, F: Tensor, delta: float, steps: int) -> None:
+    """Steps by the exact second moment."""
+    roots = torch.linalg.cholesky(F).T * math.sqrt(len(F))
     start = FisherStart(1)
     start.BETA = 1 - 1e-9  # the mean of all that is seen
-    for _ in range(500):
+    for _ in range(steps):
         start.prepare([layer])
         for w in roots:
-            start.look([layer], [w.view(m, n)])
-        start.step([layer])
-    P = dense(layer)
-    expected = torch.linalg.inv(F)
-    cosine = (P * expected).sum() / P.norm() / expected.norm()
-    assert cosine > 1 - 1e-5
-    assert (P / P.norm() - expected / expected.norm()).norm() < 1e-2
+            start.look([layer], [w.view(layer.view.shape)])
+        start.step([layer], delta)
+
+
+def away(layer: Layer, F: Tensor) -> float:
+    """How far P is from F's inverse, both divided by their norms."""
+    P, inverse = dense(layer), torch.linalg.inv(F)
+    return float((P / P.norm() - inverse / inverse.norm()).norm())
+
+
+def layer_basis(block: Tensor, side: int) -> Tensor:
+    return block if block.ndim == 2 else torch.block_diag(*block)[:side, :side]
+
+
+@pytest.mark.parametrize("settings", [{"block_size": None}, {"block_size": 2}, {"block_size": 2, "max_dim": 4}])
+def test_energies_of_noise_are_those_expected(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4, bias=False).double()
+    (layer,) = apo.APO(model, objective(model, torch.zeros(1, 5)), **settings).layers
+    for x in layer.tensors():
+        x.add_(0.3 * torch.randn_like(x) * (x != 0 if x is layer.S else 1))
+    rest = 5 % layer.A.shape[-1]
+    if settings["block_size"] and rest and "A" in layer.learned:  # what sticks out stays the identity
+        layer.A[-1, rest:] = layer.A[-1, :, rest:] = 0
+    expected = _energies_of_noise(layer)
+    totals = {name: torch.zeros_like(x) for name, x in expected.items()}
+    for w in torch.eye(20).double():  # E over noise is the sum over an orthonormal basis
+        _, (kept,) = apply_and_keep([layer], [w.view(4, 5)])
+        Y = layer.S * kept.M
+        for name, x in _energies(layer, Y, Y.mT, Y).items():
+            totals[name] += x
+    for name, x in expected.items():
+        assert torch.allclose(x, totals[name], rtol=1e-10), name
 
 
 def spread(side: int, block: Tensor) -> Tensor:
