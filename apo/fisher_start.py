@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apo.preconditioner import Layer, apply_and_keep
+from apo.preconditioner import Layer, apply_and_keep, by_square
 from apo_kernels.aten import aligned_product
 
 __all__ = ["FisherStart"]
@@ -24,10 +24,10 @@ __all__ = ["FisherStart"]
 class FisherStart:
     """Steps of A, B and S towards ``(F + δI)⁻¹``, in the first ``updates`` meta-updates.
 
-    The energies of S are ``e = mean(Y²) + δ E``, those of A ``a = mean(YᵀY/m) + δ N``, and B's likewise, where E and N
-    are what noise of variance 1 in the place of W would give::
+    With ``M = BᵀWA``, the energies of S are ``e = mean(S² ⊙ M²) + δ E``, those of A ``a = mean(Mᵀ(S² ⊙ M)/m) + δ N``,
+    and B's likewise, where E and N are what noise of variance 1 in the place of W would give::
 
-        E_ij = S_ij² ‖B_:i‖² ‖A_:j‖²,    N_jk = (AᵀA)_jk Σ_i S_ij S_ik ‖B_:i‖² / m
+        E_ij = S_ij² ‖B_:i‖² ‖A_:j‖²,    N_kj = (AᵀA)_kj Σ_i S_ij² ‖B_:i‖² / m
 
     With τ the mean of e over the entries of all layers::
 
@@ -94,8 +94,7 @@ class FisherStart:
         """Take the energies of a sampled gradient, one matrix per layer, into the running means."""
         _, kept = apply_and_keep(layers, W)
         for layer, own in zip(layers, kept, strict=True):
-            Y = layer.S * own.M
-            energies = _energies(layer, Y, Y.mT, Y)
+            energies = _energies(layer, own.M)
             for name, part in zip(layer.learned, layer.phi, strict=True):
                 part.buffers[self.ENERGY].lerp_(energies[name], 1 - self.BETA)
             layer.parts["S"].buffers[self.WEIGHT].lerp_(torch.ones(()), 1 - self.BETA)
@@ -148,24 +147,27 @@ class FisherStart:
         return R.mul_(self.LONGEST / norm.clamp_min_(self.LONGEST))
 
 
-def _energies(layer: Layer, of_A: Tensor, of_B: Tensor, of_S: Tensor) -> dict[str, Tensor]:
-    """Of each learned part."""
-    found = {"S": of_S.square()}
+def _energies(layer: Layer, M: Tensor) -> dict[str, Tensor]:
+    """Of each learned part, with ``M = BᵀWA``: half of the derivatives of ``⟨W, P(W)⟩``, those of blocks over the
+    length of the other side."""
+    T = layer.S.square() * M
+    found = {"S": T * M}
     if "A" in layer.learned:
-        found["A"] = _gram(of_A, layer.A)
+        found["A"] = _gram(M, T, layer.A)
     if "B" in layer.learned:
-        found["B"] = _gram(of_B, layer.B)
+        found["B"] = _gram(M.mT, T.mT, layer.B)
     return found
 
 
 def _energies_of_noise(layer: Layer) -> dict[str, Tensor]:
     """Those expected if W were noise of variance 1."""
-    S = layer.S
-    a, b = _column_squares(layer.A, S, -1).sqrt().unsqueeze(-2), _column_squares(layer.B, S, -2).sqrt().unsqueeze(-1)
-    found = _energies(layer, S * b, (S * a).mT, S * a * b)
-    for name in layer.learned[:-1]:
-        block = getattr(layer, name)
-        found[name].mul_(block.mT @ block)
+    S2 = layer.S.square()
+    a, b = _column_squares(layer.A, S2, -1).unsqueeze(-2), _column_squares(layer.B, S2, -2).unsqueeze(-1)
+    found = {"S": S2 * a * b}
+    if "A" in layer.learned:
+        found["A"] = layer.A.mT @ layer.A * by_square((S2 * b).mean(-2), layer.A).unsqueeze(-2)
+    if "B" in layer.learned:
+        found["B"] = layer.B.mT @ layer.B * by_square((S2 * a).mean(-1), layer.B).unsqueeze(-2)
     return found
 
 
@@ -175,12 +177,11 @@ def _column_squares(block: Tensor, S: Tensor, dim: int) -> Tensor:
     return squares if block.ndim == S.ndim else squares.flatten(-2)[..., : S.shape[dim]]
 
 
-def _gram(Y: Tensor, block: Tensor) -> Tensor:
-    """``YᵀY/m`` as far as the block has entries for it, with zeros for what sticks out."""
+def _gram(X: Tensor, Y: Tensor, block: Tensor) -> Tensor:
+    """``XᵀY/m`` as far as the block has entries for it, with zeros for what sticks out."""
     rows, length, b = Y.shape[-2], Y.shape[-1], block.shape[-1]
     if block.ndim == Y.ndim:  # a full block
-        return Y.mT @ Y / rows
+        return X.mT @ Y / rows
     count = block.shape[-3]
-    padded = F.pad(Y, (0, count * b - length))
-    panels = padded.view(*padded.shape[:-1], count, b).movedim(-2, -3)
-    return panels.mT @ panels / rows
+    panels = [F.pad(x, (0, count * b - length)).unflatten(-1, (count, b)).movedim(-2, -3) for x in (X, Y)]
+    return panels[0].mT @ panels[1] / rows

@@ -18,7 +18,7 @@ import apo_kernels as ak
 from apo.matrix_view import MatrixView, Side
 from apo.meta_optimizer import Learned
 
-__all__ = ["Layer", "apply", "apply_and_keep", "block_gradients", "root_mean_squares", "sizes"]
+__all__ = ["Layer", "apply", "apply_and_keep", "block_gradients", "by_square", "root_mean_squares", "sizes"]
 
 
 @dataclass(eq=False)
@@ -210,7 +210,7 @@ def sizes(layers: Sequence[Layer], kept: Sequence[ak.Kept]) -> dict[Layer, tuple
     torch._foreach_mul_(of_all, 2)
     for layer, of_S in zip(layers, of_all, strict=True):
         named = {"A": (-2, layer.A), "B": (-1, layer.B)}
-        of_blocks = (_by_square(of_S.sum(dim), block) for name, (dim, block) in named.items() if name in layer.learned)
+        of_blocks = (by_square(of_S.sum(dim), block) for name, (dim, block) in named.items() if name in layer.learned)
         found[layer] = (*of_blocks, of_S)
     return found
 
@@ -228,7 +228,7 @@ def root_mean_squares(layers: Sequence[Layer]) -> list[tuple[float, ...]]:
     return found
 
 
-def _by_square(side: Tensor, block: Tensor) -> Tensor:
+def by_square(side: Tensor, block: Tensor) -> Tensor:
     """A number for each of a side's entries, in the shape of ``block[..., 0]``, with zeros for what sticks out."""
     if block.ndim == side.ndim + 1:
         return side
