@@ -183,5 +183,6 @@ def _gram(X: Tensor, Y: Tensor, block: Tensor) -> Tensor:
     if block.ndim == Y.ndim:  # a full block
         return X.mT @ Y / rows
     count = block.shape[-3]
-    panels = [F.pad(x, (0, count * b - length)).unflatten(-1, (count, b)).movedim(-2, -3) for x in (X, Y)]
-    return panels[0].mT @ panels[1] / rows
+    padded = [F.pad(x, (0, count * b - length)) for x in (X, Y)]
+    left, right = (x.view(*x.shape[:-1], count, b).movedim(-2, -3) for x in padded)
+    return left.mT @ right / rows

@@ -66,7 +66,7 @@ class APO(MetaLearner):
     Args:
         model: whose parameters are trained, the module or its DDP.
         objective: the :class:`~apo.ProximalObjective`. Where they were left open its λ_FSD is 1, larger being steadier
-            (10 where gradients are noisy), and its λ_WSD 0.001, which keeps P from growing without end where outputs
+            (10 where gradients are noisy), and its λ_WSD 0.0001, which keeps P from growing without end where outputs
             saturate; 0 where curvatures much smaller than that matter.
         params: parameters of the model's or param groups of them (keys: ``lr``, ``momentum``, ``weight_decay``,
             ``decoupled_weight_decay``, ``block_size``, ``max_dim``, ``block_dtype``); by default all that require
@@ -89,12 +89,12 @@ class APO(MetaLearner):
         lookahead: what the trial takes. ``"whole"``: ``θ′ = θ − lr·P(G)/(1 − μ)``, the whole way that momentum
             will carry this gradient. ``"step"``: ``θ − μv − lr·P(G)``, the next step.
         adapt_lr: learn ``lr`` too.
-        lr_meta_lr: about how much ``log lr`` moves in a meta-update.
+        lr_meta_lr: the most that ``log lr`` moves in a meta-update. Its slope is measured by what it would be if V
+            equalled G.
         shared_lr: one learned factor for all param groups; otherwise each group's rate is learned for itself.
         bounds: least and greatest rate.
         fisher_start: in the first so many meta-updates P is also whitened by sampled Fisher gradients
-            (:mod:`apo.fisher_start`), at the cost of one more backward on B′ each. 0, the paper's bare algorithm, until
-            it has been measured on all tasks.
+            (:mod:`apo.fisher_start`), at the cost of one more backward on B′ each. 0: the paper's bare algorithm.
         rescale_schedule, grad_scaler, process_group: as for :class:`~apo.AdaptiveLR`.
 
     **How the meta-update was chosen** (``python -m benchmarks studies``; all ways and figures are in
