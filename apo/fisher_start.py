@@ -1,11 +1,10 @@
 """A start for P: whitening by sampled Fisher gradients, without an inverse.
 
 In the first meta-updates ``∇_φ Q`` is mostly noise across directions, and P starts as the identity. A gradient ``w``
-whose targets are sampled from the model's own outputs has ``E wwᵀ = F``, the Fisher matrix; so the energies of
-``Y = S ⊙ BᵀWA`` say how far ``P (F + δI)`` is from a multiple of the identity, and relative steps against what is
-above their mean τ lead there. They descend ``tr(P (F + δI)) − log det P``, whose minimum is Theorem 1's
-``(F + δI)⁻¹``, up to scale, with ``δ = λ_WSD / λ_FSD``: noise of variance δ is added to ``w``. Q goes on learning φ and
-the rate meanwhile.
+whose targets are sampled from the model's own outputs has ``E wwᵀ = F``, the Fisher matrix. So the energies of
+``Y = S ⊙ BᵀWA`` say how far ``P (F + δI)`` is from a multiple of the identity, with ``δ = λ_WSD / λ_FSD``, whose share
+of the energies is known in closed form. Relative steps go against what is above the mean energy τ. Their fixed point,
+where P can represent it, is Theorem 1's ``(F + δI)⁻¹``, up to scale. Q goes on learning φ and the rate meanwhile.
 """
 
 from __future__ import annotations
@@ -13,30 +12,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from apo.arena import Arena, Parts
 from apo.preconditioner import Layer
-from apo_kernels.aten import aligned_product
 
 __all__ = ["FisherStart"]
 
 
 class FisherStart:
-    """Steps of A, B and S towards the Fisher matrix's inverse, in the first ``updates`` meta-updates.
+    """Steps of A, B and S towards ``(F + δI)⁻¹``, in the first ``updates`` meta-updates.
 
-    With e the running mean of ``Y²``, and τ its mean over the entries of all layers,
-    ``S ← S exp(−ε (e − τ)/(e + τ))``. In each square, with a the running mean of ``YᵀY/m``::
+    With ``M = BᵀWA``, the energies of S are ``e = mean(S² ⊙ M²) + δ E``, those of A ``a = mean(Mᵀ(S² ⊙ M)/m) + δ N``,
+    and B's likewise, where E and N are what noise of variance 1 in the place of W would give::
 
-        R_jk = (a − τI)_jk / √((a_jj + τ)(a_kk + τ)),    A ← A (I − ε R),    ‖R‖_F <= 2
+        E_ij = S_ij² ‖B_:i‖² ‖A_:j‖²,    N_kj = (AᵀA)_kj Σ_i S_ij² ‖B_:i‖² / m
 
-    and B likewise.
+    With τ the mean of e over the entries of all layers::
+
+        S ← S exp(−ε (e − τ)/(e + τ))
+        A ← A (I − ε R),    R_jk = (a − τI)_jk / √((a_jj + τ)(a_kk + τ)),    ‖R‖_F <= 2 in each square
+
+    ε falls linearly to 0, so that the noise of single samples is averaged out of P before the start is over. The
+    running means move with what they are measured in.
 
     Attributes:
         updates: how many meta-updates it lasts.
     """
 
     RATE = 0.05
+    """ε at the first update."""
     BETA = 0.99
     """Of the running means, which are unbiased by their own weight."""
     LONGEST = 2.0
@@ -86,7 +92,7 @@ class FisherStart:
     @torch.no_grad()
     def look(self, arena: Arena, Ws: Parts) -> None:
         """Take the energies of a sampled gradient into the running means."""
-        # the relative derivatives of ⟨W, P(W)⟩/2 are YᵀY, YYᵀ and Y²
+        # they are half of the relative derivatives of ⟨W, P(W)⟩
         found = arena.operator.slopes(Ws, arena.operator.keep(Ws), lengths=[-0.5] * len(arena.layers))
         for layer, W, *energies in zip(arena.layers, Ws, *found[:3], strict=True):
             if W is None:
@@ -100,30 +106,74 @@ class FisherStart:
             layer.parts["S"].buffers[self.WEIGHT].lerp_(torch.ones(()), 1 - self.BETA)
 
     @torch.no_grad()
-    def step(self, layers: Sequence[Layer]) -> None:
-        """One step of A, B and S."""
+    def step(self, layers: Sequence[Layer], delta: float, done: int = 0) -> None:
+        """One step of A, B and S.
+
+        Args:
+            delta: δ, what P's inverse has beside the Fisher matrix.
+            done: how many updates there were before.
+        """
+        if not layers:
+            return
         means = []
         for layer in layers:
             weight = layer.parts["S"].buffers[self.WEIGHT].item()
-            means.append([part.buffers[self.ENERGY] / weight for part in layer.phi])
+            own = [part.buffers[self.ENERGY] / weight for part in layer.phi]
+            if delta:
+                of_noise = _energies_of_noise(layer)
+                torch._foreach_add_(own, [of_noise[name] for name in layer.learned], alpha=delta)
+            means.append(own)
         entries = sum(each[-1].numel() for each in means)
         tau = torch.stack([each[-1].sum() for each in means]).sum() / entries
         if not bool(tau > 0):
             return
+        rate = self.RATE * max(0.0, 1 - done / self.updates)
         for layer, each in zip(layers, means, strict=True):
             for name, part, mean in zip(layer.learned, layer.phi, each, strict=True):
                 if name == "S":
-                    part.tensor.mul_(((mean - tau) / (mean + tau)).mul_(-self.RATE).exp_())
+                    r = ((mean - tau) / (mean + tau)).mul_(-rate).exp_()
+                    part.tensor.mul_(r)
+                    part.buffers[self.ENERGY].mul_(r.square_())
                 else:
-                    self._step_block(part.tensor, mean, tau, layer.view.n if name == "A" else layer.view.m)
+                    R = self._relative(mean, tau, layer.view.n if name == "A" else layer.view.m).mul_(rate)
+                    part.tensor.sub_(part.tensor @ R)
+                    energy = part.buffers[self.ENERGY]
+                    energy.sub_(R @ energy)
+                    energy.sub_(energy @ R)
 
-    def _step_block(self, X: Tensor, a: Tensor, tau: Tensor, length: int) -> None:
+    def _relative(self, a: Tensor, tau: Tensor, length: int) -> Tensor:
+        """R of each square, kept to its greatest norm."""
         scale = (a.diagonal(dim1=-2, dim2=-1) + tau).rsqrt()
         a.diagonal(dim1=-2, dim2=-1).sub_(tau)
-        rest = length % X.shape[-1]
+        rest = length % a.shape[-1]
         if rest:  # of the last square, what sticks out has no energies
             a.diagonal(dim1=-2, dim2=-1).select(-2, -1)[..., rest:] = 0
         R = a.mul_(scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2))
         norm = torch.linalg.vector_norm(R, dim=(-2, -1), keepdim=True)
-        R.mul_(self.RATE * self.LONGEST / norm.clamp_min_(self.LONGEST))
-        X.sub_(aligned_product(X, R))
+        return R.mul_(self.LONGEST / norm.clamp_min_(self.LONGEST))
+
+
+def _energies_of_noise(layer: Layer) -> dict[str, Tensor]:
+    """Those expected if W were noise of variance 1."""
+    S2 = layer.S.square()
+    a, b = _column_squares(layer.A, S2, -1).unsqueeze(-2), _column_squares(layer.B, S2, -2).unsqueeze(-1)
+    found = {"S": S2 * a * b}
+    if "A" in layer.learned:
+        found["A"] = layer.A.mT @ layer.A * _by_square((S2 * b).mean(-2), layer.A).unsqueeze(-2)
+    if "B" in layer.learned:
+        found["B"] = layer.B.mT @ layer.B * _by_square((S2 * a).mean(-1), layer.B).unsqueeze(-2)
+    return found
+
+
+def _column_squares(block: Tensor, S: Tensor, dim: int) -> Tensor:
+    """The squared norm of each column of a full block or a stack of squares, along a side of S."""
+    squares = block.square().sum(-2)
+    return squares if block.ndim == S.ndim else squares.flatten(-2)[..., : S.shape[dim]]
+
+
+def _by_square(side: Tensor, block: Tensor) -> Tensor:
+    """A number for each of a side's entries, in the shape of ``block[..., 0]``, with zeros for what sticks out."""
+    if block.ndim == side.ndim + 1:
+        return side
+    count, width = block.shape[-3:-1]
+    return F.pad(side, (0, count * width - side.shape[-1])).reshape(*side.shape[:-1], count, width)

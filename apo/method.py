@@ -27,7 +27,8 @@ class Method:
         lookahead: what the trial takes. ``"whole"``: ``θ′ = θ − lr·P(G)/(1 − μ)``, the whole way that momentum
             will carry this gradient. ``"step"``: ``θ − μv − lr·P(G)``, the next step.
         adapt_lr: learn ``lr`` too.
-        lr_meta_lr: about how much ``log lr`` moves in a meta-update.
+        lr_meta_lr: the most that ``log lr`` moves in a meta-update. Its slope is measured by what it would be if V
+            equalled G.
         shared_lr: one learned factor for all param groups; otherwise each group's rate is learned for itself.
         bounds: least and greatest rate.
         max_dim: a side longer than this gets no block at all; None: no bound.
@@ -38,7 +39,8 @@ class Method:
             the weights on; ``state_dict()`` and ``load_state_dict()`` must then be called on all ranks. ``"auto"``: so
             where a process group or DDP is given. ``"none"``: by every rank. DTensors are sharded as they lie.
         fisher_start: in the first so many meta-updates P is also whitened by sampled Fisher gradients
-            (:mod:`apo.fisher_start`), at the cost of one more backward on B′ each. 0: the paper's bare algorithm.
+            (:mod:`apo.fisher_start`), at the cost of one more backward on B′ each. None: 300, but 0 where it isn't
+            served: on DTensors, of layers with owners, of another ``meta_optimizer``. 0: the paper's bare algorithm.
 
     Raises:
         TypeError, ValueError: an argument isn't as above.
@@ -48,13 +50,13 @@ class Method:
     meta_lr: float | None = None
     lookahead: Literal["whole", "step"] = "whole"
     adapt_lr: bool = True
-    lr_meta_lr: float = 0.03
+    lr_meta_lr: float = 0.1
     shared_lr: bool = True
     bounds: tuple[float, float] = (1e-10, 1e4)
     max_dim: int | None = 8192
     block_dtype: torch.dtype | None = None
     shard: Shard = "none"
-    fisher_start: int = 0
+    fisher_start: int | None = None
 
     def __post_init__(self) -> None:
         checks.one_of("meta_optimizer", self.meta_optimizer, ("relative", "adam", "rmsprop"))
@@ -64,7 +66,8 @@ class Method:
         checks.boolean("adapt_lr", self.adapt_lr)
         checks.number("lr_meta_lr", self.lr_meta_lr)
         checks.boolean("shared_lr", self.shared_lr)
-        checks.integer("fisher_start", self.fisher_start, least=0)
+        if self.fisher_start is not None:
+            checks.integer("fisher_start", self.fisher_start, least=0)
         checks.one_of("shard", self.shard, ("none", "auto", "owner"))
         check_sizes({"max_dim": self.max_dim, "block_dtype": self.block_dtype})
 

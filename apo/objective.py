@@ -78,7 +78,7 @@ class ProximalObjective:
             front end's: 0.3 for :class:`apo.AdaptiveLR` (0.1 with a ``loss``), 1 for :class:`apo.APO`. 0 leaves the
             term out; without a ``loss`` the step is then held back by nothing but the batch itself, and diverges on
             most tasks.
-        wsd_weight: λ_WSD, >= 0. None, the default, takes the front end's: 0.001 for :class:`apo.APO`, otherwise 0.
+        wsd_weight: λ_WSD, >= 0. None, the default, takes the front end's: 1e-4 for :class:`apo.APO`, otherwise 0.
         loss: the training loss, ``loss(returned, targets)``. Where it is given, batches of ``inputs`` are pairs
             ``(inputs, targets)``, or mappings, of which the loss then gets the whole
             (``lambda returned, batch: returned.loss``), and the first term of Q is the loss on B′ in place of the

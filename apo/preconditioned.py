@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+import apo_kernels as ak
 from apo import checks
 from apo.arena import Arena, Parts
 from apo.fisher_start import FisherStart
@@ -24,7 +25,7 @@ from apo.matrix_view import matrix_views
 from apo.meta_learner import MetaLearner, Trial, apart
 from apo.meta_optimizer import MetaOptimizer
 from apo.method import Method, check_sizes
-from apo.objective import ProximalObjective, check_objective
+from apo.objective import Evaluation, ProximalObjective, check_objective
 from apo.owners import Owners
 from apo.placement_checks import check_placements, check_unplaced
 from apo.plan import Plan, plan_of
@@ -43,7 +44,14 @@ __all__ = ["APO"]
 MOVED_EVERY = 10
 """Meta-updates between two moves of P's scale to the rates."""
 
-_NUMBERS = {"apo_most_promised": math.inf, "apo_overwritten": False}
+FISHER_START = 300
+"""Meta-updates that the Fisher start lasts by default."""
+MOST_PROMISED = 10.0
+"""Greatest predicted decrease of a step, over the loss."""
+LOSS_BETA = 0.9
+"""Of the running mean of that loss, over meta-updates."""
+
+_NUMBERS = {"apo_most_promised": math.inf, "apo_mean_loss": math.nan, "apo_overwritten": False}
 """What is remembered beside the rates."""
 
 
@@ -60,14 +68,13 @@ class APO(MetaLearner):
     and is given, every ten meta-updates, what scale P has gained (unless a scheduler overwrites it). It stands inside
     the momentum: φ answers for what it adds to the step, not for old gradients too.
 
-    No step promises more than there is to gain: ``P(G)`` is scaled down to ``lr/(1 − μ) ⟨G, P(G)⟩ ≤ J + 1`` in all,
-    J the loss at the last good trial. Without it one odd batch, between two trials, ended a run on digits in NaN, for
-    P had grown as the curvature of saturated outputs went.
+    No step promises much more than there is to gain: ``P(G)`` is scaled down so that ``lr/(1 − μ) ⟨G, P(G)⟩``, in all,
+    is at most ten times the loss. Without it one odd batch, or a few steps between two trials, can end a run.
 
     Args:
         model: whose parameters are trained, the module or its DDP.
         objective: the :class:`~apo.ProximalObjective`. Where they were left open its λ_FSD is 1, larger being steadier
-            (10 where gradients are noisy), and its λ_WSD 0.001, which keeps P from growing without end where outputs
+            (10 where gradients are noisy), and its λ_WSD 0.0001, which keeps P from growing without end where outputs
             saturate; 0 where curvatures much smaller than that matter.
         params: parameters of the model's or param groups of them (keys: ``lr``, ``momentum``, ``weight_decay``,
             ``decoupled_weight_decay``, ``block_size``, ``max_dim``, ``block_dtype``); by default all that require
@@ -98,11 +105,11 @@ class APO(MetaLearner):
         params: Iterable[Any] | None = None,
         *,
         lr: float = 0.1,
-        momentum: float = 0.75,
+        momentum: float = 0.5,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         block_size: int | None = 64,
-        interval: int = 1,
+        interval: int = 10,
         warmup: int = 300,
         rescale_schedule: bool = False,
         grad_scaler: GradScaler | None = None,
@@ -119,7 +126,6 @@ class APO(MetaLearner):
             raise TypeError(f"method must be an apo.Method, but got {method!r}")
         self.method = method
         self.meta = _meta_optimizer(method)
-        self._start = FisherStart(method.fisher_start)
         self._sampled: list[Tensor | None] | None = None
         self._promise: Tensor | float = 1.0
         self._process_group = process_group
@@ -140,14 +146,17 @@ class APO(MetaLearner):
             raise TypeError(f"params must be parameters of the model or param groups of them, but got {params!r}")
         self.rates = LogRates(
             meta_lr=method.lr_meta_lr,
+            meta_optimizer="relative" if method.meta_optimizer == "relative" else "rmsprop",
             shared=method.shared_lr,
             bounds=method.bounds,
             rescale_schedule=rescale_schedule,
         )
         self._schedules = Schedules([self])
-        self._arena = Arena(self._found_owners())
+        owners = self._found_owners()
+        self._start = FisherStart(self._start_length(owners))
+        self._arena = Arena(owners)
         super().__init__(params, defaults)
-        filled = objective.with_defaults(fsd_weight=1.0, wsd_weight=1e-3)
+        filled = objective.with_defaults(fsd_weight=1.0, wsd_weight=1e-4)
         self._init_meta_learner(filled, interval, warmup, grad_scaler, process_group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -176,12 +185,20 @@ class APO(MetaLearner):
     def _found_owners(self) -> Owners:
         parameters = list(self.model.parameters())
         placed = any(map(is_placed, parameters))
-        owners = Owners() if placed else Owners.found(self.method.shard, self._process_group, self.model, parameters)
-        if owners.count > 1 and self._start.updates:
+        return Owners() if placed else Owners.found(self.method.shard, self._process_group, self.model, parameters)
+
+    def _start_length(self, owners: Owners) -> int:
+        """How many meta-updates the Fisher start lasts."""
+        wanted = self.method.fisher_start
+        if wanted and owners.count > 1:
             raise ValueError(
                 "fisher_start must be 0 where layers have owners: build APO with method=apo.Method(shard='none')"
             )
-        return owners
+        if wanted is None:
+            placed = any(map(is_placed, self.model.parameters()))
+            served = owners.count == 1 and not placed and self.method.meta_optimizer == "relative"
+            return FISHER_START if served else 0
+        return wanted
 
     def _layers_of(self, group: dict[str, Any], owners: Owners) -> list[Layer]:
         if group["block_dtype"] is not None and any(p.dtype == torch.float64 for p in group["params"]):
@@ -343,7 +360,9 @@ class APO(MetaLearner):
         self._sampled = None
         if not self._starts:
             return
-        tensors = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        tensors = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        if not all(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+            return  # the discrepancy says what is wrong
         # a generator of its own, the same for a run that was resumed
         generator = torch.Generator(tensors[0].device).manual_seed(self._ranks.rank * 2**32 + self._updates)
         cotangents = self.objective.fisher_sample(outputs, generator)
@@ -351,27 +370,23 @@ class APO(MetaLearner):
             return
         with without_autocast(tensors[0]):
             torch.autograd.backward(tensors, [c.to(t.dtype) for c, t in zip(cotangents, tensors, strict=True)])
-        delta = (self.objective.wsd_weight or 0.0) / (self.objective.fsd_weight or 1.0)
-        self._sampled = []
+        self._sampled = [p.grad for p in self.parameters]
         for p in self.parameters:
-            sampled, p.grad = p.grad, None
-            if sampled is not None and delta:
-                noise = torch.randn(p.shape, generator=generator, dtype=sampled.dtype, device=p.device)
-                sampled.add_(noise, alpha=math.sqrt(delta))
-            self._sampled.append(sampled)
+            p.grad = None
 
-    def _take_sample(self) -> bool:
-        """Let the start see the sampled gradient, if there is one and it is finite."""
+    def _take_sample(self) -> list[Layer]:
+        """Let the start see the sampled gradient, if there is one and it is finite. Which layers it has seen."""
         sampled, self._sampled = self._sampled, None
         if sampled is None:
-            return False
+            return []
         held = [w for w in sampled if w is not None]
         self._ranks.average_(held)
         if not held or not bool(norms(held).isfinite().all()):
-            return False
+            return []
         torch._foreach_mul_(held, math.sqrt(self._ranks.count))  # a sum over n examples of each rank, over √n
-        self._start.look(self._arena, self._arena.parts(sampled, self.parameters))
-        return True
+        Ws = self._arena.parts(sampled, self.parameters)
+        self._start.look(self._arena, Ws)
+        return [layer for layer, W in zip(self.layers, Ws, strict=True) if W is not None]
 
     def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Proposal:
         Gs = self._gradients()
@@ -387,12 +402,12 @@ class APO(MetaLearner):
 
     def _learn(self, proposal: _Proposal, trial: Trial) -> bool:
         """Step φ down what ``⟨V, P(G)⟩`` and the rates' slopes say of Q, unless they aren't all finite."""
-        self._note("apo_most_promised", abs(trial.evaluation.loss) + 1)
+        self._note_loss(trial.evaluation)
         given = {p for p in self.parameters if p.grad is not None}
         V = [v if p in given else None for p, v in zip(self.parameters, trial.V, strict=True)]
         Vs = self._arena.parts(V, self.parameters)
         slopes = self._arena.operator.slopes(Vs, proposal.kept, lengths=proposal.lengths)
-        by_group = self._slopes(slopes.inner, V) if self.method.adapt_lr else []
+        by_group, magnitudes = self._slopes(slopes, V) if self.method.adapt_lr else ([], [])
         derivatives, sizes = self._arena.by_name(slopes)
         if not isinstance(self.meta, RelativeSteps):
             derivatives = self._arena.derivatives(proposal.Gs, Vs, proposal.lengths)
@@ -402,31 +417,44 @@ class APO(MetaLearner):
         del V, Vs, slopes
         trial.V.clear()
         trial.steps.clear()
-        started = self._take_sample()
-        if not self._step_phi(derivatives, sizes, by_group):
+        done, started = self._updates, self._take_sample()
+        if not self._step_phi(derivatives, sizes, by_group, magnitudes):
             return False
         if started:
-            self._start.step(self.layers)
+            delta = (self.objective.wsd_weight or 0.0) / (self.objective.fsd_weight or 1.0)
+            self._start.step(started, delta, done)
         self._end_start()
         self._arena.refresh()
         return True
 
+    def _note_loss(self, trial: Evaluation) -> None:
+        """Set what a step may promise by the loss at this trial and by those before."""
+        loss, mean = max(abs(trial.loss), abs(trial.base)), self.param_groups[0]["apo_mean_loss"]
+        mean = loss if math.isnan(mean) else LOSS_BETA * mean + (1 - LOSS_BETA) * loss
+        self._note("apo_mean_loss", mean)
+        self._note("apo_most_promised", MOST_PROMISED * max(loss, mean))
+
     def _step_phi(
-        self, derivatives: list[Tensor | None], sizes: list[Tensor | None], by_group: Sequence[float]
+        self,
+        derivatives: list[Tensor | None],
+        sizes: list[Tensor | None],
+        by_group: Sequence[float],
+        magnitudes: Sequence[float],
     ) -> bool:
         judged = [x for x in (*derivatives, *sizes) if x is not None]
         wrong = bool(judged) and not bool(norms(judged).isfinite().all())
         if any_over(wrong, self._shards.groups or self._arena.owners.over, self.layers[0].S.device):
             return False
-        if not all(map(math.isfinite, by_group)):
+        if not all(map(math.isfinite, [*by_group, *magnitudes])):
             return False
         if isinstance(self.meta, RelativeSteps):
             self.meta.step(derivatives, sizes)
         else:
             self.meta.step(derivatives)
         if self.method.adapt_lr:
-            self.rates.update(self.param_groups, by_group)
-            if isinstance(self.meta, RelativeSteps) and self._updates % MOVED_EVERY == 0:
+            relative = isinstance(self.meta, RelativeSteps)
+            self.rates.update(self.param_groups, by_group, magnitudes if relative else None)
+            if relative and self._updates % MOVED_EVERY == 0:
                 if not self.param_groups[0]["apo_overwritten"]:
                     self._move_scale_to_rates()
                 self._note("apo_overwritten", False)
@@ -464,25 +492,31 @@ class APO(MetaLearner):
         """How many times ``lr·P(G)`` the trial takes."""
         return _carried(group) if self.method.lookahead == "whole" else 1.0
 
-    def _slopes(self, inner: Tensor, V: Sequence[Tensor | None]) -> list[float]:
-        """``dQ/d log lr = −lr ⟨V, c P(G) + λθ⟩`` of each group; one synchronisation."""
+    def _slopes(self, slopes: ak.ModelSlopes, V: Sequence[Tensor | None]) -> tuple[list[float], list[float]]:
+        """``dQ/d log lr = −lr ⟨V, c P(G) + λθ⟩`` of each group, and what it would be, except the sign and the weights'
+        decay, if V equalled G; one synchronisation."""
         decayed = [
             (group, v, p)
             for v, (group, p) in zip(V, ((g, p) for g in self.param_groups for p in g["params"]), strict=True)
             if v is not None and _decay(group)
         ]
         thetas = inner_products([v for _, v, _ in decayed], [local(p) for *_, p in decayed])
-        inner = sum_over(inner, [layer.view.over for layer in self.layers])
-        thetas = sum_over(thetas, [over(p) for *_, p in decayed])
-        values = torch.cat([inner.to(torch.promote_types(inner.dtype, thetas.dtype)), thetas.to(inner)]).tolist()
-        sums = [0.0] * len(self.param_groups)
-        for layer, value in zip(self.layers, values, strict=False):
+        count, of_layers = len(self.layers), [layer.view.over for layer in self.layers]
+        taking_part = [i for i, size in enumerate(slopes.size_S) if size is not None]
+        lengths = torch.zeros(count, dtype=torch.float64, device=slopes.inner.device)
+        if taking_part:  # a size is twice its term of lr ⟨G, c P(G)⟩
+            lengths[taking_part] = norms([x for x in slopes.size_S if x is not None], ord=1) / 2
+        both = sum_over(torch.cat([slopes.inner.double(), lengths]), of_layers * 2)
+        values = torch.cat([both, sum_over(thetas, [over(p) for *_, p in decayed]).to(both)]).tolist()
+        sums, sizes = [0.0] * len(self.param_groups), [0.0] * len(self.param_groups)
+        for layer, value, size in zip(self.layers, values[:count], values[count : 2 * count], strict=True):
             group = self._group(layer)
             sums[layer.group] -= get_rate(group) * self._reach(group) * value
+            sizes[layer.group] += size
         places = {id(group): i for i, group in enumerate(self.param_groups)}
-        for (group, *_), value in zip(decayed, values[len(self.layers) :], strict=True):
+        for (group, *_), value in zip(decayed, values[2 * count :], strict=True):
             sums[places[id(group)]] -= get_rate(group) * _decay(group) * value
-        return sums
+        return sums, sizes
 
     def _shrink(self) -> None:
         """Divide the step by e, what momentum adds to it included."""

@@ -40,8 +40,10 @@ class LogRates:
 
     Args:
         meta_lr: about how much ``log lr`` moves in an update.
-        meta_optimizer: ``"rmsprop"`` or ``"adam"``. RMSprop has no bias correction: its first steps are up to
-            ``1/√(1 − meta_decay)`` times the rate, which is what brings a rate home from a start far off.
+        meta_optimizer: ``"rmsprop"``, ``"adam"`` or ``"relative"``. RMSprop has no bias correction: its first steps are
+            up to ``1/√(1 − meta_decay)`` times the rate, which is what brings a rate home from a start far off.
+            Relative steps measure each slope by its size, keep it to ±1 and average it (:attr:`RELATIVE_BETA`):
+            no change is larger than ``meta_lr``, and slopes of another magnitude leave no trace.
         meta_decay: of the running mean of squared slopes.
         shared: one factor for all groups, whose rates keep their ratios.
         bounds: ``(least, greatest)`` rate. A rate of 0 is frozen and stays 0.
@@ -51,18 +53,20 @@ class LogRates:
         TypeError, ValueError: an argument isn't as above.
     """
 
+    RELATIVE_BETA = 0.8
+
     def __init__(
         self,
         *,
         meta_lr: float,
-        meta_optimizer: RateOptimizer = "rmsprop",
+        meta_optimizer: RateOptimizer | Literal["relative"] = "rmsprop",
         meta_decay: float = 0.99,
         shared: bool,
         bounds: tuple[float, float],
         rescale_schedule: bool = False,
     ) -> None:
         self.meta_lr = checks.number("meta_lr", meta_lr)
-        checks.one_of("meta_optimizer", meta_optimizer, ("adam", "rmsprop"))
+        checks.one_of("meta_optimizer", meta_optimizer, ("adam", "rmsprop", "relative"))
         self.meta_optimizer = meta_optimizer
         self.meta_decay = checks.fraction("meta_decay", meta_decay)
         self.shared = checks.boolean("shared", shared)
@@ -128,10 +132,24 @@ class LogRates:
         self._evidence = max(self._evidence, -1.0)
         return self._evidence < 0.3
 
-    def update(self, groups: Sequence[Group], slopes: Sequence[float]) -> list[float]:
-        """Descend ``dQ/d log lr``, one slope per group. Returns each group's new rate over its old one."""
+    def update(
+        self, groups: Sequence[Group], slopes: Sequence[float], sizes: Sequence[float] | None = None
+    ) -> list[float]:
+        """Descend ``dQ/d log lr``.
+
+        Args:
+            slopes: one per group, ``⟨V, Δ⟩``.
+            sizes: their magnitudes if V equalled G, ``|⟨G, Δ⟩|``; of relative steps.
+
+        Returns:
+            Each group's new rate over its old one.
+        """
         if self.shared:
             slopes = [sum(slopes)] * len(groups)
+            sizes = None if sizes is None else [sum(sizes)] * len(groups)
+        if sizes is not None:
+            pairs = zip(slopes, sizes, strict=True)
+            slopes = [min(max(slope / size, -1.0), 1.0) if size > 0 else 0.0 for slope, size in pairs]
         return [self._change(group, self._step(group, slope)) for group, slope in zip(groups, slopes, strict=True)]
 
     def shrink(self, groups: Sequence[Group]) -> None:
@@ -151,12 +169,16 @@ class LogRates:
     def _step(self, group: Group, slope: float) -> float:
         """The meta-optimizer's change of log lr."""
         group["apo_rate_updates"] += 1
+        count = group["apo_rate_updates"]
+        if self.meta_optimizer == "relative":
+            beta = self.RELATIVE_BETA
+            mean = group["apo_slope_mean"] = beta * group["apo_slope_mean"] + (1 - beta) * slope
+            return float(-self.meta_lr * mean / (1 - beta**count))
         decay = self.meta_decay
         square = group["apo_slope_square"] = decay * group["apo_slope_square"] + (1 - decay) * slope * slope
         if self.meta_optimizer == "rmsprop":
             return -self.meta_lr * slope / (math.sqrt(square) + LEAST_SQUARE)
         mean = group["apo_slope_mean"] = 0.9 * group["apo_slope_mean"] + 0.1 * slope
-        count = group["apo_rate_updates"]
         root = math.sqrt(square / (1 - decay**count))
         return float(-self.meta_lr * mean / (1 - 0.9**count) / (root + LEAST_SQUARE))
 

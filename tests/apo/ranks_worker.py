@@ -86,7 +86,9 @@ def replicas(
         wsd_weight=0.01,
         loss=F.cross_entropy if own_loss else None,
     )
-    opt = front_end(kind, inner, goal)
+    # the ranks' samples of the Fisher start aren't those of one process
+    compared = kind == "APO" and not norm and spoiled is None
+    opt = front_end(kind, inner, goal, **({"fisher_start": 0} if compared else {}))
     for step in range(STEPS):
 
         def closure(step: int = step) -> float:

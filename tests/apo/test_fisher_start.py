@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import apo
-from apo.fisher_start import FisherStart
+from apo.arena import Arena
+from apo.fisher_start import FisherStart, _energies_of_noise
 from apo.preconditioner import Layer
 from apo.proximal import hessian
-from tests.apo.helpers import closure_of, mlp, objective, precondition, same, weights
+from tests.apo.helpers import apo_of, closure_of, mlp, objective, precondition, same, weights
 
 DRAWS = 4000
 
@@ -54,29 +55,98 @@ def test_samples_of_a_mean_and_a_log_variance() -> None:
     assert (drawn.T @ drawn / DRAWS - expected).abs().max() < 0.06 * expected.abs().max()
 
 
-@pytest.mark.parametrize(("block_size", "n", "m"), [(None, 5, 4), (2, 5, 4), (2, 4, 3)])
-def test_the_fixed_point_is_the_inverse_up_to_scale(block_size: int | None, n: int, m: int) -> None:
-    """Theorem 1's ``(F + δI)⁻¹``, where P can represent it: a Kronecker product whose factors fit the blocks."""
+SHAPES = [(None, 5, 4), (2, 5, 4), (2, 4, 3)]
+
+
+@pytest.mark.parametrize(("block_size", "n", "m"), SHAPES)
+def test_from_the_identity_to_the_inverse(block_size: int | None, n: int, m: int) -> None:
+    """Theorem 1's ``F⁻¹``, up to scale: F a Kronecker product whose factors fit the blocks."""
+    layer, factors = layer_and_factors(block_size, n, m)
+    whiten(layer, torch.kron(*factors), delta=0.0, steps=500)
+    assert away(layer, torch.kron(*factors)) < 1e-2
+
+
+@pytest.mark.parametrize("delta", [1e-2, 1.0])
+@pytest.mark.parametrize(("block_size", "n", "m"), SHAPES)
+def test_the_damped_inverse_is_a_fixed_point_that_attracts(
+    block_size: int | None, n: int, m: int, delta: float
+) -> None:
+    """Theorem 1's ``(F + δI)⁻¹``, up to scale: in the factors' eigenbases S represents it."""
+    layer, factors = layer_and_factors(block_size, n, m)
+    F = torch.kron(*factors) + delta * torch.eye(m * n).double()
+    for x, factor in ((layer.B, factors[0]), (layer.A, factors[1])):
+        for i, square in enumerate(x if block_size else [x]):
+            own = slice(i * square.shape[0], min((i + 1) * square.shape[0], len(factor)))
+            square[: own.stop - own.start, : own.stop - own.start] = torch.linalg.eigh(factor[own, own]).eigenvectors
+    basis = torch.kron(layer_basis(layer.B, m), layer_basis(layer.A, n))
+    layer.S.copy_((basis.T @ F @ basis).diagonal().rsqrt().view(m, n))
+    assert away(layer, F) < 1e-7
+    whiten(layer, F - delta * torch.eye(m * n).double(), delta, steps=5)
+    assert away(layer, F) < 1e-7
+    layer.S.mul_(torch.exp(0.1 * torch.randn(m, n).double()))
+    for x in (layer.A, layer.B):
+        x.add_(0.02 * torch.randn_like(x) * (x != 0))
+    assert away(layer, F) > 1.5e-2
+    whiten(layer, F - delta * torch.eye(m * n).double(), delta, steps=1000, rate=0.1)
+    assert away(layer, F) < 1e-2
+
+
+def layer_and_factors(block_size: int | None, n: int, m: int) -> tuple[Layer, list[Tensor]]:
     torch.manual_seed(0)
     model = nn.Linear(n, m, bias=False).double()
-    arena = apo.APO(model, objective(model, torch.zeros(1, n)), block_size=block_size)._arena
-    (layer,) = arena.layers
-    factors = [spread(side, layer_block) for side, layer_block in ((m, layer.B), (n, layer.A))]
-    F = torch.kron(*factors)
-    roots = torch.linalg.cholesky(F).T * math.sqrt(len(F))
+    (layer,) = apo.APO(model, objective(model, torch.zeros(1, n)), block_size=block_size).layers
+    return layer, [spread(side, block) for side, block in ((m, layer.B), (n, layer.A))]
 
+
+def whiten(layer: Layer, F: Tensor, delta: float, steps: int, rate: float = 0.05) -> None:
+    """Steps by the exact second moment."""
+    roots = torch.linalg.cholesky(F).T * math.sqrt(len(F))
     start = FisherStart(1)
+    start.RATE = rate
     start.BETA = 1 - 1e-9  # the mean of all that is seen
-    for _ in range(500):
+    arena = Arena()
+    arena.take_in([layer])
+    for _ in range(steps):
         start.prepare([layer])
         for w in roots:
-            start.look(arena, [[w.view(m, n)]])
-        start.step([layer])
-    P = dense(layer)
-    expected = torch.linalg.inv(F)
-    cosine = (P * expected).sum() / P.norm() / expected.norm()
-    assert cosine > 1 - 1e-5
-    assert (P / P.norm() - expected / expected.norm()).norm() < 1e-2
+            start.look(arena, [[w.view(layer.view.shape)]])
+        start.step([layer], delta)
+
+
+def away(layer: Layer, F: Tensor) -> float:
+    """How far P is from F's inverse, both divided by their norms."""
+    P, inverse = dense(layer), torch.linalg.inv(F)
+    return float((P / P.norm() - inverse / inverse.norm()).norm())
+
+
+def layer_basis(block: Tensor, side: int) -> Tensor:
+    return block if block.ndim == 2 else torch.block_diag(*block)[:side, :side]
+
+
+@pytest.mark.parametrize("settings", [{"block_size": None}, {"block_size": 2}, {"block_size": 2, "max_dim": 4}])
+def test_energies_of_noise_are_those_expected(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4, bias=False).double()
+    (layer,) = apo_of(model, objective(model, torch.zeros(1, 5)), **settings).layers
+    for x in layer.tensors():
+        x.add_(0.3 * torch.randn_like(x) * (x != 0 if x is layer.S else 1))
+    rest = 5 % layer.A.shape[-1]
+    if settings["block_size"] and rest and "A" in layer.learned:  # what sticks out stays the identity
+        layer.A[-1, rest:] = layer.A[-1, :, rest:] = 0
+        layer.A[-1, rest:, rest:] = torch.eye(len(layer.A[-1]) - rest).double()
+    expected = _energies_of_noise(layer)
+    arena, start = Arena(), FisherStart(1)
+    arena.take_in([layer])
+    start.BETA = 1 - 1e-9  # the mean of all that is seen
+    start.prepare([layer])
+    for w in torch.eye(20).double():  # E over noise is the sum over an orthonormal basis
+        start.look(arena, [[w.view(4, 5)]])
+    totals = {
+        name: 20 * part.buffers[start.ENERGY] / layer.parts["S"].buffers[start.WEIGHT]
+        for name, part in zip(layer.learned, layer.phi, strict=True)
+    }
+    for name, x in expected.items():
+        assert torch.allclose(x, totals[name], rtol=1e-6), name
 
 
 def spread(side: int, block: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apo
+from apo.fisher_start import FisherStart
 from apo.meta_optimizer import MetaOptimizer
 from apo.relative_steps import RelativeSteps
 from apo_kernels import blocks_from_dense, blocks_to_dense
@@ -64,7 +65,7 @@ def recorded(opt: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
     def meta_step(self: MetaOptimizer | RelativeSteps, grads: Any, sizes: Any = None) -> None:
         found["blocks"].append(list(grads))
 
-    def update(groups: Any, slopes: Any) -> list[float]:
+    def update(groups: Any, slopes: Any, sizes: Any = None) -> list[float]:
         found["slopes"].append(list(slopes))
         return [1.0] * len(groups)
 
@@ -72,6 +73,7 @@ def recorded(opt: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
         patch.setattr(MetaOptimizer, "step", meta_step)
         patch.setattr(RelativeSteps, "step", meta_step)
         patch.setattr(apo.APO, "_move_scale_to_rates", lambda self: None)
+        patch.setattr(FisherStart, "step", lambda *_: None)
         if hasattr(opt, "rates"):
             patch.setattr(opt.rates, "update", update)
         yield found

@@ -41,7 +41,7 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "default": Variant("apo.APO's defaults: steps by size, a meta-update every step, momentum 0.75, λ_WSD 0.001"),
+    "default": Variant("apo.APO's defaults: steps by size, interval 10"),
     "interval 2": Variant("meta-update at each of the first 300 steps, then every 2", {"interval": 2}),
     "interval 10": Variant("meta-update at each of the first 300 steps, then every 10", {"interval": 10}),
     "warm-up 50": Variant("at each of the first 50, then every 10", {"interval": 10, "warmup": 50}),
@@ -62,6 +62,15 @@ VARIANTS: dict[str, Variant] = {
     "B' of 4 batches": Variant("FSD on four fresh batches", other="large"),
     "P fixed": Variant("only lr learned", {"method": apo.Method(meta_lr=0.0)}),
 }
+
+START = {
+    "start": Variant("defaults at interval 10"),
+    "start: λ_WSD 0": Variant("", wsd_weight=0.0),
+    "start: none": Variant("no Fisher start", {"method": apo.Method(fisher_start=0)}),
+    "start: 100": Variant("shorter", {"method": apo.Method(fisher_start=100)}),
+    "start: momentum 0.75": Variant("", {"momentum": 0.75}),
+}
+"""What is set for the Fisher start."""
 
 NO_LONGER_RUN = {
     "by length": "relative steps by their length, momentum 0.9, λ_WSD 0",
