@@ -81,6 +81,10 @@ class RelativeSteps:
         taking_part = [own in found for own in each.learned]
         if not any(taking_part):
             return
+        if each.tensor.numel() == 0:  # this rank holds nothing of them, and others wait for its part of the sums
+            if isinstance(each, SharedScalings) and each.total is not None:
+                each.total(each.tensor.new_zeros(len(each.counts)))
+            return
         active = None
         if not all(taking_part):
             active = each.numbers(lambda own: float(own in found))
