@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apo.sharding import local
+
 __all__ = ["GradientsBefore"]
 
 
@@ -16,9 +18,14 @@ class GradientsBefore:
 
     Only the smallest gradient is looked at. No synchronisation where the closure clears as ``zero_grad`` does by
     default.
+
+    Args:
+        parameters: the weights.
+        any_rank: whether something is so on any of the ranks that train the model.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], any_rank: Callable[[bool], bool] = bool) -> None:
+        self._any_rank = any_rank
         found = [p for p in parameters if p.grad is not None and p.grad.numel() and p.grad.layout == torch.strided]
         self._parameter = min(found, key=Tensor.numel, default=None)
         if self._parameter is not None:
@@ -31,16 +38,19 @@ class GradientsBefore:
         It raises ValueError where it adds to the gradients that it finds and found some at θ.
         """
         p, content = self._parameter, None if self._parameter is None else self._content
-        if p is None or content is None or p.grad is not self._grad or not bool(content.any()):
+        if p is None or content is None or p.grad is not self._grad:
+            return closure
+        if not self._any_rank(bool(local(content).any())):
             return closure
 
         def at_trial() -> Any:
             probe = p.grad = torch.full_like(content, torch.nan)
-            version = probe._version
+            version = local(probe)._version
             loss = closure()
-            if p.grad is probe and probe._version == version:
-                p.grad = None  # not touched
-            elif p.grad is probe and bool(probe.isnan().all()):
+            written = p.grad is probe
+            if written and local(probe)._version == version:
+                p.grad, written = None, False  # not touched
+            if self._any_rank(written and bool(local(probe).isnan().all()) and local(probe).numel() > 0):
                 raise ValueError(
                     "closure must clear the gradients that it finds, but added to those that were accumulated before "
                     "it: run again at the trial weights it would give only its own part of the batch. Run all parts "

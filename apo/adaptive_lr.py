@@ -20,6 +20,7 @@ from apo.inner_products import inner_products
 from apo.linearity import check_linear, is_proportional
 from apo.meta_learner import MetaLearner, Trial
 from apo.objective import ProximalObjective, check_objective
+from apo.placement_checks import check_placements
 from apo.rates import LogRates, RateOptimizer
 from apo.schedules import Schedules
 from apo.snapshot import Rehearsal, with_wrapped
@@ -126,6 +127,7 @@ class AdaptiveLR(MetaLearner):
         self._found_proportional: bool | None = None
         self._schedules = Schedules([self, optimizer])
         filled = objective.with_defaults(fsd_weight=0.1 if fresh else 0.3)
+        check_placements([objective.model], [p for g in optimizer.param_groups for p in g["params"]], process_group)
         self._link()
         self._sign()  # refuses what can't be served
         for group in self.param_groups:
@@ -237,13 +239,13 @@ class AdaptiveLR(MetaLearner):
         """The same where ``θ′ − θ = c + lr · d``: ``lr · d`` is twice what the step at half the rate falls short by."""
         with attempt.lookahead:
             attempt.rehearsal.rehearse(self.reach / 2)
-            steps = [p - start for p, start in zip(self.parameters, attempt.lookahead.start, strict=True)]
+            steps = [p - start for p, start in zip(self._shards.parts, attempt.lookahead.start, strict=True)]
         half = self._products(trial.V, steps)
         return [2 * (a - b) for a, b in zip(whole, half, strict=True)]
 
     def _products(self, V: list[Tensor], steps: list[Tensor]) -> list[float]:
         counts = [len(group["params"]) for group in self.param_groups]
-        parts = torch.split(inner_products(V, steps), counts)
+        parts = torch.split(self._shards.sum(inner_products(V, steps)), counts)
         values: list[float] = torch.stack([part.sum() for part in parts]).tolist()
         return values
 
@@ -256,7 +258,7 @@ class AdaptiveLR(MetaLearner):
         sizes = [len(group["params"]) for group in self.param_groups]
         factors = [f / self.reach for f, size in zip(proposal.factors, sizes, strict=True) for _ in range(size)]
         # Steps may cease to be proportional later, as where weights are drawn to an average of theirs now and then.
-        if not is_proportional(proposal.lookahead.start, trial.steps, self.parameters, factors):
+        if not is_proportional(proposal.lookahead.start, trial.steps, self._shards, factors):
             self._note("apo_proportional", False)
 
     def _shrink(self) -> None:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 import apo_kernels as ak
 from apo.inner_products import norms
+from apo.meta_optimizer import Learned
+from apo.owners import Owners
 from apo.preconditioner import Layer
+from apo.sharding import local, sum_over, sum_over_, summed_once
 
 __all__ = ["Arena", "Parts"]
 
@@ -22,11 +25,15 @@ Parts = list[list[Tensor | None] | None]
 class Arena:
     """The layers of an optimizer, bound to the tensors that hold them until these are replaced.
 
+    Args:
+        owners: the ranks that the layers are given to.
+
     Attributes:
         layers: in the order of all lists that go in and come out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owners: Owners | None = None) -> None:
+        self.owners = owners or Owners()
         self.layers: list[Layer] = []
         self._operator: ak.ModelPreconditioner | None = None
 
@@ -60,7 +67,9 @@ class Arena:
     def step(self, Gs: Parts, **numbers: Any) -> Tensor:
         """:meth:`apo_kernels.ModelPreconditioner.step_` of the layers' weights and momentum."""
         momenta = [layer.momentum for layer in self.layers]
-        factor: Tensor = self._written(Gs, lambda thetas: self.operator.step_(thetas, Gs, momenta, **numbers))
+        numbers["shares"], total = summed_once(numbers["shares"], [layer.view.over for layer in self.layers])
+        operator = self.operator
+        factor: Tensor = self._written(Gs, lambda thetas: operator.step_(thetas, Gs, momenta, total=total, **numbers))
         return factor
 
     def trial(self, Gs: Parts, **numbers: Any) -> object:
@@ -75,14 +84,15 @@ class Arena:
         for i, layer in enumerate(self.layers):
             if Gs[i] is None:
                 continue
-            own = thetas[i] = layer.view.matrices(layer.view.parameters)
-            weight, matrix = layer.view.weight, own[0]
+            own = thetas[i] = layer.view.matrices(map(local, layer.view.parameters))
+            weight, matrix = local(layer.view.weight), own[0]
             assert matrix is not None
-            if matrix.data_ptr() != weight.data_ptr():
+            if layer.view.held and matrix.data_ptr() != weight.data_ptr():
                 copies.append((weight.transpose(0, 1) if layer.view.transposed else weight, matrix))
         found = write(thetas)
         for weight, matrix in copies:
             weight.copy_(matrix.view(weight.shape))
+        self.owners.share_(layer.view for layer, G in zip(self.layers, Gs, strict=True) if G is not None)
         return found
 
     def refresh(self) -> None:
@@ -108,13 +118,25 @@ class Arena:
         """Of each layer's learned blocks, over the identity's, and of its S; one synchronisation."""
         if not self.layers:
             return []
-        lengths = iter(norms([x for layer in self.layers for x in layer.tensors()]).tolist())
-        found = []
-        for layer in self.layers:
-            *blocks, S = layer.tensors()
-            ones = [*(block.numel() // block.shape[-1] for block in blocks), S.numel()]
-            found.append(tuple(next(lengths) / math.sqrt(count) for count in ones))
-        return found
+        phi = self.phi
+        ones = [own.tensor.numel() // max(own.tensor.shape[-1], 1) if own.block else own.tensor.numel() for own in phi]
+        lengths = norms([own.tensor for own in phi])
+        if any(own.over for own in phi):
+            both = torch.stack([lengths.square(), lengths.new_tensor(ones)]).flatten()
+            squares, counts = sum_over(both, [own.over for own in phi] * 2).view(2, -1)
+            lengths, ones = squares.sqrt(), counts.tolist()
+        found = iter([length / math.sqrt(one) for length, one in zip(lengths.tolist(), ones, strict=True)])
+        return [tuple(next(found) for _ in layer.phi) for layer in self.layers]
+
+    @property
+    def phi(self) -> list[Learned]:
+        """All that is learned, layer by layer."""
+        return [own for layer in self.layers for own in layer.phi]
+
+    def sum_blocks_(self, *found: Sequence[Tensor | None]) -> None:
+        """Sum what was found for each of :attr:`phi` over the ranks that hold the same block, in place."""
+        pairs = [(x, own.alike) for each in found for x, own in zip(each, self.phi, strict=True) if x is not None]
+        sum_over_([x for x, alike in pairs if alike], [alike for _, alike in pairs if alike])
 
     def by_name(self, slopes: ak.ModelSlopes) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Slopes and their sizes, one for each learned tensor, in the order of the layers."""
@@ -127,13 +149,21 @@ class Arena:
             sizes += [size[name] for name in layer.learned]
         return found, sizes
 
+    def gathered(self) -> dict[Layer, dict[str, Tensor]]:
+        """The whole state of layers that have owners, on all ranks; to be called on all of them."""
+        found: dict[Layer, dict[str, Tensor]] = {}
+        for owner in range(self.owners.count) if self.owners.over else ():
+            layers = [layer for layer in self.layers if layer.view.owner == owner]
+            found |= zip(layers, self.owners.handed_on([x.state() for x in layers], owner), strict=True)
+        return found
+
     def take_in(self, layers: Iterable[Layer]) -> None:
         """Add layers."""
         self.layers += layers
         self.renew()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers}
+        return {"layers": self.layers, "owners": self.owners}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layers, self._operator = state["layers"], None
+        self.layers, self.owners, self._operator = state["layers"], state["owners"], None

@@ -99,11 +99,6 @@ def parameters(params: Iterable[Tensor]) -> None:
     """Trial weights are written in place on one device: dense floating-point weights on one device."""
     devices = set()
     for p in params:
-        if hasattr(p, "placements"):
-            raise TypeError(
-                f"parameters must be plain tensors, but got a {type(p).__name__} placed as {p.placements}: sharded "
-                "models (fully_shard, parallelize_module) can't be served"
-            )
         if not p.is_floating_point() or p.layout != torch.strided:
             raise TypeError(
                 f"parameters must be dense floating-point tensors, but got one of {p.dtype}, {p.layout}, "

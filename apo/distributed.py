@@ -70,8 +70,10 @@ class Ranks:
         """Which of them this one is."""
         return torch.distributed.get_rank(self._group) if self.together else 0
 
-    def settle(self, model: nn.Module, parameters: Sequence[Tensor], settings: str) -> None:
+    def settle(self, model: nn.Module, parameters: Sequence[Tensor], settings: str, *, placed: bool = False) -> None:
         """Find the group, once; where ranks have to be compared, by the process group's store.
+
+        Of DTensors (``placed``) the mesh says it, and no other group is looked for.
 
         Raises:
             ValueError: some ranks of the default group hold one model and others another.
@@ -81,7 +83,7 @@ class Ranks:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         group = self._given
-        if group is None:
+        if group is None and not placed:
             ddp = distributed_data_parallel(model, parameters)
             if ddp is not None:
                 group = ddp.process_group

@@ -13,6 +13,7 @@ from apo import checks
 from apo.meta_learner import MetaLearner, Trial
 from apo.meta_optimizer import Learned, MetaOptimizer, MetaOptimizerName
 from apo.objective import ProximalObjective, check_objective
+from apo.placement_checks import check_unplaced
 from apo.rates import get_rate
 from apo.trial import Lookahead
 
@@ -62,6 +63,7 @@ class FullPreconditioner(MetaLearner):
         self.meta_lr = checks.number("meta_lr", meta_lr)
         weights = [p for p in model.parameters() if p.requires_grad]
         checks.parameters(weights)
+        check_unplaced("FullPreconditioner", weights, "use APO")
         size = sum(p.numel() for p in weights)
         if not 0 < size <= LARGEST:
             raise ValueError(f"model must have 1 to {LARGEST} trainable numbers, but has {size}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from apo.rates import get_rate, set_rate
+from apo.sharding import Shards, local, sum_over
 from apo.snapshot import Gradients, OptimizerSnapshot, copied, with_wrapped, without_hooks
 from apo.trial import Lookahead, random_state, restore_random_state, surely
 
@@ -72,8 +73,8 @@ def _found(probe: _Probe, name: str) -> bool | None:
         once, state_once = probe(grow)
         twice, state_twice = probe(2 * grow)
         noise = probe.noise()
-        moved, off = _norm(twice), _norm(_combined(twice, once, -2))
-        alike = alike and _alike(state_once, state_twice)
+        moved, off = probe.norm(twice), probe.norm(_combined(twice, once, -2))
+        alike = alike and not probe.shards.any(not _alike(state_once, state_twice))
         proportional = proportional and off <= 1e-2 * moved + 8 * noise
         if not proportional and not _is_linear(probe, grow, 0):
             raise ValueError(
@@ -96,33 +97,37 @@ def _found(probe: _Probe, name: str) -> bool | None:
 def _is_linear(probe: _Probe, grow: float, after: int) -> bool:
     """Whether the step, after some at the present rates, is ``c + lr · d`` with a d that isn't zero."""
     one, two, three = (probe(factor * grow, after=after, by=grow)[0] for factor in (1, 2, 3))
-    bend = _norm([a - 2 * b + c for a, b, c in zip(one, two, three, strict=True)])
-    change, noise = _norm(_combined(three, one, -1)), probe.noise()
+    bend = probe.norm([a - 2 * b + c for a, b, c in zip(one, two, three, strict=True)])
+    change, noise = probe.norm(_combined(three, one, -1)), probe.noise()
     return change > 32 * noise and bend <= 1e-2 * change + 8 * noise
 
 
-def is_proportional(before: list[Tensor], tried: list[Tensor], taken: list[Tensor], factors: list[float]) -> bool:
+def is_proportional(before: list[Tensor], tried: list[Tensor], shards: Shards, factors: list[float]) -> bool:
     """Whether a step that was taken is the one that was tried, times ``factors``; by the smallest of the parameters
     of each number of dimensions, and one synchronisation."""
     smallest: dict[int, int] = {}
-    for i in sorted(range(len(before)), key=lambda i: before[i].numel()):
-        if before[i].numel() and taken[i].grad is not None:
-            smallest.setdefault(before[i].ndim, i)
+    for i, p in sorted(enumerate(shards.parameters), key=lambda each: each[1].numel()):
+        if p.numel() and p.grad is not None:
+            smallest.setdefault(p.ndim, i)
     terms = []
     for i in smallest.values():
         wanted = factors[i] * tried[i].double()
-        off = taken[i].detach().double() - before[i].double() - wanted
-        terms.append(torch.stack([off.norm(), wanted.norm(), factors[i] * _rounding(before[i]).norm()]))
+        off = shards.parts[i].detach().double() - before[i].double() - wanted
+        terms.append(torch.stack([off.norm(), wanted.norm(), factors[i] * _rounding(before[i]).norm()]).square())
     if not terms:
         return True
-    off, moved, noise = torch.stack(terms).norm(dim=0).tolist()
+    overs = [shards.overs[i] for i in smallest.values() for _ in range(3)]
+    squares = sum_over(torch.cat(terms), overs).view(-1, 3)
+    off, moved, noise = squares.sum(0).sqrt().tolist()
     return bool(off <= 1e-2 * moved + 8 * noise)
 
 
 def _few(params: list[Tensor]) -> list[Tensor]:
     smallest: dict[int, Tensor] = {}
     for p in sorted(params, key=lambda p: p.numel()):
-        if p.ndim not in smallest and p.grad is not None and bool((p.grad.to_dense() != 0).any()):
+        if p.ndim in smallest or p.grad is None:
+            continue
+        if Shards([p]).any(bool((local(p.grad).to_dense() != 0).any())):
             smallest[p.ndim] = p
     return list(smallest.values())
 
@@ -144,10 +149,18 @@ class _Probe:
         start = {id(p): s for p, s in zip(every, weights.start, strict=True)}
         self._start = [start[id(p)] for p in self._parameters]
         self._gradients = Gradients(self._parameters)
+        self.shards = Shards(self._parameters)
 
     def noise(self) -> float:
         """The length of the weights' rounding errors."""
-        return _norm([_rounding(start) for start in self._start])
+        return self.norm([_rounding(start) for start in self._start])
+
+    def norm(self, tensors: list[Tensor]) -> float:
+        """The length of a step, over all ranks that hold parts of it."""
+        if not self.shards.groups:
+            return math.hypot(*(float(t.double().norm()) for t in tensors))
+        squares = torch.stack([t.double().norm().square() for t in tensors])
+        return math.sqrt(self.shards.sum(squares).sum().item())
 
     def __call__(self, factor: float, *, after: int = 0, by: float = 1.0) -> tuple[list[Tensor], Any]:
         random = random_state(self._parameters)
@@ -157,9 +170,10 @@ class _Probe:
                 self._set_others_aside()
                 for _ in range(after):
                     self._step(by)
-                before = self._start if after == 0 else [p.detach().clone() for p in self._parameters]
+                parts = self.shards.parts
+                before = self._start if after == 0 else [p.detach().clone() for p in parts]
                 self._step(factor)
-            step = [p.detach().double() - s.double() for p, s in zip(self._parameters, before, strict=True)]
+            step = [p.detach().double() - s.double() for p, s in zip(parts, before, strict=True)]
             return step, self._state()
         finally:
             surely(snapshot.restore)
@@ -215,16 +229,13 @@ def _combined(a: list[Tensor], b: list[Tensor], factor: float) -> list[Tensor]:
     return [x + factor * y for x, y in zip(a, b, strict=True)]
 
 
-def _norm(tensors: list[Tensor]) -> float:
-    return math.hypot(*(float(t.double().norm()) for t in tensors))
-
-
 def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(_alike, a, b))
     if isinstance(a, Tensor):
+        a, b = local(a), local(b)
         return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=0, equal_nan=True)
     if isinstance(a, float):
         return math.isclose(a, b, rel_tol=1e-4) or (math.isnan(a) and math.isnan(b))

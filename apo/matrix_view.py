@@ -18,11 +18,14 @@ A side longer than ``max_dim``, or of length 1, gets no block; ``S`` still scale
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from apo.sharding import Over, local
 
 __all__ = ["MatrixView", "Side", "matrix_views", "side"]
 
@@ -51,6 +54,10 @@ class Side:
         """Side of the largest square."""
         return self.length if self.block_size is None else self.block_size
 
+    def places(self, device: torch.device) -> Tensor:
+        """The place of each entry in its square."""
+        return torch.arange(self.length, device=device) % max(self.width, 1)
+
     def __str__(self) -> str:
         if not self.learned:
             return "-"
@@ -62,6 +69,11 @@ def side(length: int, block_size: int | None, max_dim: int | None) -> Side:
     if length == 1 or block_size == 1 or (max_dim is not None and length > max_dim):
         return Side(length, 1)
     return Side(length, None if block_size is None or length <= block_size else block_size)
+
+
+def _part(whole: Side, length: int) -> Side:
+    """The same kind of block for a part of a side; it is learned wherever the whole one is."""
+    return Side(length, whole.width if length == 0 else whole.block_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +88,11 @@ class MatrixView:
         mixes_rows: whether the ``m`` side may get a block.
         is_vector: whether no side may.
         transposed: whether dimensions 0 and 1 of the weight change places first.
+        whole: of a matrix that is cut over ranks, the whole one; this is then the part that this rank holds.
+        over: the groups of the ranks that hold the other parts; of those, ``row_over`` cut the ``m`` side and
+            ``column_over`` the ``n`` side.
+        owner: the rank that alone holds the preconditioner (:mod:`apo.owners`); None: every rank that has the weight.
+        held: whether that is this rank, or any.
     """
 
     name: str
@@ -87,6 +104,12 @@ class MatrixView:
     mixes_rows: bool = True
     is_vector: bool = False
     transposed: bool = False
+    whole: MatrixView | None = None
+    over: Over = ()
+    row_over: Over = ()
+    column_over: Over = ()
+    owner: int | None = None
+    held: bool = True
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -97,8 +120,16 @@ class MatrixView:
         """``(*batch, m, n)``."""
         return (*self.batch, self.m, self.n)
 
+    @property
+    def entries(self) -> int:
+        """How many entries the whole matrix has."""
+        return math.prod((self.whole or self).shape)
+
     def sides(self, block_size: int | None, max_dim: int | None) -> tuple[Side, Side]:
         """The blocks of the ``n`` side (A) and of the ``m`` side (B)."""
+        if self.whole is not None:  # squares start at the part's edge
+            A, B = self.whole.sides(block_size, max_dim)
+            return _part(A, self.n), _part(B, self.m)
         if self.is_vector:
             return Side(self.n, 1), Side(self.m, 1)
         rows = side(self.m, block_size, max_dim) if self.mixes_rows else Side(self.m, 1)
@@ -107,12 +138,14 @@ class MatrixView:
     @property
     def widths(self) -> tuple[int, ...]:
         """Of the matrices of :attr:`parameters`, which lie side by side."""
-        return (self.n,) if self.bias is None else (self.n - 1, 1)
+        return (self.n,) if self.bias is None or not self.held else (self.n - 1, 1)
 
     def matrices(self, parts: Iterable[Tensor | None]) -> list[Tensor | None]:
-        """Tensors in the shapes of :attr:`parameters` as matrices ``(*batch, m, width)`` that lie side by side. Views
-        where they can be."""
+        """Tensors in the shapes of :attr:`parameters`, of DTensors this rank's parts, as matrices
+        ``(*batch, m, width)`` that lie side by side. Views where they can be."""
         weight, *biases = parts
+        if not self.held:
+            return [local(self.weight).new_empty(self.shape)]
         if weight is not None:
             weight = weight.transpose(0, 1) if self.transposed else weight
             weight = weight.reshape(*self.batch, self.m, self.widths[0])
@@ -121,7 +154,7 @@ class MatrixView:
     def joined(self, matrices: Sequence[Tensor | None] | None) -> Tensor:
         """The matrix ``(*batch, m, n)`` of :meth:`matrices`; None counts as zeros."""
         matrices = [None] * len(self.widths) if matrices is None else matrices
-        like = next((x for x in matrices if x is not None), self.weight)
+        like = next((x for x in matrices if x is not None), local(self.weight))
         each = [
             like.new_zeros(*self.batch, self.m, width) if x is None else x
             for x, width in zip(matrices, self.widths, strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +28,10 @@ from apo.held_parameters import HeldParameters
 from apo.inner_products import norms
 from apo.objective import Anchor, Closure, Evaluation, ProximalObjective
 from apo.rates import get_rate
+from apo.sharding import Shards, is_placed
 from apo.trial import CallersAutocast, Lookahead, Undisturbed, changed_by, forget_casts, leaves_of_backwards
 
-__all__ = ["MetaLearner", "Trial"]
+__all__ = ["MetaLearner", "Trial", "apart"]
 
 # What torch.optim.Optimizer.__getstate__ leaves out too: hooks belong to the process, and schedulers wrap `step`.
 _NOT_PICKLED = {"step", "_opt_called", "_zero_grad_profile_name"}
@@ -47,8 +49,8 @@ class Trial:
     """What a lookahead gave.
 
     Attributes:
-        V: ``∇_θ′ Q``, one dense tensor per parameter.
-        steps: ``θ′ − θ``.
+        V: ``∇_θ′ Q``, one dense tensor per parameter; of a DTensor, this rank's part.
+        steps: ``θ′ − θ``, likewise.
         evaluation: the terms of Q.
     """
 
@@ -86,6 +88,7 @@ class MetaLearner(Optimizer):
         self._used_rates: list[float | Tensor] = []
         self._gradient_scale = 1.0
         self._ranks = Ranks(process_group)
+        self._shards = Shards(self.parameters)
         self._held = HeldParameters(self._models, self.parameters)
 
     @property
@@ -183,7 +186,9 @@ class MetaLearner(Optimizer):
         return found | {name: float(count) for name, count in counts.items()}
 
     def _take(self, closure: Closure | None, *, move: bool) -> Any:
+        forget_casts(self._gathering)  # gathered weights would stand in the parameters' places
         self._renew()
+        self._shards = Shards(self.parameters)
         meta = self.meta_due or not move
         self._check_closure(closure, meta=meta)
         autocast = CallersAutocast({p.device.type for p in self.parameters})
@@ -197,7 +202,7 @@ class MetaLearner(Optimizer):
         loss: Any = None
         touched, written = self.parameters, list[Tensor]()
         if closure is not None and meta:
-            before = GradientsBefore(touched) if self.objective.loss is None else None
+            before = GradientsBefore(touched, self._shards.any) if self.objective.loss is None else None
             with torch.enable_grad(), leaves_of_backwards() as leaves, changed_by(self._models, touched) as written:
                 loss = closure()
             touched = [*touched, *leaves]
@@ -207,6 +212,7 @@ class MetaLearner(Optimizer):
                 loss = closure()
         with autocast.lifted():
             scaling.unscale()
+            forget_casts(self._gathering)
             if not self._gradients_are_finite(scaling):
                 if move:
                     self._skip(meta, scaling)
@@ -220,8 +226,8 @@ class MetaLearner(Optimizer):
             elif move:
                 self._plain_step()
             if move:
-                forget_casts()
-                self._used_rates = [_apart(group["lr"]) for group in self.param_groups]
+                forget_casts(self._gathering)
+                self._used_rates = [apart(group["lr"]) for group in self.param_groups]
                 self.steps += 1
         return loss
 
@@ -242,9 +248,9 @@ class MetaLearner(Optimizer):
             if move:
                 self._plain_step()
             return
-        self._ranks.settle(objective.model, parameters, self._replica_text())
+        self._ranks.settle(objective.model, parameters, self._replica_text(), placed=self._shards.placed)
         batch = objective.checked_draw() if objective.needs_inputs else None
-        lookahead, anchor = Lookahead(parameters), None
+        lookahead, anchor = Lookahead(parameters, self._gathering), None
         with ExitStack() as undo:
             self._begin(lookahead, undo)
             if objective.needs_inputs:
@@ -252,7 +258,7 @@ class MetaLearner(Optimizer):
                     anchor = objective.anchor(batch, self._look_at)
             with lookahead:
                 proposal = self._propose(lookahead, undo)
-                forget_casts()
+                forget_casts(self._gathering)
                 trial = self._evaluate(closure, loss, lookahead.start, anchor, autocast, scaling, undisturbed)
             self.accepted = self._verdict(trial)
             if self.accepted and move:
@@ -295,21 +301,29 @@ class MetaLearner(Optimizer):
             if total is not None:
                 with torch.enable_grad():
                     (factor * total).backward()  # type: ignore[no-untyped-call]
-            V = [_own(p) for p in parameters]
-        steps = list(torch._foreach_sub(parameters, start))
+            V = self._gradients_there()
+        steps = list(torch._foreach_sub(self._shards.parts, start))
         if factor != 1.0:
             torch._foreach_mul_(V, 1.0 / factor)
         if terms:
+            # the parts of DTensors have been averaged in the backward pass
+            self._shards.mean_([v for v, p in zip(V, parameters, strict=True) if not is_placed(p)])
             self._ranks.average_(V)
         if objective.wsd_weight:
             torch._foreach_add_(V, steps, alpha=objective.wsd_weight)
-        squares = norms(steps).square().sum()
+        squares = self._shards.sum(norms(steps).square()).sum()
         base = loss if anchor is None or anchor.loss is None else anchor.loss
         values = torch.stack([_scalar(loss_there, squares), _scalar(base, squares), _scalar(fsd or 0.0, squares)])
+        self._shards.mean_([values])
         self._ranks.average_([values])
         # one synchronisation for all terms
         self.last = self._evaluation(*torch.cat([values, squares.reshape(1)]).tolist())
         return Trial(V, steps, self.last)
+
+    def _gradients_there(self) -> list[Tensor]:
+        """``.grad`` as dense tensors that no later backward writes to."""
+        grads = zip(self._shards.grads(), self._shards.parts, strict=True)
+        return [_own(grad, part) for grad, part in grads]
 
     def _evaluation(self, loss: float, base: float, fsd: float, square: float) -> Evaluation:
         weight, wsd_weight = self.objective.fsd_weight or 0.0, self.objective.wsd_weight or 0.0
@@ -331,7 +345,8 @@ class MetaLearner(Optimizer):
                 "ProximalObjective a loss=, whose trials need no closure"
             )
         if sign < 0:
-            torch._foreach_neg_(grads)
+            for grad in grads:
+                grad.neg_()
         return loss
 
     def _verdict(self, trial: Trial) -> bool:
@@ -372,6 +387,11 @@ class MetaLearner(Optimizer):
     def _models(self) -> list[nn.Module]:
         """The modules whose parameters are optimized, as far as they are known."""
 
+    @property
+    def _gathering(self) -> list[nn.Module]:
+        """The modules that may hold gathered copies of the weights, as those under ``fully_shard`` do."""
+        return self._models if self._shards.placed else []
+
     def _renew(self) -> None:
         """Take up what was changed since the last step: groups, the parameters' dtype and device, the rates."""
         self._held.check()
@@ -395,17 +415,18 @@ class MetaLearner(Optimizer):
 
     def _gradients_are_finite(self, scaling: Scaling) -> bool:
         """One synchronisation, which a GradScaler has made already."""
+        shards = self._shards
         if scaling.active:
-            return not scaling.overflowed
-        grads = [_values(p.grad) for p in self.parameters if p.grad is not None and p.grad.numel()]
-        if not grads:
+            return not shards.any(scaling.overflowed)
+        grads = [_values(grad) for grad in shards.grads() if grad is not None and grad.numel()]
+        if not grads and not shards.groups:
             return True
-        norm = norms(grads).max().item()  # max() passes NaN on
+        norm = shards.largest(_largest(grads, self.parameters))
         self._gradient_scale = 1.0
         if norm <= HUGE:
             return True
         # a norm may overflow where no entry does; to look at every entry takes ten times as long
-        most = norms(grads, ord=math.inf).max().item()
+        most = shards.largest(_largest(grads, self.parameters, ord=math.inf))
         self._gradient_scale = most if most > HUGE else 1.0
         return math.isfinite(most)
 
@@ -457,8 +478,8 @@ class MetaLearner(Optimizer):
 
         B′ is not part of it: an iterable begins anew, a callable goes on from whatever it draws from.
         """
-        apart: dict[str, Any] = tree_map(_apart, super().state_dict())
-        return apart
+        found: dict[str, Any] = tree_map(apart, super().state_dict())
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a copy of a :meth:`state_dict` of the same front end on the same parameters.
@@ -500,7 +521,7 @@ class MetaLearner(Optimizer):
         }
 
 
-def _apart(x: Any) -> Any:
+def apart(x: Any) -> Any:
     """A copy; of a tensor that shares its storage with others, of it alone."""
     return x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x)
 
@@ -514,13 +535,20 @@ def _groups_in(state_dict: Any) -> Any:
     return next((groups for part in state_dict.values() if (groups := _groups_in(part))), None)
 
 
-def _own(p: Tensor) -> Tensor:
-    """A parameter's gradient as a dense tensor that no later backward writes to."""
-    if p.grad is None:
-        return torch.zeros_like(p)
-    grad = p.grad.detach().to_dense()
-    shared = p.grad._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
+def _own(found: Tensor | None, part: Tensor) -> Tensor:
+    """A gradient as a dense tensor that no later backward writes to; zeros like the weights where there is none."""
+    if found is None:
+        return torch.zeros_like(part)
+    grad = found.detach().to_dense()
+    shared = found._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
     return grad.clone() if shared else grad
+
+
+def _largest(grads: Sequence[Tensor], parameters: Sequence[Tensor], ord: float = 2) -> Tensor:
+    """The largest of the gradients' norms, NaN where one is, 0 of none."""
+    if not grads:
+        return torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    return norms(grads, ord).max()  # max() passes NaN on
 
 
 def _plain_settings(holder: object) -> dict[str, Any]:
@@ -539,6 +567,8 @@ def _values(grad: Tensor) -> Tensor:
 
 def _scalar(value: Any, like: Tensor) -> Tensor:
     """A loss as a float64 tensor on the parameters' device."""
+    if isinstance(value, Tensor) and is_placed(value):
+        value = value.full_tensor()  # type: ignore[attr-defined]
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.detach().to(like).squeeze()
     if isinstance(value, (int, float)) and not isinstance(value, bool):

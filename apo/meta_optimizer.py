@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from apo import checks
+from apo.sharding import Over
 
 __all__ = ["EPS", "Learned", "MetaOptimizer", "MetaOptimizerName", "count_updates"]
 
@@ -31,6 +32,10 @@ class Learned:
         count: 0-d float32 on the CPU, how many meta-updates it had; one for all tensors of a layer.
         block: whether it is a block A or B, not a scaling S.
         buffers: running means, by name.
+        over: the groups of the ranks that hold its other parts (:mod:`apo.sharding`).
+        alike: the groups of the ranks that hold the same and learn it from the sum of their derivatives.
+        ones: 0-d on the CPU: what stands on the diagonal of what sticks out of a side, scaled as all of the block is.
+        entries: of how many entries the whole of it is; None: its own.
     """
 
     tensor: Tensor
@@ -38,6 +43,13 @@ class Learned:
     count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu"))
     block: bool = False
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    over: Over = ()
+    alike: Over = ()
+    entries: int | None = None
+    ones: Tensor = field(default_factory=lambda: torch.ones((), device="cpu"))
+
+    def __post_init__(self) -> None:
+        self.ones = self.ones.to(self.tensor.dtype)
 
 
 def count_updates(found: Iterable[Learned]) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from apo import checks
+from apo.owners import Shard
 
 __all__ = ["Method"]
 
@@ -32,6 +33,10 @@ class Method:
         max_dim: a side longer than this gets no block at all; None: no bound.
         block_dtype: what the products read A, B and S as: float32, bfloat16 or float16, whatever the weights'
             dtype. Masters stay float32. None: the masters themselves.
+        shard: of a model that every rank holds whole, as under DDP. ``"owner"``: each layer's A, B, S and momentum are
+            held by one rank of the process group (DDP's, else the default one), which computes its steps and hands
+            the weights on; ``state_dict()`` and ``load_state_dict()`` must then be called on all ranks. ``"auto"``: so
+            where a process group or DDP is given. ``"none"``: by every rank. DTensors are sharded as they lie.
         fisher_start: in the first so many meta-updates P is also whitened by sampled Fisher gradients
             (:mod:`apo.fisher_start`), at the cost of one more backward on B′ each. 0: the paper's bare algorithm.
 
@@ -48,6 +53,7 @@ class Method:
     bounds: tuple[float, float] = (1e-10, 1e4)
     max_dim: int | None = 8192
     block_dtype: torch.dtype | None = None
+    shard: Shard = "none"
     fisher_start: int = 0
 
     def __post_init__(self) -> None:
@@ -59,6 +65,7 @@ class Method:
         checks.number("lr_meta_lr", self.lr_meta_lr)
         checks.boolean("shared_lr", self.shared_lr)
         checks.integer("fisher_start", self.fisher_start, least=0)
+        checks.one_of("shard", self.shard, ("none", "auto", "owner"))
         check_sizes({"max_dim": self.max_dim, "block_dtype": self.block_dtype})
 
     @property

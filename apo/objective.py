@@ -18,6 +18,7 @@ from apo import checks
 from apo.batches import moved, only_device
 from apo.discrepancy import KL, Discrepancy, discrepancy_named, takes_pairs
 from apo.padding import Kept, Mask, kept_positions, select
+from apo.sharding import local
 from apo.trial import modules_of, parameters_of, random_state, restore_random_state, without_autocast
 
 __all__ = ["Anchor", "Closure", "Evaluation", "ProximalObjective", "check_objective"]
@@ -242,8 +243,8 @@ class ProximalObjective:
             return True
         if output.grad_fn is not None and not output._is_view():  # it was computed
             return False
-        address = output.untyped_storage().data_ptr()
-        return any(p.untyped_storage().data_ptr() == address for p in parameters_of(modules))
+        address = local(output).untyped_storage().data_ptr()
+        return any(local(p).untyped_storage().data_ptr() == address for p in parameters_of(modules))
 
     @property
     def _weight(self) -> float:

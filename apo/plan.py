@@ -10,14 +10,27 @@ import torch
 from torch import nn
 
 import apo_kernels as ak
+from apo.matrix_view import MatrixView
 from apo.preconditioner import Layer
+from apo.sharding import Shards, is_placed, local, over
 
 __all__ = ["Plan", "PlanRow", "plan_of"]
 
 
+FLAG, LENGTH, TERMS, VERDICT = 8, 8, 24, 4
+"""Bytes of the gradients' largest norm, of a step's length, of the terms of Q, and of the verdict on slopes."""
+
+
 @dataclass(frozen=True)
 class PlanRow:
-    """One matrix: its shape ``(*batch, m, n)``, its blocks as text, its bytes, the FLOPs of a step and a meta-step."""
+    """One matrix: its shape ``(*batch, m, n)``, its blocks as text, its bytes, the FLOPs of a step and a meta-step.
+
+    Of a matrix that is cut over ranks, or that a rank owns, all is of what this rank holds.
+
+    Attributes:
+        part: how the matrix is shared out; empty where this rank holds all of it.
+        step_sent, meta_sent: bytes that it adds to what a step and a meta-step all-reduce or broadcast.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -27,6 +40,9 @@ class PlanRow:
     memory_bytes: int
     step_flops: int
     meta_flops: int
+    part: str = ""
+    step_sent: int = 0
+    meta_sent: int = 0
 
     def cells(self) -> tuple[str, ...]:
         """As text."""
@@ -42,10 +58,18 @@ class Plan:
     Attributes:
         rows: one per matrix, in the model's order.
         left_out: parameters that aren't trained: frozen, or in no param group.
+        groups: how many dimensions of meshes the ranks of DTensors agree over.
+        promise: bytes of what a step promises, summed over ranks.
+        verdict: bytes of the terms of Q and of the verdict on slopes, where layers have owners.
+        averaged: bytes of V of parameters that are no DTensors, beside some that are, as under tensor parallel.
     """
 
     rows: tuple[PlanRow, ...]
     left_out: tuple[str, ...]
+    groups: int = 0
+    promise: int = 0
+    verdict: int = 0
+    averaged: int = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -62,18 +86,33 @@ class Plan:
         """FLOPs of a meta-step's products beyond those of the step, without the model's own evaluations."""
         return sum(row.meta_flops for row in self.rows)
 
+    @property
+    def step_sent(self) -> int:
+        """Bytes that the optimizer hands to collectives in a step without a meta-update, the model's own left out: one
+        number by which all ranks judge the gradients, and what the rows say."""
+        return self.groups * FLAG + sum(row.step_sent for row in self.rows) + self.promise
+
+    @property
+    def meta_sent(self) -> int:
+        """The same of a step with a meta-update; every ten of them send two numbers more for each block and S."""
+        alike = self.groups * (TERMS + VERDICT + self.averaged) + self.verdict
+        return self.step_sent + alike + sum(row.meta_sent for row in self.rows)
+
     def __str__(self) -> str:
         head = ("parameter", "matrix", "block A (n)", "block B (m)", "memory", "x weights", "step", "meta-step")
         lines = [head, *(row.cells() for row in (*self.rows, self._total()))]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        text = [
-            "  ".join(
-                cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
+        if any(row.part for row in self.rows):
+            parts = ("here", *(row.part for row in self.rows), "")
+            lines = [(*line, part) for line, part in zip(lines, parts, strict=True)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        text = []
+        for line in lines:
+            cells = enumerate(zip(line, widths, strict=True))
+            text.append("  ".join(cell.ljust(w) if i < 4 or i == 8 else cell.rjust(w) for i, (cell, w) in cells))
         text.insert(1, "-" * len(text[0]))
         text.insert(-1, "-" * len(text[0]))
+        if self.meta_sent:
+            text.append(f"sent: {_bytes(self.step_sent)} in a step, {_bytes(self.meta_sent)} in a meta-step")
         text += [f"not trained: {name}" for name in self.left_out]
         return "\n".join(line.rstrip() for line in text)
 
@@ -94,7 +133,13 @@ def plan_of(
         for name, p in model.named_parameters()
         if id(p) not in held
     )
-    return Plan(tuple(_row(layer, groups[layer.group], meta_optimizer, starts) for layer in layers), left_out)
+    rows = tuple(_row(layer, groups[layer.group], meta_optimizer, starts) for layer in layers)
+    shards = Shards(p for group in groups for p in group["params"])
+    summed = {name: layer.S.element_size() for layer in layers for name in layer.view.over}
+    owned = any(layer.view.owner is not None for layer in layers)
+    promise, verdict = sum(summed.values()), (VERDICT + TERMS) * owned
+    plain = sum(p.nbytes for p in shards.parameters if not is_placed(p)) if shards.groups else 0
+    return Plan(rows, left_out, len(shards.groups), promise, verdict, plain)
 
 
 def _row(layer: Layer, group: dict[str, Any], meta_optimizer: str, starts: bool) -> PlanRow:
@@ -118,8 +163,33 @@ def _row(layer: Layer, group: dict[str, Any], meta_optimizer: str, starts: bool)
         memory += layer.S.nbytes
     if layer.dtype != layer.S.dtype:
         memory += sum(t.numel() for t in (layer.A, layer.B, layer.S)) * torch.finfo(layer.dtype).bits // 8
-    weights = sum(p.nbytes for p in view.parameters)
-    return PlanRow(view.name, view.shape, str(A), str(B), weights, memory, step, step + derivatives)
+    weights = sum(local(p).nbytes for p in view.parameters)
+    sent = _sent(layer, relative=relative)
+    return PlanRow(view.name, view.shape, str(A), str(B), weights, memory, step, step + derivatives, _part(view), *sent)
+
+
+def _part(view: MatrixView) -> str:
+    """How a matrix is shared out."""
+    if view.owner is not None:
+        return "owned here" if view.held else f"owned by rank {view.owner}"
+    if view.whole is None:
+        return ""
+    if view.is_vector:
+        return f"{view.n} of {view.whole.n} entries"
+    rows = [f"{view.m} of {view.whole.m} rows"] if view.row_over else []
+    columns = [f"{view.n} of {view.whole.n} columns"] if view.column_over else []
+    return ", ".join(rows + columns)
+
+
+def _sent(layer: Layer, *, relative: bool) -> tuple[int, int]:
+    """Bytes that a layer adds to what is all-reduced or broadcast, in a step and further in a meta-step."""
+    view, size = layer.view, layer.S.element_size()
+    blocks = [(own, len(own.alike)) for own in layer.phi if own.block]
+    of_blocks = sum(count * (x.tensor.nbytes + relative * x.tensor.nbytes // x.tensor.shape[-1]) for x, count in blocks)
+    weights = sum(p.nbytes for p in view.parameters) if view.owner is not None else 0  # handed on
+    lengths = LENGTH * sum(len(over(p)) for p in view.parameters)
+    products = len(view.over) * (size + relative * size)  # its slope, and its share of S's mean size
+    return weights, 2 * weights + lengths + of_blocks + products  # of an owned layer θ′, and V, are weights too
 
 
 def _bytes(count: float) -> str:

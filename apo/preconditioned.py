@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from apo import checks
 from apo.arena import Arena, Parts
@@ -20,15 +21,20 @@ from apo.fisher_start import FisherStart
 from apo.held_parameters import HeldParameters
 from apo.inner_products import inner_products, norms
 from apo.matrix_view import matrix_views
-from apo.meta_learner import MetaLearner, Trial
+from apo.meta_learner import MetaLearner, Trial, apart
 from apo.meta_optimizer import MetaOptimizer
 from apo.method import Method, check_sizes
 from apo.objective import ProximalObjective, check_objective
+from apo.owners import Owners
+from apo.placement_checks import check_placements, check_unplaced
 from apo.plan import Plan, plan_of
+from apo.portable_state import load_portable, misfit, portable
 from apo.preconditioner import Layer
 from apo.rates import LogRates, get_rate
 from apo.relative_steps import RelativeSteps
 from apo.schedules import Schedules
+from apo.sharded_views import local_views
+from apo.sharding import any_over, is_placed, local, local_grad, over, sum_over
 from apo.shared_storage import matrices_of_one
 from apo.trial import Lookahead, without_autocast
 
@@ -112,11 +118,11 @@ class APO(MetaLearner):
         if not isinstance(method, Method):
             raise TypeError(f"method must be an apo.Method, but got {method!r}")
         self.method = method
-        self._arena = Arena()
         self.meta = _meta_optimizer(method)
         self._start = FisherStart(method.fisher_start)
         self._sampled: list[Tensor | None] | None = None
         self._promise: Tensor | float = 1.0
+        self._process_group = process_group
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -139,6 +145,7 @@ class APO(MetaLearner):
             rescale_schedule=rescale_schedule,
         )
         self._schedules = Schedules([self])
+        self._arena = Arena(self._found_owners())
         super().__init__(params, defaults)
         filled = objective.with_defaults(fsd_weight=1.0, wsd_weight=1e-3)
         self._init_meta_learner(filled, interval, warmup, grad_scaler, process_group)
@@ -150,7 +157,12 @@ class APO(MetaLearner):
         try:
             _check_group(group)
             checks.parameters(self.parameters)
-            layers = self._layers_of(group)
+            check_placements(self._models, self.parameters, self._process_group)
+            if self._start.updates:
+                check_unplaced("fisher_start", self.parameters, "leave it at 0")
+            if self.method.shard == "owner":
+                check_unplaced("shard='owner'", self.parameters, "leave it out, for their state is sharded as they are")
+            layers = self._layers_of(group, self._arena.owners)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -161,12 +173,23 @@ class APO(MetaLearner):
         self._take_in(layers)
         self._held = HeldParameters(self._models, self.parameters)
 
-    def _layers_of(self, group: dict[str, Any]) -> list[Layer]:
+    def _found_owners(self) -> Owners:
+        parameters = list(self.model.parameters())
+        placed = any(map(is_placed, parameters))
+        owners = Owners() if placed else Owners.found(self.method.shard, self._process_group, self.model, parameters)
+        if owners.count > 1 and self._start.updates:
+            raise ValueError(
+                "fisher_start must be 0 where layers have owners: build APO with method=apo.Method(shard='none')"
+            )
+        return owners
+
+    def _layers_of(self, group: dict[str, Any], owners: Owners) -> list[Layer]:
         if group["block_dtype"] is not None and any(p.dtype == torch.float64 for p in group["params"]):
             raise ValueError(f"block_dtype must be None for float64 weights, but got {group['block_dtype']}")
         place = next(i for i, own in enumerate(self.param_groups) if own is group)
         sizes = group["block_size"], group["max_dim"], group["block_dtype"]
-        return [Layer.start(view, *sizes, place) for view in matrix_views(self.model, group["params"])]
+        views = local_views(matrix_views(self.model, group["params"]), *sizes[:2])
+        return [Layer.start(view, *sizes, place) for view in owners.views(views, *sizes[:2])]
 
     def _take_in(self, layers: Sequence[Layer]) -> None:
         """Let the meta-optimizer learn these layers, and checkpoints hold them, from now on."""
@@ -216,7 +239,7 @@ class APO(MetaLearner):
     def _renew(self) -> None:
         replaced = self._held.replaced()
         if replaced and all(
-            held.is_meta and isinstance(now, nn.Parameter) and not hasattr(now, "placements")
+            held.is_meta and isinstance(now, nn.Parameter) and is_placed(now) == is_placed(held)
             for _, held, now in replaced
         ):
             self._adopt({id(held): now for _, held, now in replaced})
@@ -243,8 +266,9 @@ class APO(MetaLearner):
     def _rebuild(self) -> None:
         """Make the blocks anew in the parameters' dtype and on their device, with what was learned so far."""
         former = {layer.view.name: layer for layer in self.layers}
-        fresh = [layer for group in self.param_groups for layer in self._layers_of(group)]
-        self._arena, self.meta = Arena(), _meta_optimizer(self.method)
+        owners = self._found_owners()
+        fresh = [layer for group in self.param_groups for layer in self._layers_of(group, owners)]
+        self._arena, self.meta = Arena(owners), _meta_optimizer(self.method)
         self._take_in(fresh)
         for layer in self.layers:
             if not former[layer.view.name].S.is_meta:
@@ -372,6 +396,8 @@ class APO(MetaLearner):
         derivatives, sizes = self._arena.by_name(slopes)
         if not isinstance(self.meta, RelativeSteps):
             derivatives = self._arena.derivatives(proposal.Gs, Vs, proposal.lengths)
+            sizes = [None] * len(sizes)
+        self._arena.sum_blocks_(derivatives, sizes)
         proposal.kept = None
         del V, Vs, slopes
         trial.V.clear()
@@ -389,7 +415,8 @@ class APO(MetaLearner):
         self, derivatives: list[Tensor | None], sizes: list[Tensor | None], by_group: Sequence[float]
     ) -> bool:
         judged = [x for x in (*derivatives, *sizes) if x is not None]
-        if judged and not bool(norms(judged).isfinite().all()):
+        wrong = bool(judged) and not bool(norms(judged).isfinite().all())
+        if any_over(wrong, self._shards.groups or self._arena.owners.over, self.layers[0].S.device):
             return False
         if not all(map(math.isfinite, by_group)):
             return False
@@ -419,7 +446,9 @@ class APO(MetaLearner):
         factors = []
         for layer, (*of_blocks, _) in zip(self.layers, rms, strict=True):
             factors += [*(1 / x for x in of_blocks), math.prod(of_blocks) / math.sqrt(moved[layer.group])]
-        torch._foreach_mul_([x for layer in self.layers for x in layer.tensors()], factors)
+        phi = self._arena.phi
+        torch._foreach_mul_([own.tensor for own in phi], factors)
+        torch._foreach_mul_([own.ones for own in phi], factors)
         self._start.rescale(self.layers, [1 / moved[layer.group] for layer in self.layers])
 
     def _gradients(self) -> Parts:
@@ -427,7 +456,7 @@ class APO(MetaLearner):
         found: list[Tensor | None] = []
         for group in self.param_groups:
             decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
-            grads = ((p, p.grad) for p in group["params"])
+            grads = ((local(p), local_grad(p)) for p in group["params"])
             found += [g if g is None or not decay else g.add(p, alpha=decay) for p, g in grads]
         return self._arena.parts(found, self.parameters)
 
@@ -442,7 +471,9 @@ class APO(MetaLearner):
             for v, (group, p) in zip(V, ((g, p) for g in self.param_groups for p in g["params"]), strict=True)
             if v is not None and _decay(group)
         ]
-        thetas = inner_products([v for _, v, _ in decayed], [p for *_, p in decayed])
+        thetas = inner_products([v for _, v, _ in decayed], [local(p) for *_, p in decayed])
+        inner = sum_over(inner, [layer.view.over for layer in self.layers])
+        thetas = sum_over(thetas, [over(p) for *_, p in decayed])
         values = torch.cat([inner.to(torch.promote_types(inner.dtype, thetas.dtype)), thetas.to(inner)]).tolist()
         sums = [0.0] * len(self.param_groups)
         for layer, value in zip(self.layers, values, strict=False):
@@ -470,12 +501,19 @@ class APO(MetaLearner):
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`MetaLearner.state_dict`; once the start is over with zeros in the place of its running means, so
-        that checkpoints have the same entries early and late."""
+        that checkpoints have the same entries early and late. Where layers have owners, all ranks must call it
+        together: each gets the whole, which may be loaded on any number of ranks."""
         state = super().state_dict()
+        gathered = self._arena.gathered()
         if self._start.updates:
             for layer, saved in self._saved(state):
                 for name, zeros in self._start.missing(layer).items():
                     saved.setdefault(name, zeros)
+        for layer, saved in self._saved(state):
+            held = gathered.get(layer, saved)
+            form = portable(layer, held, whole=bool(gathered))
+            saved.clear()
+            saved.update(tree_map(apart, form))
         return state
 
     def _settings(self) -> dict[str, Any]:
@@ -488,9 +526,9 @@ class APO(MetaLearner):
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         for layer, state in self._saved(state_dict):
-            misfit = layer.misfit(state)
-            if misfit:
-                raise ValueError(f"state_dict must come from the same model and block settings: {misfit}")
+            wrong = misfit(layer, state)
+            if wrong:
+                raise ValueError(f"state_dict must come from the same model and block settings: {wrong}")
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         # torch casts the blocks to the weights' dtype, so they are taken from the source
@@ -499,7 +537,7 @@ class APO(MetaLearner):
         if self._start.updates:
             self._start.prepare(self.layers)
         for layer, state in saved:
-            layer.load(state)
+            load_portable(layer, state)
         self._show_state()
         self._end_start()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Layer:
         view: the parameters, and how they are read.
         parts: A, B and S, of which those in :attr:`learned` are learned.
         sides: of A and of B.
+        whole_sides: the same of the whole matrix, where this rank holds a part of it.
         dtype: what the products read A, B and S as.
         group: index of the param group.
         working: A, B and S in the dtype that the products read, where that isn't their own.
@@ -35,6 +36,7 @@ class Layer:
     parts: dict[str, Learned]
     dtype: torch.dtype
     group: int = 0
+    whole_sides: tuple[Side, Side] = field(kw_only=True)
     working: tuple[Tensor, Tensor, Tensor] | None = None
     momentum: Tensor | None = None
 
@@ -60,12 +62,14 @@ class Layer:
             torch.ones(view.shape, dtype=master, device=device),
             torch.zeros((), dtype=torch.float32, device="cpu"),
         )
+        of_A, of_B = (view.column_over, view.row_over) if view.owner is None else (view.over, view.over)
         parts = {
-            "A": Learned(block(sides[0]), count=count, block=True),
-            "B": Learned(block(sides[1]), count=count, block=True),
-            "S": Learned(S, count=count),
+            "A": Learned(block(sides[0]), count=count, block=True, over=of_A, alike=view.row_over),
+            "B": Learned(block(sides[1]), count=count, block=True, over=of_B, alike=view.column_over),
+            "S": Learned(S, count=count, over=view.over, entries=view.entries),
         }
-        layer = cls(view, sides, parts, dtype or master, group)
+        whole_sides = (view.whole or view).sides(block_size, max_dim)
+        layer = cls(view, sides, parts, dtype or master, group, whole_sides=whole_sides)
         if layer.dtype != master:
             layer.working = layer.A.to(dtype), layer.B.to(dtype), layer.S.to(dtype)
         return layer
@@ -129,6 +133,9 @@ class Layer:
         held = {"step": self.count, **{name: getattr(self, name) for name in self.learned}}
         if self.momentum is not None:
             held["momentum_buffer"] = self.momentum
+        for name, side in zip("AB", self.sides, strict=True):
+            if side.learned:
+                held |= {f"{name}_place": side.places(self.S.device), f"{name}_ones": self.parts[name].ones}
         for name, own in zip(self.learned, self.phi, strict=True):
             held |= {f"{name}_{buffer}": tensor for buffer, tensor in own.buffers.items()}
         return held
@@ -138,17 +145,7 @@ class Layer:
         if self.momentum is None and "momentum_buffer" in state:
             self.momentum = torch.zeros_like(self.S)
         for name, tensor in self.state().items():
-            if name in state:
+            if name in state and tensor.shape == state[name].shape:
                 tensor.copy_(torch.as_tensor(state[name]))
         for copy, own in self.copies():
             copy.copy_(own)
-
-    def misfit(self, state: object) -> str | None:
-        """Why a state can't be taken up; None where it can."""
-        if not isinstance(state, dict) or not set(self.learned) <= state.keys():
-            return f"{self.view.name} needs entries {', '.join(self.learned)}"
-        for name, tensor in self.state().items():
-            held = state.get(name)
-            if isinstance(held, Tensor) and held.shape != tensor.shape:
-                return f"{name} of {self.view.name} must be {tuple(tensor.shape)}, but is {tuple(held.shape)}"
-        return None

@@ -99,7 +99,8 @@ class RelativeSteps:
         if isinstance(each, SharedSquares):
             ak.relative_step_squares_(*held, **step, floor=self.BLOCK_FLOOR, longest=self.LONGEST)
         else:
-            ak.relative_step_scalings_(*held, **step, floor=self.S_FLOOR, lengths=each.counts, entries=each.entries)
+            step |= {"lengths": each.counts, "entries": each.entries, "total": each.total}
+            ak.relative_step_scalings_(*held, **step, floor=self.S_FLOOR)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"learned": self.learned}  # a pickle doesn't keep views of one storage together

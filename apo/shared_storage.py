@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apo.meta_optimizer import Learned
+from apo.sharding import Over, sum_over
 
 __all__ = ["Numbers", "SharedScalings", "SharedSquares", "matrices_of_one", "shared"]
 
@@ -79,7 +80,7 @@ class SharedScalings:
         self.learned = list(learned)
         shapes = [own.tensor.shape for own in learned]
         self.counts = [_padded(shape) for shape in shapes]
-        self.entries = [shape.numel() for shape in shapes]
+        self.entries = [own.tensor.numel() if own.entries is None else own.entries for own in learned]
         like = learned[0].tensor
         storage = [matrices_of_one(shapes, like.dtype, like.device) for _ in "123"]
         self.tensor, self.slope, self.size = (flat for flat, _ in storage)
@@ -89,6 +90,16 @@ class SharedScalings:
     def numbers(self, number: Callable[[Learned], float]) -> Numbers:
         """A number of each tensor's: one, or one for each tensor."""
         return _one_or_each([number(own) for own in self.learned], [1] * len(self.learned), self.size)
+
+    @property
+    def total(self) -> Callable[[Tensor], None] | None:
+        """What sums numbers of the tensors over the ranks that hold their other parts, in place."""
+        over = [own.over for own in self.learned]
+
+        def add_up(sums: Tensor) -> None:
+            sums.copy_(sum_over(sums, over))
+
+        return add_up if any(over) else None
 
     def together(self, found: Mapping[Learned, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Slopes and sizes that were found, flat, with zeros between them."""
@@ -113,6 +124,8 @@ def _together(
 ) -> Tensor:
     """Tensors as one, each with its first entry at its start. Where they lie so, as they lie; else copied, with zeros
     for what isn't there."""
+    if 0 in shape:
+        return next(x for x in found if x is not None).new_zeros(shape)
     there = [i for i, x in enumerate(found) if x is not None]
     views = [x for x in found if x is not None]
     first = views[0]
@@ -138,10 +151,11 @@ def _together(
 
 def shared(learned: Sequence[Learned]) -> list[SharedSquares | SharedScalings]:
     """Let like tensors share storage: their ``tensor`` and ``buffers`` become views of it."""
-    alike: dict[tuple[int, torch.dtype, torch.device], list[Learned]] = {}
+    alike: dict[tuple[int, torch.dtype, torch.device, Over], list[Learned]] = {}
     for own in learned:
         side = own.tensor.shape[-1] if own.block else 0
-        alike.setdefault((side, own.tensor.dtype, own.tensor.device), []).append(own)
+        # ranks that hold the same block must step it by the same operations, to the bit
+        alike.setdefault((side, own.tensor.dtype, own.tensor.device, own.alike), []).append(own)
     return [(SharedSquares if each[0].block else SharedScalings)(each) for each in alike.values()]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.common import results
 from benchmarks.common.tables import markdown, short
 from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, FULL, NAMES
+from benchmarks.paper import overhead
 from benchmarks.paper.report.runs import Group, collect, grouped
 from benchmarks.paper.studies.tables import summary
 from benchmarks.paper.training.optimizers import METHODS
@@ -138,9 +139,14 @@ def _by_rate(outcomes: list[dict[str, Any]]) -> dict[float, tuple[float, float]]
 
 
 def _overhead() -> str:
-    contestants = results.load(OVERHEAD_RESULTS / "overhead.json")["contestants"]
-    rows = [[name, f"{1e3 * row['step_seconds']:.1f}", f"{row['ratio']:.2f}"] for name, row in contestants.items()]
-    return markdown(["optimizer", "ms per step", "÷ SGDm"], rows, numbers=True)
+    """A table for each model and machine, the MLP's first."""
+    tables = []
+    for path in sorted(COMMITTED.glob("*/overhead*.json"), key=lambda path: (path.stem, path)):
+        content = results.load(path)
+        title = content.get("title", "MLP 784-1000-1000-10, batch 100, interval 10, threads 1, width 1")
+        rows = overhead.rows(content["contestants"])
+        tables += [f"{title}, {content['environment']['device']}:", markdown(overhead.COLUMNS, rows, numbers=True)]
+    return "\n\n".join(tables)
 
 
 KERNELS = {

@@ -7,15 +7,22 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 __all__ = ["CallersAutocast", "forget_casts", "without_autocast"]
 
 
-def forget_casts() -> None:
-    """Drop what torch holds of the weights' former values. Call it whenever weights were written in place."""
+def forget_casts(models: Iterable[nn.Module] = ()) -> None:
+    """Drop what torch holds of the weights' former values. Call it whenever weights were written in place.
+
+    Of models under ``fully_shard`` that is the gathered weights, which the root keeps after a forward pass.
+    """
+    for model in models:
+        for module in model.modules():
+            if hasattr(module, "reshard") and hasattr(module, "set_reshard_after_backward"):  # an FSDPModule
+                module.reshard()  # type: ignore[operator]
     torch.clear_autocast_cache()
     if parametrize._cache_enabled:  # inside parametrize.cached()
         parametrize._cache.clear()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from apo.sharding import local
 from apo.trial.contents import Attributes, Content
 from apo.trial.random_state import random_state, restore_random_state
 from apo.trial.restoring import surely
@@ -193,6 +194,7 @@ def _train_but(known: dict[int, nn.Module], true: Callable[..., Any]) -> Callabl
 
 def _is_part(tensor: Tensor) -> bool:
     """Whether a tensor lies in memory that holds more than it."""
+    tensor = local(tensor)
     return tensor._is_view() or tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
 
 

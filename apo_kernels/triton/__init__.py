@@ -3,6 +3,10 @@
 * :mod:`~apo_kernels.triton.table_layout`: the tables that every kernel reads, column by column;
 * :mod:`~apo_kernels.triton.primitives`: device functions that the kernels share;
 * :mod:`~apo_kernels.triton.tile`: one program for each ``b × b`` tile, the whole chain on chip;
+* :mod:`~apo_kernels.triton.tile_model`: the same for a bound model's steps, trials and slopes;
+* :mod:`~apo_kernels.triton.model`, :mod:`~apo_kernels.triton.model_plan`, :mod:`~apo_kernels.triton.model_layers`,
+  :mod:`~apo_kernels.triton.model_wide`: their host's side;
+* :mod:`~apo_kernels.triton.relative`, :mod:`~apo_kernels.triton.relative_steps`: relative steps, and their host's side;
 * :mod:`~apo_kernels.triton.gemm`: the grouped GEMM for wider blocks, and its epilogues;
 * :mod:`~apo_kernels.triton.pack`: operands brought into aligned, zero-padded form;
 * :mod:`~apo_kernels.triton.config`: tile sizes and warps, as pure functions;

@@ -61,6 +61,9 @@ class _Run:
 
 
 class _Launch(Launch):
+    host: Tensor | None = None
+    """That its table was copied from: a replay of a graph copies again."""
+
     def _arguments(self, run: Any) -> tuple[Any, ...]:
         return (*self.tables, *run.arguments)
 
@@ -82,20 +85,21 @@ def relative_step_squares_(
     count, b = X.shape[:2]
     squares, rows = (X, slope), (size,)
     dense = all(x.stride()[1:] == (b, 1) or b == 1 for x in squares) and all(x.stride(-1) == 1 or b == 1 for x in rows)
-    if b > WIDEST or not dense or X.dtype != torch.float32:
+    new_slope = new_slope if new_slope.stride()[1:] == (b, 1) else new_slope.contiguous()
+    starts = (X, slope, new_slope)
+    wide = b > 1 and b % ALIGN == 0 and not any(x.stride(0) % ALIGN or x.data_ptr() % 16 for x in starts)
+    # Squares of more than 32 that can't be moved 16 bytes at a time would spill.
+    if b > (WIDEST if wide else WIDEST // 2) or not dense or X.dtype != torch.float32:
         on_aten.relative_step_squares_(
             X, slope, size, new_slope, new_size, rate, betas, correction, floor, longest, active
         )
         return
-    new_slope = new_slope if new_slope.stride()[1:] == (b, 1) else new_slope.contiguous()
     new_size = new_size if new_size.stride(-1) == 1 else new_size.contiguous()
     each, numbers = _each(X, count, rate, correction, active)
     apart = tuple(x.stride(0) for x in (X, slope, new_slope, size, new_size))
-    starts = (X, slope, new_slope)
-    wide = b > 1 and b % ALIGN == 0 and not any(x.stride(0) % ALIGN or x.data_ptr() % 16 for x in starts)
     with on_device(X.device):
         stream = current_stream(X.device)
-        launch = _squares(X.device, stream, (*apart, b, count), each, wide, precision)
+        launch = _made(_squares, X.device)(X.device, stream, (*apart, b, count), each, wide, precision)
         weights = 1 - betas[0], 1 - betas[1]
         scalars = (*numbers[3:], *weights, floor, EPS[X.dtype], longest)
         run: Any = _Run(stream, X, slope, size, new_slope, new_size, *numbers[:3], *scalars)
@@ -129,7 +133,7 @@ def relative_step_scalings_(
     each, (rates, corrections, takes_part, one_rate, one_correction) = _each(S, len(lengths), rate, correction, active)
     with on_device(S.device):
         stream = current_stream(S.device)
-        average, step = _scalings(S.device, stream, tuple(lengths), tuple(entries), each)
+        average, step = _made(_scalings, S.device)(S.device, stream, tuple(lengths), tuple(entries), each)
         sums = torch.empty(average.programs, dtype=torch.float32, device=S.device)
         weights = 1 - betas[0], 1 - betas[1]
         first: Any = _Run(
@@ -165,6 +169,11 @@ def _each(
     return True, (found[0].contiguous(), found[1].contiguous(), takes_part.contiguous(), 0.0, 0.0)
 
 
+def _made(make: Any, device: torch.device) -> Any:
+    """``make``, of launches that are made once. Those that are made in a capture are its graph's alone."""
+    return make.__wrapped__ if plans._capturing(device) else make
+
+
 def _keep(device: torch.device, stream: int, *launches: Launch) -> None:
     if plans._capturing(device):
         keep_for_graph(stream, *launches)
@@ -175,7 +184,7 @@ def _squares(
     device: torch.device, stream: int, shape: tuple[int, ...], each: bool, wide: bool, precision: str | None
 ) -> Launch:
     *_, b, count = shape
-    _, table = to_device(np.array(shape, np.int64), device)
+    host, table = to_device(np.array(shape, np.int64), device)
     if b == 1:
         kernel, programs = step_diagonals, -(-count // DIAGONALS)
         constants, warps = diagonals_constants(each), WARPS
@@ -184,13 +193,15 @@ def _squares(
         kernel, programs = step_squares, count
         constants = squares_constants(b, each, wide, chosen)
         warps = WARPS if constants["SIDE"] == WIDEST else 4
-    return _Launch("relative_squares", kernel, programs, (table,), constants, warps, 1)
+    launch = _Launch("relative_squares", kernel, programs, (table,), constants, warps, 1)
+    launch.host = host
+    return launch
 
 
 @cache
 def _scalings(
     device: torch.device, stream: int, lengths: tuple[int, ...], entries: tuple[int, ...], each: bool
-) -> tuple[Launch, Launch]:
+) -> tuple[_Launch, _Launch]:
     rows: list[tuple[int, ...]] = []
     first = 0
     for tensor, (length, true) in enumerate(zip(lengths, entries, strict=True)):
@@ -198,10 +209,10 @@ def _scalings(
         chunk = len(rows)
         rows += [(first + at, min(CHUNK, length - at), tensor, chunk, len(parts), max(true, 1)) for at in parts]
         first += length
-    _, table = to_device(np.array(rows, np.int64), device)
-    make: Callable[..., Launch] = partial(_Launch, programs=len(rows), tables=(table,), warps=WARPS, stages=1)
+    host, table = to_device(np.array(rows, np.int64), device)
+    make: Callable[..., _Launch] = partial(_Launch, programs=len(rows), tables=(table,), warps=WARPS, stages=1)
     own = scalings_constants(each)
-    return (
-        make("relative_means", average_scalings, constants=own),
-        make("relative_scalings", step_scalings, constants={**own, "LANES": LANES}),
-    )
+    average = make("relative_means", average_scalings, constants=own)
+    step = make("relative_scalings", step_scalings, constants={**own, "LANES": LANES})
+    average.host = host
+    return average, step

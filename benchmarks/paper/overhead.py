@@ -1,47 +1,99 @@
-"""``python -m benchmarks overhead``: what a step costs with each front end and with the baselines.
+"""``python -m benchmarks overhead``: what a step costs with each front end and with the baselines, on four models.
 
-MLP 784-1000-1000-10, batch 100, one thread. Whole steps are timed, closure included, ``interval`` steps at a time, so
-that each sample holds exactly one meta-step (with APO's defaults: one per step). Contestants take turns. The baselines
-renew their factors and inverses (roots) as often.
+Whole steps are timed, closure included, ``interval`` steps at a time, so that each sample holds exactly one meta-step
+(with APO's defaults: one per step). The contestants of a model take turns in one process. The baselines renew their
+factors and inverses (roots, bases) as often. Peak memory is taken before, of each contestant in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+import ctypes
+import gc
+import importlib.util
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import cycle, islice
+from math import ceil
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 import apo
 from benchmarks.common import results
 from benchmarks.common.console import console, progress, table, wrote
+from benchmarks.common.options import above_0, at_least_1, names_of
 from benchmarks.common.steps import take_steps
+from benchmarks.common.tables import short
 from benchmarks.common.timing import cpu_threads, interleave
-from benchmarks.paper.baselines import EKFAC, KFAC, Shampoo
-from benchmarks.paper.models import mlp
+from benchmarks.paper.baselines import KFAC, Shampoo
+from benchmarks.paper.data.parallel_text import WORDS
+from benchmarks.paper.models import Transformer, lenet, mlp, resnet18
 
-Make = Callable[[nn.Module, Callable[[], Tensor]], Optimizer]
+Inputs = tuple[Tensor, ...]
+Make = Callable[[nn.Module, Callable[[], Inputs]], Optimizer]
 """Makes an optimizer of a model, and of what returns the inputs of B′."""
+
+COLUMNS = ["optimizer", "ms per step", "÷ SGDm", "peak memory ÷ weights"]
+
+
+class Workload(NamedTuple):
+    title: str
+    build: Callable[[float], nn.Module]  # by a factor of the published width
+    batch: Callable[[int], tuple[Inputs, Tensor]]  # inputs and targets, so many
+    sizes: tuple[int, int]  # of a batch, on a GPU and on a CPU
+
+
+def _images(*shape: int) -> Callable[[int], tuple[Inputs, Tensor]]:
+    return lambda size: ((torch.randn(size, *shape),), torch.randint(10, (size,)))
+
+
+def _sentences(tokens: int) -> tuple[Inputs, Tensor]:
+    """Pairs of 32 words each, as many as ``tokens`` targets take."""
+    source, target = torch.randint(4, WORDS, (2, ceil(tokens / 32), 33))
+    return (source, target[:, :-1]), target[:, 1:].flatten()
+
+
+MODELS = {
+    "mlp": Workload("MLP 784-1000-1000-10", lambda w: mlp(784, *2 * [ceil(1000 * w)], 10), _images(784), (100, 100)),
+    "lenet": Workload("LeNet", lambda w: lenet(), _images(3, 32, 32), (128, 128)),
+    "resnet18": Workload("ResNet-18", lambda w: resnet18(width=w), _images(3, 32, 32), (128, 32)),
+    "transformer": Workload(
+        "Transformer 6+6", lambda w: Transformer(WORDS, 8 * ceil(64 * w), 6, 4, ceil(1024 * w)), _sentences, (4096, 512)
+    ),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, help="time for each contestant (default: 30, with --quick 3)")
-    parser.add_argument("--interval", type=int, default=10, help="a meta-update every N steps (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU's (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=1000, help="of the hidden layers (default: %(default)s)")
+    parser.add_argument("--models", type=names_of(MODELS), default=[*MODELS], help=f"of {', '.join(MODELS)}; all")
+    parser.add_argument("--batch", type=at_least_1, help="examples, or the Transformer's tokens (default: the model's)")
+    parser.add_argument("--seconds", type=above_0, help="time for each contestant (default: 30, with --quick 3)")
+    parser.add_argument("--interval", type=at_least_1, default=10, help="a meta-update every N steps (%(default)s)")
+    parser.add_argument("--threads", type=at_least_1, default=1, help="of the CPU's (default: %(default)s)")
+    parser.add_argument("--width", type=above_0, help="factor of the models' widths (default: 1, with --quick 0.25)")
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print the table, write ``overhead.json``, and return its content."""
-    calls = {name: _period(make, options) for name, make in _contestants(options.interval).items()}
+def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Measure each model, print its table, write ``overhead.json`` (the MLP's) and ``overhead-MODEL.json``."""
+    return {name: _measure(name, options) for name in options.models}
+
+
+def _measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
+    batch = options.batch or MODELS[model].sizes[torch.device(options.device).type == "cpu"]
+    own = {"model": model, "width": options.width or (0.25 if options.quick else 1.0), "batch": batch}
+    options = argparse.Namespace(**vars(options) | own)
+    makes = _contestants(options)
     with cpu_threads(options.threads), progress() as bar:
-        task = bar.add_task("overhead", total=1.0)
+        peaks = {name: _in_a_process(name, options) for name in bar.track(makes, description="memory")}
+        task = bar.add_task("time", total=1.0)
         samples = interleave(
-            calls,
+            {name: partial(next, _periods(make, options, options.width)) for name, make in makes.items()},
             seconds=options.seconds or (3.0 if options.quick else 30.0),
             advance=lambda share: bar.update(task, completed=share),
         )
@@ -51,73 +103,109 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "spread": [x / options.interval for x in sample.spread],
             "periods": len(sample.times),
             "ratio": sample.median / samples["SGDm"].median,
+            "peak_memory": peaks[name],
         }
         for name, sample in samples.items()
     }
-    title = f"MLP 784-{options.width}-{options.width}-10, batch 100, a meta-update every {options.interval} steps"
-    columns = ("optimizer", "ms per step", "quartiles", "÷ SGDm")
-    console.print(table(title, columns, map(_row, found.items()), text=("optimizer",)))
-    settings = {"interval": options.interval, "width": options.width, "threads": options.threads}
-    payload = {**settings, "contestants": found}
-    wrote(results.write(options.out, "overhead", options.device, payload))
+    settings = {key: getattr(options, key) for key in ("batch", "interval", "threads", "width")}
+    title = ", ".join([MODELS[model].title, *(f"{key} {value:g}" for key, value in settings.items())])
+    payload = {"model": model, "title": title, **settings, "contestants": found}
+    console.print(table(title, COLUMNS, rows(found), text=COLUMNS[:1]))
+    file = "overhead" if model == "mlp" else f"overhead-{model}"
+    wrote(results.write(options.out, file, options.device, payload))
     return payload
 
 
-def _row(entry: tuple[str, dict[str, Any]]) -> list[str]:
-    name, row = entry
-    quartiles = " to ".join(f"{1e3 * seconds:.1f}" for seconds in row["spread"])
-    return [name, f"{1e3 * row['step_seconds']:.1f}", quartiles, f"{row['ratio']:.2f}"]
+def rows(contestants: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
+    """What there is to show, by :data:`COLUMNS`."""
+    for name, row in contestants.items():
+        peak = row.get("peak_memory")
+        yield [name, short(1e3 * row["step_seconds"]), f"{row['ratio']:.2f}", "–" if peak is None else f"{peak:.1f}"]
 
 
-def _contestants(interval: int) -> dict[str, Make]:
-    def sgdm(model: nn.Module, inputs: Callable[[], Tensor]) -> Optimizer:
-        return SGD(model.parameters(), lr=0.01, momentum=0.9)
-
-    def adaptive(model: nn.Module, inputs: Callable[[], Tensor]) -> Optimizer:
-        objective = apo.ProximalObjective(model, inputs, "kl")
-        return apo.AdaptiveLR(sgdm(model, inputs), objective, interval=interval, warmup=0)
+def _contestants(options: argparse.Namespace) -> dict[str, Make]:
+    def plain(kind: Callable[..., Optimizer], **settings: Any) -> Make:
+        return lambda model, inputs: kind(model.parameters(), **settings)
 
     def preconditioned(**settings: Any) -> Make:
-        return lambda model, inputs: apo.APO(model, apo.ProximalObjective(model, inputs, "kl"), lr=0.01, **settings)
+        return lambda model, inputs: apo.APO(model, goal(model, inputs), lr=0.01, **settings)
 
-    def kfac(kind: type[KFAC] | type[EKFAC]) -> Make:
-        rare: dict[str, Any] = {"factor_interval": interval, "inverse_interval": interval, "warmup": 0}
-        return lambda model, inputs: kind(model, lr=0.01, damping=0.1, **rare)
+    def muon(model: nn.Module, inputs: Callable[[], Inputs]) -> Optimizer:
+        """Of hidden matrices. Vectors, and what has a row for each class or word, are its AdamW's."""
+        hidden = [p for p in model.parameters() if p.ndim > 1 and len(p) not in (10, WORDS)]
+        rest = [p for p in model.parameters() if p.ndim < 2 or len(p) in (10, WORDS)]
+        groups = [{"params": hidden, "use_muon": True}, {"params": rest, "use_muon": False}]
+        return peers.Muon(groups)  # type: ignore[no-any-return]
 
-    return {
+    goal, sgdm, N = apo.ProximalObjective, plain(SGD, lr=0.01, momentum=0.9), options.interval
+    rare: dict[str, Any] = {"interval": N, "warmup": 0}
+    makes = {
         "SGDm": sgdm,
-        "Adam": lambda model, inputs: Adam(model.parameters(), lr=1e-3),
-        "AdaptiveLR on SGDm": adaptive,
-        "APO, blocks of 64": preconditioned(block_size=64, interval=interval, warmup=0),
+        "AdamW, foreach": plain(AdamW, foreach=True),
+        "AdamW, fused": plain(AdamW, fused=True),
+        "AdaptiveLR on SGDm": lambda model, inputs: apo.AdaptiveLR(sgdm(model, inputs), goal(model, inputs), **rare),
+        "APO, blocks of 64, after one meta-update": preconditioned(interval=10**9, warmup=0),
+        "APO, blocks of 64": preconditioned(**rare),
         "APO, defaults: a meta-update at every step": preconditioned(),
-        "APO, full blocks": preconditioned(block_size=None, interval=interval, warmup=0),
-        "KFAC": kfac(KFAC),
-        "EKFAC": kfac(EKFAC),
-        "Shampoo": lambda model, inputs: Shampoo(
-            model.parameters(), lr=0.01, grafting=True, interval=interval, warmup=0
+        **({"APO, full blocks": preconditioned(block_size=None, **rare)} if options.model == "mlp" else {}),
+        "KFAC": lambda model, inputs: KFAC(
+            model, lr=0.01, damping=0.1, factor_interval=N, inverse_interval=N, warmup=0
         ),
+        # of these models only the vocabulary has a side above 1,024
+        "Shampoo": plain(Shampoo, lr=0.01, grafting=True, block_size=1024, **rare),
     }
+    if importlib.util.find_spec("pytorch_optimizer"):
+        peers = importlib.import_module("pytorch_optimizer")
+        makes |= {"SOAP": plain(peers.SOAP, precondition_frequency=N, max_precondition_dim=1024), "Muon": muon}
+    return makes
 
 
-def _period(make: Make, options: argparse.Namespace) -> Callable[[], None]:
-    """``interval`` steps on batches of its own, from a model of its own."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4000, 784, generator=generator).to(options.device)
-    t = torch.randint(10, (4000,), generator=generator).to(options.device)
+def _periods(make: Make, options: argparse.Namespace, width: float) -> Iterator[int]:
+    """The bytes of a model's weights, once it is there; then again after every ``interval`` steps, on four batches."""
     torch.manual_seed(0)
-    model = mlp(784, options.width, options.width, 10).to(options.device)
-
-    def batch() -> Tensor:
-        return torch.randint(len(x), (100,), generator=generator).to(options.device)
+    with torch.device(options.device):
+        model = MODELS[options.model].build(width).to(options.device)
+        made = [MODELS[options.model].batch(options.batch) for _ in range(4)]
+    batches, others = cycle(made), islice(cycle(made), 2, None)
 
     def loss_at(step: int) -> Callable[[], Tensor]:
-        here = batch()
-        return lambda: F.cross_entropy(model(x[here]), t[here])
+        inputs, targets = next(batches)
+        return lambda: F.cross_entropy(model(*inputs).flatten(0, -2), targets)
 
-    optimizer = make(model, lambda: x[batch()])
-
-    def period() -> None:
+    yield (weights := sum(p.nbytes for p in model.parameters()))
+    optimizer = make(model, lambda: next(others)[0])
+    while True:
         for _ in take_steps(optimizer, loss_at, range(options.interval)):
             pass
+        yield weights
 
-    return period
+
+def _in_a_process(*arguments: Any) -> float | None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(peak_memory, *arguments).result()
+
+
+def peak_memory(contestant: str, options: argparse.Namespace) -> float | None:
+    """The most that is held above a model and its gradients, activations included, ÷ the weights.
+
+    For a process of its own. A narrow model goes before, with which libraries take what they keep to themselves. None
+    where the system doesn't tell.
+    """
+    begin: Callable[[], object] = partial(torch.cuda.reset_peak_memory_stats, options.device)
+    most: Callable[[], int] = partial(torch.cuda.max_memory_allocated, options.device)
+    if torch.device(options.device).type != "cuda":
+        anew, now = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+        if not anew.exists():
+            return None
+        ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back at once
+        begin, most = partial(anew.write_text, "5"), lambda: 1024 * int(now.read_text().split("VmHWM:")[1].split()[0])
+    torch.set_num_threads(options.threads)
+    make = _contestants(options)[contestant]
+    next(islice(_periods(make, options, options.width / 8), 1, None))
+    periods = _periods(make, options, options.width)
+    weights = next(periods)
+    gc.collect()
+    begin()
+    before = most()
+    next(islice(periods, 1, None))  # two: the second begins with all state
+    return (most() - before) / weights - 1

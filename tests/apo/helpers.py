@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,30 @@ from apo.matrix_view import MatrixView
 from apo.preconditioner import Layer
 
 Problem = tuple[nn.Module, Tensor, Tensor, Tensor]
+ROOT = Path(__file__).parents[2]
+
+
+def played(worker: str, scene: str, ranks: int, folder: Path, *, failing: bool = False) -> list[Any]:
+    """What each rank of a worker's scene saved; ``failing``: whatever the processes' exit codes."""
+    command = [sys.executable, "-m", worker, scene, str(folder)]
+    return _saved([[*command, str(rank), str(ranks)] for rank in range(ranks)], ranks, folder, failing=failing)
+
+
+def played_by_forks(worker: str, scene: str, ranks: int, folder: Path, *, failing: bool = False) -> list[Any]:
+    """The same of a worker that is given all ranks, so that it is imported once, and forks."""
+    return _saved([[sys.executable, "-m", worker, scene, str(folder), str(ranks)]], ranks, folder, failing=failing)
+
+
+def _saved(commands: list[list[str]], ranks: int, folder: Path, *, failing: bool) -> list[Any]:
+    processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=280)
+            assert process.returncode == 0 or failing, errors
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 def mlp(*, dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:

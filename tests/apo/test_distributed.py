@@ -14,32 +14,14 @@ import torch
 
 from tests.apo import ranks_worker
 from tests.apo.distributed_worker import RANKS, train
-from tests.apo.helpers import same
+from tests.apo.helpers import played, same
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
-ROOT = Path(__file__).parents[2]
-
-
-def played(scene: str, ranks: int, folder: Path) -> list[Any]:
-    """What each rank got."""
-    command = [sys.executable, "-m", "tests.apo.ranks_worker", scene, str(folder)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(ranks)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in range(ranks)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0 or scene == "raising", errors
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return played("two_ranks", 2, tmp_path_factory.mktemp("two_ranks"))
+    return played("tests.apo.ranks_worker", "two_ranks", 2, tmp_path_factory.mktemp("two_ranks"))
 
 
 @pytest.mark.parametrize("kind", ranks_worker.FRONT_ENDS)
@@ -78,7 +60,7 @@ def test_a_model_on_one_rank_only_trains_alone(two_ranks: list[Any]) -> None:
 
 
 def test_two_models_of_two_replicas(tmp_path: Path) -> None:
-    found = played("subgroups", 4, tmp_path)
+    found = played("tests.apo.ranks_worker", "subgroups", 4, tmp_path)
     for kind in ("AdaptiveLR", "APO"):
         assert same(found[0][kind], found[1][kind])
         assert same(found[2][kind], found[3][kind])
@@ -89,7 +71,7 @@ def test_two_models_of_two_replicas(tmp_path: Path) -> None:
 
 def test_an_exception_on_one_rank_lets_no_other_go_on(tmp_path: Path) -> None:
     """An error on both within the group's timeout, at the same step and with the same weights."""
-    first, second = played("raising", 2, tmp_path)
+    first, second = played("tests.apo.ranks_worker", "raising", 2, tmp_path, failing=True)
     assert second["error"] == "stop"
     assert first["error"] is not None
     assert first["steps"] == second["steps"] == 2

@@ -234,6 +234,33 @@ def test_a_layer_of_no_gradient_keeps_its_preconditioner() -> None:
     assert opt.failed_trials == 0
 
 
+@pytest.mark.parametrize("lie", ["as in storage", "close together", "apart"])
+@pytest.mark.parametrize("b", [3, 4, 5])
+@pytest.mark.parametrize("without", [None, 1])
+def test_slopes_are_taken_together_however_they_lie(lie: str, b: int, without: int | None) -> None:
+    """What was found of each block stands where the block does."""
+    torch.manual_seed(0)
+    learned = []
+    for shape in ((2,), (3,), (1,), (3, 2)):
+        buffers = {"slope": torch.zeros(*shape, b, b), "size": torch.zeros(*shape, b)}
+        learned.append(Learned(torch.randn(*shape, b, b), block=True, buffers=buffers))
+    squares = SharedSquares(learned)
+    count, step = sum(squares.counts), squares.slope.stride(0) if lie == "as in storage" else b * b
+    stack = torch.randn(5 + count * step).as_strided((count, b, b), (step, b, 1), 5)
+    found, at = {}, 0
+    for i, (own, squared) in enumerate(zip(learned, squares.counts, strict=True)):
+        slope = torch.randn(own.tensor.shape) if lie == "apart" else stack[at : at + squared].view(own.tensor.shape)
+        if i != without:
+            found[own] = slope, torch.randn(own.tensor.shape[:-1])
+        at += squared
+    slopes, sizes = squares.together(found)
+    at = 0
+    for own, squared in zip(learned, squares.counts, strict=True):
+        for whole, part in zip((slopes, sizes), found.get(own, ()), strict=False):
+            assert torch.equal(whole[at : at + squared].reshape(part.shape), part)
+        at += squared
+
+
 def test_slopes_of_squares_that_lie_apart_are_taken_as_they_lie() -> None:
     """Squares of side 3 lie 16 elements apart."""
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from benchmarks.__main__ import COMMANDS, DEFAULT, main, module_of
 BAD: list[tuple[list[str], str]] = [
     (["throughput", "--models", "alexnet"], "alexnet"),
     (["throughput", "--dtypes", "int8"], "int8"),
+    (["overhead", "--models", "lenet,vgg"], "vgg"),
     (["--device", "quantum"], "quantum"),
     (["nonsense"], "nonsense"),
 ]

@@ -17,6 +17,7 @@ import torch
 
 import apo_kernels as ak
 from apo_kernels import reference
+from tests.apo_kernels.triton import test_model
 from tests.apo_kernels.triton.examples import DTYPES, EVEN, ODD, TOLERANCE, Model, assert_close, model
 
 pytest.importorskip("triton.language")
@@ -173,6 +174,92 @@ def test_the_same_bits_in_every_run(side: int | None) -> None:
         for each, each_first in zip(again, first, strict=True):
             for x, y in zip(each, each_first, strict=True):
                 assert torch.equal(x, y)
+
+
+MODEL_FORMS = [(64, 64, True), (64, 64, False), (16, 8, True), (1, 64, True), (30, 1, False), (None, None, False)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("A", "B", "pad"), MODEL_FORMS)
+@pytest.mark.parametrize("share", [None, 0.25])
+def test_steps_of_a_whole_model(dtype: torch.dtype, A: int | None, B: int | None, pad: bool, share: float) -> None:
+    test_model.check_step(test_model.of_form(dtype, A, B, pad).to("cuda"), dtype, share)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("A", "B", "pad"), MODEL_FORMS)
+def test_slopes_of_a_whole_model(dtype: torch.dtype, A: int | None, B: int | None, pad: bool) -> None:
+    own = test_model.of_form(dtype, A, B, pad).to("cuda")
+    learned = ["ABS"] * len(own.Ss)
+    bound = own.bind(learned=learned)
+    test_model.check_trial(own, bound, dtype)
+    kept = bound.keep(own.Gs)
+    test_model.check_slopes(own, bound, kept, dtype, learned)
+    first, second = (bound.slopes(own.Vs, kept, lengths=own.lr) for _ in range(2))
+    for x, y in zip(first[:6], second[:6], strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(x, y, strict=True) if one is not None)
+
+
+def test_a_whole_models_tiles_are_many() -> None:
+    """Those that lie well have a launch apart."""
+    own = test_model.layers([(512, 1024), (300, 500), (1024, 2048)], torch.bfloat16, pad=True).to("cuda")
+    test_model.check_step(own, torch.bfloat16, 0.25)
+    test_model.check_slopes(own, own.bind(), own.bind().keep(own.Gs), torch.bfloat16, ["ABS"] * 3, 5)
+
+
+@pytest.mark.parametrize("same_stream", [True, False])
+def test_a_captured_step_of_a_whole_model(same_stream: bool) -> None:
+    """With its promise; a replay reads what lies there then."""
+    torch.manual_seed(0)
+    own = test_model.layers([(64, 128), (33, 65)], torch.bfloat16).to("cuda")
+    torch.manual_seed(0)
+    copy = test_model.layers([(64, 128), (33, 65)], torch.bfloat16).to("cuda")
+    bound, other = own.bind(), copy.bind()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        test_model.step(own, bound, 0.1)
+    test_model.step(copy, other, 0.1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream if same_stream else None):
+        test_model.step(own, bound, 0.1)
+    for _ in range(3):
+        for one, another in zip(own.Gs, copy.Gs, strict=True):
+            for x, y in zip(one, another, strict=True):
+                y.copy_(x.normal_())
+        graph.replay()
+        test_model.step(copy, other, 0.1)
+        for one, another in zip(own.thetas, copy.thetas, strict=True):
+            for x, y in zip(one, another, strict=True):
+                assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("b", [1, 3, 16, 30, 64])
+def test_relative_steps(b: int, each: bool) -> None:
+    count = 200
+    X, slope, new = (torch.randn(count, b, b, device="cuda") for _ in range(3))
+    size, new_size = torch.rand(count, b, device="cuda"), torch.rand(count, b, device="cuda")
+    number = torch.rand(count, device="cuda") if each else 0.1
+    options = {"betas": (0.5, 0.9), "floor": 1e-6, "longest": 2.0}
+    wide = number.double() if each else number
+    exact = [x.double() for x in (X, slope, size, new, new_size)]
+    ak.relative_step_squares_(*exact, rate=wide, correction=wide, **options)
+    ak.relative_step_squares_(
+        X, slope, size, new, new_size, rate=number, correction=number, backend="triton", **options
+    )
+    for x, y in zip((X, slope, size), exact, strict=False):
+        assert_close(x, y, torch.float32)
+    lengths = [8, 20_000, count * b * b]
+    flat = [torch.rand(sum(lengths), device="cuda") for _ in range(5)]
+    exact = [x.double() for x in flat]
+    number = torch.rand(3, device="cuda") if each else 0.1
+    wide = number.double() if each else number
+    given = {"lengths": lengths, "betas": (0.9, 0.99), "floor": 1e-3}
+    ak.relative_step_scalings_(*exact, rate=wide, correction=wide, **given)
+    ak.relative_step_scalings_(*flat, rate=number, correction=number, backend="triton", **given)
+    for x, y in zip(flat[:3], exact, strict=False):
+        assert_close(x, y, torch.float32)
 
 
 def test_it_is_chosen() -> None:

@@ -50,6 +50,18 @@ class Layers:
     def bind(self, backend: str = "triton", learned: Sequence[str] | None = None) -> ak.ModelPreconditioner:
         return ak.ModelPreconditioner(self.As, self.Bs, self.Ss, widths=self.widths, learned=learned, backend=backend)
 
+    def to(self, device: str) -> Layers:
+        """With the pads between rows."""
+
+        def moved(x: Tensor) -> Tensor:
+            base = x if x._base is None else x._base
+            return base.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+        def each(x: Any) -> Any:
+            return moved(x) if isinstance(x, Tensor) else [each(y) for y in x] if isinstance(x, list) else x
+
+        return Layers(*(each(getattr(self, own.name)) for own in fields(Layers)))
+
     def present(self) -> list[int]:
         return [i for i, own in enumerate(self.Gs) if own is not None and any(x is not None for x in own)]
 
@@ -57,7 +69,9 @@ class Layers:
         """In float64, zeros where a part isn't there."""
         own, S = parts[i], self.Ss[i]
         each = [
-            torch.zeros(*S.shape[:-1], width, dtype=torch.float64) if own is None or own[k] is None else own[k].double()
+            S.new_zeros((*S.shape[:-1], width), dtype=torch.float64)
+            if own is None or own[k] is None
+            else own[k].double()
             for k, width in enumerate(self.widths[i])
         ]
         return torch.cat(each, -1)
@@ -145,12 +159,14 @@ def expected_step(own: Layers, f: float) -> tuple[list[list[Tensor]], list[Tenso
     return thetas, buffers
 
 
-def check_step(own: Layers, dtype: torch.dtype, share_of_promise: float | None) -> list[str]:
+def check_step(
+    own: Layers, dtype: torch.dtype, share_of_promise: float | None, bound: ak.ModelPreconditioner | None = None
+) -> list[str]:
     promise = own.promise()
     most = math.inf if share_of_promise is None else share_of_promise * promise
     f = min(1.0, 1.0 if share_of_promise is None else share_of_promise)
     thetas, buffers = expected_step(own, f)
-    bound = own.bind()
+    bound = bound or own.bind()
     with count_launches() as names:
         found = bound.step_(
             own.thetas, own.Gs, own.buffers, lr=own.lr, momentum=own.momentum, weight_decay=own.decay, most=most,
@@ -222,6 +238,15 @@ def test_trials_and_slopes(dtype: torch.dtype, A: int | None, B: int | None, pad
     own = of_form(dtype, A, B, pad)
     learned = ["ABS", "AS", "BS", "ABS", "S", "ABS"][: len(own.Ss)]
     bound = own.bind(learned=learned)
+    kept = check_trial(own, bound, dtype)
+    check_slopes(own, bound, kept, dtype, learned)
+    with count_launches() as names:
+        kept = bound.keep(own.Gs)
+    assert names == ["model_keep"]
+    check_slopes(own, bound, kept, dtype, learned)
+
+
+def check_trial(own: Layers, bound: ak.ModelPreconditioner, dtype: torch.dtype) -> object:
     shrink = [0.9 + 0.01 * i for i in range(len(own.Ss))]
     present = own.present()
     thetas = []
@@ -241,11 +266,7 @@ def test_trials_and_slopes(dtype: torch.dtype, A: int | None, B: int | None, pad
     check_weights(own, thetas, dtype)
     for x, y in zip(own.buffers, buffers, strict=True):
         assert x is None or torch.equal(x, y)  # type: ignore[arg-type]
-    check_slopes(own, bound, kept, dtype, learned)
-    with count_launches() as names:
-        kept = bound.keep(own.Gs)
-    assert names == ["model_keep"]
-    check_slopes(own, bound, kept, dtype, learned)
+    return kept
 
 
 def check_slopes(
@@ -282,6 +303,47 @@ def check_slopes(
 
 def assert_size(dtype: torch.dtype) -> float:
     return {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+
+
+def ways_of(bound: ak.ModelPreconditioner) -> set[tuple[bool, bool]]:
+    """What was moved 16 bytes at a time in the launches so far: matrices, squares."""
+    every = [launch for plan in bound._bound._plans.values() for launch in plan.launches]  # type: ignore[attr-defined]
+    return {
+        (launch.constants["WIDE_MATRICES"], launch.constants["WIDE_SQUARES"])
+        for launch in every
+        if "WIDE_MATRICES" in launch.constants
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("side", "way"), [(64, (True, True)), (40, (True, True)), (16, (True, False))])
+def test_what_lies_well_is_moved_16_bytes_at_a_time(dtype: torch.dtype, side: int, way: tuple[bool, bool]) -> None:
+    """With biases, last squares that stick out, and a gradient of which a part is missing."""
+    own = layers([(64, 64), (33, 128), (3, 70, 80)], dtype, A=side, B=side, there=["wb", "w", "wb"], pad=True)
+    bound = own.bind()
+    for share in (None, 0.25):
+        check_step(own, dtype, share, bound)
+    kept = check_trial(own, bound, dtype)
+    assert ways_of(bound) == {way}
+    check_slopes(own, bound, kept, dtype, ["ABS"] * 3)
+    assert ways_of(bound) == {way, way if way[1] else (False, False)}
+
+
+def test_sums_of_many_parts() -> None:
+    own = layers([(8, 700), (700, 7)], torch.float32, B=8)
+    bound = own.bind()
+    check_slopes(own, bound, bound.keep(own.Gs), torch.float32, ["ABS"] * 2)
+
+
+def test_what_a_trial_keeps_lies_well_though_its_gradients_dont() -> None:
+    own = layers([(64, 64), (33, 128)], torch.float32, pad=True)
+    for parts in own.Gs:
+        parts[0] = torch.cat([parts[0], parts[0]], 1)[:, 1 : 1 + parts[0].shape[1]]  # type: ignore[index, union-attr, list-item]
+    bound = own.bind()
+    kept = bound.keep(own.Gs)
+    assert ways_of(bound) == {(False, False)}
+    check_slopes(own, bound, kept, torch.float32, ["ABS"] * 2)
+    assert ways_of(bound) == {(False, False), (True, True)}
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def close(x: Tensor, y: Tensor, before: Tensor) -> None:
 
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("each", [False, True])
-@pytest.mark.parametrize(("count", "b"), [(7, 64), (5, 33), (3, 16), (9, 3), (1030, 1), (2, 70), (1, 8)])
+@pytest.mark.parametrize(("count", "b"), [(7, 64), (5, 33), (5, 30), (3, 16), (9, 3), (1030, 1), (2, 70), (1, 8)])
 def test_squares(count: int, b: int, each: bool, apart: bool) -> None:
     def stack(x: Tensor) -> Tensor:
         if not apart:
@@ -43,6 +43,8 @@ def test_squares(count: int, b: int, each: bool, apart: bool) -> None:
 
     X, slope, new = (stack(torch.randn(count, b, b) * scale) for scale in (1.0, 0.1, 3.0))
     X += torch.eye(b)
+    for x in (slope, new):  # so that some have a greater norm than the longest
+        x *= (10.0 ** -(torch.arange(count) % 4))[:, None, None]
     size, new_size = torch.rand(count, b), torch.rand(count, b)
     size[0, 0] = new_size[0, 0] = 0.0
     given = numbers(each, count)
@@ -52,7 +54,7 @@ def test_squares(count: int, b: int, each: bool, apart: bool) -> None:
     ak.relative_step_squares_(*exact, **wide(given), **options)  # type: ignore[arg-type]
     with count_launches() as names:
         ak.relative_step_squares_(X, slope, size, new, new_size, backend="triton", **given, **options)  # type: ignore[arg-type]
-    assert names == ([] if b > 64 else ["relative_squares"])
+    assert names == ([] if b in (33, 70) else ["relative_squares"])  # else ATen's
     for x, y, z in zip((X, slope, size), exact, before, strict=False):
         close(x, y, z)
     if each:
