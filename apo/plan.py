@@ -188,7 +188,9 @@ def _sent(layer: Layer, *, relative: bool) -> tuple[int, int]:
     of_blocks = sum(count * (x.tensor.nbytes + relative * x.tensor.nbytes // x.tensor.shape[-1]) for x, count in blocks)
     weights = sum(p.nbytes for p in view.parameters) if view.owner is not None else 0  # handed on
     lengths = LENGTH * sum(len(over(p)) for p in view.parameters)
-    products = len(view.over) * (size + relative * size)  # its slope, and its share of S's mean size
+    products = len(view.over) * (
+        2 * LENGTH + relative * size
+    )  # its slope and that's size, and its share of S's mean size
     return weights, 2 * weights + lengths + of_blocks + products  # of an owned layer θ′, and V, are weights too
 
 

@@ -174,7 +174,7 @@ class AtenModel:
         """What keeps the promise at ``most``, and the rates times it; elsewhere than on a CPU, to look at it would mean
         to wait for it, and the directions are scaled."""
         if self._like.is_cpu:
-            value = share * sum(x.item() for x in sums)
+            value = share * (torch.stack(list(sums)).sum().item() if sums else 0.0)
             if total is not None:
                 total(promised := self._like.new_full((), value))
                 value = promised.item()

@@ -38,8 +38,6 @@ def train(rank: int | None, dtype: torch.dtype) -> dict[str, Any]:
         if name == "APO":
             bare = apo.Method(fisher_start=0)
             optimizer = apo.APO(model, goal, lr=lr, interval=2, warmup=4, block_size=4, method=bare)
-                model, goal, lr=lr, interval=2, warmup=4, block_size=4, method=apo.Method(fisher_start=0)
-            )
         else:
             base = torch.optim.SGD(inner.parameters(), lr, 0.9)
             optimizer = apo.AdaptiveLR(base, goal, interval=2, warmup=4, reach=0.5 if fresh else 1.0)

@@ -31,11 +31,13 @@ class Group:
 
     params: list[Tensor]
     lr: float = 0.1
-    momentum: float = 0.75
+    momentum: float = 0.5
     weight_decay: float = 0.0
     decoupled_weight_decay: bool = True
     block_size: int | None = 64
     slope_square: float = 0.0
+    slope_mean: float = 0.0
+    updates: int = 0
 
     @property
     def decay(self) -> float:
@@ -97,7 +99,7 @@ class PerLayer:
         ]
         self.discrepancy, self.fsd_weight, self.wsd_weight = discrepancy, fsd_weight, wsd_weight
         self.interval, self.warmup, self.method = interval, warmup, method
-        self.most_promised = math.inf
+        self.most_promised, self.mean_loss = math.inf, math.nan
         self.steps = 0
         self.failed: list[int] = []
         self.bounded: list[int] = []
@@ -169,7 +171,9 @@ class PerLayer:
                 self.failed.append(self.steps)
                 self._shrink()
                 return False
-            self.most_promised = abs(J_there.item()) + 1
+            most = max(abs(J_there.item()), abs(base))
+            self.mean_loss = most if math.isnan(self.mean_loss) else 0.9 * self.mean_loss + 0.1 * most
+            self.most_promised = 10 * max(most, self.mean_loss)
             self._learn(Gs, V)
         return True
 
@@ -186,12 +190,13 @@ class PerLayer:
                 self._change_rate(group, -1.0)
 
     def _learn(self, Gs: dict[Layer, Tensor], V: dict[Tensor, Part]) -> None:
-        slopes = dict.fromkeys(self.groups, 0.0)
+        slopes, sizes = dict.fromkeys(self.groups, 0.0), dict.fromkeys(self.groups, 0.0)
         for layer, G in Gs.items():
             group, own_V = layer.group, _matrix(layer.view, V)
             length = group.lr * self._reach(group)
             P_G = precondition(G, layer.A, layer.B, layer.S)
             slopes[group] -= length * (own_V * P_G).sum().item()
+            sizes[group] += length * (G * P_G).sum().item()
             for p in _own(layer):
                 v = V[p]
                 slopes[group] -= 0.0 if v is None else group.lr * group.decay * (v * p).sum().item()
@@ -199,9 +204,16 @@ class PerLayer:
         if not self.method.adapt_lr:
             return
         for group in self.groups:
-            slope = sum(slopes.values()) if self.method.shared_lr else slopes[group]
-            group.slope_square = 0.99 * group.slope_square + 0.01 * slope**2
-            self._change_rate(group, -self.method.lr_meta_lr * slope / (math.sqrt(group.slope_square) + LEAST))
+            slope, size = (sum(x.values()) if self.method.shared_lr else x[group] for x in (slopes, sizes))
+            group.updates += 1
+            if self.method.meta_optimizer == "relative":
+                ratio = min(max(slope / size, -1.0), 1.0) if size else 0.0
+                group.slope_mean = 0.8 * group.slope_mean + 0.2 * ratio
+                step = group.slope_mean / (1 - 0.8**group.updates)
+            else:
+                group.slope_square = 0.99 * group.slope_square + 0.01 * slope**2
+                step = slope / (math.sqrt(group.slope_square) + LEAST)
+            self._change_rate(group, -self.method.lr_meta_lr * step)
         if self.method.meta_optimizer == "relative" and max(layer.updates for layer in self.layers) % 10 == 0:
             self._move_scale_to_rates()
 

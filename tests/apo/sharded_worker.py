@@ -146,6 +146,7 @@ def groups(model: nn.Module, name: str, layout: str) -> list[dict[str, Any]]:
 def front_end(kind: str, model: nn.Module, goal: Any, params: Any, **settings: Any) -> Any:
     settings = {"interval": 2, "warmup": 5, **settings}
     if kind == "APO":
+        settings = {"fisher_start": 0, **settings}  # which isn't served on DTensors
         return apo_of(model, goal, params=params, lr=0.01, block_size=BLOCK, **settings)
     bases = {
         "SGD": partial(torch.optim.SGD, lr=0.02, momentum=0.5),
@@ -265,7 +266,9 @@ def replicated(shard: str, dtype: torch.dtype, *, steps: int = 12, state: Any = 
     goal = apo.ProximalObjective(model, [x[own] for x, _ in others])
     trained = [p for p in inner.parameters() if p.requires_grad]
     groups = [{"params": trained[:2], "momentum": 0.5, "weight_decay": 0.1}, {"params": trained[2:]}]
-    opt = apo_of(model, goal, params=groups, lr=0.01, interval=2, warmup=5, block_size=4, shard=shard, **settings)
+    opt = apo_of(
+        model, goal, params=groups, lr=0.01, interval=2, warmup=5, block_size=4, shard=shard, fisher_start=0, **settings
+    )
     if state is not None:
         inner.load_state_dict(state["model"], strict=False)
         opt.load_state_dict(state["optimizer"])
@@ -458,7 +461,7 @@ def single(layout: str | None) -> dict[str, Any]:
     own = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
     goal = apo.ProximalObjective(replica, [other[own]], "mse")
     owner = {"shard": "owner"} if layout == "ddp" else {}
-    opt = apo_of(model, goal, lr=0.1, block_size=1, warmup=30, weight_decay=0.1, **owner)
+    opt = apo_of(model, goal, lr=0.1, block_size=1, warmup=30, weight_decay=0.1, fisher_start=0, **owner)
 
     def closure() -> Tensor:
         opt.zero_grad()

@@ -68,12 +68,14 @@ def test_the_promise_factor_is_the_share_of_the_step_that_was_taken() -> None:
     model = nn.Linear(4, 1, bias=False)
     x = torch.randn(8, 4)
     goal = apo.ProximalObjective(model, [x], "mse")
-    opt = apo.APO(model, goal, lr=0.01, momentum=0, interval=1, method=apo.Method(adapt_lr=False, meta_lr=0.0))
+    opt = apo.APO(
+        model, goal, lr=0.01, momentum=0, interval=1, method=apo.Method(adapt_lr=False, meta_lr=0.0, fisher_start=0)
+    )
     opt.step(closure_of(opt, model, x, None, lambda y, _: y.square().mean()))
     assert opt.metrics()["promise_factor"] == 1
     opt.interval = opt.warmup = 0
     before = model.weight.detach().clone()
-    opt.step(closure_of(opt, model, x, None, lambda y, _: 100 * y.sum()))
+    opt.step(closure_of(opt, model, x, None, lambda y, _: 1000 * y.sum()))
     factor = opt.metrics()["promise_factor"]
     assert 0 < factor < 0.1
     torch.testing.assert_close(before - model.weight, factor * 0.01 * model.weight.grad)

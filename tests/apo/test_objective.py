@@ -193,7 +193,7 @@ def test_front_ends_fill_in_the_weight_that_was_left_open() -> None:
     assert apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.5), fresh).objective.fsd_weight == 0.1
     assert apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.5), goal).objective.wsd_weight == 0
     of_apo = apo.APO(model, goal).objective
-    assert (of_apo.fsd_weight, of_apo.wsd_weight) == (1, 1e-3)
+    assert (of_apo.fsd_weight, of_apo.wsd_weight) == (1, 1e-4)
     given = apo.APO(model, objective(model, other, fsd_weight=None, wsd_weight=0.0)).objective
     assert (given.fsd_weight, given.wsd_weight) == (1, 0)
     assert goal.fsd_weight is None

@@ -75,7 +75,7 @@ def trained(layers: int, operations: Operations, patch: pytest.MonkeyPatch, *, m
     torch.manual_seed(0)
     model = Chain(layers, operations)
     x, t, other = torch.randn(16, 32), torch.randint(32, (16,)), torch.randn(16, 32)
-    opt = apo.APO(model, apo.ProximalObjective(model, [other]))
+    opt = apo.APO(model, apo.ProximalObjective(model, [other]), interval=1, method=apo.Method(fisher_start=0))
     backward = Tensor.backward
 
     def uncounted(*args: Any, **kwargs: Any) -> None:

@@ -89,7 +89,7 @@ class Run:
         self.x, self.t = torch.randn(64, 8), torch.randint(4, (64,))
         goal = apo.ProximalObjective(self.model, [self.x])
         if front_end == "APO":
-            self.opt: Any = apo.APO(self.model, goal, lr=RATE, **settings)
+            self.opt: Any = apo.APO(self.model, goal, lr=RATE, **settings, method=apo.Method(lr_meta_lr=0.3))
         else:
             self.opt = apo.AdaptiveLR(torch.optim.SGD(self.model.parameters(), lr=RATE), goal, **settings)
         self.scheduler = make(self.opt) if make is not None else None

@@ -589,6 +589,10 @@ def test_what_the_objective_calls_may_raise(front_end: str, where: str) -> None:
         def backward(ctx: Any, grad: Tensor) -> Tensor:
             return stop(grad)
 
+    def with_samples(rho: Any) -> Any:
+        rho.fisher_sample = true.fisher_sample
+        return rho
+
     batch, true = goal.inputs(), goal.discrepancy
     if where == "inputs":
         goal.inputs = lambda: stop(batch)
@@ -597,9 +601,9 @@ def test_what_the_objective_calls_may_raise(front_end: str, where: str) -> None:
     elif where == "outputs":
         goal._outputs = stop
     elif where == "discrepancy":
-        goal.discrepancy = lambda new, old: stop(true(new, old))
+        goal.discrepancy = with_samples(lambda new, old: stop(true(new, old)))
     else:
-        goal.discrepancy = lambda new, old: true(Backward.apply(new), old)
+        goal.discrepancy = with_samples(lambda new, old: true(Backward.apply(new), old))
     for each in (expected, run):
         seed(1)
         each.step()

@@ -48,8 +48,12 @@ def optimizer_of(
     fresh = Fresh(batches, targets=loss is not None)
     goal = apo.ProximalObjective(model, fresh, loss=loss, **(objective or {}))
     settings = {"interval": 2, "warmup": 4, **settings}
+    # its samples of the Fisher matrix would differ between ranks and one process
+    method = apo.Method(fisher_start=0, lr_meta_lr=0.3)
     fresh.optimizer = (
-        apo.APO(model, goal, block_size=4, **settings) if name == "APO" else apo.AdaptiveLR(base, goal, **settings)
+        apo.APO(model, goal, block_size=4, **settings, method=method)
+        if name == "APO"
+        else apo.AdaptiveLR(base, goal, **settings)
     )
     return fresh.optimizer
 

@@ -239,7 +239,7 @@ def test_a_schedule_that_overwrites_is_told_of_once(name: str, tmp_path: Path) -
     model = language_model()
     optimizer = make(name, model, own_loss, rescale_schedule=False)
     with pytest.warns(UserWarning, match="rescale_schedule") as seen:
-        trainer(tmp_path, optimizer, model, own_loss).train()
+        trainer(tmp_path, optimizer, model, own_loss, lr_scheduler_type="constant_with_warmup").train()
     assert sum("rescale_schedule" in str(warning.message) for warning in seen) == 1
 
 
