@@ -215,6 +215,7 @@ def _model_default(target: Target, dtype: torch.dtype, stage: str, side: int, wa
         return TileConfig(side, side, 1)
     if side < 64:
         apart = (name, side, stage, wide) == ("sm_90", 32, "model_update", False)
+        apart |= (name, side, stage, wide, way) == ("sm_80", 32, "model_trial", True, (True, False))
         return TileConfig(side, 16 if wide else side, 8 if apart else 4)
     if wide:
         few = name == "sm_90" and not (slopes and all(way))
