@@ -22,7 +22,7 @@ def test_what_the_prose_says_of_a_steps_cost() -> None:
     contestants = results.load(readme.OVERHEAD_RESULTS / "overhead.json")["contestants"]
     ratios = {name: row["ratio"] for name, row in contestants.items()}
     learned, blocks = ratios["AdaptiveLR on SGDm"], ratios["APO, blocks of 64"]
-    default = ratios["APO, defaults: a meta-update at every step"]
+    default = ratios["APO, its first 300 steps"]
     assert f"{learned:.2f} × SGD with momentum" in (DOCS / "choosing.md").read_text()
     assert f"{blocks:.1f} × with `interval=10`, {default:.0f} × with the defaults" in (DOCS / "choosing.md").read_text()
     said = f"{learned:.2f} times SGD's time", f"{blocks:.0f} times (`interval=10`) to {default:.0f} times (the default)"

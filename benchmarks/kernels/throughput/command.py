@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="to time each contestant for (default: 4, with --quick 0.25)")
     limit = "leave out calls that may take more seconds (default: 60, with --quick 1)"
     parser.add_argument("--limit", type=float, help=limit)
-    parser.add_argument("--add", action="store_true", help="keep the rows in --out that this run doesn't measure")
     account = "time nothing: print the FLOPs, bytes and regime of every launch of the kernels on an H100"
     parser.add_argument("--account", action="store_true", help=account)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -84,43 +83,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             console.print(tables.model_table(model, found))
             rows += found
         by_shape = _shapes(bench, models)
-    earlier = _earlier(options, rows, by_shape)
     payload: dict[str, Any] = {
         "device_name": device_name(options.device),
         "threads": options.threads,
         "matmul_flops_per_s": {name: rates[dtype] for name, dtype in DTYPES.items()},
         "copy_bytes_per_s": bandwidth,
-        "rows": [*rows, *earlier["rows"]],
-        "by_shape": sorted([*by_shape, *earlier["by_shape"]], key=lambda row: row["m"] * row["n"]),
-        "ratios": tables.ratios([*rows, *earlier["rows"]]),
-        "earlier": earlier["environments"],
+        "rows": rows,
+        "by_shape": by_shape,
+        "ratios": tables.ratios(rows),
     }
     console.print(tables.ratio_table(payload["ratios"]))
     path = results.write(options.out, "throughput", options.device, payload)
     wrote(*plots.draw(payload, options.out), path)
     return payload
-
-
-def _earlier(options: argparse.Namespace, rows: list[Row], by_shape: list[Row]) -> dict[str, Any]:
-    """With ``--add``: what the file that is to be written anew holds beside these rows, and where it was taken.
-
-    So a long run can be made in parts.
-    """
-    path = options.out / "throughput.json"
-    if not options.add or not path.exists():
-        return {"rows": [], "by_shape": [], "environments": []}
-    content = results.load(path)
-    return {
-        "rows": _without(rows, content["rows"], ("model", "operation", "dtype", "contestant")),
-        "by_shape": _without(by_shape, content["by_shape"], ("m", "n", "contestant")),
-        "environments": [content["environment"], *content["earlier"]],
-    }
-
-
-def _without(new: list[Row], old: list[Row], names: tuple[str, ...]) -> list[Row]:
-    """The old rows that no new one replaces."""
-    keys = {tuple(row[name] for name in names) for row in new}
-    return [row for row in old if tuple(row[name] for name in names) not in keys]
 
 
 def _measure(bench: Bench, model: str, operation: str, work: dict[str, Workload]) -> Iterator[Row]:

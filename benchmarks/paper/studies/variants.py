@@ -67,7 +67,6 @@ START = {
     "start": Variant("defaults at interval 10"),
     "start: λ_WSD 0": Variant("", wsd_weight=0.0),
     "start: none": Variant("no Fisher start", {"method": apo.Method(fisher_start=0)}),
-    "start: 100": Variant("shorter", {"method": apo.Method(fisher_start=100)}),
     "start: momentum 0.75": Variant("", {"momentum": 0.75}),
 }
 """What is set for the Fisher start."""

@@ -19,7 +19,7 @@ def test_every_call_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert main(["host", "--quick", "--out", str(tmp_path)]) == 0
     found = results.load(tmp_path / "host.json")["calls"]
     names = ["bound step", "step", "forward", "forward, keep", "derivatives"]
-    of_a_model = ["step", "step, promise", "step, gradients moved", "trial", "slopes"]
+    of_a_model = ["step", "step, promise", "trial", "slopes"]
     assert [(row["model"], row["call"]) for row in found] == [
         *(("3 layers", name) for name in names + [f"model's {name}" for name in of_a_model]),
         *(("3 small layers", name) for name in names),

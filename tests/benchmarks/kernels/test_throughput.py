@@ -165,26 +165,6 @@ def test_what_would_take_too_long_is_named_and_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_run_can_be_made_in_parts(tmp_path: Path) -> None:
-    options = ["throughput", "--seconds", "0.01", "--models", "lenet", "--no-compile", "--out", str(tmp_path)]
-    main([*options, "--dtypes", "fp32,bf16", "--operations", "apply"])
-    first = results.load(tmp_path / "throughput.json")
-    main([*options, "--dtypes", "fp32", "--operations", "apply,step", "--add"])
-    both = results.load(tmp_path / "throughput.json")
-    assert {(row["operation"], row["dtype"]) for row in both["rows"]} == {
-        ("apply", "fp32"),
-        ("apply", "bf16"),
-        ("step", "fp32"),
-    }
-    assert len(both["rows"]) == 3 * (len(NAMES) - 1)
-    assert [row for row in both["rows"] if row["dtype"] == "bf16"] == [
-        row for row in first["rows"] if row["dtype"] == "bf16"
-    ]
-    assert both["earlier"] == [first["environment"]]
-    assert both["ratios"][0]["in bf16"] is not None
-
-
-@pytest.mark.usefixtures("tiny")
 def test_a_contestant_of_ours_must_not_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Another's failure stands in the table; ours stops the run."""
 
