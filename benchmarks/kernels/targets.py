@@ -94,7 +94,7 @@ def tile(constants: dict[str, Any]) -> str:
     if "BM" in constants:
         return f"{constants['BM']}×{constants['BN']}×{constants['BK']}"
     if "SIDE" in constants:
-        return f"{constants['SIDE']}×{constants['SIDE']}/{constants['SLAB']}"
+        return f"{constants['SIDE']}×{constants['SIDE']}/{constants.get('SLAB', constants['SIDE'])}"
     return "×".join(str(constants[name]) for name in ("ROWS", "COLS", "CHUNK") if name in constants)
 
 
