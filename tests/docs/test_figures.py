@@ -25,8 +25,8 @@ def test_what_the_prose_says_of_a_steps_cost() -> None:
     default = ratios["APO, its first 300 steps"]
     assert f"{learned:.2f} × SGD with momentum" in (DOCS / "choosing.md").read_text()
     assert f"{blocks:.1f} ×; {default:.0f} × in the first 300 steps" in (DOCS / "choosing.md").read_text()
-    said = f"{learned:.2f} times SGD's time", f"{blocks:.0f} times SGD's time, {default:.0f} times in the first 300 steps"
-    for text in said:
+    of_apo = f"{blocks:.0f} times SGD's time, {default:.0f} times in the first 300 steps"
+    for text in (f"{learned:.2f} times SGD's time", of_apo):
         assert text in (ROOT / "README.md").read_text()
 
 
