@@ -3,6 +3,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+MODELS := tests/apo_kernels/triton/test_model.py
 
 install: $(VENV)/.installed
 
@@ -16,11 +17,13 @@ bench: install  ## every benchmark at its quick setting: tables, plots and JSON 
 	$(BIN)/python -m benchmarks --quick
 
 test: install lint  ## lint, types and tests; the kernels in Triton's interpreter beside the others
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret tests/apo_kernels/triton > $(VENV)/interpret.log 2>&1 & kernels=$$!; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret --ignore=$(MODELS) tests/apo_kernels/triton \
+		> $(VENV)/interpret.log 2>&1 & kernels=$$!; \
 	$(BIN)/python -m pytest -q -n auto --dist loadscope -m "not interpret and not aot"; others=$$?; \
 	wait $$kernels; interpreted=$$?; cat $(VENV)/interpret.log; exit $$((others + interpreted))
 
-targets: install  ## compile every default configuration of the kernels for every GPU: minutes, the first time
+targets: install  ## whole models in the interpreter, and every kernel compiled for every GPU: minutes, the first time
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret $(MODELS)
 	$(BIN)/python -m pytest -q -m aot tests/apo_kernels/triton tests/benchmarks/kernels/test_targets.py
 
 docs: install  ## the documentation as a site in build/site; a warning is an error
