@@ -39,6 +39,7 @@ def main(steps: int = 100) -> None:
     state = optimizer.state_dict()  # on all ranks: each gives what it owns, and gets the whole
     if rank == 0 and len(sys.argv) > 2:
         torch.save({"model": model.module.state_dict(), "optimizer": state}, sys.argv[2])
+    dist.barrier()  # no rank closes its connections while another still reads
     dist.destroy_process_group()
 
 

@@ -48,6 +48,7 @@ def main(steps: int = 100) -> None:
     if len(sys.argv) > 2:  # may be loaded on any number of ranks
         of_model, of_optimizer = get_state_dict(model, optimizer)
         dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=sys.argv[2])
+    dist.barrier()  # no rank closes its connections while another still reads
     dist.destroy_process_group()
 
 

@@ -42,6 +42,7 @@ def main(steps: int = 100) -> None:
         optimizer.step()
         if rank == 0 and (step % 10 == 0 or step == steps - 1):
             print(f"step {step:4d}  loss {loss.item():.3f}  lr {optimizer.metrics()['lr']:.2e}")
+    dist.barrier()  # no rank closes its connections while another still reads
     dist.destroy_process_group()
 
 
