@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+import apo_kernels as ak
 from apo.arena import Arena, Parts
 from apo.preconditioner import Layer
 
@@ -159,9 +159,9 @@ def _energies_of_noise(layer: Layer) -> dict[str, Tensor]:
     a, b = _column_squares(layer.A, S2, -1).unsqueeze(-2), _column_squares(layer.B, S2, -2).unsqueeze(-1)
     found = {"S": S2 * a * b}
     if "A" in layer.learned:
-        found["A"] = layer.A.mT @ layer.A * _by_square((S2 * b).mean(-2), layer.A).unsqueeze(-2)
+        found["A"] = layer.A.mT @ layer.A * ak.by_square((S2 * b).mean(-2), layer.A).unsqueeze(-2)
     if "B" in layer.learned:
-        found["B"] = layer.B.mT @ layer.B * _by_square((S2 * a).mean(-1), layer.B).unsqueeze(-2)
+        found["B"] = layer.B.mT @ layer.B * ak.by_square((S2 * a).mean(-1), layer.B).unsqueeze(-2)
     return found
 
 
@@ -169,11 +169,3 @@ def _column_squares(block: Tensor, S: Tensor, dim: int) -> Tensor:
     """The squared norm of each column of a full block or a stack of squares, along a side of S."""
     squares = block.square().sum(-2)
     return squares if block.ndim == S.ndim else squares.flatten(-2)[..., : S.shape[dim]]
-
-
-def _by_square(side: Tensor, block: Tensor) -> Tensor:
-    """A number for each of a side's entries, in the shape of ``block[..., 0]``, with zeros for what sticks out."""
-    if block.ndim == side.ndim + 1:
-        return side
-    count, width = block.shape[-3:-1]
-    return F.pad(side, (0, count * width - side.shape[-1])).reshape(*side.shape[:-1], count, width)

@@ -23,7 +23,6 @@ __all__ = [
     "local",
     "local_grad",
     "over",
-    "place_like",
     "shards_of",
     "sum_over",
     "sum_over_",
@@ -77,16 +76,6 @@ def shards_of(tensor: Tensor) -> list[tuple[int, str]]:
 def over(tensor: Tensor) -> Over:
     """The groups over which a tensor is cut."""
     return tuple(name for _, name in shards_of(tensor))
-
-
-def place_like(part: Tensor, like: Tensor) -> Tensor:
-    """A DTensor of this part, placed as ``like``; the part itself where that is no DTensor."""
-    if not is_placed(like):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def known(group: Any) -> str:

@@ -5,7 +5,7 @@ end: tensors in, tensors out. Imports and runs without a GPU and without Triton.
 """
 
 from apo_kernels.aten import Kept
-from apo_kernels.blocks import blocks_from_dense, blocks_to_dense, identity_block
+from apo_kernels.blocks import blocks_from_dense, blocks_to_dense, by_square, identity_block
 from apo_kernels.flops import precondition_flops, precondition_vjp_flops
 from apo_kernels.functional import (
     BoundStep,
@@ -29,6 +29,7 @@ __all__ = [
     "ModelSlopes",
     "blocks_from_dense",
     "blocks_to_dense",
+    "by_square",
     "explain",
     "foreach_precondition",
     "foreach_precondition_step_",

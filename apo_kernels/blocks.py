@@ -15,7 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["block_count", "blocks_from_dense", "blocks_to_dense", "identity_block", "is_stack", "relative_derivative"]
+__all__ = [
+    "block_count",
+    "blocks_from_dense",
+    "blocks_to_dense",
+    "by_square",
+    "identity_block",
+    "is_stack",
+    "relative_derivative",
+]
 
 
 def block_count(size: int, block_size: int) -> int:
@@ -95,6 +103,16 @@ def blocks_from_dense(dense: Tensor, block_size: int) -> Tensor:
     padded = torch.nn.functional.pad(dense, (0, pad, 0, pad))
     tiles = padded.reshape(*dense.shape[:-2], count, block_size, count, block_size)
     return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).contiguous()
+
+
+def by_square(side: Tensor, block: Tensor) -> Tensor:
+    """A number for each entry of a side ``(*batch, n)``, in the shape of ``block[..., 0]``, with zeros for what sticks
+    out of the side."""
+    if not is_stack(block, side.unsqueeze(-1)):
+        return side
+    count, width = block.shape[-3:-1]
+    padded = torch.nn.functional.pad(side, (0, count * width - side.shape[-1]))
+    return padded.reshape(*side.shape[:-1], count, width)
 
 
 def relative_derivative(block: Tensor, derivative: Tensor, size: int) -> Tensor:

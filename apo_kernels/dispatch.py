@@ -1,6 +1,6 @@
 """Which path serves a call, and why: asked and answered here alone.
 
-A backend offers the four functions of :class:`Backend`. Which one serves is decided by, in this order, the ``backend=``
+A backend offers the functions of :class:`Backend`. Which one serves is decided by, in this order, the ``backend=``
 argument of the call, the environment variable ``APO_KERNELS_BACKEND`` as it was when the package was imported, and the
 first backend that can serve the tensors: ``triton`` on a GPU that it has kernels for, else ``aten``.
 
@@ -261,25 +261,13 @@ class _Guarded:
         return partial(self._call, self._backend.bind_step(*operands), aten.bind_step(*operands))
 
     def bind_model(self, *operands: Any) -> BoundModel:
-        global _failure
-        other = aten.bind_model(*operands)
-        if _failure is not None:
-            return other
-        try:
-            return cast(BoundModel, _GuardedModel(self, self._backend.bind_model(*operands), other))
-        except torch.OutOfMemoryError:
-            raise
-        except Unserved as error:
-            warnings.warn(f"apo_kernels: aten serves a model, for {error}", RuntimeWarning, stacklevel=4)
-        except Exception as error:
-            _failure = f"{type(error).__name__}: {error}"
-            warnings.warn(
-                f"apo_kernels: the backend triton failed and aten serves from now on ({_failure}); "
-                f"backend='triton' shows the failure in full",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        return other
+        fallback = aten.bind_model(*operands)
+
+        def guarded() -> BoundModel:
+            return cast(BoundModel, _GuardedModel(self, self._backend.bind_model(*operands), fallback))
+
+        model: BoundModel = self._call(guarded, lambda: fallback)
+        return model
 
     def _call(self, serves: Callable[..., Any], fallback: Callable[..., Any], *arguments: Any) -> Any:
         global _failure

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from apo_kernels.aten.operators import sum_of_products
-from apo_kernels.blocks import is_stack
+from apo_kernels.blocks import by_square
 from apo_kernels.slopes import Parts
 from apo_kernels.triton.plan_builder import Operands, Operation
 from apo_kernels.triton.table_layout import Role
@@ -101,16 +100,8 @@ class WideLayers:
             found[2], found[5] = T * N * (-2 * length), size
             if "A" in self.learned[i]:
                 found[0] = sum_of_products(N.mT, T, M.mT, TN, like=A).mul_(-length)
-                found[3] = _by_square(size.sum(-2), A)
+                found[3] = by_square(size.sum(-2), A)
             if "B" in self.learned[i]:
                 found[1] = sum_of_products(N, T.mT, M, TN.mT, like=B).mul_(-length)
-                found[4] = _by_square(size.sum(-1), B)
+                found[4] = by_square(size.sum(-1), B)
             yield i, found, (T * N).sum()
-
-
-def _by_square(side: Tensor, block: Tensor) -> Tensor:
-    """A number for each of a side's entries, in the shape of ``block[..., 0]``, with zeros for what sticks out."""
-    if not is_stack(block, side.unsqueeze(-1)):
-        return side
-    count, width = block.shape[-3:-1]
-    return F.pad(side, (0, count * width - side.shape[-1])).reshape(*side.shape[:-1], count, width)

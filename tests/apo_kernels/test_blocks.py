@@ -37,3 +37,10 @@ def test_identity_block_is_the_identity(b: int | None) -> None:
 def test_dense_is_differentiable() -> None:
     stack = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: ak.blocks_to_dense(x, 5), stack)
+
+
+def test_by_square_cuts_a_side_as_the_blocks_do() -> None:
+    side = torch.arange(1.0, 11.0).view(2, 5)
+    found = ak.by_square(side, torch.zeros(2, 3, 2, 2))
+    assert torch.equal(found, torch.tensor([[[1.0, 2], [3, 4], [5, 0]], [[6, 7], [8, 9], [10, 0]]]))
+    assert ak.by_square(side, torch.zeros(2, 5, 5)) is side
