@@ -586,7 +586,7 @@ def test_where_slopes_fail_aten_reads_what_was_kept(chosen: None, monkeypatch: p
 
 
 def test_a_bias_of_two_columns_is_atens(chosen: None) -> None:
-    with pytest.warns(RuntimeWarning, match="aten serves a model, .*a bias of width 1"):
+    with pytest.warns(RuntimeWarning, match="aten serves a call, .*a bias of width 1"):
         ak.ModelPreconditioner([torch.eye(5)], [torch.eye(3)], [torch.ones(3, 5)], widths=[(3, 2)])
 
 
