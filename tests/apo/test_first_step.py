@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 class Bag(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embedding, self.head = nn.Embedding(40_000, 256), nn.Linear(256, 10)
+        self.embedding, self.head = nn.Embedding(20_000, 256), nn.Linear(256, 10)
 
     def forward(self, tokens):
         return self.head(self.embedding(tokens).mean(1))
@@ -46,7 +46,7 @@ def held():
         if line.startswith("VmHWM"):
             return 1024 * int(line.split()[1])
 
-model, tokens, t = Bag(), torch.randint(40_000, (8, 16)), torch.randint(10, (8,))
+model, tokens, t = Bag(), torch.randint(20_000, (8, 16)), torch.randint(10, (8,))
 goal = apo.ProximalObjective(model, [tokens])
 if sys.argv[1] == "APO":
     opt = apo.APO(model, goal)

@@ -21,6 +21,7 @@ from tests.apo.per_layer import PerLayer
 Settings = dict[str, Any]
 
 STEPS = 200
+FEW = 60
 LAMBDAS: Settings = {"fsd_weight": 1.0, "wsd_weight": 0.1}
 """λ_WSD is large, and targets can be learned: runs then contract, and rounding isn't amplified (2e-13 at most; with
 λ_WSD of 0.01, up to 1e-11)."""
@@ -156,16 +157,18 @@ CASES = {
     # In a square with others its column of A grows from 1e-15 to 1e-3 in ten steps: 1e-11 after 5 steps, 1e-4 after 10.
     "transformer": Case(Transformer, same_rate=False),
     "transformer, key bias in a square with others": Case(Transformer, group={"block_size": 3}, steps=3),
-    "transformer, attention without biases": Case(without_key_bias, group={"block_size": 3, "weight_decay": 0.02}),
-    "full blocks, no momentum": Case(group={"block_size": None, "momentum": 0.0}),
-    "sides without blocks": Case(method={"max_dim": 6}),
+    "transformer, attention without biases": Case(
+        without_key_bias, group={"block_size": 3, "weight_decay": 0.02}, steps=FEW
+    ),
+    "full blocks, no momentum": Case(group={"block_size": None, "momentum": 0.0}, steps=FEW),
+    "sides without blocks": Case(method={"max_dim": 6}, steps=FEW),
     "two groups": Case(groups=TWO_GROUPS),
-    "two groups, each with its rate": Case(groups=TWO_GROUPS, method={"shared_lr": False}),
+    "two groups, each with its rate": Case(groups=TWO_GROUPS, method={"shared_lr": False}, steps=FEW),
     "L2": Case(group={"weight_decay": 0.02, "decoupled_weight_decay": False}),
     "decoupled decay": Case(group={"weight_decay": 0.02}),
     "next step": Case(group={"momentum": 0.3}, method={"lookahead": "step"}),
-    "adam": Case(method={"meta_optimizer": "adam"}),
-    "rmsprop": Case(method={"meta_optimizer": "rmsprop"}),
+    "adam": Case(method={"meta_optimizer": "adam"}, steps=FEW),
+    "rmsprop": Case(method={"meta_optimizer": "rmsprop"}, steps=FEW),
     "failed trials": Case(group={"lr": 100.0}, odd={150: 1000.0}, shown=failed),
     "failed trials, rate as it is": Case(
         group={"lr": 100.0}, method={"adapt_lr": False}, shown=lambda reference: 0 in reference.failed

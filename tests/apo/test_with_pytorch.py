@@ -291,7 +291,7 @@ def test_foreign_state_dicts_are_refused_whole(front_end: str) -> None:
 
 
 @each_front_end
-def test_memory_is_flat_over_a_thousand_meta_steps(front_end: str) -> None:
+def test_memory_is_flat_over_meta_steps(front_end: str) -> None:
     model, x, t, other = mlp(dtype=torch.float32)
     opt = FRONT_ENDS[front_end](model, other, interval=1)
     losses: list[weakref.ref[Tensor]] = []
@@ -308,11 +308,11 @@ def test_memory_is_flat_over_a_thousand_meta_steps(front_end: str) -> None:
     for _ in range(310):  # beyond the Fisher start, which holds running means
         opt.step(closure)
     before = tensors()
-    for _ in range(1000):
+    for _ in range(300):
         opt.step(closure)
     assert tensors() == before
     assert losses[0]() is None  # no graph is held either
-    assert opt.steps == 1310
+    assert opt.steps == 610
 
 
 @each_front_end

@@ -125,25 +125,18 @@ BEST_FIXED = {"SGD": 0.3, "SGDm": 0.3, "RMSprop": 0.003, "Adam": 0.03}
 """The best of the seven fixed rates by training loss, from ``learning_rates.run`` (which compares all, over seeds)."""
 
 
-SEEDS = {"SGD": (0, 1, 2)}
-"""Where one will not do: SGD's accuracies are 0.4 points below the best rate's in the mean, and a single run's is
-known to 1 point, for there are 360 images."""
+LOSS = {"SGD": 0.1, "SGDm": 0.01, "RMSprop": 0.06, "Adam": 0.01}
+"""What the training loss ends below, after half of the benchmark's epochs."""
 
 
 @pytest.mark.parametrize("name", learning_rates.OPTIMIZERS)
 def test_learned_rates_on_digits(name: str) -> None:
     """From rates far too small and far too large, with the defaults for all."""
-    starts, seeds = (1e-4, 1000 * BEST_FIXED[name]), SEEDS.get(name, (0,))
-    best = _mean_accuracy([learning_rates.train(name, BEST_FIXED[name], adaptive=False, seed=s) for s in seeds])
-    learned = [[learning_rates.train(name, lr, adaptive=True, seed=s) for s in seeds] for lr in starts]
-    runs = [outcome for of_start in learned for outcome in of_start]
-    for of_start in learned:
-        assert all(outcome.loss < (0.03 if name == "SGD" else 0.01) for outcome in of_start), of_start
-        assert _mean_accuracy(of_start) > best - 1, of_start  # an image is 0.28 points
-    assert _mean_accuracy(runs) > best - 0.7
-    assert all(outcome.failed_trials > 0 for outcome in learned[-1])
-    assert max(o.rate for o in runs) < 4 * min(o.rate for o in runs)
-
-
-def _mean_accuracy(outcomes: list[learning_rates.Outcome]) -> float:
-    return sum(outcome.accuracy for outcome in outcomes) / len(outcomes)
+    epochs = learning_rates.EPOCHS // 2
+    best = learning_rates.train(name, BEST_FIXED[name], adaptive=False, epochs=epochs)
+    low, high = (learning_rates.train(name, lr, adaptive=True, epochs=epochs) for lr in (1e-4, 1000 * BEST_FIXED[name]))
+    for learned in (low, high):
+        assert learned.loss < LOSS[name]
+        assert learned.accuracy > best.accuracy - 1.5  # of one run on 360 images, known to 1 point
+    assert high.failed_trials > 0
+    assert 1 / 4 < high.rate / low.rate < 4
