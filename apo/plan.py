@@ -135,7 +135,12 @@ def plan_of(
     )
     rows = tuple(_row(layer, groups[layer.group], meta_optimizer, starts) for layer in layers)
     shards = Shards(p for group in groups for p in group["params"])
-    summed = {name: layer.S.element_size() for layer in layers for name in layer.view.over}
+    # on a CPU a number for each layer, elsewhere their sum
+    summed = {
+        name: LENGTH * len(layers) if layer.S.is_cpu else layer.S.element_size()
+        for layer in layers
+        for name in layer.view.over
+    }
     owned = any(layer.view.owner is not None for layer in layers)
     promise, verdict = sum(summed.values()), (VERDICT + TERMS) * owned
     plain = sum(p.nbytes for p in shards.parameters if not is_placed(p)) if shards.groups else 0

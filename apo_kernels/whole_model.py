@@ -81,7 +81,7 @@ class ModelPreconditioner:
                 written.
             shares: needed where ``most`` is finite.
             total: called with the sum, 0-d, before it is compared, even where no layer has a gradient: to add it up
-                over processes, in place.
+                over processes, in place. On a CPU it is called with the sum's terms, one float64 for each layer.
 
         Returns:
             f, 0-d, on the device: nothing waits for it.

@@ -51,8 +51,8 @@ class Scalings:
         self._forms = mirrored or _packed(Ss)
         self.size = max((offset + _reach(shape, strides) for shape, strides, offset in self._forms), default=0)
         if mirrored:  # to the end of the storage, so that all of it can be stepped along with the S
-            base = min(int(S.storage_offset()) for S in Ss)
-            whole = Ss[0].untyped_storage().nbytes() // Ss[0].element_size() - base
+            first = next(S for S in Ss if S.numel())
+            whole = first.untyped_storage().nbytes() // first.element_size() - _base(Ss)
             self.size = whole if whole <= 2 * self.size else self.size
         free = torch.ones(self.size, dtype=torch.bool)
         for own in self._forms:
@@ -73,16 +73,21 @@ _Forms = list[tuple[tuple[int, ...], tuple[int, ...], int]]
 
 def _mirrored(Ss: Sequence[Tensor]) -> _Forms | None:
     """As they lie, where that takes little more than their own room."""
-    if len({S.untyped_storage().data_ptr() for S in Ss}) != 1 or not all(S.numel() for S in Ss):
+    if len({S.untyped_storage().data_ptr() for S in Ss if S.numel()}) != 1:
         return None
-    base = min(int(S.storage_offset()) for S in Ss)
-    forms = [(tuple(S.shape), S.stride(), int(S.storage_offset()) - base) for S in Ss]
+    base = _base(Ss)
+    forms = [(tuple(S.shape), S.stride(), int(S.storage_offset()) - base if S.numel() else 0) for S in Ss]
     end = 0
     for shape, strides, offset in sorted(forms, key=lambda form: form[2]):
         if offset < end:
             return None
         end = offset + _reach(shape, strides)
     return forms if end <= 2 * sum(S.numel() for S in Ss) and all(map(_plain, Ss)) else None
+
+
+def _base(Ss: Sequence[Tensor]) -> int:
+    """Where the first of them begins in their storage."""
+    return min(int(S.storage_offset()) for S in Ss if S.numel())
 
 
 def _packed(Ss: Sequence[Tensor]) -> _Forms:

@@ -111,19 +111,12 @@ class AtenModel:
         ]
 
     def _number_tiles(self) -> None:
-        """The layer of each tile, and its place in a table of all layers' tiles."""
-        layers = [layer for works in self._works for work in works for layer in work.layers]
-        counts = [0] * len(self._Ss)
-        places = []
-        for layer in layers:
-            places.append(counts[layer])
-            counts[layer] += 1
-        self._most = max(counts, default=0)
+        """The layer of each tile, the tiles layer by layer, and how many each has."""
+        self._layers = [layer for works in self._works for work in works for layer in work.layers]
         device = self._like.device
-        self._layer_of_tile = torch.tensor(layers, dtype=torch.int64, device=device)
-        self._slots = torch.tensor(
-            [layer * self._most + k for layer, k in zip(layers, places, strict=True)], dtype=torch.int64, device=device
-        )
+        self._layer_of_tile = torch.tensor(self._layers, dtype=torch.int64, device=device)
+        self._by_layer = self._layer_of_tile.argsort(stable=True)
+        self._tiles_of_layer = self._layer_of_tile.bincount(minlength=len(self._Ss))
         self._shares: tuple[tuple[float, ...], Tensor] = ((), self._like)
         self._layer_of_square = {}
         for bank in self._banks:
@@ -147,15 +140,16 @@ class AtenModel:
         total: Callable[[Tensor], None] | None,
     ) -> Tensor:
         present = _present(Gs)
-        sums: list[Tensor] | None = [] if math.isfinite(most) else None
+        norms: list[Tensor] | None = [] if math.isfinite(most) else None
         Ys: list[Tensor] = []
         if present:
-            Ys, _ = self._directions(Gs, present, sums=sums, shares=shares)
-        if sums is None:
+            Ys, _ = self._directions(Gs, norms=norms)
+        if norms is None:
             f, rates = self._like.new_ones(()), lr
+        elif self._like.is_cpu:
+            f, rates = self._bounded(norms, shares or (), total, most, lr)
         else:
-            share = self._share(shares or (), present)
-            f, rates = self._bounded(sums, share if isinstance(share, float) else 1.0, total, most, lr, Ys)
+            f, rates = self._scaled(norms, self._share(shares or (), present), total, most, Ys), lr
         if not present:
             return f
         shrink = [1 - rate * decay for rate, decay in zip(lr, weight_decay, strict=True)]
@@ -164,30 +158,41 @@ class AtenModel:
 
     def _bounded(
         self,
-        sums: Sequence[Tensor],
-        share: float,
+        norms: Sequence[Tensor],
+        shares: Sequence[float],
         total: Callable[[Tensor], None] | None,
         most: float,
         lr: Sequence[float],
-        Ys: Sequence[Tensor],
     ) -> tuple[Tensor, Sequence[float]]:
-        """What keeps the promise at ``most``, and the rates times it; elsewhere than on a CPU, to look at it would mean
-        to wait for it, and the directions are scaled."""
-        if self._like.is_cpu:
-            value = share * (torch.stack(list(sums)).sum().item() if sums else 0.0)
-            if total is not None:
-                total(promised := self._like.new_full((), value))
-                value = promised.item()
-            bound = max(value, most)
-            factor = most / bound if bound else 1.0
-            return self._like.new_full((), factor), [rate * factor for rate in lr] if factor != 1 else lr
-        promised = torch.stack(list(sums)).sum().mul_(share) if sums else self._like.new_zeros(())
+        """What keeps the promise at ``most``, and the rates times it. It is added up layer by layer, so that it is the
+        same to the bit wherever the layers are."""
+        terms = [0.0] * len(self._Ss)
+        for layer, norm in zip(self._layers, torch.cat(list(norms)).tolist() if norms else (), strict=bool(norms)):
+            terms[layer] += shares[layer] * norm * norm
+        if total is not None:
+            total(of_all := torch.tensor(terms, dtype=torch.float64))
+            terms = of_all.tolist()
+        bound = max(sum(terms), most)
+        factor = most / bound if bound else 1.0
+        return self._like.new_full((), factor), [rate * factor for rate in lr] if factor != 1 else lr
+
+    @staticmethod
+    def _scaled(
+        norms: Sequence[Tensor],
+        share: float | Tensor,
+        total: Callable[[Tensor], None] | None,
+        most: float,
+        Ys: Sequence[Tensor],
+    ) -> Tensor:
+        """The same where looking at it would mean to wait for it: the directions are scaled."""
+        squares = torch.cat(list(norms)).square_()
+        promised = squares.sum().mul_(share) if isinstance(share, float) else torch.dot(squares, share)
         if total is not None:
             total(promised)
         f = torch.where(promised <= most, 1.0, most / promised)
         for Y in Ys:
             Y.mul_(f)
-        return f, lr
+        return f
 
     def trial_(
         self,
@@ -199,14 +204,14 @@ class AtenModel:
         shrink: Sequence[float],
     ) -> Kept:
         present = _present(Gs)
-        Ys, Ms = self._directions(Gs, present, keep=True)
+        Ys, Ms = self._directions(Gs, keep=True)
         if present:
             self._update(thetas, Gs, present, momentum_buffers, Ys, lengths, momentum, shrink, carry=False)
         return Kept(Ms, present)
 
     def keep(self, Gs: Parts) -> Kept:
         present = _present(Gs)
-        return Kept(self._directions(Gs, present, keep=True, wanted=False)[1], present)
+        return Kept(self._directions(Gs, keep=True, wanted=False)[1], present)
 
     def adopted(self, Ms: Mapping[int, Tensor]) -> Kept:
         """What another path has kept, ``BᵀGA`` of the layers that took part, as this one keeps it."""
@@ -223,27 +228,18 @@ class AtenModel:
     def _directions(
         self,
         Gs: Parts,
-        present: Sequence[int],
         *,
         keep: bool = False,
         wanted: bool = True,
-        sums: list[Tensor] | None = None,
-        shares: Sequence[float] | None = None,
+        norms: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """P(G) and M in tiles; to ``sums`` goes what they promise."""
-        share: float | Tensor = 1.0
-        if sums is not None:
-            assert shares is not None
-            share = self._share(shares, present)
+        """P(G) and M in tiles; to ``norms`` goes ``‖S⊙M‖`` of each tile."""
         stacks = self._stacks()
         Ys, Ms = self._tiles(wanted, self._held), self._tiles(keep)
-        first = 0
         for works, S_views, Y, M in zip(self._works, self._S_views, Ys, Ms, strict=True):
             for work, views in zip(works, S_views, strict=True):
                 into = M[work.here] if keep else None, self._here(work, Y) if wanted else None
-                own = share if isinstance(share, float) else share[first : first + work.piece.count]
-                first += work.piece.count
-                _forward(work, Gs, views, stacks, *into, own, sums)
+                _forward(work, Gs, views, stacks, *into, norms)
         return Ys, Ms
 
     def _tiles(self, wanted: bool, held: Sequence[Tensor | None] | None = None) -> list[Tensor]:
@@ -300,10 +296,10 @@ class AtenModel:
                     own = own[self._layer_of_tile[first : first + count], None, None]
                 first += count
                 inner.append(_slopes(work, Vs, views, stacks, M[work.here], own, found, (slopes_S, sizes_S)))
-        table = self._like.new_zeros(len(self._Ss), self._most)
-        if inner:
-            table.view(-1).index_copy_(0, self._slots, torch.cat(inner))
-        return self._collect(found, slopes_S, sizes_S, kept.present, length, table.sum(1))
+        tiles = torch.cat(inner) if inner else self._like
+        # layer by layer in the order of its tiles, so that it doesn't depend on other layers
+        sums = torch.segment_reduce(tiles[self._by_layer], "sum", lengths=self._tiles_of_layer, unsafe=True)
+        return self._collect(found, slopes_S, sizes_S, kept.present, length, sums)
 
     def _lengths(self, lengths: Sequence[float]) -> float | Tensor:
         if len(set(lengths)) == 1:
@@ -362,10 +358,9 @@ def _forward(
     stacks: Stacks,
     M: Tensor | None,
     Y: Tensor | None,
-    share: float | Tensor,
-    sums: list[Tensor] | None,
+    norms: list[Tensor] | None,
 ) -> None:
-    """P(G) into Y and ``BᵀGA`` into M, where they are wanted; what P(G) promises to ``sums``."""
+    """P(G) into Y and ``BᵀGA`` into M, where they are wanted; ``‖S⊙M‖`` of each tile to ``norms``."""
     X0, X1, X2, X3 = work.scratch(stacks)
     G = work.load_parts(Gs, X0)
     product = work.inward(G, stacks, X2, X3 if M is None else M)
@@ -375,16 +370,9 @@ def _forward(
         return
     S = work.load_S(S_views, X1, stacks)
     SM = torch.mul(product, S, out=X2)
-    if sums is not None:
-        sums.append(_promise(SM, work.flat, share))
+    if norms is not None:
+        norms.append(torch.linalg.vector_norm(SM, dim=(1, 2)))
     work.outward(SM.mul_(S), stacks, X0, Y)
-
-
-def _promise(SM: Tensor, flat: Tensor | None, share: float | Tensor) -> Tensor:
-    """The shares of ``‖S⊙M‖²`` of some tiles, which may be had flat."""
-    if isinstance(share, Tensor):
-        return torch.dot(torch.linalg.vector_norm(SM, dim=(1, 2)).square_(), share)
-    return torch.linalg.vector_norm(SM).square_() if flat is None else torch.dot(flat, flat)
 
 
 def _slopes(

@@ -102,8 +102,7 @@ class Work:
         self._bank: list[Squares | None] = [None, None]
         self._pick: list[Pick | None] = [None, None]
         self._of_diagonal: list[Tensor | None] = [None, None]
-        only = self.runs[0] if len(self.runs) == 1 else None
-        self._tall = only.tiles if only is not None and not each.diagonal[1] and not each.large else 1
+        self._tall = 1 if each.diagonal[1] or each.large else self.runs[0].tiles
         for side, size in ((0, each.rows), (1, each.columns)):
             if diagonals[side] is None:
                 region = piece.slices[0][0]
@@ -119,7 +118,6 @@ class Work:
         self.places = [self._places(run, numbers) for run in self.runs]
         self._fixed: list[Tensor] = []
         self._panels: dict[int, Tensor] = {}
-        self.flat: Tensor | None = None
 
     def _tiles(self) -> list[tuple[int, int, int, int]]:
         """For each tile: the number of its slice, and its place in the region."""
@@ -168,7 +166,6 @@ class Work:
         self._fixed = [self.each.of(x, self.piece.count) for x in scratch]
         if self._tall > 1:
             self._panels = {id(x): self._in_panels(x) for x in self._fixed}
-        self.flat = None if self.each.large else self._fixed[2].view(-1)
         self._into_parts = [w.in_tiles(self._fixed[0], self.piece.first) for w in self.parts]
         self._out_of_tiles = [w.in_tiles(self._fixed[0], self.piece.first) for w in self.matrix]
         self._into_matrix = [w.in_tiles(self._fixed[1], self.piece.first) for w in self.matrix]
@@ -268,6 +265,8 @@ class Work:
     def _sum(self, X: Tensor, Y: Tensor, X2: Tensor, Y2: Tensor) -> Tensor:
         shape = X.shape[0], X.shape[1], Y.shape[2]
         out = aligned_empty(shape, X.dtype, X.device) if self.each.large else X.new_empty(shape)
+        if X.shape[2] == 1:  # BLAS rounds a sum of outer products otherwise for one tile than for several
+            return torch.addcmul(torch.mul(X, Y, out=out), X2, Y2, out=out)
         torch.bmm(X, Y, out=out)
         return torch.baddbmm(out, X2, Y2, out=out)
 

@@ -49,7 +49,7 @@ def relative_step_squares_(
         change = torch.add(average, average.mT).mul_(scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2))
         change.mul_(_part(correction, part) / 2)
         length = torch.linalg.vector_norm(change, dim=(-2, -1), keepdim=True)
-        change.mul_(_part(rate, part) * longest / length.clamp_min_(longest))
+        change.mul_(length.clamp_min_(longest).reciprocal_().mul_(_part(rate, part) * longest))
         own.sub_(torch.bmm(own, change) if len(own) > 1 else aligned_product(own, change))
 
 

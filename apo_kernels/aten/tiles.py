@@ -296,10 +296,12 @@ class TileClass:
         return found
 
     def _apart(self, piece: Piece, part: Slice) -> bool:
-        """Whether a grid of another form is better off on its own: where each is worth its operations."""
+        """Whether a grid of another form comes on its own: where the tiles of a panel are multiplied as one matrix, and
+        where each is worth its operations."""
         last = piece.slices[-1][1]
         same = (last.panels, last.tiles) == (part.panels, part.tiles)
-        return not same and min(piece.count, part.total) * self.rows * self.columns >= WORTH
+        worth = min(piece.count, part.total) * self.rows * self.columns >= WORTH
+        return not same and (worth or (last.tiles != part.tiles and not self.diagonal[1]))
 
 
 def classes_of(
@@ -327,7 +329,8 @@ def classes_of(
                     found[key] = TileClass(*form)
                 if entries:
                     found[key].add(region)
-    return [each for each in found.values() if each.count]
+    # in an order of their own, for what a square's tiles add to it is summed class by class
+    return [found[key] for key in sorted(found, key=str) if found[key].count]
 
 
 def _region(

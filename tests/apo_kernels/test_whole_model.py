@@ -166,7 +166,8 @@ def check_step(model: Model, alike: bool, bounded: bool, tolerance: float = 1e-1
     expected = most / max(promised, most) if bounded and directions else 1.0
     assert f.ndim == 0
     assert f.item() == pytest.approx(expected, rel=max(tolerance, 1e-6))
-    assert [x.item() for x in totals] == ([pytest.approx(promised, rel=1e-3)] if bounded else [])
+    assert [x.sum().item() for x in totals] == ([pytest.approx(promised, rel=1e-3)] if bounded else [])
+    assert all(x.shape == (len(Gs),) for x in totals)
     check_written(model, before, Gs, thetas, carried, buffers, directions, lr, momentum, expected, decay, tolerance)
 
 
@@ -468,6 +469,40 @@ def test_memory_is_used_again_once_nobody_holds_it(monkeypatch: pytest.MonkeyPat
 
 class _Fails(Exception):
     pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_a_layer_gets_depends_on_no_other_layer(dtype: torch.dtype) -> None:
+    """To the bit: so layers may be shared out among processes."""
+    torch.manual_seed(0)
+    for seed in range(40):
+        model = Model(random.Random(seed), dtype, dtype)
+        b = model.rng.choice([None, 3, 4, 64])
+        for _ in range(5):
+            m, n = (model.rng.choice([1, 2, 7, 9, 17, 64, 65, 66, 130]) for _ in "mn")
+            model.add(m, n, b and min(b, n), b and min(b, m), bias=n > 1)
+        model.As, model.Bs, model.Ss = ([x.to(dtype) for x in each] for each in (model.As, model.Bs, model.Ss))
+        Gs, Vs = model.parts(), model.parts()
+        every = results(model, range(5), Gs, Vs)
+        for some in ([0], [3], [1, 2], [4, 0, 3]):
+            for layer, found in results(model, some, Gs, Vs).items():
+                assert all(torch.equal(x, y) for x, y in zip(found, every[layer], strict=True)), (b, some, layer)
+
+
+def results(model: Model, layers: Sequence[int], Gs: Parts, Vs: Parts) -> dict[int, list[Tensor]]:
+    """A step, its promise and slopes of some layers, in this order."""
+    As, Bs, Ss, widths, Gs, Vs = (
+        [each[i] for i in layers] for each in (model.As, model.Bs, model.Ss, model.widths, Gs, Vs)
+    )
+    bound = ak.ModelPreconditioner(As, Bs, Ss, widths=widths, backend="aten")
+    thetas, terms, count = [[torch.zeros_like(G) for G in own or []] for own in Gs], list[Tensor](), len(Gs)
+    numbers = {"lr": [0.1] * count, "momentum": [0.0] * count, "weight_decay": [0.0] * count}
+    bound.step_(thetas, Gs, [None] * count, most=1e9, shares=[0.3] * count, total=terms.append, **numbers)
+    slopes = bound.slopes(Vs, bound.keep(Gs), lengths=[0.1] * count)
+    return {
+        layer: [*thetas[k], terms[0][k], *(own[k] for own in slopes if own[k] is not None)]
+        for k, layer in enumerate(layers)
+    }
 
 
 def test_a_failure_leaves_everything_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
