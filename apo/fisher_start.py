@@ -17,6 +17,7 @@ from torch import Tensor
 import apo_kernels as ak
 from apo.arena import Arena, Parts
 from apo.preconditioner import Layer
+from apo.sharding import sum_over, sum_over_
 
 __all__ = ["FisherStart"]
 
@@ -69,14 +70,15 @@ class FisherStart:
                 del own.buffers[self.ENERGY]
         return bool(held)
 
-    def missing(self, layer: Layer) -> dict[str, Tensor]:
-        """Zeros in the place of what :meth:`release` has dropped, by the names of a checkpoint."""
+    def missing(self, layer: Layer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Zeros in the place of what :meth:`release` has dropped from a layer's state."""
+        if f"S_{self.ENERGY}" in state:
+            return {}
         found = {
-            f"{name}_{self.ENERGY}": torch.zeros_like(own.tensor, memory_format=torch.contiguous_format)
-            for name, own in zip(layer.learned, layer.phi, strict=True)
-            if self.ENERGY not in own.buffers
+            f"{name}_{self.ENERGY}": torch.zeros_like(state[name], memory_format=torch.contiguous_format)
+            for name in layer.learned
         }
-        return found | {f"S_{self.WEIGHT}": torch.zeros((), dtype=torch.float32, device="cpu")} if found else found
+        return found | {f"S_{self.WEIGHT}": torch.zeros((), dtype=torch.float32, device="cpu")}
 
     def rescale(self, layers: Sequence[Layer], growths: Sequence[float]) -> None:
         """Follow a move of P's scale: the energies go with P."""
@@ -94,16 +96,17 @@ class FisherStart:
         """Take the energies of a sampled gradient into the running means."""
         # they are half of the relative derivatives of ⟨W, P(W)⟩
         found = arena.operator.slopes(Ws, arena.operator.keep(Ws), lengths=[-0.5] * len(arena.layers))
-        for layer, W, *energies in zip(arena.layers, Ws, *found[:3], strict=True):
-            if W is None:
-                continue
-            of = dict(zip("ABS", energies, strict=True))
-            over = {"A": layer.view.m, "B": layer.view.n, "S": 1}
-            for name, part in zip(layer.learned, layer.phi, strict=True):
-                energy = of[name]
-                assert energy is not None
-                part.buffers[self.ENERGY].lerp_(energy / over[name], 1 - self.BETA)
-            layer.parts["S"].buffers[self.WEIGHT].lerp_(torch.ones(()), 1 - self.BETA)
+        energies, _ = arena.by_name(found)
+        arena.sum_blocks_(energies)
+        each = iter(energies)
+        for layer, W in zip(arena.layers, Ws, strict=True):
+            whole = layer.view.whole or layer.view
+            over = {"A": whole.m, "B": whole.n, "S": 1}
+            for name, part, energy in zip(layer.learned, layer.phi, each, strict=False):
+                if energy is not None:
+                    part.buffers[self.ENERGY].lerp_(energy / over[name], 1 - self.BETA)
+            if W is not None:
+                layer.parts["S"].buffers[self.WEIGHT].lerp_(torch.ones(()), 1 - self.BETA)
 
     @torch.no_grad()
     def step(self, layers: Sequence[Layer], delta: float, done: int = 0) -> None:
@@ -116,19 +119,20 @@ class FisherStart:
         if not layers:
             return
         means = []
-        for layer in layers:
+        for layer, of_noise in zip(layers, _energies_of_noise(layers) if delta else [{}] * len(layers), strict=True):
             weight = layer.parts["S"].buffers[self.WEIGHT].item()
             own = [part.buffers[self.ENERGY] / weight for part in layer.phi]
-            if delta:
-                of_noise = _energies_of_noise(layer)
+            if of_noise:
                 torch._foreach_add_(own, [of_noise[name] for name in layer.learned], alpha=delta)
             means.append(own)
-        entries = sum(each[-1].numel() for each in means)
-        tau = torch.stack([each[-1].sum() for each in means]).sum() / entries
+        sums = sum_over(torch.stack([each[-1].sum() for each in means]), [layer.view.over for layer in layers])
+        tau = sums.sum() / sum(layer.view.entries for layer in layers)
         if not bool(tau > 0):
             return
         rate = self.RATE * max(0.0, 1 - done / self.updates)
         for layer, each in zip(layers, means, strict=True):
+            if not layer.view.held:
+                continue
             for name, part, mean in zip(layer.learned, layer.phi, each, strict=True):
                 if name == "S":
                     r = ((mean - tau) / (mean + tau)).mul_(-rate).exp_()
@@ -153,15 +157,30 @@ class FisherStart:
         return R.mul_(self.LONGEST / norm.clamp_min_(self.LONGEST))
 
 
-def _energies_of_noise(layer: Layer) -> dict[str, Tensor]:
-    """Those expected if W were noise of variance 1."""
-    S2 = layer.S.square()
-    a, b = _column_squares(layer.A, S2, -1).unsqueeze(-2), _column_squares(layer.B, S2, -2).unsqueeze(-1)
-    found = {"S": S2 * a * b}
-    if "A" in layer.learned:
-        found["A"] = layer.A.mT @ layer.A * ak.by_square((S2 * b).mean(-2), layer.A).unsqueeze(-2)
-    if "B" in layer.learned:
-        found["B"] = layer.B.mT @ layer.B * ak.by_square((S2 * a).mean(-1), layer.B).unsqueeze(-2)
+def _energies_of_noise(layers: Sequence[Layer]) -> list[dict[str, Tensor]]:
+    """Those expected if W were noise of variance 1; nothing of layers that others own."""
+    found: list[dict[str, Tensor]] = []
+    of_rows, of_columns = [], []
+    for layer in layers:
+        if not layer.view.held:
+            found.append({})
+            continue
+        S2 = layer.S.square()
+        a, b = _column_squares(layer.A, S2, -1).unsqueeze(-2), _column_squares(layer.B, S2, -2).unsqueeze(-1)
+        found.append({"S": S2 * a * b})
+        if "A" in layer.learned:
+            of_columns.append((layer, found[-1], (S2 * b).sum(-2)))
+        if "B" in layer.learned:
+            of_rows.append((layer, found[-1], (S2 * a).sum(-1)))
+    # summed over the ranks that hold other rows, or other columns
+    sides = ("A", of_columns), ("B", of_rows)
+    pairs = [(x, layer.parts[side].alike) for side, each in sides for layer, _, x in each]
+    sum_over_([x for x, _ in pairs], [alike for _, alike in pairs])
+    for side, each in sides:
+        for layer, own, x in each:
+            block, whole = layer.parts[side].tensor, layer.view.whole or layer.view
+            x.div_(whole.m if side == "A" else whole.n)
+            own[side] = block.mT @ block * ak.by_square(x, block).unsqueeze(-2)
     return found
 
 

@@ -39,8 +39,8 @@ class Method:
             the weights on; ``state_dict()`` and ``load_state_dict()`` must then be called on all ranks. ``"auto"``: so
             where a process group or DDP is given. ``"none"``: by every rank. DTensors are sharded as they lie.
         fisher_start: in the first so many meta-updates P is also whitened by sampled Fisher gradients
-            (:mod:`apo.fisher_start`), at the cost of one more backward on B′ each. None: 300, but 0 where it isn't
-            served: on DTensors, of layers with owners, of another ``meta_optimizer``. 0: the paper's bare algorithm.
+            (:mod:`apo.fisher_start`), at the cost of one more backward on B′ each. None: 300, but 0 of another
+            ``meta_optimizer``. 0: the paper's bare algorithm.
 
     Raises:
         TypeError, ValueError: an argument isn't as above.

@@ -44,7 +44,7 @@ def load_portable(layer: Layer, state: dict[str, Any]) -> None:
     if layer.momentum is None and "momentum_buffer" in state:
         layer.momentum = torch.zeros_like(layer.S)
     for key, tensor in layer.state().items():
-        if key not in state or key.endswith((PLACE, ONES)) or not (layer.view.held or key == "step"):
+        if key not in state or key.endswith((PLACE, ONES)) or not (layer.view.held or tensor.ndim == 0):
             continue
         own = layer.parts.get(key.split("_")[0])
         if own is None or not own.block or tensor.ndim == 0:

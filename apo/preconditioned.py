@@ -127,6 +127,7 @@ class APO(MetaLearner):
         self.method = method
         self.meta = _meta_optimizer(method)
         self._sampled: list[Tensor | None] | None = None
+        self._samples = 1
         self._promise: Tensor | float = 1.0
         self._process_group = process_group
         defaults = {
@@ -152,9 +153,9 @@ class APO(MetaLearner):
             rescale_schedule=rescale_schedule,
         )
         self._schedules = Schedules([self])
-        owners = self._found_owners()
-        self._start = FisherStart(self._start_length(owners))
-        self._arena = Arena(owners)
+        starts = FISHER_START if method.meta_optimizer == "relative" else 0
+        self._start = FisherStart(starts if method.fisher_start is None else method.fisher_start)
+        self._arena = Arena(self._found_owners())
         super().__init__(params, defaults)
         filled = objective.with_defaults(fsd_weight=1.0, wsd_weight=1e-4)
         self._init_meta_learner(filled, interval, warmup, grad_scaler, process_group)
@@ -167,8 +168,6 @@ class APO(MetaLearner):
             _check_group(group)
             checks.parameters(self.parameters)
             check_placements(self._models, self.parameters, self._process_group)
-            if self._start.updates:
-                check_unplaced("fisher_start", self.parameters, "leave it at 0")
             if self.method.shard == "owner":
                 check_unplaced("shard='owner'", self.parameters, "leave it out, for their state is sharded as they are")
             layers = self._layers_of(group, self._arena.owners)
@@ -186,19 +185,6 @@ class APO(MetaLearner):
         parameters = list(self.model.parameters())
         placed = any(map(is_placed, parameters))
         return Owners() if placed else Owners.found(self.method.shard, self._process_group, self.model, parameters)
-
-    def _start_length(self, owners: Owners) -> int:
-        """How many meta-updates the Fisher start lasts."""
-        wanted = self.method.fisher_start
-        if wanted and owners.count > 1:
-            raise ValueError(
-                "fisher_start must be 0 where layers have owners: build APO with method=apo.Method(shard='none')"
-            )
-        if wanted is None:
-            placed = any(map(is_placed, self.model.parameters()))
-            served = owners.count == 1 and not placed and self.method.meta_optimizer == "relative"
-            return FISHER_START if served else 0
-        return wanted
 
     def _layers_of(self, group: dict[str, Any], owners: Owners) -> list[Layer]:
         if group["block_dtype"] is not None and any(p.dtype == torch.float64 for p in group["params"]):
@@ -363,14 +349,19 @@ class APO(MetaLearner):
         tensors = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
         if not all(isinstance(x, Tensor) and x.requires_grad for x in tensors):
             return  # the discrepancy says what is wrong
+        if any(map(is_placed, tensors)):
+            return  # samples are drawn of whole outputs
+        place, count = self._shards.batches(tensors)
+        self._samples = self._ranks.count * count
         # a generator of its own, the same for a run that was resumed
-        generator = torch.Generator(tensors[0].device).manual_seed(self._ranks.rank * 2**32 + self._updates)
+        generator = torch.Generator(tensors[0].device)
+        generator.manual_seed((self._ranks.rank * count + place) * 2**32 + self._updates)
         cotangents = self.objective.fisher_sample(outputs, generator)
         if cotangents is None:
             return
         with without_autocast(tensors[0]):
             torch.autograd.backward(tensors, [c.to(t.dtype) for c, t in zip(cotangents, tensors, strict=True)])
-        self._sampled = [p.grad for p in self.parameters]
+        self._sampled = self._shards.grads()
         for p in self.parameters:
             p.grad = None
 
@@ -379,11 +370,13 @@ class APO(MetaLearner):
         sampled, self._sampled = self._sampled, None
         if sampled is None:
             return []
-        held = [w for w in sampled if w is not None]
+        pairs = [(p, w) for p, w in zip(self.parameters, sampled, strict=True) if w is not None]
+        held = [w for _, w in pairs]
         self._ranks.average_(held)
-        if not held or not bool(norms(held).isfinite().all()):
+        self._shards.mean_([w for p, w in pairs if not is_placed(p)])  # the others have been averaged
+        if not held or self._shards.any(not bool(norms(held).isfinite().all())):
             return []
-        torch._foreach_mul_(held, math.sqrt(self._ranks.count))  # a sum over n examples of each rank, over √n
+        torch._foreach_mul_(held, math.sqrt(self._samples))  # a sum over n examples of each rank, over √n
         Ws = self._arena.parts(sampled, self.parameters)
         self._start.look(self._arena, Ws)
         return [layer for layer, W in zip(self.layers, Ws, strict=True) if W is not None]
@@ -539,12 +532,10 @@ class APO(MetaLearner):
         together: each gets the whole, which may be loaded on any number of ranks."""
         state = super().state_dict()
         gathered = self._arena.gathered()
-        if self._start.updates:
-            for layer, saved in self._saved(state):
-                for name, zeros in self._start.missing(layer).items():
-                    saved.setdefault(name, zeros)
         for layer, saved in self._saved(state):
             held = gathered.get(layer, saved)
+            if self._start.updates:
+                held |= self._start.missing(layer, held)
             form = portable(layer, held, whole=bool(gathered))
             saved.clear()
             saved.update(tree_map(apart, form))

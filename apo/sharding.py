@@ -187,6 +187,21 @@ class Shards:
                 torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, group=_groups[name])
         return float(value.item())
 
+    def batches(self, outputs: Sequence[Tensor]) -> tuple[int, int]:
+        """Which of the ranks' batches this rank has, and how many they are. Ranks along a dimension of the mesh have
+        the same one if its outputs add up to the same on all of them, as those of tensor parallel do."""
+        place, count = 0, 1
+        if not self.groups:
+            return place, count
+        number = torch.stack([x.detach().sum(dtype=torch.float64) for x in outputs]).sum()
+        for name in self.groups:
+            ends = torch.stack([number, -number])
+            torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, group=_groups[name])
+            if self.any(bool(ends.sum() != 0)):
+                size = torch.distributed.get_world_size(_groups[name])
+                place, count = place * size + torch.distributed.get_rank(_groups[name]), count * size
+        return place, count
+
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each by its mean over all ranks of the mesh; the same bits on all of them."""
         if not self.groups or not tensors:

@@ -133,7 +133,7 @@ def test_energies_of_noise_are_those_expected(settings: dict[str, Any]) -> None:
     if settings["block_size"] and rest and "A" in layer.learned:  # what sticks out stays the identity
         layer.A[-1, rest:] = layer.A[-1, :, rest:] = 0
         layer.A[-1, rest:, rest:] = torch.eye(len(layer.A[-1]) - rest).double()
-    expected = _energies_of_noise(layer)
+    (expected,) = _energies_of_noise([layer])
     arena, start = Arena(), FisherStart(1)
     arena.take_in([layer])
     start.BETA = 1 - 1e-9  # the mean of all that is seen

@@ -89,13 +89,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         {},
         r"0\.in_proj_weight holds 3 matrices.*ignored_params.*Linear",
     ),
-    "a Fisher start": (of_rows, {"fisher_start": 3}, r"fisher_start isn't served on DTensors.*leave it at 0"),
     "owners": (of_rows, {"shard": "owner"}, r"shard='owner' isn't served on DTensors.*leave it out"),
-    "a Fisher start of owners": (
-        lambda: nn.Linear(3, 4),
-        {"fisher_start": 3, "shard": "owner", "process_group": "world"},
-        r"fisher_start must be 0 where layers have owners.*shard='none'",
-    ),
     "no such sharding": (
         lambda: nn.Linear(3, 4),
         {"shard": "rows"},

@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> dict[tuple[str, int], Plan]:
                 model = globals()[name]()
             count = sum(p.numel() for p in model.parameters())
             fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
-            plan = apo.APO(model, apo.ProximalObjective(model, [None])).plan()
+            after_start = apo.Method(fisher_start=0)
+            plan = apo.APO(model, apo.ProximalObjective(model, [None]), method=after_start).plan()
             found[name, ranks] = plan
             print(
                 f"{name:9} {ranks:5}  {count / 1e9:5.2f} G  {plan.memory_bytes / 1e9:9.2f} GB  "
