@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from apo import checks
@@ -243,7 +244,10 @@ class ProximalObjective:
             return True
         if output.grad_fn is not None and not output._is_view():  # it was computed
             return False
-        address = local(output).untyped_storage().data_ptr()
+        output = local(output)
+        if is_traceable_wrapper_subclass(output):  # a collective's result, as of a row parallel layer
+            return True
+        address = output.untyped_storage().data_ptr()
         return any(local(p).untyped_storage().data_ptr() == address for p in parameters_of(modules))
 
     @property

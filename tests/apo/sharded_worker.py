@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import traceback
@@ -276,9 +277,7 @@ def replicated(shard: str, dtype: torch.dtype, *, steps: int = 12, state: Any = 
     goal = apo.ProximalObjective(model, [x[own] for x, _ in others])
     trained = [p for p in inner.parameters() if p.requires_grad]
     groups = [{"params": trained[:2], "momentum": 0.5, "weight_decay": 0.1}, {"params": trained[2:]}]
-    opt = apo_of(
-        model, goal, params=groups, lr=0.01, interval=2, warmup=5, block_size=4, shard=shard, **settings
-    )
+    opt = apo_of(model, goal, params=groups, lr=0.01, interval=2, warmup=5, block_size=4, shard=shard, **settings)
     if state is not None:
         inner.load_state_dict(state["model"], strict=False)
         opt.load_state_dict(state["optimizer"])
@@ -300,6 +299,31 @@ def held(opt: Any) -> int:
     """Bytes of A, B, S, momentum and running means on this rank."""
     states = (layer.state() for layer in opt.layers)
     return sum(t.nbytes for state in states for t in state.values() if t.ndim and t.is_floating_point())
+
+
+def uneven() -> nn.Module:
+    """Enough layers to be shared out, whose rows are cut at multiples of 4 on 2 ranks and on 4."""
+    widths = [16, 48, 32, 32, 16, 32, 48, 64, 32, 16, 32, 32, 48, 16, 32, 48, 16]
+    return nn.Sequential(*(nn.Linear(n, m, bias=False) for n, m in itertools.pairwise(widths)))
+
+
+def state_held(ranks: int) -> dict[str, Any]:
+    """Bytes of A, of all state, and of the memory that it lies in, on this rank and unsharded."""
+    found = {}
+    for layout in ("whole", "owner", "fsdp"):
+        model = uneven()
+        if layout == "fsdp":
+            fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+        shard = "owner" if layout == "owner" else "none"
+        opt = apo_of(model, apo.ProximalObjective(model, [torch.ones(2, 16)]), block_size=4, shard=shard)
+        named = [(name, t) for layer in opt.layers for name, t in layer.state().items() if t.is_floating_point()]
+        memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in named if t.ndim}
+        found[layout] = {
+            "A": sum(t.nbytes for name, t in named if t.ndim and name.startswith("A")),
+            "all": held(opt),
+            "memory": sum(memory.values()),
+        }
+    return found
 
 
 @mock.patch.object(preconditioned, "MOST_PROMISED", 0.01)  # so that steps are scaled down
@@ -411,11 +435,14 @@ def resumable() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 36), nn.Tanh(), nn.Linear(36, 36))
 
 
-def resumed(kind: str, folder: Path, ranks: int | None, *, save: bool = False) -> dict[str, Any]:
+SAVED = [("APO", "fsdp"), ("AdamW", "fsdp"), ("APO", "tp")]
+
+
+def resumed(kind: str, layout: str, folder: Path, ranks: int | None, *, save: bool = False) -> dict[str, Any]:
     """Ten steps, a checkpoint and ten more; or ten steps from that checkpoint. No ranks: whole, without DTensors."""
     torch.manual_seed(0 if save else 1)
     model = resumable()
-    part, parts = (0, 1) if ranks is None else sharded(model, "mlp", "fsdp", ranks)
+    part, parts = (0, 1) if ranks is None else sharded(model, "even mlp", layout, ranks)
     own = slice(part * 12 // parts, (part + 1) * 12 // parts)
     batches, others = (data("mlp", 20, 12, torch.float32, seed) for seed in (1, 2))
     inputs = [x[own] for x, _ in others]
@@ -423,7 +450,7 @@ def resumed(kind: str, folder: Path, ranks: int | None, *, save: bool = False) -
     goal = apo.ProximalObjective(model, lambda: next(drawn), fsd_weight=1.0 if kind == "APO" else 5.0)
     goal.fisher_sample = least_likely  # type: ignore[method-assign]
     starts = {"fisher_start": 14} if kind == "APO" else {}
-    opt = front_end(kind, model, goal, model.parameters(), interval=1, **starts)
+    opt = front_end(kind, model, goal, groups(model, "even mlp", layout), interval=1, **starts)
 
     def train(batches: list[tuple[Tensor, Tensor]]) -> None:
         for x, t in batches:
@@ -436,7 +463,7 @@ def resumed(kind: str, folder: Path, ranks: int | None, *, save: bool = False) -
 
             opt.step(closure)
 
-    place = folder / f"checkpoint {kind}"
+    place = folder / f"checkpoint {kind} {layout}"
     if save:
         train(batches[:10])
         of_model, of_optimizer = get_state_dict(model, opt)
@@ -451,12 +478,12 @@ def resumed(kind: str, folder: Path, ranks: int | None, *, save: bool = False) -
 
 
 def saving(ranks: int) -> dict[str, Any]:
-    return {kind: resumed(kind, Path(sys.argv[2]), ranks, save=True) for kind in ("APO", "AdamW")}
+    return {" ".join(case): resumed(*case, Path(sys.argv[2]), ranks, save=True) for case in SAVED}
 
 
 def loading(ranks: int) -> dict[str, Any]:
     """What two ranks have saved, in a folder beside."""
-    return {kind: resumed(kind, Path(sys.argv[2]).parent / "2", ranks) for kind in ("APO", "AdamW")}
+    return {" ".join(case): resumed(*case, Path(sys.argv[2]).parent / "2", ranks) for case in SAVED}
 
 
 def single(layout: str | None) -> dict[str, Any]:
@@ -554,9 +581,9 @@ STOPPING = {
     "die, fsdp, trial": ("die", "fsdp", "trial"),
 }
 ALL: dict[int, list[Callable[[int], Any]]] = {
-    2: [equal, owners, not_finite, saving, loading, sent],
+    2: [equal, owners, state_held, not_finite, saving, loading, sent],
     3: [loading],
-    4: [equal, owners, loading, nothing],
+    4: [equal, owners, state_held, loading, nothing],
 }
 
 

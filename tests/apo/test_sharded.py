@@ -89,6 +89,18 @@ def test_owners_hold_each_layer_once(owned: list[Any]) -> None:
     assert owners.count(owners[0]) == 1  # the large layer, which bounds what balance there can be
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_each_rank_holds_its_share_of_the_state(ranks: int, found: dict[int, list[Any]]) -> None:
+    """With owners an even share within 10%. Under fully_shard an even share of S, B, momentum and their running means,
+    and A. The memory that it lies in is no larger."""
+    for each in found[ranks]:
+        whole, owner, fsdp = (each["state_held"][layout] for layout in ("whole", "owner", "fsdp"))
+        assert owner["all"] <= 1.1 * whole["all"] / ranks
+        assert fsdp["A"] == whole["A"]
+        assert fsdp["all"] - fsdp["A"] <= (whole["all"] - whole["A"]) / ranks
+        assert all(held["memory"] <= 1.01 * held["all"] for held in (whole, owner, fsdp))
+
+
 @pytest.mark.parametrize("layout", ["fsdp", "ddp"])
 def test_ranks_that_hold_nothing_join_in(layout: str, found: dict[int, list[Any]]) -> None:
     expected = joined(sharded_worker.single(None))
@@ -138,9 +150,15 @@ def test_no_rank_hangs_or_goes_on_where_another_stops(scene: str, tmp_path: Path
 
 @pytest.mark.parametrize("ranks", [None, 2, 3, 4])
 def test_checkpoints_reshard(ranks: int | None, found: dict[int, list[Any]], folder: Path) -> None:
-    """By torch.distributed.checkpoint, from two ranks under fully_shard; None: to one process without DTensors."""
-    for kind, expected in found[2][0]["saving"].items():
-        result = sharded_worker.resumed(kind, folder / "2", None) if ranks is None else found[ranks][0]["loading"][kind]
+    """By torch.distributed.checkpoint, from two ranks, fully sharded or tensor parallel, amid the Fisher start; on as
+    many ranks to the bit. None: to one process without DTensors."""
+    for case in sharded_worker.SAVED:
+        name = " ".join(case)
+        expected = found[2][0]["saving"][name]
+        if ranks is None:
+            result = sharded_worker.resumed(*case, folder / "2", None)
+        else:
+            result = found[ranks][0]["loading"][name]
         assert ranks != 2 or identical(result["weights"], expected["weights"])
         wanted = joined(expected)
         assert (joined(result) - wanted).norm() <= 1e-6 * wanted.norm()
