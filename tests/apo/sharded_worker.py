@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -520,14 +521,16 @@ def nothing(ranks: int) -> dict[str, Any]:
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that are all-reduced and broadcast while it counts. Under FSDP2 that is the optimizer's part, for the
-    model's own passes gather and scatter."""
+    """Bytes that are all-reduced and broadcast while it counts, and in how many calls. Under FSDP2 that is the
+    optimizer's part, for the model's own passes gather and scatter. ``CommDebugMode`` counts calls alone, and its hooks
+    raise an IndexError where a model is run after a backward pass, as in a meta-step; so it counts plain steps."""
 
-    counts, bytes = True, 0
+    counts, bytes, calls = True, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.counts and func._schema.name in ("c10d::allreduce_", "c10d::broadcast_"):
             self.bytes += sum(t.nbytes for t in args[0])
+            self.calls += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -553,13 +556,18 @@ def sending(name: str, layout: str, dtype: torch.dtype, ranks: int, **settings: 
         sent.counts = True
         return loss
 
-    for _ in range(4):
-        kind = "meta" if opt.meta_due else "step"
+    calls = []
+    for _ in range(2):
         with Sent() as sent:
             opt.step(closure)
-        counted[kind] = sent.bytes
+        counted["meta"] = sent.bytes
+        closure()
+        with CommDebugMode() as torchs_own, Sent() as sent:
+            opt.step()
+        counted["step"] = sent.bytes
+        calls.append((sent.calls, torchs_own.get_total_counts()))
     plan = opt.plan()
-    return {"counted": counted, "planned": {"step": plan.step_sent, "meta": plan.meta_sent}}
+    return {"counted": counted, "planned": {"step": plan.step_sent, "meta": plan.meta_sent}, "calls": calls}
 
 
 SENT: list[tuple[str, str, torch.dtype, dict[str, Any]]] = [

@@ -166,12 +166,14 @@ def test_checkpoints_reshard(ranks: int | None, found: dict[int, list[Any]], fol
 
 @pytest.mark.parametrize("case", sharded_worker.SENT, ids=str)
 def test_what_is_sent_is_what_the_plan_says(case: Any, found: dict[int, list[Any]]) -> None:
-    """Counted in a plain step and in one with a meta-update, beside what the model's own passes send."""
+    """Counted in a plain step and in one with a meta-update, beside what the model's own passes send; the calls of a
+    plain step are those that torch's CommDebugMode finds."""
     for each in found[2]:
         result = each["sent"][str(case[:2] + case[3:])]
         planned, counted = result["planned"], result["counted"]
         assert counted["step"] == planned["step"] > 0
         assert counted["meta"] == planned["meta"] > planned["step"]
+        assert all(ours == torchs_own > 0 for ours, torchs_own in result["calls"])
 
 
 def test_squares_that_start_elsewhere_keep_what_they_share() -> None:
