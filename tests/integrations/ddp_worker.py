@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.integrations.helpers import NAMES, data, net, optimizer_of, weights
+from tests.integrations.helpers import NAMES, by_hand, data, net, optimizer_of, weights
 from tests.integrations.language import batches, language_model, own_loss, sentences
 
 SIZE = 16
@@ -117,6 +119,31 @@ def with_lightning(name: str, loss: Any) -> dict[str, Any]:
     return result(module.net, fit.optimizers[0])
 
 
+def under_fully_shard(name: str, loss: Any) -> dict[str, list[torch.Tensor]]:
+    """What Lightning's strategy for FSDP2 and a loop by hand come to."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    from tests.integrations.test_lightning import Script, trainer
+
+    class Sharded(Script):
+        def configure_model(self) -> None:
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    world = rank_and_world()[1]
+    module = Sharded(lambda model: optimizer_of(name, model, fresh(), loss), DTYPE)
+    strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
+    trainer(max_epochs=EPOCHS, devices=world, strategy=strategy, use_distributed_sampler=False).fit(
+        module, training_data()
+    )
+    model = net(DTYPE)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    by_hand(model, optimizer_of(name, model, fresh(), loss), [*training_data()] * EPOCHS)
+    return {
+        kind: [p.full_tensor() for p in weights(each)]  # type: ignore[attr-defined]
+        for kind, each in (("Lightning", module.net), ("by hand", model))
+    }
+
+
 def train(folder: Path) -> dict[str, dict[str, Any]]:
     results = {}
     for name in NAMES:
@@ -132,7 +159,9 @@ def train(folder: Path) -> dict[str, dict[str, Any]]:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    torch.save(train(folder), folder / f"{rank_and_world()[0]}.pt")
+    cases = [(name, loss) for name in NAMES for loss in (None, nn.functional.cross_entropy)]
+    sharded = [under_fully_shard(*case) for case in cases]
+    torch.save({"replicas": train(folder), "sharded": sharded}, folder / f"{rank_and_world()[0]}.pt")
 
 
 if __name__ == "__main__":

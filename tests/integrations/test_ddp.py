@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integrations.ddp_worker import train
-from tests.integrations.helpers import forget_accelerators
+from tests.integrations.ddp_worker import DTYPE, train
+from tests.integrations.helpers import forget_accelerators, net
 
 WORKER = Path(__file__).parent / "ddp_worker.py"
 RANKS = 2
@@ -29,8 +29,8 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results, Results]:
-    """Of rank 0, of rank 1, and of a process alone."""
+def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Results]:
+    """Of the ranks, and of a process alone."""
     forget_accelerators()
     root = str(WORKER.parent.parent.parent)
     usual = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -61,8 +61,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results,
     finally:
         for process in processes:
             process.kill()
-    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS))
-    return first, second, alone
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)], alone
+
+
+@pytest.fixture
+def results(played: tuple[list[Any], Results]) -> tuple[Results, Results, Results]:
+    """Of replicas on rank 0, on rank 1, and of a process alone."""
+    (first, second), alone = played
+    return first["replicas"], second["replicas"], alone
+
+
+def test_lightning_under_fully_shard_is_a_loop_by_hand(played: tuple[list[Any], Results]) -> None:
+    """To the bit, by its ModelParallelStrategy."""
+    ranks, _ = played
+    assert len(ranks[0]["sharded"]) == 4
+    for each in (case for rank in ranks for case in rank["sharded"]):
+        assert all(map(torch.equal, each["Lightning"], each["by hand"]))
+        assert not torch.equal(each["by hand"][0], net(DTYPE)[0].weight)  # type: ignore[index]
 
 
 def test_ranks_are_equal_to_the_bit(results: tuple[Results, Results, Results]) -> None:
