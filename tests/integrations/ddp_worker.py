@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.integrations.helpers import NAMES, by_hand, data, net, optimizer_of, weights
+from tests.integrations.helpers import NAMES, by_hand, data, forget_accelerators, net, optimizer_of, weights
 from tests.integrations.language import batches, language_model, own_loss, sentences
 
 SIZE = 16
@@ -120,7 +120,7 @@ def with_lightning(name: str, loss: Any) -> dict[str, Any]:
 
 
 def under_fully_shard(name: str, loss: Any) -> dict[str, list[torch.Tensor]]:
-    """What Lightning's strategy for FSDP2 and a loop by hand come to."""
+    """What Lightning's strategy for FSDP2, accelerate's and a loop by hand come to."""
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     from tests.integrations.test_lightning import Script, trainer
@@ -138,10 +138,26 @@ def under_fully_shard(name: str, loss: Any) -> dict[str, list[torch.Tensor]]:
     model = net(DTYPE)
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     by_hand(model, optimizer_of(name, model, fresh(), loss), [*training_data()] * EPOCHS)
+    prepared = prepared_by_accelerate()
+    by_hand(prepared, optimizer_of(name, prepared, fresh(), loss), [*training_data()] * EPOCHS)
     return {
         kind: [p.full_tensor() for p in weights(each)]  # type: ignore[attr-defined]
-        for kind, each in (("Lightning", module.net), ("by hand", model))
+        for kind, each in (("Lightning", module.net), ("by hand", model), ("accelerate", prepared))
     }
+
+
+def prepared_by_accelerate() -> nn.Module:
+    """Sharded by accelerate, which replicates on CPUs unless its state is set, and asks for an optimizer."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    model = net(DTYPE)
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    forget_accelerators()
+    return model
 
 
 def train(folder: Path) -> dict[str, dict[str, Any]]:

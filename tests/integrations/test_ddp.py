@@ -71,12 +71,13 @@ def results(played: tuple[list[Any], Results]) -> tuple[Results, Results, Result
     return first["replicas"], second["replicas"], alone
 
 
-def test_lightning_under_fully_shard_is_a_loop_by_hand(played: tuple[list[Any], Results]) -> None:
-    """To the bit, by its ModelParallelStrategy."""
+def test_trainers_under_fully_shard_are_a_loop_by_hand(played: tuple[list[Any], Results]) -> None:
+    """To the bit: Lightning by its ModelParallelStrategy, accelerate by FSDP2, whose optimizer isn't used."""
     ranks, _ = played
     assert len(ranks[0]["sharded"]) == 4
     for each in (case for rank in ranks for case in rank["sharded"]):
         assert all(map(torch.equal, each["Lightning"], each["by hand"]))
+        assert all(map(torch.equal, each["accelerate"], each["by hand"]))
         assert not torch.equal(each["by hand"][0], net(DTYPE)[0].weight)  # type: ignore[index]
 
 
