@@ -218,7 +218,7 @@ class TritonModel:
         else:
             last = self._ready("update", given, momentum_buffers, (lr, momentum, weight_decay), _of_a_step)
         if not last.plan or not last.plan.launches:
-            return self._one
+            return _factor(most, total, like=self._one) if bounded and total is not None else self._one
         if not math.isfinite(most):
             self._launch(last)
             return self._one
@@ -351,6 +351,12 @@ class TritonModel:
                         f"a launch failed after some weights had been stepped: {type(error).__name__}: {error}"
                     ) from error
                 raise
+
+
+def _factor(most: float, total: Callable[[Tensor], None], like: Tensor) -> Tensor:
+    """What keeps the promise at ``most`` where this process has none: the others wait for its part of the sum."""
+    total(promise := torch.zeros_like(like))
+    return most / promise.clamp_min_(most)
 
 
 def _places(tensors: Sequence[Tensor | None]) -> list[int]:

@@ -483,6 +483,13 @@ def test_the_sum_is_shown_before_it_is_compared() -> None:
     assert f.item() == pytest.approx(0.5, rel=1e-5)
 
 
+def test_a_process_without_gradients_adds_its_part_to_the_sum() -> None:
+    own = layers([(7, 12), (9, 30)], torch.float32)
+    own.Gs = [None, None]
+    assert step(own, own.bind(), 3.0, total=lambda x: x.add_(12)).item() == pytest.approx(0.25)
+    assert step(own, own.bind(), 3.0).item() == 1
+
+
 def test_a_promise_that_isnt_a_number_stops_the_step() -> None:
     own = layers([(7, 12)], torch.float32)
     own.Gs[0][0][0, 0] = torch.nan  # type: ignore[index]
