@@ -13,7 +13,7 @@ import apo_kernels as ak
 from apo.inner_products import norms
 from apo.meta_optimizer import Learned
 from apo.owners import Owners
-from apo.preconditioner import Layer
+from apo.preconditioner import PreconditionedLayer
 from apo.sharding import local, sum_over, sum_over_, summed_once
 
 __all__ = ["Arena", "Parts"]
@@ -34,7 +34,7 @@ class Arena:
 
     def __init__(self, owners: Owners | None = None) -> None:
         self.owners = owners or Owners()
-        self.layers: list[Layer] = []
+        self.layers: list[PreconditionedLayer] = []
         self._operator: ak.ModelPreconditioner | None = None
 
     def renew(self) -> None:
@@ -149,15 +149,15 @@ class Arena:
             sizes += [size[name] for name in layer.learned]
         return found, sizes
 
-    def gathered(self) -> dict[Layer, dict[str, Tensor]]:
+    def gathered(self) -> dict[PreconditionedLayer, dict[str, Tensor]]:
         """The whole state of layers that have owners, on all ranks; to be called on all of them."""
-        found: dict[Layer, dict[str, Tensor]] = {}
+        found: dict[PreconditionedLayer, dict[str, Tensor]] = {}
         for owner in range(self.owners.count) if self.owners.over else ():
             layers = [layer for layer in self.layers if layer.view.owner == owner]
             found |= zip(layers, self.owners.handed_on([x.state() for x in layers], owner), strict=True)
         return found
 
-    def take_in(self, layers: Iterable[Layer]) -> None:
+    def take_in(self, layers: Iterable[PreconditionedLayer]) -> None:
         """Add layers."""
         self.layers += layers
         self.renew()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import apo_kernels as ak
 from apo.arena import Arena, Parts
-from apo.preconditioner import Layer
+from apo.preconditioner import PreconditionedLayer
 from apo.sharding import sum_over, sum_over_
 
 __all__ = ["FisherStart"]
@@ -54,14 +54,14 @@ class FisherStart:
     def __init__(self, updates: int) -> None:
         self.updates = updates
 
-    def prepare(self, layers: Sequence[Layer]) -> None:
+    def prepare(self, layers: Sequence[PreconditionedLayer]) -> None:
         """Allocate the running means, which live beside those of the meta-optimizer."""
         for layer in layers:
             for own in layer.phi:
                 own.buffers[self.ENERGY] = torch.zeros_like(own.tensor, memory_format=torch.contiguous_format)
             layer.parts["S"].buffers[self.WEIGHT] = torch.zeros((), dtype=torch.float32, device="cpu")
 
-    def release(self, layers: Sequence[Layer]) -> bool:
+    def release(self, layers: Sequence[PreconditionedLayer]) -> bool:
         """Drop the running means: the start is over. Whether there were any."""
         held = [layer for layer in layers if self.WEIGHT in layer.parts["S"].buffers]
         for layer in held:
@@ -70,7 +70,7 @@ class FisherStart:
                 del own.buffers[self.ENERGY]
         return bool(held)
 
-    def missing(self, layer: Layer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def missing(self, layer: PreconditionedLayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Zeros in the place of what :meth:`release` has dropped from a layer's state."""
         if f"S_{self.ENERGY}" in state:
             return {}
@@ -80,7 +80,7 @@ class FisherStart:
         }
         return found | {f"S_{self.WEIGHT}": torch.zeros((), dtype=torch.float32, device="cpu")}
 
-    def rescale(self, layers: Sequence[Layer], growths: Sequence[float]) -> None:
+    def rescale(self, layers: Sequence[PreconditionedLayer], growths: Sequence[float]) -> None:
         """Follow a move of P's scale: the energies go with P."""
         held, factors = [], []
         for layer, growth in zip(layers, growths, strict=True):
@@ -109,7 +109,7 @@ class FisherStart:
                 layer.parts["S"].buffers[self.WEIGHT].lerp_(torch.ones(()), 1 - self.BETA)
 
     @torch.no_grad()
-    def step(self, layers: Sequence[Layer], delta: float, done: int = 0) -> None:
+    def step(self, layers: Sequence[PreconditionedLayer], delta: float, done: int = 0) -> None:
         """One step of A, B and S.
 
         Args:
@@ -157,7 +157,7 @@ class FisherStart:
         return R.mul_(self.LONGEST / norm.clamp_min_(self.LONGEST))
 
 
-def _energies_of_noise(layers: Sequence[Layer]) -> list[dict[str, Tensor]]:
+def _energies_of_noise(layers: Sequence[PreconditionedLayer]) -> list[dict[str, Tensor]]:
     """Those expected if W were noise of variance 1; nothing of layers that others own."""
     found: list[dict[str, Tensor]] = []
     of_rows, of_columns = [], []

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from apo import checks
 from apo.batches import moved, only_device
 from apo.discrepancy import KL, Discrepancy, discrepancy_named, takes_pairs
-from apo.padding import Kept, Mask, kept_positions, select
+from apo.padding import CountedPositions, Mask, kept_positions, select
 from apo.sharding import local
 from apo.trial import modules_of, parameters_of, random_state, restore_random_state, without_autocast
 
@@ -41,7 +41,7 @@ class Anchor(NamedTuple):
 
     batch: Any
     outputs: Any
-    kept: Kept | None
+    kept: CountedPositions | None
     loss: Tensor | None
     rng: dict[str, Any]
 

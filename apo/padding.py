@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from apo.trial import modules_of
 
-__all__ = ["Kept", "Mask", "kept_positions", "select"]
+__all__ = ["CountedPositions", "Mask", "kept_positions", "select"]
 
 Mask = Callable[[Any], Tensor] | int | bool | None
 """A callable ``mask(batch) -> bool tensor``; an int, the target of positions that don't count; None: find padding by
@@ -22,7 +22,7 @@ IGNORED = -100
 """The target that torch's losses leave out."""
 
 
-class Kept(NamedTuple):
+class CountedPositions(NamedTuple):
     """The positions that count.
 
     Attributes:
@@ -38,7 +38,7 @@ class Kept(NamedTuple):
         return self.places is not None and self.places.numel() == 0
 
 
-def kept_positions(mask: Mask, model: nn.Module, batch: Any, targets: Any, outputs: Any) -> Kept | None:
+def kept_positions(mask: Mask, model: nn.Module, batch: Any, targets: Any, outputs: Any) -> CountedPositions | None:
     """The positions that count.
 
     Args:
@@ -71,10 +71,10 @@ def kept_positions(mask: Mask, model: nn.Module, batch: Any, targets: Any, outpu
         kept = labels != mask
     if kept is None:
         return None
-    return Kept(None if bool(kept.all()) else kept.flatten().nonzero().squeeze(1), kept.ndim)
+    return CountedPositions(None if bool(kept.all()) else kept.flatten().nonzero().squeeze(1), kept.ndim)
 
 
-def select(outputs: Any, kept: Kept) -> Any:
+def select(outputs: Any, kept: CountedPositions) -> Any:
     """The positions that count, as examples: ``(N, T, C)`` becomes ``(kept, C)``."""
     places, dims = kept
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import apo_kernels as ak
 from apo.matrix_view import MatrixView
-from apo.preconditioner import Layer
+from apo.preconditioner import PreconditionedLayer
 from apo.sharding import Shards, is_placed, local, over
 
 __all__ = ["Plan", "PlanRow", "plan_of"]
@@ -124,7 +124,12 @@ class Plan:
 
 
 def plan_of(
-    model: nn.Module, layers: Sequence[Layer], groups: Sequence[dict[str, Any]], meta_optimizer: str, *, starts: bool
+    model: nn.Module,
+    layers: Sequence[PreconditionedLayer],
+    groups: Sequence[dict[str, Any]],
+    meta_optimizer: str,
+    *,
+    starts: bool,
 ) -> Plan:
     """The plan of these layers of the model; ``starts``: with what :mod:`apo.fisher_start` holds for a while."""
     held = {id(p) for layer in layers for p in layer.view.parameters}
@@ -147,7 +152,7 @@ def plan_of(
     return Plan(rows, left_out, len(shards.groups), promise, verdict, plain)
 
 
-def _row(layer: Layer, group: dict[str, Any], meta_optimizer: str, starts: bool) -> PlanRow:
+def _row(layer: PreconditionedLayer, group: dict[str, Any], meta_optimizer: str, starts: bool) -> PlanRow:
     view, (A, B) = layer.view, layer.sides
     batch = 1 if not view.batch else view.batch[0]
     sizes = (view.m, view.n, A.block_size, B.block_size)
@@ -186,7 +191,7 @@ def _part(view: MatrixView) -> str:
     return ", ".join(rows + columns)
 
 
-def _sent(layer: Layer, *, relative: bool) -> tuple[int, int]:
+def _sent(layer: PreconditionedLayer, *, relative: bool) -> tuple[int, int]:
     """Bytes that a layer adds to what is all-reduced or broadcast, in a step and further in a meta-step."""
     view, size = layer.view, layer.S.element_size()
     blocks = [(own, len(own.alike)) for own in layer.phi if own.block]

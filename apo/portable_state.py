@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apo.matrix_view import MatrixView, Side
-from apo.preconditioner import Layer
+from apo.preconditioner import PreconditionedLayer
 from apo.sharding import is_placed, local, shards_of
 
 __all__ = ["load_portable", "misfit", "portable"]
@@ -23,7 +23,7 @@ __all__ = ["load_portable", "misfit", "portable"]
 PLACE, ONES = "_place", "_ones"
 
 
-def portable(layer: Layer, state: dict[str, Tensor], *, whole: bool = False) -> dict[str, Tensor]:
+def portable(layer: PreconditionedLayer, state: dict[str, Tensor], *, whole: bool = False) -> dict[str, Tensor]:
     """What a checkpoint holds of a layer's state; ``whole``: of all of it, where this rank holds only a part."""
     view = layer.view
     found = {"step": state["step"]}
@@ -39,7 +39,7 @@ def portable(layer: Layer, state: dict[str, Tensor], *, whole: bool = False) -> 
     return found
 
 
-def load_portable(layer: Layer, state: dict[str, Any]) -> None:
+def load_portable(layer: PreconditionedLayer, state: dict[str, Any]) -> None:
     """Take up what :func:`portable` made, on these ranks or others."""
     if layer.momentum is None and "momentum_buffer" in state:
         layer.momentum = torch.zeros_like(layer.S)
@@ -64,7 +64,7 @@ def load_portable(layer: Layer, state: dict[str, Any]) -> None:
         copy.copy_(master)
 
 
-def misfit(layer: Layer, state: object) -> str | None:
+def misfit(layer: PreconditionedLayer, state: object) -> str | None:
     """Why a state can't be taken up; None where it can."""
     view = layer.view
     wanted = {*layer.learned, *(name + x for name in layer.learned if name != "S" for x in (PLACE, ONES))}
@@ -81,11 +81,11 @@ def misfit(layer: Layer, state: object) -> str | None:
     return None
 
 
-def _side(layer: Layer, name: str, whole: bool = False) -> Side:
+def _side(layer: PreconditionedLayer, name: str, whole: bool = False) -> Side:
     return (layer.whole_sides if whole else layer.sides)["AB".index(name)]
 
 
-def _rows(layer: Layer, name: str, tensor: Tensor, batch: int, whole: bool) -> Tensor:
+def _rows(layer: PreconditionedLayer, name: str, tensor: Tensor, batch: int, whole: bool) -> Tensor:
     """A block, or what goes with it, by rows: a number for each, or a square's row."""
     side, own = _side(layer, name, whole), layer.parts[name]
     vector = tensor.ndim < own.tensor.ndim

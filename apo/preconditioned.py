@@ -30,7 +30,7 @@ from apo.owners import Owners
 from apo.placement_checks import check_placements, check_unplaced
 from apo.plan import Plan, plan_of
 from apo.portable_state import load_portable, misfit, portable
-from apo.preconditioner import Layer
+from apo.preconditioner import PreconditionedLayer
 from apo.rates import LogRates, get_rate
 from apo.relative_steps import RelativeSteps
 from apo.schedules import Schedules
@@ -186,15 +186,15 @@ class APO(MetaLearner):
         placed = any(map(is_placed, parameters))
         return Owners() if placed else Owners.found(self.method.shard, self._process_group, self.model, parameters)
 
-    def _layers_of(self, group: dict[str, Any], owners: Owners) -> list[Layer]:
+    def _layers_of(self, group: dict[str, Any], owners: Owners) -> list[PreconditionedLayer]:
         if group["block_dtype"] is not None and any(p.dtype == torch.float64 for p in group["params"]):
             raise ValueError(f"block_dtype must be None for float64 weights, but got {group['block_dtype']}")
         place = next(i for i, own in enumerate(self.param_groups) if own is group)
         sizes = group["block_size"], group["max_dim"], group["block_dtype"]
         views = local_views(matrix_views(self.model, group["params"]), *sizes[:2])
-        return [Layer.start(view, *sizes, place) for view in owners.views(views, *sizes[:2])]
+        return [PreconditionedLayer.start(view, *sizes, place) for view in owners.views(views, *sizes[:2])]
 
-    def _take_in(self, layers: Sequence[Layer]) -> None:
+    def _take_in(self, layers: Sequence[PreconditionedLayer]) -> None:
         """Let the meta-optimizer learn these layers, and checkpoints hold them, from now on."""
         for layer in layers:
             relative = isinstance(self.meta, RelativeSteps)
@@ -222,7 +222,7 @@ class APO(MetaLearner):
         self._show_state()
 
     @property
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[PreconditionedLayer]:
         """The matrices of the model's with their preconditioners."""
         return self._arena.layers
 
@@ -310,9 +310,9 @@ class APO(MetaLearner):
         )
 
     @staticmethod
-    def _start_momentum(layers: Sequence[Layer]) -> None:
+    def _start_momentum(layers: Sequence[PreconditionedLayer]) -> None:
         """Momentum of 0, in storage that like layers share."""
-        alike = defaultdict[Any, list[Layer]](list)
+        alike = defaultdict[Any, list[PreconditionedLayer]](list)
         for layer in layers:
             alike[layer.S.dtype, layer.S.device].append(layer)
         for kind, those in alike.items():
@@ -365,7 +365,7 @@ class APO(MetaLearner):
         for p in self.parameters:
             p.grad = None
 
-    def _take_sample(self) -> list[Layer]:
+    def _take_sample(self) -> list[PreconditionedLayer]:
         """Let the start see the sampled gradient, if there is one and it is finite. Which layers it has seen."""
         sampled, self._sampled = self._sampled, None
         if sampled is None:
@@ -523,7 +523,7 @@ class APO(MetaLearner):
         else:
             self._arena.refresh()
 
-    def _group(self, layer: Layer) -> dict[str, Any]:
+    def _group(self, layer: PreconditionedLayer) -> dict[str, Any]:
         return self.param_groups[layer.group]
 
     def state_dict(self) -> dict[str, Any]:
@@ -566,7 +566,7 @@ class APO(MetaLearner):
         self._show_state()
         self._end_start()
 
-    def _saved(self, state_dict: dict[str, Any]) -> list[tuple[Layer, Any]]:
+    def _saved(self, state_dict: dict[str, Any]) -> list[tuple[PreconditionedLayer, Any]]:
         """Each layer with its entry in a state dict, which names parameters by their place."""
         places = [i for group in state_dict["param_groups"] for i in group["params"]]
         place_of = dict(zip(self.parameters, places, strict=True))

@@ -13,11 +13,11 @@ import apo_kernels as ak
 from apo.matrix_view import MatrixView, Side
 from apo.meta_optimizer import Learned
 
-__all__ = ["Layer"]
+__all__ = ["PreconditionedLayer"]
 
 
 @dataclass(eq=False)
-class Layer:
+class PreconditionedLayer:
     """A matrix of the model's with its preconditioner, which starts as the identity.
 
     Attributes:
@@ -48,7 +48,7 @@ class Layer:
         max_dim: int | None,
         dtype: torch.dtype | None = None,
         group: int = 0,
-    ) -> Layer:
+    ) -> PreconditionedLayer:
         """The identity, with masters in float32 (float64 for float64 weights) and products that read ``dtype``."""
         master = torch.promote_types(view.weight.dtype, torch.float32)
         device = view.weight.device

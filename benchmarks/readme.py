@@ -16,7 +16,7 @@ from benchmarks.common import results
 from benchmarks.common.tables import markdown, short
 from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, FULL, NAMES
 from benchmarks.paper import overhead
-from benchmarks.paper.report.runs import Group, collect, grouped
+from benchmarks.paper.report.runs import SeedGroup, collect, grouped
 from benchmarks.paper.studies.tables import summary
 from benchmarks.paper.training.optimizers import METHODS
 from benchmarks.paper.training.search_files import COMMITTED
@@ -181,7 +181,7 @@ def _worst(rows: list[dict[str, Any]]) -> str:
 COMPARED = ("sgdm", "adam", "kfac", "shampoo", "apo")
 
 
-def _searched_tasks() -> list[tuple[str, list[Group], list[str]]]:
+def _searched_tasks() -> list[tuple[str, list[SeedGroup], list[str]]]:
     """The tasks that all five were searched on: the name, each one's runs, and its loss after equal steps."""
     found = []
     for task, runs in collect([COMMITTED]).items():
@@ -212,7 +212,7 @@ def _summary() -> str:
     return markdown(["task", *labels, "APO", "a step of APO ÷ Adam's"], rows, numbers=True)
 
 
-def _loss(group: Group, step: float) -> str:
+def _loss(group: SeedGroup, step: float) -> str:
     loss = median(group.loss_at("step", step))
     if not isfinite(loss):
         return "diverged"

@@ -17,9 +17,9 @@ from torch import Tensor
 from apo_kernels.aten.buffers import Pool, Scalings
 from apo_kernels.aten.operators import accumulation_dtype
 from apo_kernels.aten.pieces import BlockSlopes, Diagonals, Stacks, Work
-from apo_kernels.aten.squares import Pick, Squares
+from apo_kernels.aten.squares import Pick, SquareBank
 from apo_kernels.aten.tiles import TileClass, classes_of
-from apo_kernels.aten.writing import Update
+from apo_kernels.aten.writing import WeightUpdate
 from apo_kernels.blocks import is_stack
 from apo_kernels.slopes import ModelSlopes, Parts
 
@@ -33,7 +33,7 @@ HELD = 2**20
 """Elements of a class up to which the buffer of its directions is held."""
 
 
-class Kept(NamedTuple):
+class KeptTiles(NamedTuple):
     """What slopes need of a trial: ``BᵀGA`` in tiles, a stack for each class, and which layers took part."""
 
     M: list[Tensor]
@@ -64,10 +64,10 @@ class AtenModel:
         parts = [[w for own in each.regions for w in own.windows(widths[own.layer])] for each in self._classes]
         matrices = [[w for own in each.regions for w in own.windows([whole[own.layer]])] for each in self._classes]
         self._held_views: dict[Work, Tensor] = {}
-        self._update = Update(widths, parts, matrices, self._held, self._dtype)
+        self._update = WeightUpdate(widths, parts, matrices, self._held, self._dtype)
         self._number_tiles()
 
-    def _join_blocks(self) -> tuple[list[Squares], dict[tuple[int, str], tuple[Squares, int]]]:
+    def _join_blocks(self) -> tuple[list[SquareBank], dict[tuple[int, str], tuple[SquareBank, int]]]:
         """The squares of equal sides, and for each block where its own are."""
         alike: dict[tuple[int, torch.dtype], list[tuple[int, str]]] = {}
         blocks = {"A": self._As, "B": self._Bs}
@@ -78,7 +78,7 @@ class AtenModel:
                     alike.setdefault((block.shape[-1], block.dtype), []).append((i, side))
         banks, of_block = [], {}
         for names in alike.values():
-            bank = Squares([blocks[side][i] for i, side in names], self._dtype)
+            bank = SquareBank([blocks[side][i] for i, side in names], self._dtype)
             banks.append(bank)
             of_block.update({name: (bank, k) for k, name in enumerate(names)})
         return banks, of_block
@@ -202,18 +202,18 @@ class AtenModel:
         lengths: Sequence[float],
         momentum: Sequence[float],
         shrink: Sequence[float],
-    ) -> Kept:
+    ) -> KeptTiles:
         present = _present(Gs)
         Ys, Ms = self._directions(Gs, keep=True)
         if present:
             self._update(thetas, Gs, present, momentum_buffers, Ys, lengths, momentum, shrink, carry=False)
-        return Kept(Ms, present)
+        return KeptTiles(Ms, present)
 
-    def keep(self, Gs: Parts) -> Kept:
+    def keep(self, Gs: Parts) -> KeptTiles:
         present = _present(Gs)
-        return Kept(self._directions(Gs, keep=True, wanted=False)[1], present)
+        return KeptTiles(self._directions(Gs, keep=True, wanted=False)[1], present)
 
-    def adopted(self, Ms: Mapping[int, Tensor]) -> Kept:
+    def adopted(self, Ms: Mapping[int, Tensor]) -> KeptTiles:
         """What another path has kept, ``BᵀGA`` of the layers that took part, as this one keeps it."""
         stacks = self._tiles(True)
         for works, stack in zip(self._works, stacks, strict=True):
@@ -223,7 +223,7 @@ class AtenModel:
                 torch._foreach_zero_(targets)
                 if pairs:
                     torch._foreach_copy_([target for target, _ in pairs], [M for _, M in pairs])
-        return Kept(stacks, sorted(Ms))
+        return KeptTiles(stacks, sorted(Ms))
 
     def _directions(
         self,
@@ -278,7 +278,7 @@ class AtenModel:
             self._shares = tuple(shares), tensor
         return tensor
 
-    def slopes(self, Vs: Parts, kept: Kept, lengths: Sequence[float]) -> ModelSlopes:
+    def slopes(self, Vs: Parts, kept: KeptTiles, lengths: Sequence[float]) -> ModelSlopes:
         # one after the other: the second is taken while the first is held
         slopes_S = self._scalings.on(self._pool.take(), kept.present)
         sizes_S = self._scalings.on(self._pool.take(), kept.present)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from apo_kernels.aten.operators import aligned_empty
-from apo_kernels.aten.squares import Pick, Squares
-from apo_kernels.aten.tiles import Piece, Run, TileClass
+from apo_kernels.aten.squares import Pick, SquareBank
+from apo_kernels.aten.tiles import GridRun, Piece, TileClass
 
 __all__ = ["BlockSlopes", "Diagonals", "Places", "Sources", "Stacks", "Work"]
 
@@ -60,10 +60,10 @@ class Places:
 class BlockSlopes:
     """The sums that a call to ``slopes`` collects for the squares and the diagonals, and their flat storage."""
 
-    def __init__(self, banks: Sequence[Squares]) -> None:
-        self.flat: dict[Squares, Tensor] = {}
-        self.squares: dict[Squares, Tensor] = {}
-        self.sizes: dict[Squares, Tensor] = {}
+    def __init__(self, banks: Sequence[SquareBank]) -> None:
+        self.flat: dict[SquareBank, Tensor] = {}
+        self.squares: dict[SquareBank, Tensor] = {}
+        self.sizes: dict[SquareBank, Tensor] = {}
         for bank in banks:
             self.flat[bank], self.squares[bank], self.sizes[bank] = bank.zeros()
         self.diagonals: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
@@ -83,7 +83,7 @@ class Work:
         self,
         each: TileClass,
         piece: Piece,
-        banks: dict[tuple[int, str], tuple[Squares, int]],
+        banks: dict[tuple[int, str], tuple[SquareBank, int]],
         diagonals: tuple[Diagonals | None, Diagonals | None],
         widths: Sequence[Sequence[int]],
         whole: Sequence[int],
@@ -99,7 +99,7 @@ class Work:
         self.runs = piece.runs
         self.left_first = not each.large or each.rows <= each.columns
         numbers = tuple([self._square(side, at, banks, diagonals[side]) for at in self._tiles()] for side in (0, 1))
-        self._bank: list[Squares | None] = [None, None]
+        self._bank: list[SquareBank | None] = [None, None]
         self._pick: list[Pick | None] = [None, None]
         self._of_diagonal: list[Tensor | None] = [None, None]
         self._tall = 1 if each.diagonal[1] or each.large else self.runs[0].tiles
@@ -132,7 +132,7 @@ class Work:
         self,
         side: int,
         at: tuple[int, int, int, int],
-        banks: dict[tuple[int, str], tuple[Squares, int]],
+        banks: dict[tuple[int, str], tuple[SquareBank, int]],
         diagonals: Diagonals | None,
     ) -> int:
         """The number of a tile's square in its bank, or of its piece of a diagonal."""
@@ -145,12 +145,12 @@ class Work:
         numbers = bank.numbers[own]
         return numbers[segment.square + q + region.entry(e) * (len(numbers) // region.all_entries)]
 
-    def _bank_of(self, side: int) -> Squares:
+    def _bank_of(self, side: int) -> SquareBank:
         bank = self._bank[side]
         assert bank is not None
         return bank
 
-    def _places(self, run: Run, numbers: Sequence[Sequence[int]]) -> tuple[Places | None, Places | None]:
+    def _places(self, run: GridRun, numbers: Sequence[Sequence[int]]) -> tuple[Places | None, Places | None]:
         """Where the left and right squares of a run's tiles are in their banks."""
         grid = run.panels * run.tiles
         grids = range(run.first, run.first + run.total, grid)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Pick", "Squares"]
+__all__ = ["Pick", "SquareBank"]
 
 
-class Squares:
+class SquareBank:
     """All squares of one side and dtype, in the order of the blocks ``(*, b, b)`` that hold them.
 
     Where the blocks lie in one storage at regular places, the stack is a view of it, and derivatives lie in a storage
@@ -97,7 +97,7 @@ class Pick:
     Otherwise it is a copy, of which the last in each ``slot`` is kept in the call's ``stacks``.
     """
 
-    def __init__(self, squares: Squares, numbers: Sequence[int], side: int, slot: int) -> None:
+    def __init__(self, squares: SquareBank, numbers: Sequence[int], side: int, slot: int) -> None:
         self.squares, self.side, self.slot = squares, side, slot
         step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
         self._rule: tuple[int, int, int] | None = None

@@ -24,7 +24,7 @@ from apo_kernels.blocks import block_count, is_stack
 
 WORTH = 2**14
 """Elements of a piece from which on its operations cost little beside its arithmetic."""
-__all__ = ["DIAGONAL", "LARGE", "Piece", "Region", "Run", "Segment", "Slice", "TileClass", "Window", "classes_of"]
+__all__ = ["DIAGONAL", "LARGE", "GridRun", "Piece", "Region", "Segment", "Slice", "TileClass", "Window", "classes_of"]
 
 DIAGONAL = 1024
 """Entries of a diagonal that one tile takes at most."""
@@ -214,7 +214,7 @@ class Region:
         )
 
 
-class Run(NamedTuple):
+class GridRun(NamedTuple):
     """Tiles of a piece, from ``first`` on, in grids of one form: so many panels, in so many grids."""
 
     first: int
@@ -236,15 +236,15 @@ class Piece:
     slices: list[tuple[Region, Slice]]
 
     @property
-    def runs(self) -> list[Run]:
-        found: list[Run] = []
+    def runs(self) -> list[GridRun]:
+        found: list[GridRun] = []
         first = 0
         for _, part in self.slices:
             form = part.panels, part.tiles
             if found and found[-1][2:] == form:
                 found[-1] = found[-1]._replace(grids=found[-1].grids + part.entries)
             else:
-                found.append(Run(first, part.entries, *form))
+                found.append(GridRun(first, part.entries, *form))
             first += part.total
         return found
 

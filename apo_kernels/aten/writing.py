@@ -11,13 +11,13 @@ from torch import Tensor
 from apo_kernels.aten.tiles import Window
 from apo_kernels.slopes import Parts
 
-__all__ = ["Update"]
+__all__ = ["WeightUpdate"]
 
 At = tuple[int, int]
 """Number of a class, and of a window among its windows."""
 
 
-class Update:
+class WeightUpdate:
     """``v ← μv + length·P(G)`` and ``θ ← shrink·θ − v``, or, for a trial, ``θ ← shrink·θ − length·P(G) − μv``.
 
     What is done to which views is listed once for as long as weights and momentum buffers stay where they are.
@@ -51,7 +51,7 @@ class Update:
             None if Y is None else ([w.in_tiles(Y) for w in parts[c]], [w.in_tiles(Y) for w in matrices[c]])
             for c, Y in enumerate(held)
         ]
-        self._known: dict[bool, tuple[Any, _Plan]] = {}
+        self._known: dict[bool, tuple[Any, _Listed]] = {}
 
     def __call__(
         self,
@@ -89,8 +89,8 @@ class Update:
         written: Sequence[Sequence[Tensor | None]],
         buffers: Sequence[Tensor | None],
         carry: bool,
-    ) -> _Plan:
-        plan = _Plan()
+    ) -> _Listed:
+        plan = _Listed()
         for i, thetas, v in zip(present, written, buffers, strict=True):
             slices: Sequence[Tensor | None] = [None] * len(thetas)
             if v is not None:
@@ -107,7 +107,7 @@ class Update:
                 self._add_part(plan, i, theta.detach(), at, own, carry)
         return plan
 
-    def _add_part(self, plan: _Plan, i: int, theta: Tensor, at: Sequence[At], v: Tensor | None, carry: bool) -> None:
+    def _add_part(self, plan: _Listed, i: int, theta: Tensor, at: Sequence[At], v: Tensor | None, carry: bool) -> None:
         plan.shrunk.add([theta], i)
         if v is not None:
             (plan.subtracted if carry else plan.coasted).add([theta], i, by=[v])
@@ -124,7 +124,7 @@ class Update:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """16-bit weights, and what is to be copied into them, computed before anything is written."""
         targets, results = [], []
-        plan = _Plan()
+        plan = _Listed()
         for i, thetas, v in zip(present, written, buffers, strict=True):
             for k, theta in enumerate(thetas):
                 if theta is None or theta.dtype == self._dtype:
@@ -168,7 +168,7 @@ class _Targets:
         return [([self.tensors[k] for k in group], [by[k] for k in group], number) for number, group in groups.items()]
 
 
-class _Plan:
+class _Listed:
     """What a step does, in this order."""
 
     def __init__(self) -> None:

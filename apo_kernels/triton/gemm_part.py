@@ -12,7 +12,7 @@ from triton import language as tl
 from apo_kernels.triton import config
 from apo_kernels.triton.gemm import grouped_gemm
 from apo_kernels.triton.launch import Launch
-from apo_kernels.triton.layers import Layer, Squares, padded
+from apo_kernels.triton.layers import BlockLayout, LayerLayout, padded
 from apo_kernels.triton.pack import pack
 from apo_kernels.triton.plan_builder import CODES, TYPES, Operation, PlanBuilder
 from apo_kernels.triton.table_layout import ALIGN, Kind, LayerField, PackField, ProblemField, Role
@@ -46,7 +46,7 @@ class GemmPart:
 
     def __init__(self, builder: PlanBuilder, indices: Sequence[int]) -> None:
         self.builder, self.indices = builder, indices
-        self.sides: dict[int, tuple[Squares, Squares]] = {}
+        self.sides: dict[int, tuple[BlockLayout, BlockLayout]] = {}
         for at in indices:
             layer = builder.layers[at]
             self.sides[at] = layer.B.grouped_for_gemm(), layer.A.grouped_for_gemm()
@@ -97,7 +97,7 @@ class GemmPart:
                 builder.shapes[at][_AMAX[role] + 1] = len(jobs) - first
         return jobs
 
-    def _squares(self, at: int, role: Role) -> Squares | None:
+    def _squares(self, at: int, role: Role) -> BlockLayout | None:
         """The squares of a block; None for a matrix."""
         B, A = self.sides[at]
         return {Role.A: A, Role.B: B}.get(role)
@@ -300,14 +300,14 @@ def _problem(layer: int, kind: Kind, rows: int, cols: int, depth: int, row0: int
     return tuple(problem)
 
 
-def _on_right(at: int, kind: Kind, layer: Layer, A: Squares) -> Iterator[Problem]:
+def _on_right(at: int, kind: Kind, layer: LayerLayout, A: BlockLayout) -> Iterator[Problem]:
     """The products of an ``m × n`` matrix with each square of ``A``, or of its transpose."""
     for q in range(A.groups):
         side = padded(A.extent(q))
         yield _problem(at, kind, padded(layer.m), side, side, 0, A.start(q), q)
 
 
-def _on_left(at: int, kind: Kind, layer: Layer, B: Squares) -> Iterator[Problem]:
+def _on_left(at: int, kind: Kind, layer: LayerLayout, B: BlockLayout) -> Iterator[Problem]:
     """The products of each square of ``B``, or of its transpose, with an ``m × n`` matrix."""
     for q in range(B.groups):
         side = padded(B.extent(q))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-__all__ = ["Launch", "Run", "count_launches", "current_stream", "on_device"]
+__all__ = ["Launch", "LaunchInputs", "count_launches", "current_stream", "on_device"]
 
 _NO_SCALARS = (0.0, None, 0.0, 0.0)
 _observers: list[list[str]] = []
@@ -29,7 +29,7 @@ def count_launches() -> Iterator[list[str]]:
         _observers.remove(names)
 
 
-class Run(NamedTuple):
+class LaunchInputs(NamedTuple):
     """What changes from one run of a plan to the next.
 
     Attributes:
@@ -66,7 +66,7 @@ class Launch:
     amax: bool = False
     _start: Callable[..., None] | None = None
 
-    def compile(self, run: Run) -> None:
+    def compile(self, run: LaunchInputs) -> None:
         """Compile and load, so that what can fail fails before anything has been written; once."""
         if self._start is not None:
             return
@@ -79,14 +79,14 @@ class Launch:
         constants = tuple(self.constants[name] for name in self.kernel.arg_names if name in self.constants)
         self._start = partial(self._direct, compiled[self.programs, 1, 1], constants)
 
-    def __call__(self, run: Run) -> None:
+    def __call__(self, run: LaunchInputs) -> None:
         """Launch what was compiled."""
         assert self._start is not None
         for names in _observers:
             names.append(self.name)
         self._start(run)
 
-    def _arguments(self, run: Run) -> tuple[Any, ...]:
+    def _arguments(self, run: LaunchInputs) -> tuple[Any, ...]:
         arguments: tuple[Any, ...] = (*self.tables, run.operands)
         if self.amax:
             arguments += (run.amax,)
@@ -94,10 +94,10 @@ class Launch:
             arguments += run.scalars if self.updates else _NO_SCALARS
         return arguments
 
-    def _direct(self, start: Callable[..., None], constants: tuple[Any, ...], run: Run) -> None:
+    def _direct(self, start: Callable[..., None], constants: tuple[Any, ...], run: LaunchInputs) -> None:
         start(*self._arguments(run), *constants, stream=run.stream)
 
-    def _interpret(self, options: dict[str, int], run: Run) -> None:
+    def _interpret(self, options: dict[str, int], run: LaunchInputs) -> None:
         self.kernel[(self.programs,)](*self._arguments(run), **self.constants, **options)
 
 

@@ -18,7 +18,7 @@ from apo_kernels.blocks import block_count, is_stack, width
 from apo_kernels.triton.errors import Unserved
 from apo_kernels.triton.table_layout import ALIGN, Role
 
-__all__ = ["BLOCKS", "Layer", "Squares", "View", "layers_of", "padded", "squares_of", "turns", "view_of"]
+__all__ = ["BLOCKS", "BlockLayout", "LayerLayout", "View", "layers_of", "padded", "squares_of", "turns", "view_of"]
 
 _STRIDE_LIMIT = 2**24
 """Of the sum of the strides: offsets within a tile of 128 by 128 are computed in int32."""
@@ -50,7 +50,7 @@ class View(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Squares:
+class BlockLayout:
     """A block as squares: ``count`` of side ``side`` along a diagonal of ``length``, taken ``group`` at a time."""
 
     length: int
@@ -75,19 +75,19 @@ class Squares:
         """The true side of group ``q``."""
         return min(self.group * self.side, self.length - self.start(q))
 
-    def grouped_for_tile(self, limit: int) -> Squares:
+    def grouped_for_tile(self, limit: int) -> BlockLayout:
         """As many squares side by side as a tile of side ``limit`` holds."""
-        return Squares(self.length, self.side, self.count, min(max(1, limit // self.side), self.count))
+        return BlockLayout(self.length, self.side, self.count, min(max(1, limit // self.side), self.count))
 
-    def grouped_for_gemm(self) -> Squares:
+    def grouped_for_gemm(self) -> BlockLayout:
         """So many at a time that a group begins at a multiple of :data:`ALIGN` and isn't narrower than a tile."""
         step = ALIGN // gcd(self.side, ALIGN)
         wanted = step * block_count(64, self.side * step) if self.side < 64 else step
-        return Squares(self.length, self.side, self.count, min(wanted, self.count))
+        return BlockLayout(self.length, self.side, self.count, min(wanted, self.count))
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerLayout:
     """One matrix: ``m × n``, ``B`` and ``A`` as squares, and where each operand lies.
 
     A turned layer is the problem ``P(Gᵀ; B, A, Sᵀ) = P(G; A, B, S)ᵀ``: the same chain with ``B``'s side first.
@@ -95,8 +95,8 @@ class Layer:
 
     m: int
     n: int
-    B: Squares
-    A: Squares
+    B: BlockLayout
+    A: BlockLayout
     views: Mapping[Role, View]
 
 
@@ -106,7 +106,7 @@ def turns(G: Tensor, A: Tensor, B: Tensor) -> bool:
     return width(B, G, m) > width(A, G, n)
 
 
-def layers_of(operands: Mapping[Role, Sequence[Tensor]], *, turn: bool) -> list[Layer]:
+def layers_of(operands: Mapping[Role, Sequence[Tensor]], *, turn: bool) -> list[LayerLayout]:
     """The matrices of the call, each entry of a batch one; empty ones left out.
 
     Args:
@@ -114,7 +114,7 @@ def layers_of(operands: Mapping[Role, Sequence[Tensor]], *, turn: bool) -> list[
         turn: turn the layers that :func:`turns` names. Their blocks change roles, and so do the blocks' dtypes.
     """
     length = len(operands[Role.G])
-    layers: list[Layer] = []
+    layers: list[LayerLayout] = []
     for i in range(length):
         G, A, B = (operands[role][i] for role in (Role.G, Role.A, Role.B))
         m, n = G.shape[-2:]
@@ -130,16 +130,16 @@ def layers_of(operands: Mapping[Role, Sequence[Tensor]], *, turn: bool) -> list[
                     view = view._replace(row=view.col, col=view.row)
                 views[_TURNED.get(role, role) if turned else role] = view
             if turned:
-                layers.append(Layer(n, m, squares[Role.A], squares[Role.B], views))
+                layers.append(LayerLayout(n, m, squares[Role.A], squares[Role.B], views))
             else:
-                layers.append(Layer(m, n, squares[Role.B], squares[Role.A], views))
+                layers.append(LayerLayout(m, n, squares[Role.B], squares[Role.A], views))
     return layers
 
 
-def squares_of(block: Tensor, G: Tensor, length: int) -> Squares:
+def squares_of(block: Tensor, G: Tensor, length: int) -> BlockLayout:
     if is_stack(block, G):
-        return Squares(length, block.shape[-1], block.shape[-3])
-    return Squares(length, length, 1)
+        return BlockLayout(length, block.shape[-1], block.shape[-3])
+    return BlockLayout(length, length, 1)
 
 
 def view_of(x: Tensor, tensor: int, index: tuple[int, ...], stacked: bool) -> View:

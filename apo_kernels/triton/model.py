@@ -39,7 +39,7 @@ __all__ = ["KeptM", "TritonModel"]
 
 Tensors = Sequence[Tensor]
 Buffers = Sequence[Tensor | None]
-Run = Callable[[Operation, Operands], None]
+RunOperation = Callable[[Operation, Operands], None]
 
 PLANS = 32
 """Of one preconditioner, for as many forms of operands."""
@@ -80,7 +80,7 @@ class TritonModel:
     def __init__(
         self,
         precision: str | None,
-        run: Run,
+        run: RunOperation,
         As: Tensors,
         Bs: Tensors,
         Ss: Tensors,

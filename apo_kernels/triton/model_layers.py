@@ -16,7 +16,7 @@ from apo_kernels.blocks import is_stack
 from apo_kernels.triton import config
 from apo_kernels.triton import plan as plans
 from apo_kernels.triton.errors import Unserved
-from apo_kernels.triton.layers import Squares, View, padded, squares_of, view_of
+from apo_kernels.triton.layers import BlockLayout, View, padded, squares_of, view_of
 from apo_kernels.triton.plan_builder import to_device
 from apo_kernels.triton.table_layout import ALIGN, Column, LayerField, ModelField, ModelRole, Role
 
@@ -36,8 +36,8 @@ class Matrix:
     m: int
     n: int
     n1: int
-    B: Squares
-    A: Squares
+    B: BlockLayout
+    A: BlockLayout
     views: dict[ModelRole, View]
     pitch_S: int
     offset: int = 0

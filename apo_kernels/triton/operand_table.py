@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from apo_kernels.triton.layers import Layer, View
+from apo_kernels.triton.layers import LayerLayout, View
 from apo_kernels.triton.table_layout import Column, Role
 
 __all__ = ["Made", "OperandTable"]
@@ -31,7 +31,7 @@ class Made:
 class OperandTable:
     """The operands' table of all layers, ``[layers, ROLES, COLUMNS]``, and after it single addresses, by index."""
 
-    def __init__(self, layers: Sequence[Layer], made: Sequence[Made], single: Sequence[View | int]) -> None:
+    def __init__(self, layers: Sequence[LayerLayout], made: Sequence[Made], single: Sequence[View | int]) -> None:
         self._values: list[int] = []
         self._moving: list[tuple[int, int, int]] = []  # where in the table, which tensor, byte offset in it
         for layer, own in zip(layers, made, strict=True):
@@ -46,7 +46,7 @@ class OperandTable:
         """The index of the first single address behind the table of so many layers."""
         return layers * len(Role) * len(Column)
 
-    def _row(self, role: Role, layer: Layer, own: Made) -> list[int]:
+    def _row(self, role: Role, layer: LayerLayout, own: Made) -> list[int]:
         row = [0] * len(Column)
         if role in own.packed:
             offset, row[Column.ROW], row[Column.SQUARE] = own.packed[role]

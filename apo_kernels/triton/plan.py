@@ -31,14 +31,14 @@ from apo_kernels.triton import config
 from apo_kernels.triton.errors import Interrupted
 from apo_kernels.triton.gemm_part import GemmPart
 from apo_kernels.triton.graphs import keep_for_graph, release_of_gone_graphs
-from apo_kernels.triton.launch import Run, current_stream
-from apo_kernels.triton.layers import Layer
+from apo_kernels.triton.launch import LaunchInputs, current_stream
+from apo_kernels.triton.layers import LayerLayout
 from apo_kernels.triton.operand_table import OperandTable
 from apo_kernels.triton.plan_builder import Operands, Operation, PlanBuilder, to_device
 from apo_kernels.triton.table_layout import Role
 from apo_kernels.triton.tile_part import TilePart
 
-__all__ = ["Bound", "Operation", "Plan", "Ready", "Step", "clear_plans", "plan_for", "start", "target_of"]
+__all__ = ["Bound", "LaunchPlan", "Operation", "Ready", "Step", "clear_plans", "plan_for", "start", "target_of"]
 
 _shape = attrgetter("shape")
 _BINDINGS = 8
@@ -59,7 +59,7 @@ class Step:
         return self.lr, self.lr_tensor, self.momentum, self.decay
 
 
-class Plan:
+class LaunchPlan:
     """See the module's docstring.
 
     Args:
@@ -101,7 +101,7 @@ class Plan:
             workspace = torch.empty(self._workspace_bytes // 4, dtype=torch.float32, device=self.device)
             pointers = [*pointers, workspace.data_ptr()]
         table = self._bind(tuple(pointers), stream)
-        run = Run(table, None if workspace is None else workspace[self._amax // 4 :], step.scalars, stream)
+        run = LaunchInputs(table, None if workspace is None else workspace[self._amax // 4 :], step.scalars, stream)
         for launch in self.launches:
             launch.compile(run)
         return Ready(self, run)
@@ -128,11 +128,11 @@ class Plan:
 class Ready:
     """A plan with everything that one run needs: planned, bound and compiled. It keeps the run's workspace."""
 
-    plan: Plan
-    run: Run
+    plan: LaunchPlan
+    run: LaunchInputs
 
 
-_plans: OrderedDict[Hashable, Plan] = OrderedDict()
+_plans: OrderedDict[Hashable, LaunchPlan] = OrderedDict()
 _lock = RLock()
 
 
@@ -155,7 +155,7 @@ class Bound:
         for group, pointers in zip(groups, self._pointers, strict=True):
             if 0 in pointers:
                 _refuse_without_address(group)
-        self._plans: dict[Hashable, list[Plan]] = {}
+        self._plans: dict[Hashable, list[LaunchPlan]] = {}
 
     def run(self, operation: Operation, step: Step) -> None:
         """Plan and compile for every group, then launch.
@@ -195,7 +195,7 @@ def start(every: Iterable[Ready]) -> None:
         raise
 
 
-def plan_for(precision: str | None, operation: Operation, operands: Operands, pointers: Sequence[int]) -> Plan:
+def plan_for(precision: str | None, operation: Operation, operands: Operands, pointers: Sequence[int]) -> LaunchPlan:
     """The plan for operands of this form that lie at ``pointers``, made if it isn't there. Their device must be the
     current one."""
     device = operands[Role.G][0].device
@@ -210,7 +210,7 @@ def plan_for(precision: str | None, operation: Operation, operands: Operands, po
             _plans.move_to_end(key)
             return plan
         release_of_gone_graphs()
-        plan = Plan(target_of(device), precision, operation, operands)
+        plan = LaunchPlan(target_of(device), precision, operation, operands)
         if not _capturing(device):
             _plans[key] = plan
             while len(_plans) > _PLANS:
@@ -229,7 +229,7 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _has_one_tile(layer: Layer) -> bool:
+def _has_one_tile(layer: LayerLayout) -> bool:
     return layer.A.count == layer.B.count == 1
 
 

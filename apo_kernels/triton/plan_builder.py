@@ -13,7 +13,7 @@ from torch import Tensor
 from triton import language as tl
 
 from apo_kernels.targets import Target
-from apo_kernels.triton.layers import Squares, View, layers_of
+from apo_kernels.triton.layers import BlockLayout, View, layers_of
 from apo_kernels.triton.operand_table import Made, OperandTable
 from apo_kernels.triton.table_layout import LayerField, Role
 
@@ -94,7 +94,7 @@ class PlanBuilder:
         self.workspace_bytes = self.amax = 0
         self.hosts: list[Tensor] = []
 
-    def set_squares(self, at: int, B: Squares, A: Squares) -> None:
+    def set_squares(self, at: int, B: BlockLayout, A: BlockLayout) -> None:
         """Say how the part that layer ``at`` belongs to takes its squares together."""
         layer, row = self.layers[at], self.shapes[at]
         row[LayerField.M], row[LayerField.N] = layer.m, layer.n

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apo_kernels.triton import config
 from apo_kernels.triton.launch import Launch
-from apo_kernels.triton.layers import BLOCKS, Squares
+from apo_kernels.triton.layers import BLOCKS, BlockLayout
 from apo_kernels.triton.plan_builder import TYPES, Operation, PlanBuilder
 from apo_kernels.triton.table_layout import ALIGN, Role
 from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
@@ -31,7 +31,7 @@ class TilePart:
 
     def __init__(self, builder: PlanBuilder, indices: Sequence[int], limit: int) -> None:
         self.builder, self.limit = builder, limit
-        self.sides: dict[int, tuple[Squares, Squares]] = {}
+        self.sides: dict[int, tuple[BlockLayout, BlockLayout]] = {}
         for at in indices:
             layer = builder.layers[at]
             B, A = layer.B.grouped_for_tile(limit), layer.A.grouped_for_tile(limit)

@@ -112,7 +112,7 @@ def no_launcher() -> Iterator[None]:
     from apo_kernels.targets import TARGETS
     from apo_kernels.triton import launch, plan
 
-    def compiled(self: launch.Launch, run: launch.Run) -> None:
+    def compiled(self: launch.Launch, run: launch.LaunchInputs) -> None:
         if self._start is None:
             constants = tuple(self.constants[name] for name in self.kernel.arg_names if name in self.constants)
             self._start = partial(self._direct, lambda *_, **__: None, constants)

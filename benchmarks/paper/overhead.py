@@ -43,7 +43,7 @@ Make = Callable[[nn.Module, Callable[[], Inputs]], Optimizer]
 COLUMNS = ["optimizer", "ms per step", "÷ SGDm", "peak memory ÷ weights"]
 
 
-class Workload(NamedTuple):
+class TimedModel(NamedTuple):
     title: str
     build: Callable[[float], nn.Module]  # by a factor of the published width
     batch: Callable[[int], tuple[Inputs, Tensor]]  # inputs and targets, so many
@@ -61,10 +61,10 @@ def _sentences(tokens: int) -> tuple[Inputs, Tensor]:
 
 
 MODELS = {
-    "mlp": Workload("MLP 784-1000-1000-10", lambda w: mlp(784, *2 * [ceil(1000 * w)], 10), _images(784), (100, 100)),
-    "lenet": Workload("LeNet", lambda w: lenet(), _images(3, 32, 32), (128, 128)),
-    "resnet18": Workload("ResNet-18", lambda w: resnet18(width=w), _images(3, 32, 32), (128, 32)),
-    "transformer": Workload(
+    "mlp": TimedModel("MLP 784-1000-1000-10", lambda w: mlp(784, *2 * [ceil(1000 * w)], 10), _images(784), (100, 100)),
+    "lenet": TimedModel("LeNet", lambda w: lenet(), _images(3, 32, 32), (128, 128)),
+    "resnet18": TimedModel("ResNet-18", lambda w: resnet18(width=w), _images(3, 32, 32), (128, 32)),
+    "transformer": TimedModel(
         "Transformer 6+6", lambda w: Transformer(WORDS, 8 * ceil(64 * w), 6, 4, ceil(1024 * w)), _sentences, (4096, 512)
     ),
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import apo
 import apo_kernels as ak
 from apo.matrix_view import MatrixView
-from apo.preconditioner import Layer
+from apo.preconditioner import PreconditionedLayer
 
 Problem = tuple[nn.Module, Tensor, Tensor, Tensor]
 ROOT = Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def scattered(view: MatrixView, matrix: Tensor) -> list[Tensor]:
     return [weight] if view.bias is None else [weight, matrix[..., -1].reshape(view.bias.shape)]
 
 
-def precondition(layers: Sequence[Layer], matrices: Sequence[Tensor]) -> list[Tensor]:
+def precondition(layers: Sequence[PreconditionedLayer], matrices: Sequence[Tensor]) -> list[Tensor]:
     """``P(G)`` of each layer."""
     return [ak.precondition(G, *layer.operands) for layer, G in zip(layers, matrices, strict=True)]
 

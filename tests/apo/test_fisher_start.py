@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import apo
 from apo.arena import Arena
 from apo.fisher_start import FisherStart, _energies_of_noise
-from apo.preconditioner import Layer
+from apo.preconditioner import PreconditionedLayer
 from apo.proximal import hessian
 from tests.apo.helpers import apo_of, closure_of, mlp, objective, precondition, same, weights
 
@@ -90,14 +90,14 @@ def test_the_damped_inverse_is_a_fixed_point_that_attracts(
     assert away(layer, F) < 1e-2
 
 
-def layer_and_factors(block_size: int | None, n: int, m: int) -> tuple[Layer, list[Tensor]]:
+def layer_and_factors(block_size: int | None, n: int, m: int) -> tuple[PreconditionedLayer, list[Tensor]]:
     torch.manual_seed(0)
     model = nn.Linear(n, m, bias=False).double()
     (layer,) = apo.APO(model, objective(model, torch.zeros(1, n)), block_size=block_size).layers
     return layer, [spread(side, block) for side, block in ((m, layer.B), (n, layer.A))]
 
 
-def whiten(layer: Layer, F: Tensor, delta: float, steps: int, rate: float = 0.05) -> None:
+def whiten(layer: PreconditionedLayer, F: Tensor, delta: float, steps: int, rate: float = 0.05) -> None:
     """Steps by the exact second moment."""
     roots = torch.linalg.cholesky(F).T * math.sqrt(len(F))
     start = FisherStart(1)
@@ -112,7 +112,7 @@ def whiten(layer: Layer, F: Tensor, delta: float, steps: int, rate: float = 0.05
         start.step([layer], delta)
 
 
-def away(layer: Layer, F: Tensor) -> float:
+def away(layer: PreconditionedLayer, F: Tensor) -> float:
     """How far P is from F's inverse, both divided by their norms."""
     P, inverse = dense(layer), torch.linalg.inv(F)
     return float((P / P.norm() - inverse / inverse.norm()).norm())
@@ -159,7 +159,7 @@ def spread(side: int, block: Tensor) -> Tensor:
     return torch.block_diag(*blocks)
 
 
-def dense(layer: Layer) -> Tensor:
+def dense(layer: PreconditionedLayer) -> Tensor:
     """P as a matrix over the flattened weight."""
     m, n = layer.view.shape
     return torch.stack([precondition([layer], [e.view(m, n)])[0].flatten() for e in torch.eye(m * n).double()])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import apo
 from apo import preconditioned
 from apo.meta_optimizer import Learned
-from apo.preconditioner import Layer
+from apo.preconditioner import PreconditionedLayer
 from apo.relative_steps import RelativeSteps
 from apo.shared_storage import SharedSquares
 from tests.apo.helpers import apo_of, closure_of, convnet, mlp, objective, precondition, weights
@@ -224,7 +224,7 @@ def test_a_layer_of_no_gradient_keeps_its_preconditioner() -> None:
     opt = apo.APO(model, objective(model, other), method=apo.Method(adapt_lr=False))
     for _ in range(3):
         opt.step(closure_of(opt, model, x, t))
-    first: Layer = opt.layers[0]
+    first: PreconditionedLayer = opt.layers[0]
     before = [tensor.clone() for tensor in first.tensors()]
     model[0].requires_grad_(False)
     for _ in range(3):

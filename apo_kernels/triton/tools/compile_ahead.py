@@ -34,7 +34,7 @@ from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
 from apo_kernels.triton.tile_model import model_apply, model_forward, model_slopes, model_sums
 from apo_kernels.triton.tile_part import SUM_CHUNK, backward_constants, forward_constants
 
-__all__ = ["Case", "Report", "argument_type", "cases", "compile_case", "source_of"]
+__all__ = ["KernelCase", "Report", "argument_type", "cases", "compile_case", "source_of"]
 
 _FLOATS = (
     "numbers", "workspace", "kept", "sums", "results", "X", "S", "slope", "size", "new_slope", "new_size", "rates",
@@ -57,7 +57,7 @@ TENSOR_COLUMNS = 512
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """A kernel in one configuration that can be chosen by default.
 
     Attributes:
@@ -81,7 +81,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a :class:`Case`.
+    """What the compiler made of a :class:`KernelCase`.
 
     Attributes:
         registers: of a thread.
@@ -100,7 +100,7 @@ class Report:
     matrix: dict[str, int]
     instructions: int
 
-    def faults(self, case: Case, target: Target) -> list[str]:
+    def faults(self, case: KernelCase, target: Target) -> list[str]:
         """Why this must not be a default, in words; empty if it may be."""
         found = []
         if self.spills:
@@ -116,7 +116,7 @@ class Report:
         return found
 
 
-def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> Iterator[Case]:
+def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> Iterator[KernelCase]:
     """Every configuration that can be chosen by default for operands of one dtype, as a plan launches it."""
     precision = target.precision(precision, dtype)
     compute, wide = TYPES[dtype], TYPES[torch.float32]
@@ -152,15 +152,17 @@ def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> I
             gemm = config.gemm_config(target, dtype, precision, stage, size, operation.keep)
             types = [compute, wide if stage == "dA_dG" else compute, wide]
             constants = gemm_constants(stage, gemm, operation, types=types, **common)
-            yield Case(name, dtype, precision, size, grouped_gemm, constants, gemm.warps, gemm.stages, multiplies)
+            yield KernelCase(name, dtype, precision, size, grouped_gemm, constants, gemm.warps, gemm.stages, multiplies)
     yield from _model_cases(target, dtype, precision, multiplies)
     if dtype == torch.float32:
         yield from _step_cases(precision, multiplies)
-    yield Case("pack", dtype, precision, "-", pack, pack_constants(compute), 4, 1, multiplies=False)
-    yield Case("sum_parts", torch.float32, precision, "-", sum_parts, {"CHUNK": SUM_CHUNK}, 4, 1, multiplies=False)
+    yield KernelCase("pack", dtype, precision, "-", pack, pack_constants(compute), 4, 1, multiplies=False)
+    yield KernelCase(
+        "sum_parts", torch.float32, precision, "-", sum_parts, {"CHUNK": SUM_CHUNK}, 4, 1, multiplies=False
+    )
 
 
-def _model_cases(target: Target, dtype: torch.dtype, precision: str, multiplies: bool) -> Iterator[Case]:
+def _model_cases(target: Target, dtype: torch.dtype, precision: str, multiplies: bool) -> Iterator[KernelCase]:
     """The kernels of a whole model."""
     limit = config.tile_limit(target, torch.float32, backward=False)
     stages = ("model_direction", "model_update", "model_trial", "model_keep", "model_slopes")
@@ -175,12 +177,12 @@ def _model_cases(target: Target, dtype: torch.dtype, precision: str, multiplies:
             for constants in every:
                 yield _tile_case(stage, side, way, kernel, constants, tile, dtype, precision, multiplies)
     constants = apply_constants([dtype] * 2)
-    yield Case("model_apply", dtype, precision, "-", model_apply, constants, 4, 1, multiplies=False)
+    yield KernelCase("model_apply", dtype, precision, "-", model_apply, constants, 4, 1, multiplies=False)
     wide = torch.float32
-    yield Case("model_sums", wide, precision, "-", model_sums, sums_constants(), 4, 1, multiplies=False)
+    yield KernelCase("model_sums", wide, precision, "-", model_sums, sums_constants(), 4, 1, multiplies=False)
 
 
-def _step_cases(precision: str, multiplies: bool) -> Iterator[Case]:
+def _step_cases(precision: str, multiplies: bool) -> Iterator[KernelCase]:
     """The kernels of relative steps: of numbers for all tensors, and of each (``each``)."""
     wide = torch.float32
     for each in (False, True):
@@ -188,7 +190,7 @@ def _step_cases(precision: str, multiplies: bool) -> Iterator[Case]:
         for side, eights in ((16, False), (16, True), (32, False), (32, True), (64, True)):
             constants = squares_constants(side, each, eights, precision)
             size = f"{side}{' wide' * eights}{of}"
-            yield Case(
+            yield KernelCase(
                 "relative_squares",
                 wide,
                 precision,
@@ -200,11 +202,17 @@ def _step_cases(precision: str, multiplies: bool) -> Iterator[Case]:
                 multiplies,
             )
         constants = diagonals_constants(each)
-        yield Case("relative_squares", wide, precision, f"1{of}", step_diagonals, constants, WARPS, 1, multiplies=False)
+        yield KernelCase(
+            "relative_squares", wide, precision, f"1{of}", step_diagonals, constants, WARPS, 1, multiplies=False
+        )
         constants = scalings_constants(each)
-        yield Case("relative_means", wide, precision, f"-{of}", average_scalings, constants, WARPS, 1, multiplies=False)
+        yield KernelCase(
+            "relative_means", wide, precision, f"-{of}", average_scalings, constants, WARPS, 1, multiplies=False
+        )
         constants = {**constants, "LANES": LANES}
-        yield Case("relative_scalings", wide, precision, f"-{of}", step_scalings, constants, WARPS, 1, multiplies=False)
+        yield KernelCase(
+            "relative_scalings", wide, precision, f"-{of}", step_scalings, constants, WARPS, 1, multiplies=False
+        )
 
 
 _WAYS = {(False, False): "", (False, True): " squares", (True, False): " matrices", (True, True): " wide"}
@@ -220,9 +228,9 @@ def _tile_case(
     dtype: torch.dtype,
     precision: str,
     multiplies: bool,
-) -> Case:
+) -> KernelCase:
     size = f"{side}{_WAYS[way]}"
-    return Case(stage, dtype, precision, size, kernel, constants, tile.warps, tile.stages, multiplies)
+    return KernelCase(stage, dtype, precision, size, kernel, constants, tile.warps, tile.stages, multiplies)
 
 
 def argument_type(name: str) -> str:
@@ -230,7 +238,7 @@ def argument_type(name: str) -> str:
     return _ARGUMENTS.get(name, "*i64")
 
 
-def source_of(case: Case, target: Target) -> ASTSource:
+def source_of(case: KernelCase, target: Target) -> ASTSource:
     """What Triton compiles when a plan launches the case: what was compiled ahead is found in Triton's cache."""
     constants = dict(case.constants)
     if "LR_IN_TENSOR" in constants and not constants["LR_IN_TENSOR"]:
@@ -249,7 +257,7 @@ def source_of(case: Case, target: Target) -> ASTSource:
     return ASTSource(case.kernel, signature, constants, known)
 
 
-def compile_case(case: Case, target: Target) -> Report:
+def compile_case(case: KernelCase, target: Target) -> Report:
     """Compile one case for ``target``."""
     compiled = triton.compile(
         source_of(case, target),

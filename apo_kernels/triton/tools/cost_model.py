@@ -14,7 +14,7 @@ import torch
 from apo_kernels.blocks import block_count
 from apo_kernels.targets import Target
 from apo_kernels.triton import config
-from apo_kernels.triton.layers import Squares, padded
+from apo_kernels.triton.layers import BlockLayout, padded
 
 __all__ = ["Entry", "account"]
 
@@ -116,7 +116,7 @@ def account(
 
 def _tiles(
     operation: str,
-    sides: Sequence[tuple[int, int, Squares, Squares]],
+    sides: Sequence[tuple[int, int, BlockLayout, BlockLayout]],
     dtype: torch.dtype,
     target: Target,
     limit: int,
@@ -151,7 +151,7 @@ def _tiles(
     return found
 
 
-def _squares(length: int, block_size: int | None) -> Squares:
+def _squares(length: int, block_size: int | None) -> BlockLayout:
     if block_size is None:
-        return Squares(length, length, 1)
-    return Squares(length, block_size, block_count(length, block_size))
+        return BlockLayout(length, length, 1)
+    return BlockLayout(length, block_size, block_count(length, block_size))

@@ -11,10 +11,10 @@ from benchmarks.common import results
 from benchmarks.common.console import console, progress, wrote
 from benchmarks.common.options import above_0
 from benchmarks.kernels.stability.aggregate import LABELS, select, summarise
-from benchmarks.kernels.stability.measure import DTYPES, Row, limit, measure
+from benchmarks.kernels.stability.measure import DTYPES, Measured, limit, measure
 from benchmarks.kernels.stability.methods import METHODS
 from benchmarks.kernels.stability.plots import plot
-from benchmarks.kernels.stability.problem import Case, Damped
+from benchmarks.kernels.stability.problem import Damped, LayerFactors
 from benchmarks.kernels.stability.recording import record
 from benchmarks.kernels.stability.synthetic import synthetic_case
 from benchmarks.kernels.stability.tables import tables
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return payload
 
 
-def measure_all(cases: Sequence[Case], dampings: Sequence[float]) -> list[Row]:
+def measure_all(cases: Sequence[LayerFactors], dampings: Sequence[float]) -> list[Measured]:
     """Every case at every damping, in every dtype, by every method; synthetic factors also undamped."""
     rows = []
     with progress() as bar:
@@ -77,7 +77,7 @@ def measure_all(cases: Sequence[Case], dampings: Sequence[float]) -> list[Row]:
     return rows
 
 
-def _describe(case: Case) -> dict[str, Any]:
+def _describe(case: LayerFactors) -> dict[str, Any]:
     values_A, values_B = case.eigen_A.values, case.eigen_B.values
     return {
         "name": case.name,
@@ -90,7 +90,7 @@ def _describe(case: Case) -> dict[str, Any]:
     }
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: Measured) -> dict[str, Any]:
     """A row as JSON values, without what its case says already, what is missing and what is zero."""
     plain = asdict(row)
     for known in ("source", "condition", "entries"):

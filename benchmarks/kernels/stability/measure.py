@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.dtypes import SHORT_NAMES
-from benchmarks.kernels.stability.methods import Breakdown, Method, Operands, Trace
+from benchmarks.kernels.stability.methods import Breakdown, InverseMethod, StoredOperands, Trace
 from benchmarks.kernels.stability.problem import Damped
 
 DTYPES = tuple(SHORT_NAMES)
@@ -39,7 +39,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Row:
+class Measured:
     """One measurement. ``breakdown`` is None or the reason why the result can't be used; an error is None
     where there is nothing finite to compare."""
 
@@ -63,7 +63,7 @@ class Row:
         return self.case, self.damping
 
 
-def measure(problem: Damped, method: Method, dtype: torch.dtype) -> Row:
+def measure(problem: Damped, method: InverseMethod, dtype: torch.dtype) -> Measured:
     """``method`` on ``problem`` with operands stored in ``dtype``."""
     operands = method.prepare(problem)
     stored = operands.to(dtype)
@@ -78,7 +78,7 @@ def measure(problem: Damped, method: Method, dtype: torch.dtype) -> Row:
     return _row(problem, method.key, stored.G, *results, failure, intermediates)
 
 
-def limit(problem: Damped, dtype: torch.dtype) -> Row:
+def limit(problem: Damped, dtype: torch.dtype) -> Measured:
     """The exact operator on the rounded gradient, rounded to ``dtype``: see the module's docstring."""
     G = problem.case.G.to(dtype)
     wide = problem.exact(G.double())
@@ -93,10 +93,10 @@ def _row(
     wide: Tensor | None,
     failure: str | None,
     intermediates: dict[str, Counts],
-) -> Row:
+) -> Measured:
     """``G`` is the rounded gradient, ``wide`` the result in float64 of the same operands."""
     error = relative_error(result, problem.result)
-    return Row(
+    return Measured(
         case=problem.case.name,
         source=problem.case.source,
         condition=problem.case.condition,
@@ -141,7 +141,7 @@ def count_range(values: Tensor, exact: Tensor | None) -> Counts:
     )
 
 
-def _attempt(method: Method, operands: Operands) -> tuple[Trace | None, str | None]:
+def _attempt(method: InverseMethod, operands: StoredOperands) -> tuple[Trace | None, str | None]:
     try:
         return method.apply(operands), None
     except Breakdown as failure:

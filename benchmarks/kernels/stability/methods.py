@@ -25,7 +25,7 @@ class Breakdown(Exception):
 
 
 @dataclass(frozen=True)
-class Operands:
+class StoredOperands:
     """The gradient ``G (m, n)`` and what the method holds: tensors by name. All of one dtype."""
 
     G: Tensor
@@ -33,7 +33,7 @@ class Operands:
     delta_A: float
     delta_B: float
 
-    def to(self, dtype: torch.dtype) -> Operands:
+    def to(self, dtype: torch.dtype) -> StoredOperands:
         return replace(self, G=self.G.to(dtype), held={name: x.to(dtype) for name, x in self.held.items()})
 
 
@@ -46,25 +46,25 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Method:
+class InverseMethod:
     key: str
     label: str
-    prepare: Callable[[Damped], Operands]
-    apply: Callable[[Operands], Trace]
+    prepare: Callable[[Damped], StoredOperands]
+    apply: Callable[[StoredOperands], Trace]
 
 
-def given_factors(problem: Damped) -> Operands:
+def given_factors(problem: Damped) -> StoredOperands:
     held = {"F_A": problem.case.F_A, "F_B": problem.case.F_B}
-    return Operands(problem.case.G, held, problem.delta_A, problem.delta_B)
+    return StoredOperands(problem.case.G, held, problem.delta_A, problem.delta_B)
 
 
-def given_blocks(problem: Damped) -> Operands:
+def given_blocks(problem: Damped) -> StoredOperands:
     S = problem.inverse_eigenvalues.sqrt()
     held = {"A": problem.case.eigen_A.Q, "B": problem.case.eigen_B.Q, "S": S}
-    return Operands(problem.case.G, held, problem.delta_A, problem.delta_B)
+    return StoredOperands(problem.case.G, held, problem.delta_A, problem.delta_B)
 
 
-def given_balanced_blocks(problem: Damped) -> Operands:
+def given_balanced_blocks(problem: Damped) -> StoredOperands:
     """``2ᵏA, 2ᵏB, 2⁻²ᵏS``, ``k`` such that the largest entry of S comes near the other two's norm, ``2ᵏ``."""
     operands = given_blocks(problem)
     A, B, S = operands.held["A"], operands.held["B"], operands.held["S"]
@@ -72,14 +72,14 @@ def given_balanced_blocks(problem: Damped) -> Operands:
     return replace(operands, held={"A": A * 2.0**k, "B": B * 2.0**k, "S": S * 2.0 ** (-2 * k)})
 
 
-def inverse(x: Operands) -> Trace:
+def inverse(x: StoredOperands) -> Trace:
     """KFAC (Martens & Grosse 2015): ``(F_B + δ_B I)⁻¹ G (F_A + δ_A I)⁻¹`` by Cholesky inverses."""
     inverse_A = _inverse("F_A", x.held["F_A"], x.delta_A)
     inverse_B = _inverse("F_B", x.held["F_B"], x.delta_B)
     return Trace(inverse_B @ x.G @ inverse_A, {"inverse_A": inverse_A, "inverse_B": inverse_B})
 
 
-def eigen(x: Operands) -> Trace:
+def eigen(x: StoredOperands) -> Trace:
     """EKFAC's form (George et al. 2018): ``Q_B ((Q_Bᵀ G Q_A) / Λ) Q_Aᵀ``, with KFAC's own eigenvalues.
 
     ``Λ = (λ_B + δ_B)(λ_A + δ_A)ᵀ (m, n)`` is formed in the decomposition's dtype and stored, as the bases.
@@ -92,13 +92,13 @@ def eigen(x: Operands) -> Trace:
     return Trace(Q_B @ T @ Q_A.T, {"eigenvalues": Lambda, "M": M, "M/eigenvalues": T})
 
 
-def ours(x: Operands) -> Trace:
+def ours(x: StoredOperands) -> Trace:
     """``B (S² ⊙ BᵀGA) Aᵀ`` by :func:`apo_kernels.precondition`, whose intermediates can't be seen."""
     A, B, S = x.held["A"], x.held["B"], x.held["S"]
     return Trace(ak.precondition(x.G, A, B, S), {"S": S})
 
 
-def chain(x: Operands) -> Trace:
+def chain(x: StoredOperands) -> Trace:
     """The same product as anyone would write it: each step rounded to the storage dtype."""
     A, B, S = x.held["A"], x.held["B"], x.held["S"]
     S2 = S * S
@@ -108,12 +108,12 @@ def chain(x: Operands) -> Trace:
 
 
 METHODS = (
-    Method("inverse", "inverse (KFAC)", given_factors, inverse),
-    Method("eigen", "eigenbasis (EKFAC)", given_factors, eigen),
-    Method("chain", "plain chain", given_blocks, chain),
-    Method("chain_balanced", "plain chain (balanced)", given_balanced_blocks, chain),
-    Method("ours", "apo_kernels", given_blocks, ours),
-    Method("ours_balanced", "apo_kernels (balanced)", given_balanced_blocks, ours),
+    InverseMethod("inverse", "inverse (KFAC)", given_factors, inverse),
+    InverseMethod("eigen", "eigenbasis (EKFAC)", given_factors, eigen),
+    InverseMethod("chain", "plain chain", given_blocks, chain),
+    InverseMethod("chain_balanced", "plain chain (balanced)", given_balanced_blocks, chain),
+    InverseMethod("ours", "apo_kernels", given_blocks, ours),
+    InverseMethod("ours_balanced", "apo_kernels (balanced)", given_balanced_blocks, ours),
 )
 
 

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from benchmarks.kernels.stability.aggregate import LABELS, broken_share, dampings, median_error, select
-from benchmarks.kernels.stability.measure import LIMIT, Row
+from benchmarks.kernels.stability.measure import LIMIT, Measured
 
 PANELS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LOWEST, HIGHEST = 1e-8, 1e3  # of the errors drawn
@@ -38,7 +38,7 @@ STYLES = {
 }
 
 
-def plot(rows: Sequence[Row], out: Path) -> list[Path]:
+def plot(rows: Sequence[Measured], out: Path) -> list[Path]:
     """Write the PNGs that the rows allow for into ``out``; their paths."""
     out.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -58,7 +58,7 @@ def plot(rows: Sequence[Row], out: Path) -> list[Path]:
     return paths
 
 
-def _breakdowns(groups: dict[float, list[Row]], snapshots: str, path: Path) -> Path:
+def _breakdowns(groups: dict[float, list[Measured]], snapshots: str, path: Path) -> Path:
     figure, grid = _figure(
         1,
         "Breakdowns by damping, on recorded layers",
@@ -78,7 +78,7 @@ def _breakdowns(groups: dict[float, list[Row]], snapshots: str, path: Path) -> P
     return _save(figure, path, crosses=False)
 
 
-def _errors(groups: dict[float, list[Row]], xlabel: str, titles: tuple[str, str], path: Path) -> Path:
+def _errors(groups: dict[float, list[Measured]], xlabel: str, titles: tuple[str, str], path: Path) -> Path:
     """Total error above, error of the arithmetic below; a cross at the top where there is no result."""
     figure, grid = _figure(2, *titles)
     xs = [*groups]

@@ -31,7 +31,7 @@ class Eigen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Case:
+class LayerFactors:
     """``G (m, n)``, ``F_A (n, n)`` and ``F_B (m, m)``, all float64 and not rounded yet."""
 
     name: str
@@ -61,8 +61,8 @@ class Case:
         """The larger of the factors' condition numbers; infinite where float64 calls one singular."""
         return max(_condition(self.eigen_A.values), _condition(self.eigen_B.values))
 
-    def to(self, device: str) -> Case:
-        return Case(self.name, self.source, self.G.to(device), self.F_A.to(device), self.F_B.to(device))
+    def to(self, device: str) -> LayerFactors:
+        return LayerFactors(self.name, self.source, self.G.to(device), self.F_A.to(device), self.F_B.to(device))
 
 
 class Damped:
@@ -71,7 +71,7 @@ class Damped:
     Raises ValueError for a negative damping, and for a damping of 0 where a factor is singular.
     """
 
-    def __init__(self, case: Case, damping: float) -> None:
+    def __init__(self, case: LayerFactors, damping: float) -> None:
         if not (damping >= 0 and math.isfinite(damping)):
             raise ValueError(f"damping must be finite and at least 0, but got {damping}")
         if damping == 0 and math.isinf(case.condition):

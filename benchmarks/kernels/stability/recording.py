@@ -21,7 +21,7 @@ from benchmarks.common.fisher.capture import Capture
 from benchmarks.common.fisher.layers import FactoredLayer, factored_layers, sums_of_squares
 from benchmarks.common.fisher.likelihood import Categorical
 from benchmarks.common.steps import take_steps
-from benchmarks.kernels.stability.problem import Case
+from benchmarks.kernels.stability.problem import LayerFactors
 
 DECAY = 0.95
 BATCH = 64
@@ -71,7 +71,7 @@ class Recorder:
             self.factors[layer] = old[0].lerp(new[0], 1 - keep), old[1].lerp(new[1], 1 - keep)
 
 
-def record(moments: Sequence[int] = (1, 60, 600), *, seed: int = 0) -> Iterator[Case]:
+def record(moments: Sequence[int] = (1, 60, 600), *, seed: int = 0) -> Iterator[LayerFactors]:
     """The cases of each net's layers at the given training steps (SGD, momentum 0.9, batches of 64).
 
     The factors are averages over the batches up to that step, each taken at the weights of its
@@ -83,7 +83,7 @@ def record(moments: Sequence[int] = (1, 60, 600), *, seed: int = 0) -> Iterator[
         yield from _record_net(net, moments, seed)
 
 
-def _record_net(net: str, moments: Sequence[int], seed: int) -> Iterator[Case]:
+def _record_net(net: str, moments: Sequence[int], seed: int) -> Iterator[LayerFactors]:
     x, y = _digits()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -101,7 +101,7 @@ def _record_net(net: str, moments: Sequence[int], seed: int) -> Iterator[Case]:
         if step in moments:
             for number, layer in enumerate(recorder.layers, 1):
                 G = layer.gradient().clone()
-                yield Case(f"{net} layer {number}, step {step}", "recorded", G, *recorder.factors[layer])
+                yield LayerFactors(f"{net} layer {number}, step {step}", "recorded", G, *recorder.factors[layer])
 
 
 _NETS = {"mlp": mlp, "conv": conv_net}

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.stability.problem import Case
+from benchmarks.kernels.stability.problem import LayerFactors
 
 
-def synthetic_case(condition: float, *, m: int = 64, n: int = 96, seed: int = 0) -> Case:
+def synthetic_case(condition: float, *, m: int = 64, n: int = 96, seed: int = 0) -> LayerFactors:
     """Both factors of the given condition number, and ``G = F_B^½ Z F_A^½`` with ``Z`` standard normal.
 
     Such a gradient has the covariance ``F_A ⊗ F_B``: it is small where the factors are small, as a real gradient is.
@@ -22,7 +22,7 @@ def synthetic_case(condition: float, *, m: int = 64, n: int = 96, seed: int = 0)
     A, B = _spectrum(n, condition, generator), _spectrum(m, condition, generator)
     Z = torch.randn(m, n, dtype=torch.float64, generator=generator)
     G = _power(*B, 0.5) @ Z @ _power(*A, 0.5)
-    return Case(f"condition {condition:.0e}", "synthetic", G, _power(*A, 1.0), _power(*B, 1.0))
+    return LayerFactors(f"condition {condition:.0e}", "synthetic", G, _power(*A, 1.0), _power(*B, 1.0))
 
 
 def _spectrum(size: int, condition: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from benchmarks.common.console import table
 from benchmarks.kernels.stability.aggregate import DTYPE_NAMES, dampings, median_error, select, summarise
-from benchmarks.kernels.stability.measure import LIMIT, Counts, Row
+from benchmarks.kernels.stability.measure import LIMIT, Counts, Measured
 from benchmarks.kernels.stability.methods import METHODS
 
 SHORT = {
@@ -25,7 +25,7 @@ ROWS = (LIMIT, *(method.key for method in METHODS))
 CODES = {"Cholesky": "chol", "eigen": "eigh", "not finite": "inf", "indefinite": "indef"}
 
 
-def tables(rows: Sequence[Row]) -> Iterator[Table]:
+def tables(rows: Sequence[Measured]) -> Iterator[Table]:
     """Every table of the study, in the order of its argument."""
     recorded, synthetic = (select(rows, source=source) for source in ("recorded", "synthetic"))
     if recorded:
@@ -61,7 +61,7 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
     yield _summary_table(rows)
 
 
-def _grid(title: str, caption: str, groups: dict[str, list[Row]], cell: Callable[[list[Row]], str]) -> Table:
+def _grid(title: str, caption: str, groups: dict[str, list[Measured]], cell: Callable[[list[Measured]], str]) -> Table:
     """Dtypes and methods down, ``groups`` across."""
     shown = _table(title, caption, *groups)
     for dtype in DTYPE_NAMES:
@@ -72,7 +72,7 @@ def _grid(title: str, caption: str, groups: dict[str, list[Row]], cell: Callable
     return shown
 
 
-def _summary_table(rows: Sequence[Row]) -> Table:
+def _summary_table(rows: Sequence[Measured]) -> Table:
     """The whole study, a line for each dtype and method: only problems that the dtype itself allows for."""
     shown = _table(
         "In sum, over the problems that aren't beyond any method",
@@ -96,7 +96,7 @@ def _summary_table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-def _range_table(rows: Sequence[Row]) -> Table:
+def _range_table(rows: Sequence[Measured]) -> Table:
     """Entries lost to the range of the 16-bit formats, over all cases and dampings."""
     entries = sum(row.entries for row in select(rows, dtype=DTYPE_NAMES[0], method=LIMIT))
     shown = _table(
@@ -137,7 +137,7 @@ def _error_cell(error: float) -> str:
     return f"[red]{_short(error)}[/]" if error > 1 else _short(error)
 
 
-def _outcome_cell(row: Row) -> str:
+def _outcome_cell(row: Measured) -> str:
     if row.breakdown is None or row.breakdown == "error above 1":
         return _error_cell(math.inf if row.error is None else row.error)
     code = next((code for start, code in CODES.items() if row.breakdown.startswith(start)), row.breakdown)

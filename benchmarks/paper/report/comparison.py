@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common.tables import Table, short
-from benchmarks.paper.report.runs import Group, grouped
+from benchmarks.paper.report.runs import SeedGroup, grouped
 
 COLUMNS = ("optimizer", "seeds", "loss, steps", "of the seeds", "loss, time", "metric", "rate", "s", "ms/step")
 
@@ -31,7 +31,7 @@ def comparison(runs: Sequence[dict[str, Any]]) -> Table:
     return Table(f"{first['task']}: {first['title']}", header, rows, f"{note} {'; '.join(scores)}.".removesuffix(" ."))
 
 
-def _row(group: Group, step: float, seconds: float) -> list[str]:
+def _row(group: SeedGroup, step: float, seconds: float) -> list[str]:
     losses = group.loss_at("step", step)
     judged = all(len(reached) > 1 for reached in group.losses_up_to("seconds", seconds))
     return [

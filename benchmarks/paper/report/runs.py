@@ -63,7 +63,7 @@ def described(runs: Sequence[Result]) -> str:
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """The seeds of one optimizer on one task in one precision."""
 
     runs: Sequence[Result]
@@ -114,9 +114,9 @@ class Group:
         return [median(v) for v in xs], [median(v) for v in ys], [min(v) for v in ys], [max(v) for v in ys]
 
 
-def grouped(runs: Sequence[Result]) -> list[Group]:
+def grouped(runs: Sequence[Result]) -> list[SeedGroup]:
     """Runs by optimizer and precision, in the order in which they come."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for run in runs:
         groups.setdefault((run["optimizer"], run["precision"]), []).append(run)
-    return [Group(each) for each in groups.values()]
+    return [SeedGroup(each) for each in groups.values()]

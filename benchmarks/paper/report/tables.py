@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.common.tables import Table
 from benchmarks.paper.report import published
-from benchmarks.paper.report.runs import SIXTEEN_BITS, Found, Group, described, grouped
+from benchmarks.paper.report.runs import SIXTEEN_BITS, Found, SeedGroup, described, grouped
 from benchmarks.paper.tasks import TASKS, named
 from benchmarks.paper.training.optimizers import METHODS
 
@@ -81,7 +81,7 @@ def _ours(runs: Sequence[dict[str, Any]], optimizers: tuple[str, ...]) -> str:
     return "–"
 
 
-def _figure(group: Group) -> str:
+def _figure(group: SeedGroup) -> str:
     if group.diverged:
         return "diverged" if group.diverged == len(group.runs) else f"{group.diverged} of {len(group.runs)} diverged"
     scores = [run["scores"].get("BLEU") for run in group.runs]

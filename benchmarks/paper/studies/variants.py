@@ -83,7 +83,7 @@ NO_LONGER_RUN = {
 
 
 @dataclass(frozen=True)
-class Baseline:
+class TunedBaseline:
     """An optimizer to compare with.
 
     Attributes:
@@ -105,9 +105,9 @@ def _grid(**values: tuple[float, ...]) -> tuple[dict[str, float], ...]:
 _SGD_RATES = (1e-3, 3e-3, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 _ADAM_RATES = (1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3)
 
-BASELINES: dict[str, Baseline] = {
-    "KFAC": Baseline("kfac", _grid(lr=(0.03, 0.1), damping=(1e-8, 1e-6, 1e-4, 1e-2, 3e-2, 1e-1))),
-    "Shampoo": Baseline("shampoo", _grid(lr=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0), damping=(1e-8, 1e-4))),
-    "SGDm": Baseline("sgdm", _grid(lr=_SGD_RATES), {"momentum": 0.9}),
-    "Adam": Baseline("adam", _grid(lr=_ADAM_RATES)),
+BASELINES: dict[str, TunedBaseline] = {
+    "KFAC": TunedBaseline("kfac", _grid(lr=(0.03, 0.1), damping=(1e-8, 1e-6, 1e-4, 1e-2, 3e-2, 1e-1))),
+    "Shampoo": TunedBaseline("shampoo", _grid(lr=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0), damping=(1e-8, 1e-4))),
+    "SGDm": TunedBaseline("sgdm", _grid(lr=_SGD_RATES), {"momentum": 0.9}),
+    "Adam": TunedBaseline("adam", _grid(lr=_ADAM_RATES)),
 }

@@ -37,7 +37,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Method:
+class NamedOptimizer:
     """An optimizer that can be named."""
 
     label: str  # as the paper calls it
@@ -58,17 +58,17 @@ class Method:
         return found
 
 
-def _torch(label: str, kind: type[Optimizer], low: float, high: float, **defaults: float) -> Method:
+def _torch(label: str, kind: type[Optimizer], low: float, high: float, **defaults: float) -> NamedOptimizer:
     """One of torch's, of which the rate is searched. One that divides by a second moment has an ``eps``."""
     hyper = {**defaults, "weight_decay": defaults.get("weight_decay", 0.0)}
     eps = 1e-4 if "eps" in defaults else None
     make = lambda setting, hyper: kind(setting.model.parameters(), **hyper)  # noqa: E731
-    return Method(label, make, hyper, {"lr": Range(low, high)}, eps_of_fp16=eps)
+    return NamedOptimizer(label, make, hyper, {"lr": Range(low, high)}, eps_of_fp16=eps)
 
 
-def _kronecker_factored(label: str, kind: type[KFAC] | type[EKFAC]) -> Method:
+def _kronecker_factored(label: str, kind: type[KFAC] | type[EKFAC]) -> NamedOptimizer:
     curvature = {"damping": 0.1, "decay": 0.95, "fisher": "sampled", "factor_interval": 1, "inverse_interval": 10}
-    return Method(
+    return NamedOptimizer(
         label,
         lambda setting, hyper: kind(setting.model, likelihood=setting.task.loss.likelihood, **hyper),
         {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.0, **curvature, "kl_clip": 1e-2},
@@ -77,9 +77,9 @@ def _kronecker_factored(label: str, kind: type[KFAC] | type[EKFAC]) -> Method:
     )
 
 
-def _shampoo() -> Method:
+def _shampoo() -> NamedOptimizer:
     statistics = {"damping": 1e-4, "decay": 0.95, "interval": 10, "block_size": None}
-    return Method(
+    return NamedOptimizer(
         "Shampoo",
         lambda setting, hyper: Shampoo(setting.model.parameters(), **hyper),
         {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, **statistics},
@@ -87,14 +87,14 @@ def _shampoo() -> Method:
     )
 
 
-def _apo() -> Method:
+def _apo() -> NamedOptimizer:
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
         own, terms = _split(hyper)
         own["method"] = apo.Method(meta_lr=own.pop("meta_lr"), lr_meta_lr=own.pop("lr_meta_lr"))
         return apo.APO(setting.model, setting.task.objective(setting.model, setting.batches.other, **terms), **own)
 
     meta = {"block_size": 64, "interval": 1, "warmup": 300, "meta_lr": 0.05, "lr_meta_lr": 0.03}
-    return Method(
+    return NamedOptimizer(
         "APO-Precond",
         make,
         {"lr": 0.1, "momentum": 0.75, "weight_decay": 0.0, **meta, "fsd_weight": None, "wsd_weight": None},
@@ -108,7 +108,7 @@ def _split(hyper: Hyper) -> tuple[Hyper, Hyper]:
     return {key: value for key, value in hyper.items() if key not in terms}, terms
 
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, NamedOptimizer] = {
     "sgd": _torch("SGD", torch.optim.SGD, 1e-3, 10.0, lr=0.1),
     "sgdm": _torch("SGDm", torch.optim.SGD, 1e-4, 1.0, lr=0.1, momentum=0.9),
     "rmsprop": _torch("RMSprop", torch.optim.RMSprop, 1e-5, 1e-1, lr=1e-3, alpha=0.99, eps=1e-8),
@@ -130,7 +130,7 @@ def names() -> list[str]:
     return [*METHODS, "apo-lr", *(f"apo-lr:{base}" for base in _FIRST_ORDER)]
 
 
-def method(name: str) -> Method:
+def method(name: str) -> NamedOptimizer:
     """The method of that name; ValueError where there is none."""
     base, plus, schedule = name.partition("+")
     kind, colon, inner = base.partition(":")
@@ -146,7 +146,7 @@ def method(name: str) -> Method:
     )
 
 
-def _adaptive(base: str) -> Method:
+def _adaptive(base: str) -> NamedOptimizer:
     """AdaptiveLR over a first-order method, with the loss on B′. Its initial rate hardly matters and isn't searched."""
     inner, momentum = METHODS[base], base not in _WITHOUT_MOMENTUM
     meta: Hyper = {"interval": 10, "warmup": 50, "meta_lr": 0.1, "reach": 1.0 if momentum else 0.4}
@@ -168,7 +168,7 @@ def _adaptive(base: str) -> Method:
     )
 
 
-def _scheduled(inner: Method, schedule: str) -> Method:
+def _scheduled(inner: NamedOptimizer, schedule: str) -> NamedOptimizer:
     own: dict[str, Any] = {"factor": 0.1} if schedule == "step" else {"warmup": 0.1}
     drawn = {"factor": Range(choices=(0.1, 0.2, 0.5))} if schedule == "step" else {}
 

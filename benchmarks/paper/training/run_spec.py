@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.common.dtypes import DTYPES
 from benchmarks.paper.tasks import Task, named
-from benchmarks.paper.training.optimizers import Method, method
+from benchmarks.paper.training.optimizers import NamedOptimizer, method
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RunSpec:
         return named(self.task)
 
     @property
-    def method(self) -> Method:
+    def method(self) -> NamedOptimizer:
         return method(self.optimizer)
 
     @property

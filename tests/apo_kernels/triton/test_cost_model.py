@@ -12,7 +12,7 @@ from apo_kernels.triton.tools.cost_model import account
 from tests.apo_kernels.triton.examples import model
 
 pytest.importorskip("triton.language")
-from apo_kernels.triton.plan import Plan
+from apo_kernels.triton.plan import LaunchPlan
 from apo_kernels.triton.plan_builder import Operation
 from apo_kernels.triton.table_layout import ALIGN, Kind, ProblemField, Role
 
@@ -24,11 +24,11 @@ def count(shapes: tuple[tuple[int, int], ...], side: int | None, operation: str)
     layers = model(shapes, torch.bfloat16, A=side, B=side)
     operands = dict(zip((Role.G, Role.A, Role.B, Role.S), layers.operands, strict=True))
     if operation == "vjp":
-        plan = Plan(INTERPRETER, None, Operation(wanted="ABS"), {
+        plan = LaunchPlan(INTERPRETER, None, Operation(wanted="ABS"), {
             **operands, Role.V: layers.Vs, Role.DA: layers.As, Role.DB: layers.Bs, Role.DS: layers.Ss,
         })  # fmt: skip
     else:
-        plan = Plan(INTERPRETER, None, Operation(update=operation == "step"), {**operands, Role.OUT: layers.Gs})
+        plan = LaunchPlan(INTERPRETER, None, Operation(update=operation == "step"), {**operands, Role.OUT: layers.Gs})
     flops: Counter[str] = Counter()
     for launch in plan.launches:
         if launch.name.startswith("tile"):

@@ -14,7 +14,7 @@ from tests.apo_kernels.triton.examples import Model, assert_close, model
 pytest.importorskip("triton.language")
 from apo_kernels.triton.backend import TritonBackend
 from apo_kernels.triton.errors import Interrupted, Unserved
-from apo_kernels.triton.launch import Launch, Run
+from apo_kernels.triton.launch import Launch, LaunchInputs
 from apo_kernels.triton.layers import layers_of
 from apo_kernels.triton.table_layout import Role
 
@@ -130,7 +130,7 @@ def test_a_launch_that_fails_after_a_weight_was_stepped_is_raised(
     thetas, layers = two_groups()
     launched, start = [], Launch.__call__
 
-    def fail(launch: Launch, run: Run) -> None:
+    def fail(launch: Launch, run: LaunchInputs) -> None:
         if launch.name in launched:
             raise RuntimeError("too many resources")
         launched.append(launch.name)

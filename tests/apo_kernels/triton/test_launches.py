@@ -202,7 +202,7 @@ def test_a_second_step_makes_no_plan_and_allocates_nothing(monkeypatch: pytest.M
     made: list[str] = []
     for name in ("empty", "zeros", "from_numpy", "tensor"):
         monkeypatch.setattr(torch, name, lambda *_, name=name, **__: made.append(name))
-    monkeypatch.setattr(plans, "Plan", lambda *_: made.append("Plan"))
+    monkeypatch.setattr(plans, "LaunchPlan", lambda *_: made.append("Plan"))
     step()
     assert made == []
 
@@ -276,14 +276,14 @@ def test_a_plan_knows_how_the_entries_of_a_batch_lie(first: int) -> None:
 def test_threads_make_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = model([(5, 7)], torch.float32)
     made: list[object] = []
-    real = plans.Plan
+    real = plans.LaunchPlan
 
-    def slow(*args: Any) -> plans.Plan:
+    def slow(*args: Any) -> plans.LaunchPlan:
         made.append(plan := real(*args))
         time.sleep(0.2)
         return plan
 
-    monkeypatch.setattr(plans, "Plan", slow)
+    monkeypatch.setattr(plans, "LaunchPlan", slow)
     operands = dict(zip((Role.G, Role.A, Role.B, Role.S), layers.operands, strict=True))
     operands[Role.OUT] = [torch.empty_like(layers.Gs[0])]
     pointers = [x.data_ptr() for tensors in operands.values() for x in tensors]

@@ -17,10 +17,10 @@ from benchmarks.common import results
 from benchmarks.common.fisher.damping import tikhonov
 from benchmarks.kernels.stability.aggregate import broken_share, median_error, saved_from, within_reach
 from benchmarks.kernels.stability.command import add_arguments, measure_all, run
-from benchmarks.kernels.stability.measure import DTYPES, LIMIT, Counts, Row, count_range, limit, measure
-from benchmarks.kernels.stability.methods import METHODS, Method, Operands, Trace
+from benchmarks.kernels.stability.measure import DTYPES, LIMIT, Counts, Measured, count_range, limit, measure
+from benchmarks.kernels.stability.methods import METHODS, InverseMethod, StoredOperands, Trace
 from benchmarks.kernels.stability.plots import plot
-from benchmarks.kernels.stability.problem import Case, Damped
+from benchmarks.kernels.stability.problem import Damped, LayerFactors
 from benchmarks.kernels.stability.recording import Recorder, record
 from benchmarks.kernels.stability.synthetic import synthetic_case
 from benchmarks.kernels.stability.tables import tables
@@ -39,15 +39,15 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def as_method(result: Callable[[Operands], Tensor]) -> Method:
+def as_method(result: Callable[[StoredOperands], Tensor]) -> InverseMethod:
     """A method that is given factors and answers with ``result``."""
-    return Method("fake", "fake", BY_KEY["inverse"].prepare, lambda x: Trace(result(x), {}))
+    return InverseMethod("fake", "fake", BY_KEY["inverse"].prepare, lambda x: Trace(result(x), {}))
 
 
 class TestMethods:
     @EACH_METHOD
     @pytest.mark.parametrize("damping", [0.0, 1e-3, 1.0])
-    def test_float64_is_the_dense_kronecker_inverse(self, method: Method, damping: float) -> None:
+    def test_float64_is_the_dense_kronecker_inverse(self, method: InverseMethod, damping: float) -> None:
         case = synthetic_case(1e3, m=4, n=6)
         mean_A, mean_B = case.F_A.trace() / 6, case.F_B.trace() / 4
         shift_A = (mean_A / mean_B).sqrt() * math.sqrt(damping)
@@ -66,7 +66,7 @@ class TestMethods:
 
     @EACH_METHOD
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_works_in_the_dtype_of_its_operands(self, method: Method, dtype: torch.dtype) -> None:
+    def test_works_in_the_dtype_of_its_operands(self, method: InverseMethod, dtype: torch.dtype) -> None:
         problem = Damped(synthetic_case(1e2, m=8, n=5), 1e-2)
         trace = method.apply(method.prepare(problem).to(dtype))
         assert trace.result.dtype == dtype
@@ -87,7 +87,7 @@ class TestMethods:
 
     def test_negative_eigenvalues_count_as_zero(self) -> None:
         F_A = torch.diag(torch.tensor([1.0, -0.5], dtype=torch.float64))
-        operands = Operands(
+        operands = StoredOperands(
             torch.ones(1, 2, dtype=torch.float64), {"F_A": F_A, "F_B": torch.ones(1, 1).double()}, 0.25, 0.0
         )
         result = BY_KEY["eigen"].apply(operands).result
@@ -254,7 +254,7 @@ class TestMeasure:
         assert torch.linalg.eigvalsh(F_A)[0] > 0
         assert torch.linalg.eigvalsh(F_A.bfloat16().double())[0] < 0
         G = torch.tensor([[1.0, 1.003]], dtype=torch.float64)
-        case = Case("indefinite", "synthetic", G, F_A, torch.ones(1, 1, dtype=torch.float64))
+        case = LayerFactors("indefinite", "synthetic", G, F_A, torch.ones(1, 1, dtype=torch.float64))
         problem = Damped(case, 0.0)
 
         broken = measure(problem, BY_KEY["inverse"], torch.bfloat16)
@@ -277,14 +277,14 @@ class TestMeasure:
             (lambda x: 1.9 * x.G, None),
         ],
     )
-    def test_reasons_of_breakdowns(self, answer: Callable[[Operands], Tensor], reason: str | None) -> None:
+    def test_reasons_of_breakdowns(self, answer: Callable[[StoredOperands], Tensor], reason: str | None) -> None:
         eye = torch.eye(4, dtype=torch.float64)
-        problem = Damped(Case("identity", "synthetic", normal(4, 4), eye, eye), 0.0)  # P(G) = G
+        problem = Damped(LayerFactors("identity", "synthetic", normal(4, 4), eye, eye), 0.0)  # P(G) = G
         assert measure(problem, as_method(answer), torch.float64).breakdown == reason
 
     @EACH_METHOD
     @pytest.mark.parametrize("dtype", LOW, ids=str)
-    def test_errors_add_up(self, method: Method, dtype: torch.dtype) -> None:
+    def test_errors_add_up(self, method: InverseMethod, dtype: torch.dtype) -> None:
         row = measure(Damped(synthetic_case(1e2, m=12, n=9), 1e-3), method, dtype)
         assert row.error is not None
         assert row.arithmetic is not None
@@ -320,7 +320,7 @@ class TestMeasure:
     def test_a_square_that_overflows_is_seen(self) -> None:
         """S = 1000 fits into fp16 and its square doesn't: the chain's loss, and not ours."""
         eye = torch.eye(2, dtype=torch.float64)
-        problem = Damped(Case("small", "synthetic", 1e-3 * (eye + 0.1), 1e-3 * eye, 1e-3 * eye), 0.0)
+        problem = Damped(LayerFactors("small", "synthetic", 1e-3 * (eye + 0.1), 1e-3 * eye, 1e-3 * eye), 0.0)
         chain = measure(problem, BY_KEY["chain"], torch.float16)
         assert chain.intermediates["S"] == Counts()
         assert chain.intermediates["S²"] == Counts(overflow=4)
@@ -328,8 +328,8 @@ class TestMeasure:
         assert measure(problem, BY_KEY["ours"], torch.float16).breakdown is None
 
 
-def row(method: str, damping: float, error: float | None, breakdown: str | None = None, **kw: object) -> Row:
-    base = Row("case", "recorded", 1e3, damping, method, "bf16", error, error, error, breakdown, 4, Counts(), {})
+def row(method: str, damping: float, error: float | None, breakdown: str | None = None, **kw: object) -> Measured:
+    base = Measured("case", "recorded", 1e3, damping, method, "bf16", error, error, error, breakdown, 4, Counts(), {})
     return replace(base, **kw)  # type: ignore[arg-type]
 
 
