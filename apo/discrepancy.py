@@ -39,6 +39,9 @@ class KL:
     Args:
         dim: the dimension of the classes: -1, the last, for ``(N, C)`` and for language models' ``(N, T, C)``;
             1 for segmentation's ``(N, C, H, W)``.
+
+    Raises:
+        ValueError: at a trial: there is only one class, whose softmax is constant.
     """
 
     def __init__(self, dim: int = -1) -> None:
@@ -48,6 +51,11 @@ class KL:
 
     def __call__(self, new: Tensor, old: Tensor) -> Tensor:
         new, old = _logits("KL", new, old, self.dim)
+        if new.shape[self.dim] == 1:
+            raise ValueError(
+                f"discrepancy 'kl' needs outputs with two classes or more, but got shape {tuple(new.shape)}: the "
+                "softmax of one number is 1 whatever it is. Take 'bernoulli' for one logit, 'mse' for one value"
+            )
         log_p = F.log_softmax(old, self.dim)
         log_q = F.log_softmax(new, self.dim)
         return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / (new.numel() // new.shape[self.dim])

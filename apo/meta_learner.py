@@ -26,7 +26,7 @@ from apo.distributed import Ranks
 from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
 from apo.inner_products import norms
-from apo.objective import Anchor, Closure, Evaluation, ProximalObjective
+from apo.objective import Anchor, Closure, Evaluation, ProximalObjective, check_trained
 from apo.rates import get_rate
 from apo.sharding import Shards, is_placed
 from apo.trial import CallersAutocast, Lookahead, Undisturbed, changed_by, forget_casts, leaves_of_backwards
@@ -78,6 +78,7 @@ class MetaLearner(Optimizer):
         grad_scaler: GradScaler | None,
         process_group: Any,
     ) -> None:
+        check_trained(objective, self.parameters)
         self.objective = objective
         self.interval = interval
         self.warmup = warmup

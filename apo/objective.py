@@ -22,7 +22,7 @@ from apo.padding import CountedPositions, Mask, kept_positions, select
 from apo.sharding import local
 from apo.trial import modules_of, parameters_of, random_state, restore_random_state, without_autocast
 
-__all__ = ["Anchor", "Closure", "Evaluation", "ProximalObjective", "check_objective"]
+__all__ = ["Anchor", "Closure", "Evaluation", "ProximalObjective", "check_objective", "check_trained"]
 
 Closure = Callable[[], Any]
 """Clears the gradients, runs forward and backward on the batch B, returns the loss."""
@@ -301,6 +301,30 @@ def check_objective(value: object) -> None:
     """Refuse what isn't an objective, with a TypeError."""
     if not isinstance(value, ProximalObjective):
         raise TypeError(f"objective must be an apo.ProximalObjective, but got {type(value).__name__}")
+
+
+def check_trained(objective: ProximalObjective, trained: Iterable[Tensor]) -> None:
+    """Refuse an objective that no step can change: its model has parameters, and none of them is trained.
+
+    A ``forward`` of the user's may call any other model.
+
+    Raises:
+        ValueError: so it is.
+    """
+    own = list(parameters_of(modules_of([objective.module])))
+    if not objective.needs_inputs or objective._forward is not _call or not own:
+        return
+    trained = list(trained)
+    if {id(p) for p in own}.isdisjoint(map(id, trained)) and _memory(own).isdisjoint(_memory(trained)):
+        raise ValueError(
+            "objective must be of the model that the optimizer trains, but its model, a "
+            f"{type(objective.module).__name__}, shares no parameter with the optimizer's param groups"
+        )
+
+
+def _memory(parameters: Iterable[Tensor]) -> set[int]:
+    """Where they lie: of flattened weights, parameters are views."""
+    return {local(p).untyped_storage().data_ptr() for p in parameters} - {0}
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

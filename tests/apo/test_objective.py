@@ -86,6 +86,38 @@ def test_half_precision_outputs_are_compared_in_float32() -> None:
         assert rho(new, old).item() == pytest.approx(rho(new.double(), old.double()).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(("rho", "shape"), [(apo.KL(), (N, 1)), (apo.KL(dim=1), (N, 1, 5))])
+def test_kl_of_one_class_is_refused_because_it_is_always_zero(rho: apo.KL, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="two classes or more, but got shape .*'bernoulli' for one logit"):
+        rho(*outputs(*shape))
+
+
+FRONT_ENDS: dict[str, Any] = {
+    "AdaptiveLR": lambda model, goal: apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.1), goal),
+    "APO": apo.APO,
+    "FullPreconditioner": apo.FullPreconditioner,
+}
+
+
+@pytest.mark.parametrize("make", FRONT_ENDS.values(), ids=FRONT_ENDS)
+def test_an_objective_of_a_model_that_is_not_trained_is_refused(make: Any) -> None:
+    model, other = nn.Linear(5, 3), nn.Linear(5, 3)
+    with pytest.raises(ValueError, match="objective must be of the model.* Linear, shares no parameter"):
+        make(model, objective(other, torch.randn(9, 5)))
+
+
+def test_an_objective_is_accepted_where_its_model_may_be_the_one_that_is_trained() -> None:
+    model, part = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), nn.Linear(5, 3)
+    x = torch.randn(9, 5)
+    apo.APO(model, objective(model[0], x))
+    apo.APO(part, objective(model, x, forward=lambda _, x: part(x)))
+    apo.APO(part, objective(nn.Identity(), x))
+    apo.APO(part, apo.ProximalObjective(model, fsd_weight=0.0))
+    flat = torch.zeros(18, requires_grad=True)
+    part.weight.data, part.bias.data = flat.data[:15].view(3, 5), flat.data[15:]
+    apo.AdaptiveLR(torch.optim.SGD([flat], lr=0.1), objective(part, x))
+
+
 class Returning(nn.Module):
     """A linear layer whose output is wrapped."""
 
