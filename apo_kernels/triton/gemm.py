@@ -18,7 +18,7 @@ dA_dG     ``dA``; ``dG = W_V Aᵀ``                 store; ``dA`` is one product
 
 Forward: right, scale, left, out (or update). Derivatives: right, pair, left_dB, dA_dG.
 
-**OperandTable.** A tile's base is computed in int64; offsets within it are int32, and no tile spans 2³¹ elements. Sides
+**Addresses.** A tile's base is computed in int64; offsets within it are int32, and no tile spans 2³¹ elements. Sides
 come from the tables in units of 8, so the compiler knows them to be multiples and moves 16 bytes at a time.
 
 **Range.** In float16, ``U`` is stored times ``k``, such that ``k·G`` has its largest entry in [16, 32), and ``T`` with
@@ -27,6 +27,8 @@ They change the exponents of the intermediates and nothing else.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -49,8 +51,12 @@ from apo_kernels.triton.primitives import (
     store_tile,
     update,
 )
-from apo_kernels.triton.table_layout import Kind, LayerField, Role
+from apo_kernels.triton.table_layout import Kind, LayerField, ProblemField, Role
 
+_LAYER, _KIND, _SQUARE = (tl.constexpr(int(f)) for f in (ProblemField.LAYER, ProblemField.KIND, ProblemField.SQUARE))
+_ROWS, _COLS = tl.constexpr(int(ProblemField.ROWS)), tl.constexpr(int(ProblemField.COLS))
+_DEPTH = tl.constexpr(int(ProblemField.DEPTH))
+_ROW0, _COL0 = tl.constexpr(int(ProblemField.ROW0)), tl.constexpr(int(ProblemField.COL0))
 _M, _N = tl.constexpr(int(LayerField.M)), tl.constexpr(int(LayerField.N))
 _SIDE_B, _SIDE_A = tl.constexpr(int(LayerField.SIDE_B)), tl.constexpr(int(LayerField.SIDE_A))
 _GROUP_B, _GROUP_A = tl.constexpr(int(LayerField.GROUP_B)), tl.constexpr(int(LayerField.GROUP_A))
@@ -63,6 +69,82 @@ _W, _WV = tl.constexpr(int(Role.W)), tl.constexpr(int(Role.WV))
 _OUT, _MOMENTUM = tl.constexpr(int(Role.OUT)), tl.constexpr(int(Role.MOMENTUM))
 _KEEP_U, _KEEP_M, _KEEP_W = (tl.constexpr(int(role)) for role in (Role.KEEP_U, Role.KEEP_M, Role.KEEP_W))
 _DA, _DB, _DS = (tl.constexpr(int(role)) for role in (Role.DA, Role.DB, Role.DS))
+
+
+class TilePlace(NamedTuple):
+    """A program's tile of a product ``rows × cols`` of ``depth``, and where it lies in a matrix of its layer.
+
+    Attributes:
+        layer, kind: whose product it is, and which of its launch's, a :class:`Kind`.
+        square: of ``A`` or ``B``, the one that the product takes.
+        row0, col0: where the product begins in an ``m × n`` matrix.
+        row, col: the tile's corner in the product.
+        top, left: its corner in the matrix.
+        rows, cols, depth: the product's sides, pads included.
+        true_rows, true_cols: what the product has from the corner on, pads excluded: beyond lies another product's.
+        wide: whether what the epilogue reads and writes besides workspaces can be moved 16 bytes at a time.
+    """
+
+    layer: Any
+    kind: Any
+    square: Any
+    row0: Any
+    col0: Any
+    row: Any
+    col: Any
+    top: Any
+    left: Any
+    rows: Any
+    cols: Any
+    depth: Any
+    true_rows: Any
+    true_cols: Any
+    wide: Any
+
+
+@triton.jit
+def place_of(tiles, problems, layers, BM: tl.constexpr, BN: tl.constexpr):
+    """This program's :class:`TilePlace`."""
+    entry = tiles + tl.program_id(0) * 4
+    problem = problems + tl.load(entry).to(tl.int64) * PROBLEM_FIELDS
+    row, col = tl.load(entry + 1) * BM, tl.load(entry + 2) * BN
+    layer, kind = tl.load(problem + _LAYER), tl.load(problem + _KIND)
+    rows = tl.load(problem + _ROWS).to(tl.int32) * UNIT
+    cols = tl.load(problem + _COLS).to(tl.int32) * UNIT
+    depth = tl.load(problem + _DEPTH).to(tl.int32) * UNIT
+    row0, col0 = tl.load(problem + _ROW0) * UNIT, tl.load(problem + _COL0) * UNIT
+    square = tl.load(problem + _SQUARE)
+    m, n = tl.load(layers + layer * LAYER_FIELDS + _M), tl.load(layers + layer * LAYER_FIELDS + _N)
+    true_rows, true_cols = tl.minimum(m - row0, rows) - row, tl.minimum(n - col0, cols) - col
+    top, left = row0 + row, col0 + col
+    wide = tl.load(entry + 3) != 0
+    return TilePlace(
+        layer, kind, square, row0, col0, row, col, top, left, rows, cols, depth, true_rows, true_cols, wide
+    )
+
+
+# Where a product's operand begins, and its pitch.
+
+
+@triton.jit
+def square_of(operands, at, role, COMPUTE: tl.constexpr):
+    """The square of ``A`` or ``B`` that the product takes."""
+    pointer, pitch, square = packed(operands, at.layer, role, COMPUTE)
+    return pointer + at.square * square, pitch
+
+
+@triton.jit
+def rows_of(operands, at, role, COMPUTE: tl.constexpr):
+    """The rows of an ``m × n`` matrix that meet a square of ``B``."""
+    pointer, pitch, _square = packed(operands, at.layer, role, COMPUTE)
+    return pointer + at.row0 * pitch, pitch
+
+
+@triton.jit
+def cols_of(operands, at, role, COMPUTE: tl.constexpr):
+    """The columns of an ``m × n`` matrix that meet a square of ``A``."""
+    pointer, pitch, _square = packed(operands, at.layer, role, COMPUTE)
+    return pointer + at.col0, pitch
 
 
 @triton.jit
@@ -83,123 +165,351 @@ def scale_of(amax, layers, layer, FIELD: tl.constexpr):
 @triton.jit
 def multiply(
     acc,
-    x,
-    x_pitch,
-    y,
-    y_pitch,
-    row,
-    col,
-    rows,
-    cols,
-    depth,
-    X_TURNED: tl.constexpr,
-    Y_TURNED: tl.constexpr,
+    left,
+    right,
+    at,
+    LEFT_TURNED: tl.constexpr,
+    RIGHT_TURNED: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """``acc + X Y`` for the tile at ``(row, col)`` of ``X (rows × depth)`` times ``Y (depth × cols)``.
+    """``acc + X Y`` for the tile at ``at`` of ``X (rows × depth)`` times ``Y (depth × cols)``.
+
+    ``left`` and ``right`` say where ``X`` and ``Y`` lie: pointer and pitch.
 
     A turned operand lies in memory transposed, and is transposed as it is loaded, never as an accumulator: Triton
     3.4 to 3.7 was seen to get that wrong on Hopper.
     """
+    x, x_pitch = left
+    y, y_pitch = right
     r, c, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    in_rows, in_cols = row + r < rows, col + c < cols
-    if X_TURNED:
-        x += row
+    in_rows, in_cols = at.row + r < at.rows, at.col + c < at.cols
+    if LEFT_TURNED:
+        x += at.row
     else:
-        x += row.to(tl.int64) * x_pitch
-    if Y_TURNED:
-        y += col.to(tl.int64) * y_pitch
+        x += at.row.to(tl.int64) * x_pitch
+    if RIGHT_TURNED:
+        y += at.col.to(tl.int64) * y_pitch
     else:
-        y += col
+        y += at.col
     xp, yp = x_pitch.to(tl.int32), y_pitch.to(tl.int32)
-    for d in range(0, depth, BK):
-        in_depth = k < depth - d
-        if X_TURNED:
+    for d in range(0, at.depth, BK):
+        in_depth = k < at.depth - d
+        if LEFT_TURNED:
             xt = tl.load(x + k[:, None] * xp + r[None, :], mask=in_depth[:, None] & in_rows[None, :], other=0)
-            left = tl.trans(operand(xt, COMPUTE))
+            xo = tl.trans(operand(xt, COMPUTE))
             x += BK * x_pitch
         else:
             xt = tl.load(x + r[:, None] * xp + k[None, :], mask=in_rows[:, None] & in_depth[None, :], other=0)
-            left = operand(xt, COMPUTE)
+            xo = operand(xt, COMPUTE)
             x += BK
-        if Y_TURNED:
+        if RIGHT_TURNED:
             yt = tl.load(y + c[:, None] * yp + k[None, :], mask=in_cols[:, None] & in_depth[None, :], other=0)
-            right = tl.trans(operand(yt, COMPUTE))
+            yo = tl.trans(operand(yt, COMPUTE))
             y += BK
         else:
             yt = tl.load(y + k[:, None] * yp + c[None, :], mask=in_depth[:, None] & in_cols[None, :], other=0)
-            right = operand(yt, COMPUTE)
+            yo = operand(yt, COMPUTE)
             y += BK * y_pitch
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = tl.dot(xo, yo, acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def store_packed(
-    operands,
-    layer,
-    role,
-    row0,
-    col0,
-    row,
-    col,
-    rows,
-    cols,
-    x,
-    COMPUTE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """``x`` into a workspace matrix at ``(row0 + row, col0 + col)``, pads included: they are zeros."""
-    pointer, pitch, _unused = packed(operands, layer, role, COMPUTE)
+def store_packed(operands, at, role, x, COMPUTE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """``x`` into a workspace matrix, pads included: they are zeros."""
+    pointer, pitch, _unused = packed(operands, at.layer, role, COMPUTE)
     r, c = tl.arange(0, BM), tl.arange(0, BN)
-    pointer += (row0 + row) * pitch + (col0 + col)
+    pointer += at.top * pitch + at.left
     offset = r[:, None] * pitch.to(tl.int32) + c[None, :]
     if INTERPRETED:
         y = storable(x, COMPUTE)
     else:
         y = x.to(COMPUTE)
-    tl.store(pointer + offset, y, mask=(row + r < rows)[:, None] & (col + c < cols)[None, :])
+    tl.store(pointer + offset, y, mask=(at.row + r < at.rows)[:, None] & (at.col + c < at.cols)[None, :])
 
 
 @triton.jit
-def store_result(
-    operands, layer, role, row, col, rows, cols, x, wide, TYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-):
-    """``x`` into one of the caller's matrices from ``(row, col)`` on, 16 bytes at a time if ``wide``."""
-    if wide:
-        p, pr, pc = matrix(operands, layer, role, TYPE, True)
-        store_tile(p, pr, pc, row, col, rows, cols // UNIT * UNIT, x, TYPE, R, C, True)
+def store_result(operands, at, role, x, TYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """``x`` into one of the caller's ``m × n`` matrices."""
+    if at.wide:
+        p, pr, pc = matrix(operands, at.layer, role, TYPE, True)
+        store_tile(p, pr, pc, at.top, at.left, at.true_rows, at.true_cols // UNIT * UNIT, x, TYPE, BM, BN, True)
     else:
-        p, pr, pc = matrix(operands, layer, role, TYPE, False)
-        store_tile(p, pr, pc, row, col, rows, cols, x, TYPE, R, C, False)
+        p, pr, pc = matrix(operands, at.layer, role, TYPE, False)
+        store_tile(p, pr, pc, at.top, at.left, at.true_rows, at.true_cols, x, TYPE, BM, BN, False)
 
 
 @triton.jit
-def load_scaling(operands, layer, row, col, rows, cols, wide, TYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """``S`` from ``(row, col)`` on, in float32, 16 bytes at a time if ``wide``."""
-    if wide:
-        p, pr, pc = matrix(operands, layer, _S, TYPE, True)
-        x = load_tile(p, pr, pc, row, col, rows, cols // UNIT * UNIT, R, C, True)
+def load_scaling(operands, at, TYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """The tile of ``S``, in float32."""
+    if at.wide:
+        p, pr, pc = matrix(operands, at.layer, _S, TYPE, True)
+        x = load_tile(p, pr, pc, at.top, at.left, at.true_rows, at.true_cols // UNIT * UNIT, BM, BN, True)
     else:
-        p, pr, pc = matrix(operands, layer, _S, TYPE, False)
-        x = load_tile(p, pr, pc, row, col, rows, cols, R, C, False)
+        p, pr, pc = matrix(operands, at.layer, _S, TYPE, False)
+        x = load_tile(p, pr, pc, at.top, at.left, at.true_rows, at.true_cols, BM, BN, False)
     return x.to(tl.float32)
 
 
 @triton.jit
-def store_block(operands, layer, role, side, first, row, col, reach, x, wide, R: tl.constexpr, C: tl.constexpr):
-    """A part of a derivative into its stack of squares, 16 bytes at a time if ``wide``: then there is one square."""
-    if wide:
-        p, pr, pc, pq, _part = stack(operands, layer, role, tl.float32, True)
-        store_squares(p, pr, pc, pq, side, first, row, col, reach // UNIT * UNIT, x, tl.float32, R, C, True)
+def store_block(operands, at, role, side, group, left, x, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile of a derivative into its stack of squares of ``side``, of which ``group`` belong to one product.
+
+    ``left``: of the layer's side, from the product's first square on. Where ``at.wide``, there is one square.
+    """
+    first, reach = at.square * group, tl.minimum(side * group, left)
+    if at.wide:
+        p, pr, pc, pq, _part = stack(operands, at.layer, role, tl.float32, True)
+        reach = reach // UNIT * UNIT
+        store_squares(p, pr, pc, pq, side, first, at.row, at.col, reach, x, tl.float32, BM, BN, True)
     else:
-        p, pr, pc, pq, _part = stack(operands, layer, role, tl.float32, False)
-        store_squares(p, pr, pc, pq, side, first, row, col, reach, x, tl.float32, R, C, False)
+        p, pr, pc, pq, _part = stack(operands, at.layer, role, tl.float32, False)
+        store_squares(p, pr, pc, pq, side, first, at.row, at.col, reach, x, tl.float32, BM, BN, False)
+
+
+# A stage each: a product and its epilogue.
+
+
+@triton.jit
+def right(
+    operands,
+    layers,
+    amax,
+    at,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALED: tl.constexpr,
+    KEEP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """``U = G A``, or ``V A``."""
+    for_v = (at.kind == _FOR_V).to(tl.int64)
+    G, A = cols_of(operands, at, _G + for_v, COMPUTE), square_of(operands, at, _A, COMPUTE)
+    U = multiply(tl.zeros((BM, BN), tl.float32), G, A, at, False, False, COMPUTE, PRECISION, BM, BN, BK)
+    if KEEP:
+        store_result(operands, at, _KEEP_U, U, tl.float32, BM, BN)
+    if SCALED:
+        k, _ = scale_of(amax, layers, at.layer, _AMAX_G)
+        if at.kind == _FOR_V:
+            k, _ = scale_of(amax, layers, at.layer, _AMAX_V)
+        U *= k
+    store_packed(operands, at, _U + for_v, U, COMPUTE, BM, BN)
+
+
+@triton.jit
+def scale(
+    operands,
+    layers,
+    amax,
+    at,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALED: tl.constexpr,
+    KEEP: tl.constexpr,
+    TYPE_S: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """``M = Bᵀ U``, and ``T = S² ⊙ M``."""
+    B, U = square_of(operands, at, _B, COMPUTE), rows_of(operands, at, _U, COMPUTE)
+    M = multiply(tl.zeros((BM, BN), tl.float32), B, U, at, True, False, COMPUTE, PRECISION, BM, BN, BK)
+    S = load_scaling(operands, at, TYPE_S, BM, BN)
+    if KEEP:
+        undo = 1.0
+        if SCALED:
+            _, undo = scale_of(amax, layers, at.layer, _AMAX_G)
+        store_result(operands, at, _KEEP_M, M * undo, tl.float32, BM, BN)
+    M *= S
+    if SCALED:
+        q, _ = scale_of(amax, layers, at.layer, _AMAX_S)
+        S = S * q * q
+    store_packed(operands, at, _T, M * S, COMPUTE, BM, BN)
+
+
+@triton.jit
+def pair(
+    operands,
+    layers,
+    amax,
+    at,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALED: tl.constexpr,
+    WANT_S: tl.constexpr,
+    TYPE_S: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """``M = Bᵀ U`` and ``N = Bᵀ V A``; ``S² ⊙ M``, ``S² ⊙ N``, and ``dS = 2 S ⊙ M ⊙ N``."""
+    B = square_of(operands, at, _B, COMPUTE)
+    U, UV = rows_of(operands, at, _U, COMPUTE), rows_of(operands, at, _UV, COMPUTE)
+    M = multiply(tl.zeros((BM, BN), tl.float32), B, U, at, True, False, COMPUTE, PRECISION, BM, BN, BK)
+    N = multiply(tl.zeros((BM, BN), tl.float32), B, UV, at, True, False, COMPUTE, PRECISION, BM, BN, BK)
+    S = load_scaling(operands, at, TYPE_S, BM, BN)
+    if WANT_S:
+        dS = 2 * S * M
+        if SCALED:
+            _, undo_G = scale_of(amax, layers, at.layer, _AMAX_G)
+            _, undo_V = scale_of(amax, layers, at.layer, _AMAX_V)
+            # One after the other: their product can leave float32's range where the result doesn't.
+            dS = dS * undo_G * N * undo_V
+        else:
+            dS *= N
+        store_result(operands, at, _DS, dS, tl.float32, BM, BN)
+    if SCALED:
+        q, _ = scale_of(amax, layers, at.layer, _AMAX_S)
+        S *= q
+    S *= S
+    store_packed(operands, at, _T, M * S, COMPUTE, BM, BN)
+    store_packed(operands, at, _TV, N * S, COMPUTE, BM, BN)
+
+
+@triton.jit
+def left(
+    operands,
+    layers,
+    amax,
+    at,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALED: tl.constexpr,
+    KEEP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """``W = B T``, of ``G`` or of ``V``."""
+    for_v = (at.kind == _FOR_V).to(tl.int64)
+    B, T = square_of(operands, at, _B, COMPUTE), rows_of(operands, at, _T + for_v, COMPUTE)
+    W = multiply(tl.zeros((BM, BN), tl.float32), B, T, at, False, False, COMPUTE, PRECISION, BM, BN, BK)
+    if KEEP:
+        undo = 1.0
+        if SCALED:
+            _, undo_G = scale_of(amax, layers, at.layer, _AMAX_G)
+            _, undo_q = scale_of(amax, layers, at.layer, _AMAX_S)
+            undo = undo_G * undo_q * undo_q
+        store_result(operands, at, _KEEP_W, W * undo, tl.float32, BM, BN)
+    store_packed(operands, at, _W + for_v, W, COMPUTE, BM, BN)
+
+
+@triton.jit
+def block_of_B(
+    operands,
+    layers,
+    amax,
+    at,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """``dB = (V A)(S² ⊙ M)ᵀ + (G A)(S² ⊙ N)ᵀ``."""
+    UV, T = rows_of(operands, at, _UV, COMPUTE), rows_of(operands, at, _T, COMPUTE)
+    dB = multiply(tl.zeros((BM, BN), tl.float32), UV, T, at, False, True, COMPUTE, PRECISION, BM, BN, BK)
+    U, TV = rows_of(operands, at, _U, COMPUTE), rows_of(operands, at, _TV, COMPUTE)
+    dB = multiply(dB, U, TV, at, False, True, COMPUTE, PRECISION, BM, BN, BK)
+    if SCALED:
+        _, undo_G = scale_of(amax, layers, at.layer, _AMAX_G)
+        _, undo_V = scale_of(amax, layers, at.layer, _AMAX_V)
+        _, undo_q = scale_of(amax, layers, at.layer, _AMAX_S)
+        dB = dB * undo_G * undo_q * undo_V * undo_q
+    shape = layers + at.layer * LAYER_FIELDS
+    side, group, m = tl.load(shape + _SIDE_B), tl.load(shape + _GROUP_B), tl.load(shape + _M)
+    store_block(operands, at, _DB, side, group, m - at.row0, dB, BM, BN)
+
+
+@triton.jit
+def block_of_A(
+    operands,
+    layers,
+    amax,
+    at,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """``dA = Vᵀ B (S² ⊙ M) + Gᵀ B (S² ⊙ N)``."""
+    V, W = cols_of(operands, at, _V, COMPUTE), cols_of(operands, at, _W, COMPUTE)
+    dA = multiply(tl.zeros((BM, BN), tl.float32), V, W, at, True, False, COMPUTE, PRECISION, BM, BN, BK)
+    if SCALED:
+        # W holds k of G and q, W of V k of V and q: bring the first sum to the second one's scale.
+        _, undo_G = scale_of(amax, layers, at.layer, _AMAX_G)
+        k_V, undo_V = scale_of(amax, layers, at.layer, _AMAX_V)
+        dA = dA * undo_G * k_V
+    G, WV = cols_of(operands, at, _G, COMPUTE), cols_of(operands, at, _WV, COMPUTE)
+    dA = multiply(dA, G, WV, at, True, False, COMPUTE, PRECISION, BM, BN, BK)
+    if SCALED:
+        _, undo_q = scale_of(amax, layers, at.layer, _AMAX_S)
+        dA = dA * undo_V * undo_q * undo_q
+    shape = layers + at.layer * LAYER_FIELDS
+    side, group, n = tl.load(shape + _SIDE_A), tl.load(shape + _GROUP_A), tl.load(shape + _N)
+    store_block(operands, at, _DA, side, group, n - at.col0, dA, BM, BN)
+
+
+@triton.jit
+def result(
+    operands,
+    layers,
+    amax,
+    at,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALED: tl.constexpr,
+    FOR_V: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """``P(G) = W Aᵀ``, not stored yet; of ``V`` if ``FOR_V``."""
+    W, A = cols_of(operands, at, _WV if FOR_V else _W, COMPUTE), square_of(operands, at, _A, COMPUTE)
+    Y = multiply(tl.zeros((BM, BN), tl.float32), W, A, at, False, True, COMPUTE, PRECISION, BM, BN, BK)
+    if SCALED:
+        _, undo = scale_of(amax, layers, at.layer, _AMAX_V if FOR_V else _AMAX_G)
+        _, undo_q = scale_of(amax, layers, at.layer, _AMAX_S)
+        Y = Y * undo * undo_q * undo_q
+    return Y
+
+
+@triton.jit
+def update_weight(
+    Y,
+    operands,
+    at,
+    rate,
+    momentum,
+    decay,
+    TYPE_OUT: tl.constexpr,
+    TYPE_MOMENTUM: tl.constexpr,
+    HAS_BUFFER: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr,
+    HAS_DECAY: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The step by ``Y``: momentum, weight decay, write of the weight."""
+    if at.wide:
+        update(
+            Y, operands, at.layer, at.top, at.left, at.true_rows, at.true_cols // UNIT * UNIT, rate, momentum, decay,
+            TYPE_OUT, TYPE_MOMENTUM, _OUT, _MOMENTUM, HAS_BUFFER, HAS_MOMENTUM, HAS_DECAY, BM, BN, True,
+        )  # fmt: skip
+    else:
+        update(
+            Y, operands, at.layer, at.top, at.left, at.true_rows, at.true_cols, rate, momentum, decay,
+            TYPE_OUT, TYPE_MOMENTUM, _OUT, _MOMENTUM, HAS_BUFFER, HAS_MOMENTUM, HAS_DECAY, BM, BN, False,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=["lr_tensor"])
@@ -231,187 +541,33 @@ def grouped_gemm(
     BK: tl.constexpr,
 ):
     """One tile of one product of ``STAGE``, and its epilogue: see the module's docstring."""
-    entry = tiles + tl.program_id(0) * 4
-    problem = problems + tl.load(entry).to(tl.int64) * PROBLEM_FIELDS
-    row, col = tl.load(entry + 1) * BM, tl.load(entry + 2) * BN
-    layer, kind = tl.load(problem), tl.load(problem + 1)
-    rows = tl.load(problem + 2).to(tl.int32) * UNIT
-    cols = tl.load(problem + 3).to(tl.int32) * UNIT
-    depth = tl.load(problem + 4).to(tl.int32) * UNIT
-    row0, col0 = tl.load(problem + 5) * UNIT, tl.load(problem + 6) * UNIT
-    square = tl.load(problem + 7)
-    m, n = tl.load(layers + layer * LAYER_FIELDS + _M), tl.load(layers + layer * LAYER_FIELDS + _N)
-    # What is left of the product from this tile's corner on, without pads: beyond it lies another product's.
-    true_rows, true_cols = tl.minimum(m - row0, rows) - row, tl.minimum(n - col0, cols) - col
-    top, left = row0 + row, col0 + col
-    which = (kind == _FOR_V).to(tl.int64)
-    # Whether what this tile's epilogue reads and writes besides workspaces can be moved 16 bytes at a time.
-    wide = tl.load(entry + 3) != 0
-    acc = tl.zeros((BM, BN), tl.float32)
-
+    at = place_of(tiles, problems, layers, BM, BN)
     if STAGE == "right":
-        x, xp, _unused = packed(operands, layer, _G + which, COMPUTE)
-        y, yp, yq = packed(operands, layer, _A, COMPUTE)
-        acc = multiply(
-            acc, x + col0, xp, y + square * yq, yp, row, col, rows, cols, depth,
-            False, False, COMPUTE, PRECISION, BM, BN, BK,
-        )  # fmt: skip
-        if KEEP:
-            store_result(operands, layer, _KEEP_U, top, left, true_rows, true_cols, acc, wide, tl.float32, BM, BN)
-        if SCALED:
-            k, _ = scale_of(amax, layers, layer, _AMAX_G)
-            if kind == _FOR_V:
-                k, _ = scale_of(amax, layers, layer, _AMAX_V)
-            acc *= k
-        store_packed(operands, layer, _U + which, row0, col0, row, col, rows, cols, acc, COMPUTE, BM, BN)
-
+        right(operands, layers, amax, at, COMPUTE, PRECISION, SCALED, KEEP, BM, BN, BK)
     elif STAGE == "scale":
-        x, xp, xq = packed(operands, layer, _B, COMPUTE)
-        y, yp, _unused = packed(operands, layer, _U, COMPUTE)
-        acc = multiply(
-            acc, x + square * xq, xp, y + row0 * yp, yp, row, col, rows, cols, depth,
-            True, False, COMPUTE, PRECISION, BM, BN, BK,
-        )  # fmt: skip
-        s = load_scaling(operands, layer, top, left, true_rows, true_cols, wide, TYPE_S, BM, BN)
-        if KEEP:
-            undo = 1.0
-            if SCALED:
-                _, undo = scale_of(amax, layers, layer, _AMAX_G)
-            store_result(
-                operands, layer, _KEEP_M, top, left, true_rows, true_cols, acc * undo, wide, tl.float32, BM, BN
-            )
-        acc *= s
-        if SCALED:
-            q, _ = scale_of(amax, layers, layer, _AMAX_S)
-            s = s * q * q
-        store_packed(operands, layer, _T, row0, col0, row, col, rows, cols, acc * s, COMPUTE, BM, BN)
-
+        scale(operands, layers, amax, at, COMPUTE, PRECISION, SCALED, KEEP, TYPE_S, BM, BN, BK)
     elif STAGE == "pair":
-        x, xp, xq = packed(operands, layer, _B, COMPUTE)
-        y, yp, _unused = packed(operands, layer, _U, COMPUTE)
-        z, zp, _unused = packed(operands, layer, _UV, COMPUTE)
-        acc = multiply(
-            acc, x + square * xq, xp, y + row0 * yp, yp, row, col, rows, cols, depth,
-            True, False, COMPUTE, PRECISION, BM, BN, BK,
-        )  # fmt: skip
-        other = tl.zeros((BM, BN), tl.float32)
-        other = multiply(
-            other, x + square * xq, xp, z + row0 * zp, zp, row, col, rows, cols, depth,
-            True, False, COMPUTE, PRECISION, BM, BN, BK,
-        )  # fmt: skip
-        s = load_scaling(operands, layer, top, left, true_rows, true_cols, wide, TYPE_S, BM, BN)
-        if WANT_S:
-            ds = 2 * s * acc
-            if SCALED:
-                _, undo_g = scale_of(amax, layers, layer, _AMAX_G)
-                _, undo_v = scale_of(amax, layers, layer, _AMAX_V)
-                # One after the other: their product can leave float32's range where the result doesn't.
-                ds = ds * undo_g * other * undo_v
-            else:
-                ds *= other
-            store_result(operands, layer, _DS, top, left, true_rows, true_cols, ds, wide, tl.float32, BM, BN)
-        if SCALED:
-            q, _ = scale_of(amax, layers, layer, _AMAX_S)
-            s *= q
-        s *= s
-        store_packed(operands, layer, _T, row0, col0, row, col, rows, cols, acc * s, COMPUTE, BM, BN)
-        store_packed(operands, layer, _TV, row0, col0, row, col, rows, cols, other * s, COMPUTE, BM, BN)
-
-    elif STAGE == "left" or STAGE == "left_dB":
-        if kind != _BLOCK:
-            x, xp, xq = packed(operands, layer, _B, COMPUTE)
-            y, yp, _unused = packed(operands, layer, _T + which, COMPUTE)
-            acc = multiply(
-                acc, x + square * xq, xp, y + row0 * yp, yp, row, col, rows, cols, depth,
-                False, False, COMPUTE, PRECISION, BM, BN, BK,
-            )  # fmt: skip
-            if KEEP:
-                undo = 1.0
-                if SCALED:
-                    _, undo_g = scale_of(amax, layers, layer, _AMAX_G)
-                    _, undo_q = scale_of(amax, layers, layer, _AMAX_S)
-                    undo = undo_g * undo_q * undo_q
-                store_result(
-                    operands, layer, _KEEP_W, top, left, true_rows, true_cols, acc * undo, wide, tl.float32, BM, BN
-                )
-            store_packed(operands, layer, _W + which, row0, col0, row, col, rows, cols, acc, COMPUTE, BM, BN)
-        elif STAGE == "left_dB":
-            x, xp, _unused = packed(operands, layer, _UV, COMPUTE)
-            y, yp, _unused = packed(operands, layer, _T, COMPUTE)
-            acc = multiply(
-                acc, x + row0 * xp, xp, y + row0 * yp, yp, row, col, rows, cols, depth,
-                False, True, COMPUTE, PRECISION, BM, BN, BK,
-            )  # fmt: skip
-            x, xp, _unused = packed(operands, layer, _U, COMPUTE)
-            y, yp, _unused = packed(operands, layer, _TV, COMPUTE)
-            acc = multiply(
-                acc, x + row0 * xp, xp, y + row0 * yp, yp, row, col, rows, cols, depth,
-                False, True, COMPUTE, PRECISION, BM, BN, BK,
-            )  # fmt: skip
-            if SCALED:
-                _, undo_g = scale_of(amax, layers, layer, _AMAX_G)
-                _, undo_v = scale_of(amax, layers, layer, _AMAX_V)
-                _, undo_q = scale_of(amax, layers, layer, _AMAX_S)
-                acc = acc * undo_g * undo_q * undo_v * undo_q
-            shape = layers + layer * LAYER_FIELDS
-            side, group = tl.load(shape + _SIDE_B), tl.load(shape + _GROUP_B)
-            reach = tl.minimum(side * group, m - row0)
-            store_block(operands, layer, _DB, side, square * group, row, col, reach, acc, wide, BM, BN)
-
-    else:
-        if STAGE == "dA_dG" and kind == _BLOCK:
-            x, xp, _unused = packed(operands, layer, _V, COMPUTE)
-            y, yp, _unused = packed(operands, layer, _W, COMPUTE)
-            acc = multiply(
-                acc, x + col0, xp, y + col0, yp, row, col, rows, cols, depth,
-                True, False, COMPUTE, PRECISION, BM, BN, BK,
-            )  # fmt: skip
-            if SCALED:
-                # W holds k of G and q, W of V k of V and q: bring the first sum to the second one's scale.
-                _, undo_g = scale_of(amax, layers, layer, _AMAX_G)
-                k_v, undo_v = scale_of(amax, layers, layer, _AMAX_V)
-                acc = acc * undo_g * k_v
-            x, xp, _unused = packed(operands, layer, _G, COMPUTE)
-            y, yp, _unused = packed(operands, layer, _WV, COMPUTE)
-            acc = multiply(
-                acc, x + col0, xp, y + col0, yp, row, col, rows, cols, depth,
-                True, False, COMPUTE, PRECISION, BM, BN, BK,
-            )  # fmt: skip
-            if SCALED:
-                _, undo_q = scale_of(amax, layers, layer, _AMAX_S)
-                acc = acc * undo_v * undo_q * undo_q
-            shape = layers + layer * LAYER_FIELDS
-            side, group = tl.load(shape + _SIDE_A), tl.load(shape + _GROUP_A)
-            reach = tl.minimum(side * group, n - col0)
-            store_block(operands, layer, _DA, side, square * group, row, col, reach, acc, wide, BM, BN)
+        pair(operands, layers, amax, at, COMPUTE, PRECISION, SCALED, WANT_S, TYPE_S, BM, BN, BK)
+    elif STAGE == "left":
+        left(operands, layers, amax, at, COMPUTE, PRECISION, SCALED, KEEP, BM, BN, BK)
+    elif STAGE == "left_dB":
+        if at.kind != _BLOCK:
+            left(operands, layers, amax, at, COMPUTE, PRECISION, SCALED, KEEP, BM, BN, BK)
         else:
-            if STAGE == "dA_dG":
-                x, xp, _unused = packed(operands, layer, _WV, COMPUTE)
-            else:
-                x, xp, _unused = packed(operands, layer, _W, COMPUTE)
-            y, yp, yq = packed(operands, layer, _A, COMPUTE)
-            acc = multiply(
-                acc, x + col0, xp, y + square * yq, yp, row, col, rows, cols, depth,
-                False, True, COMPUTE, PRECISION, BM, BN, BK,
+            block_of_B(operands, layers, amax, at, COMPUTE, PRECISION, SCALED, BM, BN, BK)
+    elif STAGE == "dA_dG":
+        if at.kind == _BLOCK:
+            block_of_A(operands, layers, amax, at, COMPUTE, PRECISION, SCALED, BM, BN, BK)
+        else:
+            dG = result(operands, layers, amax, at, COMPUTE, PRECISION, SCALED, True, BM, BN, BK)
+            store_result(operands, at, _OUT, dG, TYPE_OUT, BM, BN)
+    else:
+        Y = result(operands, layers, amax, at, COMPUTE, PRECISION, SCALED, False, BM, BN, BK)
+        if STAGE == "update":
+            rate = rate_of(lr, lr_tensor, LR_IN_TENSOR)
+            update_weight(
+                Y, operands, at, rate, momentum, decay,
+                TYPE_OUT, TYPE_MOMENTUM, HAS_BUFFER, HAS_MOMENTUM, HAS_DECAY, BM, BN,
             )  # fmt: skip
-            if SCALED:
-                if STAGE == "dA_dG":
-                    _, undo = scale_of(amax, layers, layer, _AMAX_V)
-                else:
-                    _, undo = scale_of(amax, layers, layer, _AMAX_G)
-                _, undo_q = scale_of(amax, layers, layer, _AMAX_S)
-                acc = acc * undo * undo_q * undo_q
-            if STAGE == "update":
-                rate = rate_of(lr, lr_tensor, LR_IN_TENSOR)
-                if wide:
-                    update(
-                        acc, operands, layer, top, left, true_rows, true_cols // UNIT * UNIT, rate, momentum, decay,
-                        TYPE_OUT, TYPE_MOMENTUM, _OUT, _MOMENTUM, HAS_BUFFER, HAS_MOMENTUM, HAS_DECAY, BM, BN, True,
-                    )  # fmt: skip
-                else:
-                    update(
-                        acc, operands, layer, top, left, true_rows, true_cols, rate, momentum, decay,
-                        TYPE_OUT, TYPE_MOMENTUM, _OUT, _MOMENTUM, HAS_BUFFER, HAS_MOMENTUM, HAS_DECAY, BM, BN, False,
-                    )  # fmt: skip
-            else:
-                store_result(operands, layer, _OUT, top, left, true_rows, true_cols, acc, wide, TYPE_OUT, BM, BN)
+        else:
+            store_result(operands, at, _OUT, Y, TYPE_OUT, BM, BN)
