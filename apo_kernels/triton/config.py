@@ -20,13 +20,13 @@ The defaults are what compiles without a spill, within shared memory and to matr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -77,9 +77,70 @@ class TileConfig:
     split: int = 0
 
 
+Chosen = TypeVar("Chosen")
+
+_ALL, _NOTHING, _SMALL = (True, True), (False, False), {16, 32}
+
+_TILE: tuple[tuple[dict[str, Any], tuple[int, int, int]], ...] = (
+    ({"backend": "cpu"}, (0, 1, 0)),
+    ({"side": 32, "dtype": "float32", "target": "sm_100", "backward": True, "way": _ALL}, (16, 4, 0)),
+    ({"side": 32, "dtype": "float32", "target": "sm_100", "backward": True}, (16, 4, 1)),
+    ({"side": _SMALL, "dtype": "float32"}, (16, 4, 0)),
+    ({"side": _SMALL}, (0, 4, 0)),
+    ({"dtype": "float32", "target": "sm_100", "backward": True}, (64, 4, 0)),
+    ({"dtype": "float32", "target": "sm_100"}, (64, 8, 0)),
+    ({"dtype": "float32", "target": "sm_90"}, (16, 4, 0)),
+    ({"dtype": "float32", "backward": True}, (16, 4, 0)),
+    ({"dtype": "float32"}, (16, 8, 0)),
+    ({"backward": True, "target": "sm_80"}, (32, 8, 0)),
+    ({"backward": True, "target": "sm_90", "dtype": "float16"}, (16, 8, 0)),  # its powers of two take registers
+    ({"backward": True}, (0, 8, 0)),
+    ({"target": "gfx942"}, (0, 8, 0)),
+    ({"way": _NOTHING}, (0, 8, 0)),
+    ({"target": "sm_80", "keep": True}, (0, 8, 0)),
+    ({"target": "sm_80"}, (32, 4, 0)),
+    ({}, (0, 4, 0)),
+)
+"""Conditions, then the slab (0: the whole side), warps and split of a :class:`TileConfig`. The first row that fits."""
+
+_MODEL: tuple[tuple[dict[str, Any], tuple[int, int, int]], ...] = (
+    ({"backend": "cpu"}, (0, 1, 0)),
+    ({"side": 32, "target": "sm_80", "stage": "model_trial", "dtype": "float32", "way": (True, False)}, (16, 8, 0)),
+    ({"side": _SMALL, "dtype": "float32"}, (16, 4, 0)),
+    ({"side": 32, "target": "sm_90", "stage": "model_update"}, (0, 8, 0)),
+    ({"side": _SMALL}, (0, 4, 0)),
+    ({"dtype": "float32", "target": "sm_90", "stage": "model_slopes", "way": _ALL}, (16, 8, 1)),
+    ({"dtype": "float32", "target": "sm_90", "stage": "model_slopes"}, (16, 4, 1)),
+    ({"dtype": "float32", "target": "sm_90"}, (16, 4, 0)),
+    ({"dtype": "float32", "stage": "model_slopes"}, (16, 8, 1)),
+    ({"dtype": "float32"}, (16, 8, 0)),
+    ({"stage": "model_slopes", "target": "gfx942"}, (16, 8, 0)),
+    ({"stage": "model_slopes"}, (32, 8, 0)),
+    ({"target": "sm_80"}, (32, 8, 0)),
+    ({}, (0, 8, 0)),
+)
+"""The same of a whole model's stages."""
+
+_GEMM: tuple[tuple[dict[str, Any], tuple[int, int, int, int]], ...] = (
+    ({"stage": "pair", "target": "sm_80", "dtype": "float32"}, (64, 64, 64, 8)),
+    ({"stage": "pair", "target": "sm_100", "dtype": "float16"}, (64, 64, 64, 8)),
+    ({"stage": "pair"}, (64, 64, 128, 8)),  # two accumulators
+    ({"narrow": True, "target": "sm_100", "stage": "left_dB"}, (64, 64, 128, 4)),
+    ({"narrow": True, "target": "sm_100"}, (64, 64, 128, 8)),
+    ({"narrow": True}, (64, 64, 128, 4)),
+    ({"stage": "update"}, (128, 64, 128, 8)),
+    ({"stage": "dA_dG", "dtype": "float32"}, (128, 64, 128, 8)),
+    ({"target": "sm_80", "dtype": "float32"}, (128, 64, 128, 8)),
+    ({"target": "sm_100", "dtype": "float32", "stage": "scale"}, (128, 64, 128, 8)),
+    ({"target": "sm_100", "dtype": "float16", "stage": "left_dB"}, (128, 64, 128, 8)),
+    ({}, (128, 128, 128, 8)),
+)
+"""Conditions, then rows, columns, depth in bytes, and warps of a :class:`GemmConfig`."""
+
+
 def ways(stage: str, side: int, limit: int) -> tuple[tuple[bool, bool], ...]:
-    """What a stage of the tile kernel is compiled for, from worst to best: whether 16 bytes can be moved at a time of
-    its tiles' matrices, and of their squares, one a tile. Nothing always, the others where they pay.
+    """The variants that a stage of the tile kernel is compiled in, from worst to best: whether 16 bytes can be moved at
+    a time of its tiles' matrices, and of their squares, one per tile. Neither always, the others where they pay.
 
     Args:
         stage: ``tile_forward``, ``tile_update``, ``tile_keep``, ``tile_dG`` or ``tile_backward``.
@@ -99,8 +160,8 @@ def model_ways(stage: str, side: int, limit: int) -> tuple[tuple[bool, bool], ..
 
 
 def model_split(tiles: int) -> bool:
-    """Whether so many tiles of which 16 bytes can be moved at a time have a launch apart from the others: a launch more
-    takes as long as some hundreds of tiles gain by it."""
+    """Whether the tiles whose matrices can be moved 16 bytes at a time get a launch of their own. One more launch costs
+    what some hundreds of tiles gain by it."""
     return tiles >= MODEL_SPLIT
 
 
@@ -186,62 +247,34 @@ def gemm_config(
     return replace(chosen, **_changes(target, f"{name}/{_name(dtype)}/{precision}/{size}", stage))
 
 
+def _first(table: Sequence[tuple[dict[str, Any], Chosen]], **case: Any) -> Chosen:
+    """What the first row says whose conditions all hold. A condition is a value, or a set of them."""
+    for conditions, chosen in table:
+        if all(case[name] in (value if isinstance(value, set) else {value}) for name, value in conditions.items()):
+            return chosen
+    raise LookupError(f"no row for {case}")
+
+
 def _tile_default(
     target: Target, dtype: torch.dtype, backward: bool, side: int, keep: bool, way: tuple[bool, bool]
 ) -> TileConfig:
-    name, wide = target.name, dtype == torch.float32
-    if target.backend == "cpu":
-        return TileConfig(side, side, 1)
-    if side < 64:
-        narrow = 16 if wide else side
-        apart = (name, side, wide, backward) == ("sm_100", 32, True, True) and not all(way)
-        return TileConfig(side, narrow, 4, split=int(apart))
-    if wide:
-        return TileConfig(side, 64 if name == "sm_100" else 16, 4 if backward or name == "sm_90" else 8)
-    if not backward:
-        if name == "gfx942" or not any(way) or (name == "sm_80" and keep):
-            return TileConfig(side, side, 8)
-        return TileConfig(side, 32 if name == "sm_80" else side, 4)
-    if name == "sm_80":
-        return TileConfig(side, 32, 8)
-    if dtype == torch.float16 and name == "sm_90":  # its powers of two take registers
-        return TileConfig(side, 16, 8)
-    return TileConfig(side, side, 8)
+    case = {"backend": target.backend, "target": target.name, "dtype": _name(dtype), "side": side, "way": way}
+    slab, warps, split = _first(_TILE, **case, backward=backward, keep=keep)
+    return TileConfig(side, slab or side, warps, split=split)
 
 
 def _model_default(target: Target, dtype: torch.dtype, stage: str, side: int, way: tuple[bool, bool]) -> TileConfig:
-    name, wide, slopes = target.name, dtype == torch.float32, stage == "model_slopes"
-    if target.backend == "cpu":
-        return TileConfig(side, side, 1)
-    if side < 64:
-        apart = (name, side, stage, wide) == ("sm_90", 32, "model_update", False)
-        apart |= (name, side, stage, wide, way) == ("sm_80", 32, "model_trial", True, (True, False))
-        return TileConfig(side, 16 if wide else side, 8 if apart else 4)
-    if wide:
-        few = name == "sm_90" and not (slopes and all(way))
-        return TileConfig(side, 16, 4 if few else 8, split=int(slopes))
-    if slopes:
-        return TileConfig(side, 16 if name == "gfx942" else 32, 8)
-    return TileConfig(side, 32 if name == "sm_80" else side, 8)
+    case = {"backend": target.backend, "target": target.name, "dtype": _name(dtype), "side": side, "way": way}
+    slab, warps, split = _first(_MODEL, **case, stage=stage)
+    return TileConfig(side, slab or side, warps, split=split)
 
 
 def _gemm_default(target: Target, dtype: torch.dtype, stage: str, size: str, keep: bool) -> GemmConfig:
     if target.backend == "cpu":
         return GemmConfig(128, 128, 128, 1, 1)
-    wide = dtype == torch.float32
-    depth = 32 if wide else 64
-    if stage == "pair":  # two accumulators
-        short = (target.name, dtype) in (("sm_80", torch.float32), ("sm_100", torch.float16))
-        return GemmConfig(64, 64, depth // 2 if short else depth, 8, 3)
-    if size == "small" or (keep and target.backend == "cuda"):
-        return GemmConfig(64, 64, depth, 8 if target.name == "sm_100" and stage != "left_dB" else 4, 3)
-    halved = (
-        stage == "update"
-        or (wide and (stage == "dA_dG" or target.name == "sm_80"))
-        or (wide and (stage, target.name) == ("scale", "sm_100"))
-        or (dtype == torch.float16 and (stage, target.name) == ("left_dB", "sm_100"))
-    )
-    return GemmConfig(128, 64 if halved else 128, depth, 8, 3)
+    narrow = size == "small" or (keep and target.backend == "cuda")
+    rows, cols, depth, warps = _first(_GEMM, target=target.name, dtype=_name(dtype), stage=stage, narrow=narrow)
+    return GemmConfig(rows, cols, depth // dtype.itemsize, warps, 3)
 
 
 def _changes(target: Target, key: str, stage: str) -> dict[str, int]:

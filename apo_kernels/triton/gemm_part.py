@@ -15,7 +15,7 @@ from apo_kernels.triton.launch import Launch
 from apo_kernels.triton.layers import BlockLayout, LayerLayout, padded
 from apo_kernels.triton.pack import pack
 from apo_kernels.triton.plan_builder import CODES, TYPES, Operation, PlanBuilder
-from apo_kernels.triton.table_layout import ALIGN, Kind, LayerField, PackField, ProblemField, Role
+from apo_kernels.triton.table_layout import ALIGN, Kind, LayerField, PackField, ProblemField, Role, row_of
 
 __all__ = ["KEEPING", "GemmPart", "gemm_constants", "pack_constants"]
 
@@ -26,6 +26,9 @@ PACK_TILE = (32, 128)
 """What one program of :func:`pack` copies."""
 
 Problem = tuple[int, ...]
+"""A row of :class:`ProblemField`."""
+Job = tuple[int, ...]
+"""A row of :class:`PackField`."""
 _TOUCHED = {
     "right": (Role.KEEP_U,),
     "scale": (Role.S, Role.KEEP_M),
@@ -74,8 +77,8 @@ class GemmPart:
             if not builder.operation.wanted:
                 held[Role.W] = held[Role.U]
 
-    def _packing(self) -> list[list[int]]:
-        """One job a tile of what must be copied, or looked at for its range."""
+    def _packing(self) -> list[Job]:
+        """One job per tile of what must be copied, or looked at for its range."""
         builder = self.builder
         pending: list[tuple[int, Role, bool]] = []
         for at in self.indices:
@@ -88,7 +91,7 @@ class GemmPart:
         copies = [(at, role) for at, role, copied in pending if copied]
         sizes = [self._packed_size(at, role) * builder.compute.itemsize for at, role in copies]
         where = dict(zip(copies, builder.workspace(sizes), strict=True)) if copies else {}
-        jobs: list[list[int]] = []
+        jobs: list[Job] = []
         for at, role, copied in pending:
             first = len(jobs)
             jobs += self._pack_jobs(at, role, where[at, role] if copied else None)
@@ -119,34 +122,46 @@ class GemmPart:
             return padded(self.builder.layers[at].m) * padded(self.builder.layers[at].n)
         return squares.groups * squares.pitch**2
 
-    def _pack_jobs(self, at: int, role: Role, offset: int | None) -> list[list[int]]:
+    def _pack_jobs(self, at: int, role: Role, offset: int | None) -> Iterator[Job]:
         """Of one operand, into the workspace at ``offset``; None: only looked at."""
-        layer, squares = self.builder.layers[at], self._squares(at, role)
+        builder, layer, squares = self.builder, self.builder.layers[at], self._squares(at, role)
         view = layer.views[role]
-        source = self.builder.single(view)
-        job = [0] * len(PackField)
-        job[PackField.SOURCE], job[PackField.CODE] = source, CODES[self.builder.types[role]]
-        job[PackField.ROW], job[PackField.COL], job[PackField.SQUARE] = view.row, view.col, view.square
+        source = {
+            "SOURCE": builder.single(view),
+            "CODE": CODES[builder.types[role]],
+            "ROW": view.row,
+            "COL": view.col,
+            "SQUARE": view.square,
+        }
         if squares is None:
-            pitch = padded(layer.n)
+            height, pitch = padded(layer.m), padded(layer.n)
             if offset is not None:
-                self.builder.made[at].packed[role] = offset, pitch, 0
-                job[PackField.DESTINATION] = self.builder.single(offset)
-            job[PackField.PITCH] = pitch
-            job[PackField.SIDE] = max(padded(layer.m), pitch)
-            job[PackField.ROWS], job[PackField.COLS] = layer.m, layer.n
-            return list(_cut(job, padded(layer.m), pitch))
+                builder.made[at].packed[role] = offset, pitch, 0
+            yield from _cut(
+                height,
+                **source,
+                DESTINATION=0 if offset is None else builder.single(offset),
+                PITCH=pitch,
+                SIDE=max(height, pitch),
+                ROWS=layer.m,
+                COLS=layer.n,
+            )
+            return
         assert offset is not None, "only S is looked at and not copied, and S has no squares"
         pitch = squares.pitch
-        self.builder.made[at].packed[role] = offset, pitch, pitch**2
-        jobs: list[list[int]] = []
+        builder.made[at].packed[role] = offset, pitch, pitch**2
         for q in range(squares.groups):
-            job[PackField.DESTINATION] = self.builder.single(offset + q * pitch**2 * self.builder.compute.itemsize)
-            job[PackField.PITCH], job[PackField.SIDE] = pitch, squares.side
-            job[PackField.FIRST] = q * squares.group
-            job[PackField.ROWS] = job[PackField.COLS] = squares.extent(q)
-            jobs += _cut(job, padded(squares.extent(q)), pitch)
-        return jobs
+            extent = squares.extent(q)
+            yield from _cut(
+                padded(extent),
+                **source,
+                DESTINATION=builder.single(offset + q * pitch**2 * builder.compute.itemsize),
+                PITCH=pitch,
+                SIDE=squares.side,
+                FIRST=q * squares.group,
+                ROWS=extent,
+                COLS=extent,
+            )
 
     def launches(self, layers: Tensor) -> list[Launch]:
         if not self.indices:
@@ -279,25 +294,18 @@ def _divides(left: int, cols: int) -> bool:
     return left >= cols or left % ALIGN == 0
 
 
-def _cut(job: list[int], height: int, width: int) -> Iterator[list[int]]:
+def _cut(height: int, **job: int) -> Iterator[Job]:
+    """A job of :class:`PackField` for each tile of ``height`` rows and as many columns as the pitch."""
     for row in range(0, height, PACK_TILE[0]):
-        for col in range(0, width, PACK_TILE[1]):
-            job[PackField.ROW0], job[PackField.COL0] = row, col
-            yield list(job)
+        for col in range(0, job["PITCH"], PACK_TILE[1]):
+            yield row_of(PackField, **job, ROW0=row, COL0=col)
 
 
 def _problem(layer: int, kind: Kind, rows: int, cols: int, depth: int, row0: int, col0: int, square: int) -> Problem:
-    problem = [0] * len(ProblemField)
-    problem[ProblemField.LAYER], problem[ProblemField.KIND], problem[ProblemField.SQUARE] = layer, kind, square
-    for field, value in (
-        (ProblemField.ROWS, rows),
-        (ProblemField.COLS, cols),
-        (ProblemField.DEPTH, depth),
-        (ProblemField.ROW0, row0),
-        (ProblemField.COL0, col0),
-    ):
-        problem[field] = value // ALIGN
-    return tuple(problem)
+    """Sides and beginnings in elements."""
+    lengths = {"ROWS": rows, "COLS": cols, "DEPTH": depth, "ROW0": row0, "COL0": col0}
+    in_units = {name: value // ALIGN for name, value in lengths.items()}
+    return row_of(ProblemField, LAYER=layer, KIND=kind, SQUARE=square, **in_units)
 
 
 def _on_right(at: int, kind: Kind, layer: LayerLayout, A: BlockLayout) -> Iterator[Problem]:

@@ -20,10 +20,19 @@ __all__ = [
     "PackField",
     "ProblemField",
     "Role",
+    "row_of",
 ]
 
 ALIGN = 8
 """Sides of packed and workspace matrices are multiples of this many elements: 16 bytes of 16-bit numbers."""
+
+
+def row_of(fields: type[IntEnum], **values: int) -> tuple[int, ...]:
+    """A row of a table: the values by their fields' names, 0 for the others."""
+    row = [0] * len(fields)
+    for name, value in values.items():
+        row[fields[name]] = value
+    return tuple(row)
 
 
 class Role(IntEnum):
