@@ -21,7 +21,7 @@ class GradientsBefore:
 
     Args:
         parameters: the weights.
-        any_rank: whether something is so on any of the ranks that train the model.
+        any_rank: whether a condition holds on any of the ranks that train the model.
     """
 
     def __init__(self, parameters: Sequence[Tensor], any_rank: Callable[[bool], bool] = bool) -> None:

@@ -116,7 +116,7 @@ class AdaptiveLR(MetaLearner):
             meta_lr=meta_lr,
             meta_optimizer=meta_optimizer,
             meta_decay=(0.9 if fresh else 0.99) if meta_decay is None else meta_decay,
-            shared=checks.boolean("shared_lr", shared_lr),
+            shared_lr=checks.boolean("shared_lr", shared_lr),
             bounds=bounds,
             rescale_schedule=rescale_schedule,
         )
@@ -265,7 +265,7 @@ class AdaptiveLR(MetaLearner):
         self.rates.shrink(self.param_groups)
 
     def _settings(self) -> dict[str, Any]:
-        return {"meta_optimizer": self.rates.meta_optimizer, "shared_lr": self.rates.shared}
+        return {"meta_optimizer": self.rates.meta_optimizer, "shared_lr": self.rates.shared_lr}
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's own, in which the groups hold what is remembered of the rates too."""

@@ -103,8 +103,8 @@ def _is_linear(probe: _Probe, grow: float, after: int) -> bool:
 
 
 def is_proportional(before: list[Tensor], tried: list[Tensor], shards: Shards, factors: list[float]) -> bool:
-    """Whether a step that was taken is the one that was tried, times ``factors``; by the smallest of the parameters
-    of each number of dimensions, and one synchronisation."""
+    """Whether the step taken is the step tried, times ``factors``. Only the smallest parameter of each number of
+    dimensions is compared; one synchronisation."""
     smallest: dict[int, int] = {}
     for i, p in sorted(enumerate(shards.parameters), key=lambda each: each[1].numel()):
         if p.numel() and p.grad is not None:
@@ -207,7 +207,7 @@ class _Probe:
                 del state[p]
 
     def _state(self) -> Any:
-        """What decides later steps, but for the rates and the weights."""
+        """What decides later steps, except the rates and the weights."""
         of_parameters = [copied(dict(one.state.get(p, {}))) for one in self._all for p in self._parameters]
         of_groups = [
             copied({k: v for k, v in group.items() if k not in ("lr", "params")})

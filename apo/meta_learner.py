@@ -166,7 +166,7 @@ class MetaLearner(Optimizer):
         ``steps``           steps taken, skipped ones counted
         ``failed_trials``   trials refused
         ``skipped_steps``   steps left out because of gradients that weren't finite
-        ``promise_factor``  APO alone: by what its last step was scaled down; 1: not at all
+        ``promise_factor``  APO alone: the factor that its safeguard scaled the last step by, at most 1
         ==================  ======================================================================================
         """
         rates = [float(rate) for rate in self._used_rates]
@@ -341,7 +341,7 @@ class MetaLearner(Optimizer):
         grads = [p.grad for p in parameters if p.grad is not None]
         if not grads:
             raise ValueError(
-                "closure must clear the gradients and run forward and backward, for it is run again at the trial "
+                "closure must clear the gradients and run forward and backward, because it is run again at the trial "
                 "weights, but it ran no backward there. Where gradients are accumulated outside, give the "
                 "ProximalObjective a loss=, whose trials need no closure"
             )
@@ -409,7 +409,7 @@ class MetaLearner(Optimizer):
             checks.closure(closure)
         elif meta and self.objective.loss is None and any(p.grad is not None for p in self.parameters):
             raise ValueError(
-                "closure must be given at a step that updates φ (meta_due), for it is run again at the trial "
+                "closure must be given at a step that updates φ (meta_due), because it is run again at the trial "
                 "weights: call step(closure); or give the ProximalObjective a loss=, whose trials need no closure; "
                 "or build the optimizer with interval=0 to leave φ as it is"
             )

@@ -18,8 +18,8 @@ __all__ = ["EPS", "Learned", "MetaOptimizer", "MetaOptimizerName", "count_update
 MetaOptimizerName = Literal["adam", "rmsprop"]
 
 EPS = {torch.float32: 1e-18, torch.float64: 1e-150}
-"""Meta-gradients have no scale of their own (they go with the square of the gradient, times the rate), so that an
-eps that shows would be a setting. This one only keeps squares that underflow from being divided by."""
+"""Meta-gradients have no fixed scale: they grow with the square of the gradient, times the rate. So eps is too small to
+matter, except that it prevents division by squares that underflow."""
 
 
 @dataclass(eq=False)
@@ -62,7 +62,7 @@ class MetaOptimizer:
 
     Args:
         name: ``"adam"`` (β = (0.9, decay)) or ``"rmsprop"`` (without bias correction: the first steps are up to
-            ``1/√(1 − decay)`` times the rate, which is what brings φ home from a start far off).
+            ``1/√(1 − decay)`` times the rate, which helps φ recover from a poor start).
         decay: of the running mean of squares.
     """
 

@@ -22,24 +22,24 @@ class Method:
 
     Args:
         meta_optimizer: of A, B and S: ``"relative"`` (:mod:`apo.relative_steps`), ``"adam"`` or ``"rmsprop"``.
-        meta_lr: its rate. Of relative steps: ε, the share that one changes A, B and S by; by default 0.05. Of the
-            others: S's, divided for A and B by the block's side; 0.01.
+        meta_lr: its rate. For relative steps ε, the share by which one changes A, B and S; by default 0.05. For the
+            others the rate of S, divided by the block's side for A and B; by default 0.01.
         lookahead: what the trial takes. ``"whole"``: ``θ′ = θ − lr·P(G)/(1 − μ)``, the whole way that momentum
             will carry this gradient. ``"step"``: ``θ − μv − lr·P(G)``, the next step.
         adapt_lr: learn ``lr`` too.
-        lr_meta_lr: the most that ``log lr`` moves in a meta-update. Its slope is measured by what it would be if V
+        lr_meta_lr: the most that ``log lr`` moves in a meta-update. Its slope is divided by what it would be if V
             equalled G.
-        shared_lr: one learned factor for all param groups; otherwise each group's rate is learned for itself.
+        shared_lr: one learned factor for all param groups; otherwise each group's rate is learned separately.
         bounds: least and greatest rate.
         max_dim: a side longer than this gets no block at all; None: no bound.
         block_dtype: what the products read A, B and S as: float32, bfloat16 or float16, whatever the weights'
             dtype. Masters stay float32. None: the masters themselves.
-        shard: of a model that every rank holds whole, as under DDP. ``"owner"``: each layer's A, B, S and momentum are
-            held by one rank of the process group (DDP's, else the default one), which computes its steps and hands
-            the weights on; ``state_dict()`` and ``load_state_dict()`` must then be called on all ranks. ``"auto"``: so
-            where a process group or DDP is given. ``"none"``: by every rank. DTensors are sharded as they lie.
-        fisher_start: in the first so many meta-updates P is also whitened by sampled Fisher gradients
-            (:mod:`apo.fisher_start`), at the cost of one more backward on B′ each. None: 300, but 0 of another
+        shard: who holds A, B, S and momentum of a model that every rank holds whole, as under DDP. ``"none"``: every
+            rank. ``"owner"``: one rank for each layer, of the process group (DDP's, else the default one); it computes
+            the layer's steps and broadcasts the weights. Call ``state_dict()`` and ``load_state_dict()`` on all ranks
+            then. ``"auto"``: ``"owner"`` where a process group or DDP is given. DTensors are sharded as they lie.
+        fisher_start: for the first N meta-updates, whiten P by sampled Fisher gradients too
+            (:mod:`apo.fisher_start`). Each costs one more backward on B′. None: 300, or 0 for another
             ``meta_optimizer``. 0: the paper's bare algorithm.
 
     Raises:

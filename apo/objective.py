@@ -67,7 +67,7 @@ class ProximalObjective:
     The loss comes from the closure that is given to ``step``, or from ``loss``; this holds the other two terms.
 
     Args:
-        model: called on B′; of a DistributedDataParallel module the one inside, V being averaged over the ranks.
+        model: called on B′. Of a DistributedDataParallel module the inner one is called; V is averaged over the ranks.
         inputs: B′, batches of the model's inputs: an iterable, gone through again when it ends, or a callable that
             returns a batch. They should not be the batch that is trained on: the term is to measure what the step
             does to *other* examples. A tensor is called as ``model(batch)``, a tuple or list as
@@ -77,14 +77,14 @@ class ProximalObjective:
             (:mod:`apo.discrepancy`), or any ``rho(new, old) -> scalar``.
         fsd_weight: λ_FSD, >= 0: the first setting to tune. Large is cautious. None, the default, takes the
             front end's: 0.3 for :class:`apo.AdaptiveLR` (0.1 with a ``loss``), 1 for :class:`apo.APO`. 0 leaves the
-            term out; without a ``loss`` the step is then held back by nothing but the batch itself, and diverges on
-            most tasks.
+            term out. Without a ``loss`` only the batch itself then limits the step, and training diverges on most
+            tasks.
         wsd_weight: λ_WSD, >= 0. None, the default, takes the front end's: 1e-4 for :class:`apo.APO`, otherwise 0.
         loss: the training loss, ``loss(returned, targets)``. Where it is given, batches of ``inputs`` are pairs
             ``(inputs, targets)``, or mappings, of which the loss then gets the whole
-            (``lambda returned, batch: returned.loss``), and the first term of Q is the loss on B′ in place of the
-            closure's on B: θ′ has been fitted to B, whose loss therefore praises long steps the more, the noisier the
-            gradient. The trial then needs no closure.
+            (``lambda returned, batch: returned.loss``). The first term of Q is then the loss on B′, not the closure's
+            on B. θ′ was fitted to B, so the loss on B favours long steps, the more so the noisier the gradient. The
+            trial then needs no closure.
         forward: how to call the model, ``forward(model, batch)``, in place of the above.
         outputs: what the discrepancy compares, taken from what the model returned. By default: a tensor itself; a
             Hugging Face output's ``logits``; the first tensor of a tuple, mapping or dataclass that isn't a loss (all
@@ -95,8 +95,8 @@ class ProximalObjective:
             the tokens that the model's embeddings have as ``padding_idx``, or targets (a mapping's ``labels``) of
             -100. Positions that count are then what the discrepancy takes for examples. False: every position counts.
         mode: ``"eval"``: trials are evaluated with modules in eval mode; ``"train"``: as they are, with one dropout
-            mask for both evaluations of B′. Eval is the better by measurement: with a shared mask the rates
-            turn greedy, and with batch statistics they ran ten times too high.
+            mask for both evaluations of B′. Eval measured better: a shared mask makes the rates too high, and batch
+            statistics made them ten times too high.
         context: makes a context in which the model is called on B′, such as
             ``lambda: torch.autocast("cuda", torch.bfloat16)``.
 

@@ -34,7 +34,7 @@ def check_placements(models: Iterable[nn.Module], parameters: Sequence[Tensor], 
             _check_placed(names.get(id(p), f"parameter {i}"), p)
             if process_group is not None:
                 raise ValueError(
-                    "process_group must be None where parameters are DTensors, for their mesh says which ranks train "
+                    "process_group must be None where parameters are DTensors: their mesh says which ranks train "
                     f"the model, but {names.get(id(p), f'parameter {i}')} is one and a group was given: leave it out"
                 )
 

@@ -59,7 +59,7 @@ class Plan:
         rows: one per matrix, in the model's order.
         left_out: parameters that aren't trained: frozen, or in no param group.
         groups: how many dimensions of meshes the ranks of DTensors agree over.
-        promise: bytes of what a step promises, summed over ranks.
+        promise: bytes of a step's predicted decrease, summed over ranks.
         verdict: bytes of the terms of Q and of the verdict on slopes, where layers have owners.
         averaged: bytes of V of parameters that are no DTensors, beside some that are, as under tensor parallel.
     """

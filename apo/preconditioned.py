@@ -63,31 +63,31 @@ class APO(MetaLearner):
         v ← μ v + lr·P(G),   P(G) = B (S² ⊙ BᵀGA) Aᵀ        (Eq. 10)
         θ ← (1 − lr·λ) θ − v
 
-    ``φ = (log lr, A, B, S)`` descends the proximal objective at the lookahead (Eq. 8). ``P`` starts as the identity,
-    which makes the start momentum SGD; ``lr``, the scale in front, is learned with it, lets it start from any rate,
-    and is given, every ten meta-updates, what scale P has gained (unless a scheduler overwrites it). It stands inside
-    the momentum: φ answers for what it adds to the step, not for old gradients too.
+    ``φ = (log lr, A, B, S)`` descends the proximal objective at the lookahead (Eq. 8). ``P`` starts as the identity, so
+    training starts as SGD with momentum. ``lr`` scales ``P`` and is learned with it, from any initial value. Every ten
+    meta-updates the scale that P has gained moves into ``lr``, unless a scheduler overwrites the rates. ``lr`` enters
+    the momentum with the gradient, so φ is judged by the present gradient alone.
 
-    No step promises much more than there is to gain: ``P(G)`` is scaled down so that ``lr/(1 − μ) ⟨G, P(G)⟩``, in all,
+    Safeguard: ``P(G)`` is scaled down so that the predicted decrease ``lr/(1 − μ) ⟨G, P(G)⟩``, summed over all layers,
     is at most ten times the loss. Without it one odd batch, or a few steps between two trials, can end a run.
 
     Args:
         model: whose parameters are trained, the module or its DDP.
-        objective: the :class:`~apo.ProximalObjective`. Where they were left open its λ_FSD is 1, larger being steadier
-            (10 where gradients are noisy), and its λ_WSD 0.0001, which keeps P from growing without end where outputs
-            saturate; 0 where curvatures much smaller than that matter.
+        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD, if left open, is 1. Larger is steadier: 10 where
+            gradients are noisy. Its λ_WSD, if left open, is 0.0001, which bounds P where outputs saturate. Set it to 0
+            where much smaller curvatures matter.
         params: parameters of the model's or param groups of them (keys: ``lr``, ``momentum``, ``weight_decay``,
             ``decoupled_weight_decay``, ``block_size``, ``max_dim``, ``block_dtype``); by default all that require
             grad. A weight and its bias in different groups aren't joined.
         lr: initial rate, >= 0.
         momentum: μ, of the preconditioned gradient, in [0, 1).
         weight_decay: λ, >= 0.
-        decoupled_weight_decay: as above; otherwise ``G`` gets ``λθ`` added (L2).
-        block_size: side of the squares of block-diagonal blocks; None: full blocks. The cost of a step goes with
-            it: ``8 · block_size`` FLOPs a weight against ``4 (m + n)``.
-        interval: a meta-update every so many steps (K of Algorithm 1). 0: never. A step with one takes three passes
-            forward and backward; 10 makes most steps nearly as cheap as SGD's, and learns more slowly.
-        warmup: and at each of the first so many.
+        decoupled_weight_decay: as above; otherwise ``λθ`` is added to ``G`` (L2).
+        block_size: side of the squares of block-diagonal blocks; None: full blocks. A step costs ``8 · block_size``
+            FLOPs per weight, with full blocks ``4 (m + n)``.
+        interval: a meta-update every N steps (K of Algorithm 1). 0: never. A step with a meta-update takes three
+            passes forward and backward. With 10 most steps are nearly as cheap as SGD's, and P is learned more slowly.
+        warmup: a meta-update at each of the first N steps too.
         rescale_schedule, grad_scaler, process_group: as for :class:`~apo.AdaptiveLR`.
         method: how it learns (:class:`~apo.Method`): what seldom has to be set.
 
@@ -148,7 +148,7 @@ class APO(MetaLearner):
         self.rates = LogRates(
             meta_lr=method.lr_meta_lr,
             meta_optimizer="relative" if method.meta_optimizer == "relative" else "rmsprop",
-            shared=method.shared_lr,
+            shared_lr=method.shared_lr,
             bounds=method.bounds,
             rescale_schedule=rescale_schedule,
         )
@@ -235,8 +235,8 @@ class APO(MetaLearner):
         return plan_of(self.model, self.layers, self.param_groups, self.meta.name, starts=self._starts)
 
     def metrics(self) -> dict[str, float]:
-        """As :meth:`MetaLearner.metrics`, and ``promise_factor``: by what the last step was scaled down to keep what
-        it promises below the loss."""
+        """As :meth:`MetaLearner.metrics`, and ``promise_factor``: the factor by which the safeguard scaled the last
+        step down."""
         return super().metrics() | {"promise_factor": float(self._promise)}
 
     def _renew(self) -> None:
@@ -384,7 +384,7 @@ class APO(MetaLearner):
     def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Proposal:
         Gs = self._gradients()
         whole = self.method.lookahead == "whole"
-        lengths = self._each(lambda group: get_rate(group) * self._reach(group))
+        lengths = self._each(lambda group: get_rate(group) * self._trial_factor(group))
         kept = self._arena.trial(
             Gs,
             lengths=lengths,
@@ -481,7 +481,7 @@ class APO(MetaLearner):
             found += [g if g is None or not decay else g.add(p, alpha=decay) for p, g in grads]
         return self._arena.parts(found, self.parameters)
 
-    def _reach(self, group: dict[str, Any]) -> float:
+    def _trial_factor(self, group: dict[str, Any]) -> float:
         """How many times ``lr·P(G)`` the trial takes."""
         return _carried(group) if self.method.lookahead == "whole" else 1.0
 
@@ -504,7 +504,7 @@ class APO(MetaLearner):
         sums, sizes = [0.0] * len(self.param_groups), [0.0] * len(self.param_groups)
         for layer, value, size in zip(self.layers, values[:count], values[count : 2 * count], strict=True):
             group = self._group(layer)
-            sums[layer.group] -= get_rate(group) * self._reach(group) * value
+            sums[layer.group] -= get_rate(group) * self._trial_factor(group) * value
             sizes[layer.group] += size
         places = {id(group): i for i, group in enumerate(self.param_groups)}
         for (group, *_), value in zip(decayed, values[2 * count :], strict=True):

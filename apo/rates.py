@@ -41,11 +41,11 @@ class LogRates:
     Args:
         meta_lr: about how much ``log lr`` moves in an update.
         meta_optimizer: ``"rmsprop"``, ``"adam"`` or ``"relative"``. RMSprop has no bias correction: its first steps are
-            up to ``1/√(1 − meta_decay)`` times the rate, which is what brings a rate home from a start far off.
-            Relative steps measure each slope by its size, keep it to ±1 and average it (:attr:`RELATIVE_BETA`):
-            no change is larger than ``meta_lr``, and slopes of another magnitude leave no trace.
+            up to ``1/√(1 − meta_decay)`` times the rate, which helps a rate recover from a poor start.
+            Relative steps divide each slope by its size, clamp it to ±1 and average it (:attr:`RELATIVE_BETA`):
+            no change is larger than ``meta_lr``, whatever the magnitude of the slopes.
         meta_decay: of the running mean of squared slopes.
-        shared: one factor for all groups, whose rates keep their ratios.
+        shared_lr: one factor for all groups, whose rates keep their ratios.
         bounds: ``(least, greatest)`` rate. A rate of 0 is frozen and stays 0.
         rescale_schedule: multiply what a scheduler writes by what was learned, instead of taking it as the new value.
 
@@ -61,7 +61,7 @@ class LogRates:
         meta_lr: float,
         meta_optimizer: RateOptimizer | Literal["relative"] = "rmsprop",
         meta_decay: float = 0.99,
-        shared: bool,
+        shared_lr: bool,
         bounds: tuple[float, float],
         rescale_schedule: bool = False,
     ) -> None:
@@ -69,7 +69,7 @@ class LogRates:
         checks.one_of("meta_optimizer", meta_optimizer, ("adam", "rmsprop", "relative"))
         self.meta_optimizer = meta_optimizer
         self.meta_decay = checks.fraction("meta_decay", meta_decay)
-        self.shared = checks.boolean("shared", shared)
+        self.shared_lr = checks.boolean("shared_lr", shared_lr)
         self.rescale_schedule = checks.boolean("rescale_schedule", rescale_schedule)
         self.bounds = checks.increasing_pair("bounds", bounds)
         self._warned = False
@@ -144,7 +144,7 @@ class LogRates:
         Returns:
             Each group's new rate over its old one.
         """
-        if self.shared:
+        if self.shared_lr:
             slopes = [sum(slopes)] * len(groups)
             sizes = None if sizes is None else [sum(sizes)] * len(groups)
         if sizes is not None:
@@ -162,7 +162,7 @@ class LogRates:
         factor is shared), not as a step of learning. Returns each group's new rate over its old one."""
         found = []
         for place, group in enumerate(groups):
-            own = [c for c, at in zip(changes, places, strict=True) if self.shared or at == place]
+            own = [c for c, at in zip(changes, places, strict=True) if self.shared_lr or at == place]
             found.append(self._change(group, sum(own) / len(own)) if own else 1.0)
         return found
 

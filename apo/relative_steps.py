@@ -18,19 +18,19 @@ __all__ = ["RelativeSteps"]
 class RelativeSteps:
     """``A ← A (I − ε R)``, ``B`` likewise, and ``S ← S exp(−ε r)``, with R and r the directions of descent.
 
-    A step of a block is taken in the coordinates that it makes for itself: with ``A (I + E)`` in place of A, the
-    derivative of Q with respect to E is ``AᵀdA``, whatever the scale and the basis of A (Li's PSGD, 2018, and Lin et
-    al.'s SINGD, 2024, step so too). It is measured by its *size*: what it would be, but for the sign, had the trial
-    left the gradient as it was. On the diagonal of ``AᵀdA`` that is twice the energy of a column of ``S ⊙ BᵀGA``,
-    times the trial's rate; of ``S dS``, twice the square of the entry. The ratio is then −1 where the step could go
-    on for ever, 0 where it ends as it should, +1 where it goes twice as far, be gradients large there or small::
+    A block steps in its own coordinates: with ``A (I + E)`` in place of A, the derivative of Q with respect to E is
+    ``AᵀdA``, whatever the scale and the basis of A (as in Li's PSGD, 2018, and Lin et al.'s SINGD, 2024). It is divided
+    by its *size*, its magnitude if V equalled G: on the diagonal of ``AᵀdA`` twice the energy of a column of
+    ``S ⊙ BᵀGA``, times the trial's rate; for ``S dS`` twice the square of the entry. The ratio is −1 where the trial
+    left the gradient as it was, 0 where it reached the minimum, and +1 where it went twice as far, for large gradients
+    and small ones alike::
 
         R_ij = mean(sym(AᵀdA)_ij) / √(mean(size_i) mean(size_j)),    r = mean(S dS) / mean(size)
 
     The running mean of a block's derivative is short (β = 0.5), those of sizes are longer, and so is that of S's
     derivative: ``m n`` numbers learned from as many noisy ones. ``R`` is kept to a Frobenius norm of 2 in each
     square, r to 1. So no step changes a singular value by more than the share ``2 ε``, and any condition number is
-    reached in a number of steps that goes with its logarithm.
+    reached in a number of steps that grows with its logarithm.
     """
 
     name = "relative"

@@ -141,10 +141,10 @@ def _put_back(held: Any, content: Any) -> None:
 
 
 class Rehearsal:
-    """Steps of an optimizer that leave nothing but new weights, and at last one that is meant.
+    """Trial steps of an optimizer, which change the weights and nothing else, and at last the real one.
 
-    All start from the same state, gradients and random numbers. Hooks before the step run at the first rehearsal, for
-    they may change gradients; what they made of them is used again. Hooks after it run at the step that is meant.
+    All start from the same state, gradients and random numbers. Hooks before the step run at the first rehearsal,
+    because they may change gradients; what they made of them is used again. Hooks after it run at the real step.
 
     Args:
         optimizer: the optimizer.

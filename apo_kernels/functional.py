@@ -9,9 +9,9 @@ float32 (float64), and a result is rounded once.
 Every function takes ``backend=``: ``None`` for the best that serves the tensors, or a backend's name, which may say how
 float32 operands are multiplied (``"triton:tf32"``; :mod:`apo_kernels.dispatch`). See :func:`explain`.
 
-All functions raise TypeError for what is no dense floating-point tensor, for float64 mixed with narrower
-dtypes, and for lists that are none; ValueError for shapes that don't fit, different devices, and unknown backends.
-The error names the argument, its value and what it must be; nothing has been written then.
+All functions raise TypeError for arguments that aren't dense floating-point tensors (or lists of them) and for float64
+mixed with narrower dtypes, and ValueError for shapes that don't fit, different devices and unknown backends. The error
+names the argument, its value and what it must be; nothing has been written then.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def foreach_precondition(
 def foreach_precondition(
     Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, *, keep: bool = False, backend: str | None = None
 ) -> list[Tensor] | tuple[list[Tensor], list[Kept]]:
-    """:func:`precondition` of a whole model: four lists of equal length, one entry a layer.
+    """:func:`precondition` of a whole model: four lists of equal length, one entry per layer.
 
     Shapes, forms of blocks and dtypes may differ from layer to layer; the device may not. Returns a list of
     results; with ``keep``, a list of results and a list of :class:`Kept`.
@@ -153,7 +153,7 @@ def precondition_vjp(
 
     Returns:
         One tensor for each letter of ``wanted``, of that operand's shape, in float32 (float64 for float64
-        operands): never 16-bit, for ``dS`` of 16-bit gradients is often below their range.
+        operands): never 16-bit, because ``dS`` of 16-bit gradients is often below their range.
 
     Raises:
         TypeError, ValueError: see the module's docstring; also where ``wanted`` or ``kept`` isn't as above.
@@ -182,7 +182,7 @@ def foreach_precondition_vjp(
     relative: bool = False,
     backend: str | None = None,
 ) -> list[tuple[Tensor, ...]]:
-    """:func:`precondition_vjp` of a whole model: lists of equal length, one entry a layer; a list of tuples."""
+    """:func:`precondition_vjp` of a whole model: lists of equal length, one entry per layer; a list of tuples."""
     checks.wanted_letters(wanted)
     if torch.compiler.is_compiling():
         flat: list[Tensor] = ops.foreach_precondition_vjp(

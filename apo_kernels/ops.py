@@ -202,7 +202,7 @@ def _vjp(
 
 
 def _for_inputs(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    """One gradient an input. The dispatcher drops a trailing input that has its default, so ``backend`` may be
+    """One gradient per input. The dispatcher drops a trailing input that has its default, so ``backend`` may be
     there or not."""
     return (*grads, None)[: len(ctx.needs_input_grad)]
 

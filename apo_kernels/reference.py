@@ -1,6 +1,6 @@
 """The definitions, in plain torch: the specification that every other path is tested against.
 
-Written for reading, not for speed. Any floating dtype, no rounding but the operands' own; differentiable to
+Written for reading, not for speed. Any floating dtype, no rounding except the operands' own; differentiable to
 any order by torch's autograd.
 
 The operator is Eq. 10 of Bae et al., "Amortized Proximal Optimization" (NeurIPS 2022), in matrix form. With

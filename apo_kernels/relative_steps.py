@@ -1,8 +1,8 @@
 """Steps relative to what they change, of many tensors at once: how a preconditioner's blocks and scalings are learned.
 
-A step of a block A is taken in the coordinates that it makes for itself, at ``A (I + E)``; its slope is ``AᵀdA``, and
-its size what that would be for a gradient that the trial left as it was (:class:`apo_kernels.ModelSlopes`). Both are
-averaged over steps. ``R`` is their ratio, kept to a greatest norm in each square::
+A block A steps in its own coordinates, at ``A (I + E)``. Its slope there is ``AᵀdA``; its size is the magnitude of the
+slope if V equalled G (:class:`apo_kernels.ModelSlopes`). Both are averaged over steps. ``R`` is their ratio, clipped to
+a greatest norm in each square::
 
     R_ij = c · sym(slope)_ij / √(size_i size_j),   A ← A (I − rate · R)
     r = c · slope / size, kept to ±1,              S ← S exp(−rate · r)

@@ -10,12 +10,12 @@ from torch import Tensor
 __all__ = ["ModelSlopes", "Parts"]
 
 Parts = Sequence[Sequence[Tensor | None] | None]
-"""One entry a layer: its matrices ``(*batch, m, width)``, which lie side by side; None for a part or a layer that isn't
+"""One entry per layer: its matrices ``(*batch, m, width)``, side by side. None for a part or a layer that isn't
 there."""
 
 
 class ModelSlopes(NamedTuple):
-    """How an objective changes with the preconditioner, one entry a layer, each None where it isn't learned or the
+    """How an objective changes with the preconditioner, one entry per layer, each None where it isn't learned or the
     layer was left out of the trial.
 
     With ``M = BᵀGA`` and ``N = BᵀVA``, for ``Q(θ − length·P(G))`` whose gradient there is ``V``:

@@ -146,7 +146,7 @@ class Region:
         return self.first + (e * self.columns.squares + j) * self.rows.squares + i
 
     def slices(self, most: int) -> Iterator[Slice]:
-        """In parts of at most so many tiles."""
+        """In parts of at most ``most`` tiles."""
         panels, tiles = self.columns.squares, self.rows.squares
         if self.whole.total <= most:
             yield self.whole
@@ -215,7 +215,7 @@ class Region:
 
 
 class GridRun(NamedTuple):
-    """Tiles of a piece, from ``first`` on, in grids of one form: so many panels, in so many grids."""
+    """Tiles of a piece, from ``first`` on, in ``grids`` grids of ``panels`` panels of ``tiles`` tiles."""
 
     first: int
     grids: int
@@ -280,11 +280,11 @@ class TileClass:
         return self.rows * down, down, 1
 
     def of(self, flat: Tensor, count: int) -> Tensor:
-        """The first elements of a buffer as so many tiles."""
+        """The first elements of a buffer as ``count`` tiles."""
         return flat.as_strided((count, self.rows, self.columns), self.stride, flat.storage_offset())
 
     def pieces(self, elements: int) -> list[Piece]:
-        """In pieces of about so many elements."""
+        """In pieces of about ``elements`` elements."""
         most = 1 if self.large else max(elements // (self.rows * self.columns), 1)
         found: list[Piece] = []
         for region in self.regions:

@@ -1,6 +1,6 @@
 """What :mod:`apo_kernels.dispatch` calls: results are allocated here, the rest is a plan's.
 
-Layers are planned together as far as their operands have the same dtypes, role by role; a model with one dtype a role
+Layers are planned together as far as their operands have the same dtypes, role by role; a model with one dtype per role
 has one plan. float64 isn't served.
 """
 

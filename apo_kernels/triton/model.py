@@ -4,7 +4,7 @@ What doesn't change from call to call is laid down when a preconditioner is boun
 call compares where its tensors lie with where they lay in the last one; where nothing has moved it only launches.
 Two small tables go to the device, asynchronously, each only when it has changed: addresses, and the layers' numbers.
 
-**Launches.** A step that keeps a promise has three: the directions with a number a tile, the sum of these, and the
+**Launches.** A step that keeps a promise has three: the directions with a number per tile, the sum of these, and the
 momentum and weights; one that needn't, and a trial, have one; slopes have one or two and the sums of their parts.
 Layers whose operands have other dtypes have launches of their own; so do, in a model of many tiles, those whose
 matrices can't be moved 16 bytes at a time (:func:`apo_kernels.triton.config.model_split`).

@@ -83,7 +83,7 @@ class Given(NamedTuple):
 
 @dataclass
 class ModelPlan:
-    """The launches of one operation on tensors of one form, and its table of addresses but for the addresses."""
+    """The launches of one operation on tensors of one form, and its table of addresses, not yet filled in."""
 
     given: list[int]
     launches: list[ModelLaunch]

@@ -43,7 +43,7 @@ class OperandTable:
 
     @staticmethod
     def first_single(layers: int) -> int:
-        """The index of the first single address behind the table of so many layers."""
+        """The index of the first single address behind the table of ``layers`` layers."""
         return layers * len(Role) * len(Column)
 
     def _row(self, role: Role, layer: LayerLayout, own: Made) -> list[int]:

@@ -4,7 +4,7 @@ That form: the compute dtype, adjacent columns, sides padded with zeros to multi
 of a stack gathered into wider block-diagonal ones. Zero pads stay zero through every product, so nothing else ever
 looks at them. An operand that already has the form is used where it lies.
 
-For float16 this launch also takes the largest magnitude of ``G``, ``V`` and ``S``, in parts, one a program: from them
+For float16 this launch also takes the largest magnitude of ``G``, ``V`` and ``S``, in parts, one per program: from them
 the GEMM's epilogues take the powers of two that keep every intermediate in float16's range.
 """
 

@@ -7,8 +7,8 @@ allocator and gives it back: nothing but tables outlives it.
 
 **CUDA graphs.** Call once outside of the capture with operands of the same form, so that everything is compiled, then
 capture. A replay repeats the copies of tables that the capture made, from pinned memory; what it reads is kept as long
-as the graph (:mod:`apo_kernels.triton.graphs`). Capture on the stream that you called on, and the plan is there; on
-another, each captured call makes one of its own. Only its graph can use that one: its tables are filled by a replay.
+as the graph (:mod:`apo_kernels.triton.graphs`). Warm up on the capture stream: otherwise each captured call builds a
+plan of its own, which only its graph can use, because its tables are filled by a replay.
 
 **Streams.** A plan's tables were copied on the stream that it was made on; another stream gets another plan.
 
@@ -66,7 +66,7 @@ class LaunchPlan:
         target: what the device is.
         precision: how float32 operands are multiplied, or None (:meth:`apo_kernels.targets.Target.precision`).
         operation: what is computed.
-        operands: the tensors by role, at least one a role; those of one role have one dtype.
+        operands: the tensors by role, at least one per role; those of one role have one dtype.
 
     Attributes:
         launches: what a run launches, in order.
@@ -219,7 +219,7 @@ def plan_for(precision: str | None, operation: Operation, operands: Operands, po
 
 
 def clear_plans() -> None:
-    """Give back all tables, but those that a CUDA graph reads."""
+    """Give back all tables, except those that a CUDA graph reads."""
     with _lock:
         _plans.clear()
         release_of_gone_graphs()

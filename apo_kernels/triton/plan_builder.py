@@ -1,4 +1,4 @@
-"""A plan in the making: what its parts, the tile kernel's and the grouped GEMM's, build with and leave behind."""
+"""The builder of a plan, which its two parts share: the tile kernel's and the grouped GEMM's."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class PlanBuilder:
         return table
 
     def workspace(self, sizes: Sequence[int]) -> list[int]:
-        """Where in the workspace uninitialised matrices of so many bytes begin: multiples of 256."""
+        """Where in the workspace uninitialised matrices of these sizes in bytes begin: multiples of 256."""
         starts = []
         for size in sizes:
             starts.append(self.workspace_bytes)

@@ -22,7 +22,7 @@ Its derivatives, with ``N_s = Bᵀ V A_s``::
     dB  += (V A_s) T_sᵀ + (G A_s)(S_s² ⊙ N_s)ᵀ          over the slabs, then over the tiles of a row
     dA_s = Vᵀ W_s + Gᵀ B (S_s² ⊙ N_s)                   over the tiles of a column
 
-The sums over tiles are left as parts, one a tile, which :func:`sum_parts` adds up in a fixed order: no atomics, so
+The sums over tiles are left as parts, one per tile, which :func:`sum_parts` adds up in a fixed order: no atomics, so
 the same bits in every run.
 """
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from apo_kernels.targets import TARGETS
-from apo_kernels.triton.tools.cost_model import OPERATIONS, account
+from apo_kernels.triton.tools.cost_model import OPERATIONS, launch_costs
 from benchmarks.common.console import console, table
 from benchmarks.kernels.shapes import MODELS
 
@@ -40,7 +40,7 @@ def rows(models: Sequence[str], dtype: torch.dtype) -> list[dict[str, Any]]:
             "regime": entry.regime(rate, H100_BANDWIDTH, LAUNCH),
         }
         for model, (form, side), operation in product(models, FORMS.items(), OPERATIONS)
-        for entry in account(operation, MODELS[model], side, dtype, TARGETS["sm_90"])
+        for entry in launch_costs(operation, MODELS[model], side, dtype, TARGETS["sm_90"])
     ]
 
 

@@ -46,7 +46,7 @@ COLUMNS = ["optimizer", "ms per step", "÷ SGDm", "peak memory ÷ weights"]
 class TimedModel(NamedTuple):
     title: str
     build: Callable[[float], nn.Module]  # by a factor of the published width
-    batch: Callable[[int], tuple[Inputs, Tensor]]  # inputs and targets, so many
+    batch: Callable[[int], tuple[Inputs, Tensor]]  # that many inputs and targets
     sizes: tuple[int, int]  # of a batch, on a GPU and on a CPU
 
 

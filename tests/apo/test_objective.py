@@ -88,7 +88,7 @@ def test_half_precision_outputs_are_compared_in_float32() -> None:
 
 @pytest.mark.parametrize(("rho", "shape"), [(apo.KL(), (N, 1)), (apo.KL(dim=1), (N, 1, 5))])
 def test_kl_of_one_class_is_refused_because_it_is_always_zero(rho: apo.KL, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="two classes or more, but got shape .*'bernoulli' for one logit"):
+    with pytest.raises(ValueError, match=r"two classes or more, but got shape .*'bernoulli' for one logit"):
         rho(*outputs(*shape))
 
 
@@ -102,7 +102,7 @@ FRONT_ENDS: dict[str, Any] = {
 @pytest.mark.parametrize("make", FRONT_ENDS.values(), ids=FRONT_ENDS)
 def test_an_objective_of_a_model_that_is_not_trained_is_refused(make: Any) -> None:
     model, other = nn.Linear(5, 3), nn.Linear(5, 3)
-    with pytest.raises(ValueError, match="objective must be of the model.* Linear, shares no parameter"):
+    with pytest.raises(ValueError, match=r"objective must be of the model.* Linear, shares no parameter"):
         make(model, objective(other, torch.randn(9, 5)))
 
 

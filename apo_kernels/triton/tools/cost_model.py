@@ -1,4 +1,4 @@
-"""The static account: what each launch of a model multiplies and moves at the least, from shapes alone.
+"""The cost model: what each launch of a model multiplies and moves at the least, from shapes alone.
 
 By formula; the tests hold it against a count from the tables that a plan gives to the device. Bytes are the least there
 can be: each operand of a launch read once, each result written once.
@@ -16,7 +16,7 @@ from apo_kernels.targets import Target
 from apo_kernels.triton import config
 from apo_kernels.triton.layers import BlockLayout, padded
 
-__all__ = ["Entry", "account"]
+__all__ = ["Entry", "launch_costs"]
 
 OPERATIONS = ("forward", "step", "vjp")
 
@@ -36,7 +36,7 @@ class Entry:
 
     @property
     def intensity(self) -> float:
-        """FLOPs a byte."""
+        """FLOPs per byte."""
         return self.flops / self.bytes
 
     def floor(self, flop_rate: float, bandwidth: float) -> float:
@@ -56,7 +56,7 @@ class _Tally:
     bytes: int = 0
 
 
-def account(
+def launch_costs(
     operation: str,
     shapes: Sequence[tuple[int, int]],
     block_size: int | None,

@@ -13,7 +13,7 @@ from benchmarks.common.dtypes import DTYPES
 from benchmarks.kernels.shapes import MODELS
 from benchmarks.kernels.throughput.contestants import NAMES, OPERATIONS, Workload, contestants, estimate
 
-LIMIT = 2.0  # seconds a call
+LIMIT = 2.0  # seconds per call
 
 
 @pytest.mark.parametrize("name", NAMES)

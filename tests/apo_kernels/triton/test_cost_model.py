@@ -1,4 +1,4 @@
-"""The static account agrees with what the tables of a plan hold."""
+"""The cost model agrees with what the tables of a plan hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from apo_kernels.targets import INTERPRETER, TARGETS
-from apo_kernels.triton.tools.cost_model import account
+from apo_kernels.triton.tools.cost_model import launch_costs
 from tests.apo_kernels.triton.examples import model
 
 pytest.importorskip("triton.language")
@@ -47,13 +47,13 @@ def count(shapes: tuple[tuple[int, int], ...], side: int | None, operation: str)
 @pytest.mark.parametrize("side", [None, 16, 64, 100])
 @pytest.mark.parametrize("operation", ["forward", "step", "vjp"])
 def test_flops_are_those_of_the_tables(operation: str, side: int | None) -> None:
-    found = {entry.launch: entry.flops for entry in account(operation, SHAPES, side, torch.bfloat16, INTERPRETER)}
+    found = {entry.launch: entry.flops for entry in launch_costs(operation, SHAPES, side, torch.bfloat16, INTERPRETER)}
     assert found == dict(count(SHAPES, side, operation))
 
 
 def test_bytes_of_a_block_diagonal_step_are_the_floor() -> None:
     """G, S, the weight and the momentum read, the weight and the momentum written, the blocks read: nothing else."""
-    (entry,) = account("step", ((256, 512),), 64, torch.bfloat16, TARGETS["sm_90"])
+    (entry,) = launch_costs("step", ((256, 512),), 64, torch.bfloat16, TARGETS["sm_90"])
     mn, blocks = 256 * 512, 64 * 256 + 64 * 512
     assert entry.bytes == 2 * (mn + mn + blocks) + 2 * 2 * mn + 2 * 4 * mn
     assert entry.regime(800e12, 3e12, 1e-9) == "memory"
@@ -62,7 +62,7 @@ def test_bytes_of_a_block_diagonal_step_are_the_floor() -> None:
 
 def test_bytes_of_the_launches_of_full_blocks() -> None:
     m, n = 512, 1024
-    found = {e.launch: e.bytes for e in account("forward", ((m, n),), None, torch.bfloat16, TARGETS["sm_90"])}
+    found = {e.launch: e.bytes for e in launch_costs("forward", ((m, n),), None, torch.bfloat16, TARGETS["sm_90"])}
     assert found == {
         "right": 2 * (m * n + n * n + m * n),  # G, A in; U out
         "scale": 2 * (m * n + m * m + m * n + m * n),  # U, B, S in; T out
@@ -73,4 +73,4 @@ def test_bytes_of_the_launches_of_full_blocks() -> None:
 
 def test_an_operation_that_is_none() -> None:
     with pytest.raises(ValueError, match="operation must be one of"):
-        account("backward", SHAPES, None, torch.bfloat16, INTERPRETER)
+        launch_costs("backward", SHAPES, None, torch.bfloat16, INTERPRETER)
