@@ -15,7 +15,7 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
 
 from benchmarks.paper.baselines import EKFAC, KFAC, Shampoo
-from tests.benchmarks.paper.baseline_helpers import closure_of
+from tests.benchmarks.paper.baselines.helpers import closure_of
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 

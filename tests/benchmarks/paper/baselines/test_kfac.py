@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.common.fisher.damping import tikhonov
 from benchmarks.paper.baselines import EKFAC, KFAC, Bernoulli, Categorical, Gaussian
 from benchmarks.paper.baselines.kfac import inverse_by_attempts
-from tests.benchmarks.paper.baseline_helpers import (
+from tests.benchmarks.paper.baselines.helpers import (
     Fixed,
     Listed,
     ListedGaussian,

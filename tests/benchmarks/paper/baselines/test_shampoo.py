@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.common.fisher.damping import inverse_root
 from benchmarks.paper.baselines import Shampoo, shampoo
-from tests.benchmarks.paper.baseline_helpers import relative
+from tests.benchmarks.paper.baselines.helpers import relative
 
 SHAPES = [(5,), (4, 6), (3, 4, 5), (3, 2, 3, 2)]
 EACH_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)

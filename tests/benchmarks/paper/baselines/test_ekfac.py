@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.common.fisher import layers as layers_module
 from benchmarks.paper.baselines import EKFAC
-from tests.benchmarks.paper.baseline_helpers import (
+from tests.benchmarks.paper.baselines.helpers import (
     Fixed,
     Listed,
     closure_of,
