@@ -72,14 +72,16 @@ def _plainly_fit(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, Vs: Tensors
     for G, A, B, S in zip(Gs, As, Bs, Ss, strict=True):
         if not (type(G) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN and type(S) in _PLAIN and G.ndim == 2):
             return False
+        dtype = G.dtype
         m, n = G.shape
+        alike = A.dtype is dtype and B.dtype is dtype and S.dtype is dtype and dtype in DTYPES
         if not (
-            frozenset((G.dtype, A.dtype, B.dtype, S.dtype)) in _MIXTURES
+            (alike or frozenset((dtype, A.dtype, B.dtype, S.dtype)) in _MIXTURES)
             and _on_one_device(G, A, B, S, first)
             and (G.layout is A.layout is B.layout is S.layout is torch.strided)
             and S.shape == (m, n)
-            and _plainly_covers(A, n)
-            and _plainly_covers(B, m)
+            and (A.shape == (n, n) or _plainly_covers(A, n))
+            and (B.shape == (m, m) or _plainly_covers(B, m))
         ):
             return False
     if Vs is None:
@@ -88,10 +90,8 @@ def _plainly_fit(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, Vs: Tensors
 
 
 def _plainly_covers(block: Tensor, side: int) -> bool:
-    """Whether it is a full block, or a stack of squares, for a side of this length."""
+    """Whether it is a stack of squares for a side of this length."""
     shape = block.shape
-    if len(shape) == 2:
-        return shape == (side, side)
     return len(shape) == 3 and (b := shape[2]) > 0 and shape == (-(-side // b), b, b)
 
 

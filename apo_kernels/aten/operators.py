@@ -161,6 +161,9 @@ def foreach_precondition_keep(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors
     kept: dict[int, Kept] = {}
     for indices, operands in _joined(Gs, As, Bs, Ss):
         Y, held = precondition_keep(*operands)
+        if len(indices) == 1:
+            results[indices[0]], kept[indices[0]] = Y, held
+            continue
         results.update(_apart(indices, Y))
         each = zip(*(_apart(indices, x).values() for x in held), strict=True)
         kept.update(zip(indices, (Kept(*x) for x in each), strict=True))
@@ -234,13 +237,15 @@ def bind_step(
 # blocks aren't: BLAS multiplies them faster one by one.
 
 
-def _joined(*lists: Tensors) -> Iterator[tuple[list[int], list[Tensor]]]:
+def _joined(*lists: Tensors) -> Iterator[tuple[list[int], Sequence[Tensor]]]:
     """The layers that are computed together: their indices, and their operands, stacked if there are several."""
     alike: dict[Hashable, list[int]] = {}
     for i, operands in enumerate(zip(*lists, strict=True)):
         G, A, B = operands[:3]
-        joins = (A.ndim > G.ndim or B.ndim > G.ndim) and G.numel() < JOINED
-        alike.setdefault(tuple((x.shape, x.dtype) for x in operands) if joins else i, []).append(i)
+        if A.ndim == B.ndim == G.ndim or G.numel() >= JOINED:
+            yield [i], operands
+        else:
+            alike.setdefault(tuple((x.shape, x.dtype) for x in operands), []).append(i)
     for indices in alike.values():
         if len(indices) == 1:
             yield indices, [tensors[indices[0]] for tensors in lists]
