@@ -27,7 +27,7 @@ def _style(colour: str, marker: str, size: float, width: float, dashes: str, ord
     return {"color": colour, "marker": marker, "markersize": size, **line}
 
 
-# Okabe and Ito's colours, which every kind of eye tells apart. Thin over thick, where lines coincide.
+# Okabe and Ito's colours, for colour-blind readers too. Thin over thick, where lines coincide.
 STYLES = {
     "inverse": _style("#D55E00", "s", 5, 1.6, "-", 4),
     "eigen": _style("#CC79A7", "D", 4.5, 1.6, "-", 4),
