@@ -59,7 +59,7 @@ class AdaptiveLR(MetaLearner):
             Lookahead), for one more step of the optimizer in a meta-step.
         objective: the :class:`~apo.ProximalObjective`. Its λ_FSD, if left open, is 0.3, or 0.1 if it has a ``loss``.
         interval: a meta-update every N steps (K of Algorithm 1). 0: never.
-        warmup: a meta-update at each of the first N steps too, so that training can start from any rate.
+        warmup: over the first N steps the interval grows from 1, so that training can start from any rate.
         meta_lr: about how much ``log lr`` moves in a meta-update.
         meta_optimizer: ``"rmsprop"`` or ``"adam"``, of ``log lr``.
         meta_decay: of the meta-optimizer's mean of squares. None: 0.99, or 0.9 if the objective has a ``loss``.
@@ -89,7 +89,7 @@ class AdaptiveLR(MetaLearner):
         objective: ProximalObjective,
         *,
         interval: int = 10,
-        warmup: int = 50,
+        warmup: int = 200,
         meta_lr: float = 0.1,
         meta_optimizer: RateOptimizer = "rmsprop",
         meta_decay: float | None = None,

@@ -42,7 +42,7 @@ class FisherStart:
         updates: how many meta-updates it lasts.
     """
 
-    RATE = 0.05
+    RATE = 0.1
     """ε at the first update."""
     BETA = 0.99
     """Of the running means, which are unbiased by their own weight."""

@@ -114,7 +114,10 @@ class MetaLearner(Optimizer):
     @property
     def meta_due(self) -> bool:
         """Whether the next step evaluates a trial and updates φ. Not where every rate is 0."""
-        due = self.interval > 0 and (self.steps < self.warmup or self.steps % self.interval == 0)
+        spacing = self.interval
+        if self.steps < self.warmup:
+            spacing = max(1, self.steps * self.interval // self.warmup)
+        due = self.interval > 0 and self.steps % spacing == 0
         return due and any(get_rate(group) for group in self.param_groups)
 
     @property

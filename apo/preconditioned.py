@@ -87,7 +87,7 @@ class APO(MetaLearner):
             FLOPs per weight, with full blocks ``4 (m + n)``.
         interval: a meta-update every N steps (K of Algorithm 1). 0: never. A step with a meta-update takes three
             passes forward and backward. With 10 most steps are nearly as cheap as SGD's, and P is learned more slowly.
-        warmup: a meta-update at each of the first N steps too.
+        warmup: over the first N steps the interval grows from 1, in proportion, to what it was set to.
         rescale_schedule, grad_scaler, process_group: as for :class:`~apo.AdaptiveLR`.
         method: how it learns (:class:`~apo.Method`): what seldom has to be set.
 

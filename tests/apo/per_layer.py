@@ -116,7 +116,10 @@ class PerLayer:
                 if grad is not None and not group.decoupled_weight_decay:
                     g[p] = grad + group.weight_decay * p.detach()
         Gs = {layer: _matrix(layer.view, g) for layer in self.layers if any(g[p] is not None for p in _own(layer))}
-        due = self.steps < self.warmup or self.steps % self.interval == 0
+        spacing = self.interval
+        if self.steps < self.warmup:
+            spacing = max(1, self.steps * self.interval // self.warmup)
+        due = self.steps % spacing == 0
         if not due or self._meta_update(g, Gs, J.item(), loss, outputs, own_loss):
             self._move(g, Gs)
         self.steps += 1

@@ -114,7 +114,7 @@ class Case:
     group: Settings = field(default_factory=dict)
     groups: tuple[Settings, ...] = ()
     method: Settings = field(default_factory=dict)
-    settings: Settings = field(default_factory=dict)
+    settings: Settings = field(default_factory=lambda: {"interval": 1})
     own_loss: bool = False
     same_rate: bool = True
     scaled: bool = False
@@ -175,7 +175,7 @@ CASES = {
     ),
     "scaler": Case(scaled=True),
     "own loss": Case(own_loss=True),
-    "interval 3": Case(settings={"interval": 3, "warmup": 10}, odd={160: 300.0}, shown=bounded),
+    "interval 3": Case(settings={"interval": 3, "warmup": 12}, odd={160: 3000.0}, shown=bounded),
 }
 
 
