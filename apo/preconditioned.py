@@ -366,7 +366,10 @@ class APO(MetaLearner):
             p.grad = None
 
     def _take_sample(self) -> list[PreconditionedLayer]:
-        """Let the start see the sampled gradient, if there is one and it is finite. Which layers it has seen."""
+        """Let the start see the sampled gradient, if there is one and it is finite. Which layers it has seen.
+
+        Not those of which a part is frozen: what has no gradient has no energy either, and its P would grow.
+        """
         sampled, self._sampled = self._sampled, None
         if sampled is None:
             return []
@@ -377,7 +380,11 @@ class APO(MetaLearner):
         if not held or self._shards.any(not bool(norms(held).isfinite().all())):
             return []
         torch._foreach_mul_(held, math.sqrt(self._samples))  # a sum over n examples of each rank, over √n
-        Ws = self._arena.parts(sampled, self.parameters)
+        missing = {p for p, w in zip(self.parameters, sampled, strict=True) if w is None}
+        Ws = [
+            W if missing.isdisjoint(layer.view.parameters) else None
+            for layer, W in zip(self.layers, self._arena.parts(sampled, self.parameters), strict=True)
+        ]
         self._start.look(self._arena, Ws)
         return [layer for layer, W in zip(self.layers, Ws, strict=True) if W is not None]
 

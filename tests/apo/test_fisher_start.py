@@ -176,6 +176,22 @@ def test_what_sticks_out_of_a_side_stays_the_identity() -> None:
     assert (A[1, :2, :2] - torch.eye(2)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_is_frozen_keeps_its_scale(name: str) -> None:
+    """Its samples are zero, which would be read as no curvature; it may be thawed later."""
+    model, x, t, other = mlp()
+    opt = apo.APO(
+        model, objective(model, other), params=model.parameters(), block_size=1, method=apo.Method(adapt_lr=False)
+    )
+    getattr(model[0], name).requires_grad_(False)
+    for _ in range(20):
+        opt.step(closure_of(opt, model, x, t))
+    S = opt.layers[0].S
+    frozen, free = (S[:, :-1], S[:, -1]) if name == "weight" else (S[:, -1], S[:, :-1])
+    assert torch.equal(frozen, torch.ones_like(frozen))
+    assert not torch.equal(free, torch.ones_like(free))
+
+
 def test_it_draws_from_a_generator_of_its_own() -> None:
     """And after it is over the same steps are taken with it as with the paper's bare algorithm from the same state."""
     states = []
