@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apo import Method
+from apo import Method, preconditioned
 from apo.matrix_view import MatrixView, matrix_views
 from apo_kernels.reference import precondition, precondition_vjp
 
@@ -176,7 +176,7 @@ class PerLayer:
                 return False
             most = max(abs(J_there.item()), abs(base))
             self.mean_loss = most if math.isnan(self.mean_loss) else 0.9 * self.mean_loss + 0.1 * most
-            self.most_promised = 10 * max(most, self.mean_loss)
+            self.most_promised = preconditioned.MOST_PROMISED * max(most, self.mean_loss)
             self._learn(Gs, V)
         return True
 
