@@ -46,7 +46,7 @@ MOVED_EVERY = 10
 
 FISHER_START = 300
 """Meta-updates that the Fisher start lasts by default."""
-MOST_PROMISED = 10.0
+MOST_PROMISED = 2.0
 """Greatest predicted decrease of a step, over the loss."""
 LOSS_BETA = 0.9
 """Of the running mean of that loss, over meta-updates."""
@@ -69,7 +69,8 @@ class APO(MetaLearner):
     the momentum with the gradient, so φ is judged by the present gradient alone.
 
     Safeguard: ``P(G)`` is scaled down so that the predicted decrease ``lr/(1 − μ) ⟨G, P(G)⟩``, summed over all layers,
-    is at most ten times the loss. Without it one odd batch, or a few steps between two trials, can end a run.
+    is at most twice the loss, as a Newton step on a quadratic predicts. Without it one odd batch, or a few steps between
+    two trials, can end a run.
 
     Args:
         model: whose parameters are trained, the module or its DDP.
@@ -110,7 +111,7 @@ class APO(MetaLearner):
         decoupled_weight_decay: bool = True,
         block_size: int | None = 64,
         interval: int = 10,
-        warmup: int = 300,
+        warmup: int = 500,
         rescale_schedule: bool = False,
         grad_scaler: GradScaler | None = None,
         process_group: Any = None,

@@ -89,7 +89,7 @@ class PerLayer:
         fsd_weight: float,
         wsd_weight: float,
         interval: int = 1,
-        warmup: int = 300,
+        warmup: int = 500,
         method: Method,
     ) -> None:
         self.groups = [Group(**group) for group in groups]

@@ -233,7 +233,7 @@ CASES: dict[int, list[Case]] = {
     4: [
         ("APO", "mlp", "fsdp", torch.float32, {}),
         ("APO", "even mlp", "hsdp", torch.float64, {"fisher_start": 12}),
-        ("APO", "gpt", "2d", torch.float32, {"fisher_start": 12}),
+        ("APO", "gpt", "2d", torch.float32, {"fisher_start": 6}),
         ("AdamW", "even mlp", "2d", torch.float64, {}),
     ],
 }

@@ -104,7 +104,7 @@ def test_refused_at_construction_before_blocks_are_made(name: str, monkeypatch: 
     if settings.get("process_group") == "world":
         settings = {**settings, "process_group": dist.group.WORLD}
     model = make()
-    monkeypatch.setattr(preconditioned.Layer, "start", lambda *_: pytest.fail("a block was allocated"))
+    monkeypatch.setattr(preconditioned.PreconditionedLayer, "start", lambda *_: pytest.fail("a block was allocated"))
     with pytest.raises((TypeError, ValueError), match=words):
         apo_of(model, apo.ProximalObjective(model, [torch.ones(2, 3)]), **settings)
 

@@ -276,7 +276,7 @@ def test_no_step_between_trials_promises_more_than_there_is_to_gain() -> None:
     opt = apo.APO(model, objective(model, other), lr=0.01, momentum=0.9, interval=10, warmup=1)
     opt.step(closure_of(opt, model, x, t))
     assert opt.last is not None
-    most = 10 * max(opt.last.loss, opt.last.base)
+    most = 2 * max(opt.last.loss, opt.last.base)
     for scale, bounded in ((1.0, False), (1e4, True)):
         for layer in opt.layers:
             layer.S.mul_(scale)

@@ -42,9 +42,9 @@ class Variant:
 
 VARIANTS: dict[str, Variant] = {
     "default": Variant("apo.APO's defaults: steps by size, interval 10"),
-    "interval 2": Variant("meta-update at each of the first 300 steps, then every 2", {"interval": 2}),
-    "interval 10": Variant("meta-update at each of the first 300 steps, then every 10", {"interval": 10}),
-    "warm-up 50": Variant("at each of the first 50, then every 10", {"interval": 10, "warmup": 50}),
+    "interval 2": Variant("an interval of 2 in the end", {"interval": 2}),
+    "interval 10": Variant("an interval of 10 in the end", {"interval": 10}),
+    "warm-up 50": Variant("a shorter warm-up", {"interval": 10, "warmup": 50}),
     "momentum 0": Variant("no momentum", {"momentum": 0.0}),
     "momentum 0.9": Variant("", {"momentum": 0.9}),
     "λ_WSD 0": Variant("nothing holds P where outputs saturate", wsd_weight=0.0),
