@@ -69,8 +69,8 @@ class APO(MetaLearner):
     the momentum with the gradient, so φ is judged by the present gradient alone.
 
     Safeguard: ``P(G)`` is scaled down so that the predicted decrease ``lr/(1 − μ) ⟨G, P(G)⟩``, summed over all layers,
-    is at most twice the loss, as a Newton step on a quadratic predicts. Without it one odd batch, or a few steps between
-    two trials, can end a run.
+    is at most twice the loss, which a Newton step on a quadratic may predict. Without it one odd batch, or a few steps
+    between two trials, can end a run.
 
     Args:
         model: whose parameters are trained, the module or its DDP.
