@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import tables
-from benchmarks.paper.studies.variants import BASELINES, NO_LONGER_RUN, VARIANTS
+from benchmarks.paper.studies.variants import BASELINES, NO_LONGER_RUN, START, VARIANTS
 
 Cell = tuple[float, float, float, int]
 
@@ -37,7 +37,7 @@ def markdown(runs: dict[str, Any]) -> str:
     header = ["way", "what", *tasks, *(f"s, {task}" for task in tasks)]
     lines = []
     baselines = {name: f"best of {len(baseline.grid)} settings" for name, baseline in BASELINES.items()}
-    variants = {name: variant.what for name, variant in VARIANTS.items()}
+    variants = {name: variant.what for name, variant in (VARIANTS | START).items()}
     for name, what in (baselines | variants | NO_LONGER_RUN).items():
         if name in rows:
             cells = [_cell(rows[name].get(task)) for task in tasks] + [_seconds(runs, name, task) for task in tasks]

@@ -67,6 +67,12 @@ def test_the_same_batch_is_that_of_the_step() -> None:
     assert batches.latest is inputs
 
 
+def test_every_way_of_every_study_stands_in_its_table() -> None:
+    for study in command.STUDIES.values():
+        rows = markdown({f"t/{name}/0": held(0.5) for name in study}).splitlines()[2:]
+        assert {row.split("|")[1].strip() for row in rows} == set(study)
+
+
 def test_results_of_ways_that_are_no_longer_run_stand_in_the_table() -> None:
     assert not NO_LONGER_RUN.keys() & VARIANTS.keys()
     (row,) = markdown({"t/moments/0": held(0.5)}).splitlines()[2:]
