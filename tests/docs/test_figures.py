@@ -30,6 +30,14 @@ def test_what_the_prose_says_of_a_steps_cost() -> None:
         assert text in (ROOT / "README.md").read_text()
 
 
+def test_what_readme_says_of_todays_defaults() -> None:
+    runs = results.load(ROOT / "benchmarks" / "results" / "studies" / "start.json")["runs"]
+    tasks = summary(runs)["start"]
+    small = ", ".join(f"{tasks[name][0]:.1e}" for name in ("ill-conditioned", "diabetes"))
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{small}, {tasks['digits'][0]:.1e} and {tasks['digits-autoencoder'][0]:.1f} on the first four" in text
+
+
 def test_what_readme_says_of_who_is_ahead() -> None:
     """APO ends below SGDm, Adam and Shampoo on all of the tasks, and above KFAC on three."""
     table = readme.TABLES["summary"]().splitlines()[2:]
