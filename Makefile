@@ -1,9 +1,12 @@
-.PHONY: install bench test targets docs package lint format
+.PHONY: install bench test trainers targets docs package lint format
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-MODELS := tests/apo_kernels/triton/test_model.py
+KERNELS := tests/apo_kernels/triton
+TRAINERS := tests/integrations
+# in the interpreter these take minutes
+LONG := $(KERNELS)/test_model.py $(KERNELS)/test_derivatives.py
 
 install: $(VENV)/.installed
 
@@ -17,14 +20,18 @@ bench: install  ## every benchmark at its quick setting: tables, plots and JSON 
 	$(BIN)/python -m benchmarks --quick
 
 test: install lint  ## lint, types and tests; the kernels in Triton's interpreter beside the others
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret --ignore=$(MODELS) tests/apo_kernels/triton \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret $(LONG:%=--ignore=%) $(KERNELS) \
 		> $(VENV)/interpret.log 2>&1 & kernels=$$!; \
-	$(BIN)/python -m pytest -q -n auto --dist loadscope -m "not interpret and not aot"; others=$$?; \
+	$(BIN)/python -m pytest -q -n auto --dist loadscope -m "not interpret and not aot" \
+		--ignore=$(TRAINERS); others=$$?; \
 	wait $$kernels; interpreted=$$?; cat $(VENV)/interpret.log; exit $$((others + interpreted))
 
-targets: install  ## whole models in the interpreter, and every kernel compiled for every GPU: minutes, the first time
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret $(MODELS)
-	$(BIN)/python -m pytest -q -m aot tests/apo_kernels/triton tests/benchmarks/kernels/test_targets.py
+trainers: install  ## both front ends in Lightning, accelerate and the Hugging Face Trainer
+	$(BIN)/python -m pytest -q -n auto --dist loadscope $(TRAINERS)
+
+targets: install  ## derivatives and whole models in the interpreter, and every kernel compiled for every GPU
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto -m interpret $(LONG)
+	$(BIN)/python -m pytest -q -m aot $(KERNELS) tests/benchmarks/kernels/test_targets.py
 
 docs: install  ## the documentation as a site in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -66,7 +66,7 @@ def test_from_the_identity_to_the_inverse(block_size: int | None, n: int, m: int
     assert away(layer, torch.kron(*factors)) < 1e-2
 
 
-@pytest.mark.parametrize(("block_size", "n", "m", "delta"), [(None, 5, 4, 1.0), (2, 5, 4, 1e-2), (2, 4, 3, 1.0)])
+@pytest.mark.parametrize(("block_size", "n", "m", "delta"), [(None, 5, 4, 1.0), (2, 4, 3, 1e-2)])
 def test_the_damped_inverse_is_a_fixed_point_that_attracts(
     block_size: int | None, n: int, m: int, delta: float
 ) -> None:

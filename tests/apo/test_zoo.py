@@ -421,7 +421,7 @@ def stopped_after(model: nn.Module, calls: int) -> Iterator[None]:
     left = [calls]
 
     def count(module: nn.Module, *_: Any) -> None:
-        if module is model:
+        if not torch.compiler.is_compiling() and module is model:  # dynamo can't trace a model that a hook holds
             left[0] -= 1
             if left[0] == 0:
                 raise Stop
