@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 KERNELS := tests/apo_kernels/triton
 TRAINERS := tests/integrations
 # in the interpreter these take minutes
-LONG := $(KERNELS)/test_model.py $(KERNELS)/test_derivatives.py
+LONG := $(addprefix $(KERNELS)/,test_forward.py test_derivatives.py test_model.py)
 
 install: $(VENV)/.installed
 
@@ -26,10 +26,10 @@ test: install lint  ## lint, types and tests; the kernels in Triton's interprete
 		--ignore=$(TRAINERS); others=$$?; \
 	wait $$kernels; interpreted=$$?; cat $(VENV)/interpret.log; exit $$((others + interpreted))
 
-trainers: install  ## both front ends in Lightning, accelerate and the Hugging Face Trainer
+trainers: install  ## both front ends in Lightning, accelerate, the Hugging Face Trainer, and under torchrun
 	$(BIN)/python -m pytest -q -n auto --dist loadscope $(TRAINERS)
 
-targets: install  ## derivatives and whole models in the interpreter, and every kernel compiled for every GPU
+targets: install  ## the long tests in the interpreter, and every kernel compiled for every GPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto -m interpret $(LONG)
 	$(BIN)/python -m pytest -q -m aot $(KERNELS) tests/benchmarks/kernels/test_targets.py
 
