@@ -1,10 +1,10 @@
-.PHONY: install bench test trainers targets docs package lint format
+.PHONY: install bench test ranks targets docs package lint format
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 KERNELS := tests/apo_kernels/triton
-TRAINERS := tests/integrations
+RANKS := tests/integrations tests/apo/test_distributed.py tests/apo/test_sharded.py
 # in the interpreter these take minutes
 LONG := $(addprefix $(KERNELS)/,test_forward.py test_derivatives.py test_model.py)
 
@@ -23,11 +23,11 @@ test: install lint  ## lint, types and tests; the kernels in Triton's interprete
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret $(LONG:%=--ignore=%) $(KERNELS) \
 		> $(VENV)/interpret.log 2>&1 & kernels=$$!; \
 	$(BIN)/python -m pytest -q -n auto --dist loadscope -m "not interpret and not aot" \
-		--ignore=$(TRAINERS); others=$$?; \
+		$(RANKS:%=--ignore=%); others=$$?; \
 	wait $$kernels; interpreted=$$?; cat $(VENV)/interpret.log; exit $$((others + interpreted))
 
-trainers: install  ## both front ends in Lightning, accelerate, the Hugging Face Trainer, and under torchrun
-	$(BIN)/python -m pytest -q -n auto --dist loadscope $(TRAINERS)
+ranks: install  ## both front ends on several ranks: DDP, FSDP2, tensor parallel, torchrun, and in trainers
+	$(BIN)/python -m pytest -q -n auto --dist loadscope $(RANKS)
 
 targets: install  ## the long tests in the interpreter, and every kernel compiled for every GPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto -m interpret $(LONG)

@@ -33,7 +33,7 @@ def test_workflows_run_what_a_person_runs(workflow: str) -> None:
     steps = (ROOT / ".ci" / "run").read_text()
     assert [line for line in steps.splitlines() if line.startswith("make ")] == [
         "make test",
-        "make trainers",
+        "make ranks",
         "make targets",
         "make docs",
         "make package",
