@@ -1,7 +1,7 @@
 """``python -m benchmarks overhead``: what a step costs with each front end and with the baselines, on four models.
 
 Whole steps are timed, closure included, ``interval`` steps at a time, so that each sample holds exactly one meta-step
-(of APO's first 50 steps each is one). The contestants of a model take turns in one process. The baselines renew their
+(of APO's first 100 steps each is one). The contestants of a model take turns in one process. The baselines renew their
 factors and inverses (roots, bases) as often. Peak memory is taken before, of each contestant in a process of its own.
 """
 
@@ -146,7 +146,7 @@ def _contestants(options: argparse.Namespace) -> dict[str, Make]:
         "AdaptiveLR on SGDm": lambda model, inputs: apo.AdaptiveLR(sgdm(model, inputs), goal(model, inputs), **rare),
         "APO, blocks of 64, after one meta-update": preconditioned(interval=10**9, warmup=0),
         "APO, blocks of 64": preconditioned(**rare),
-        "APO, its first 50 steps": preconditioned(interval=1),
+        "APO, its first 100 steps": preconditioned(interval=1),
         **({"APO, full blocks": preconditioned(block_size=None, **rare)} if options.model == "mlp" else {}),
         "KFAC": lambda model, inputs: KFAC(
             model, lr=0.01, damping=0.1, factor_interval=N, inverse_interval=N, warmup=0

@@ -22,10 +22,10 @@ def test_what_the_prose_says_of_a_steps_cost() -> None:
     contestants = results.load(readme.OVERHEAD_RESULTS / "overhead.json")["contestants"]
     ratios = {name: row["ratio"] for name, row in contestants.items()}
     learned, blocks = ratios["AdaptiveLR on SGDm"], ratios["APO, blocks of 64"]
-    default = ratios["APO, its first 50 steps"]
+    default = ratios["APO, its first 100 steps"]
     assert f"{learned:.2f} × SGD with momentum" in (DOCS / "choosing.md").read_text()
-    assert f"{blocks:.1f} ×; {default:.0f} × in the first 50 steps" in (DOCS / "choosing.md").read_text()
-    of_apo = f"{blocks:.0f} times SGD's time, {default:.0f} times in the first 50 steps"
+    assert f"{blocks:.1f} ×; {default:.0f} × in the first 100 steps" in (DOCS / "choosing.md").read_text()
+    of_apo = f"{blocks:.0f} times SGD's time, {default:.0f} times in the first 100 steps"
     for text in (f"{learned:.2f} times SGD's time", of_apo):
         assert text in (ROOT / "README.md").read_text()
 
