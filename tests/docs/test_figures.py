@@ -23,6 +23,9 @@ def test_what_the_prose_says_of_a_steps_cost() -> None:
     ratios = {name: row["ratio"] for name, row in contestants.items()}
     learned, blocks = ratios["AdaptiveLR on SGDm"], ratios["APO, blocks of 64"]
     default = ratios["APO, its first 100 steps"]
+    plain = f"{default / ratios['APO, blocks of 64, after one meta-update']:.1f}"
+    assert f"{plain} plain steps" in (ROOT / "README.md").read_text()
+    assert f"takes {plain}\n" in (DOCS / "choosing.md").read_text()
     assert f"{learned:.2f} × SGD with momentum" in (DOCS / "choosing.md").read_text()
     assert f"{blocks:.1f} ×; {default:.0f} × in the first 100 steps" in (DOCS / "choosing.md").read_text()
     of_apo = f"{blocks:.0f} times SGD's time, {default:.0f} times in the first 100 steps"
