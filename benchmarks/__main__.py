@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("paper.train", "the paper's tasks with APO and with strong baselines: table, figure and curves"),
     "search": ("paper.search", "hyperparameters of every optimizer on a task, by as many trials for each"),
     "report": ("paper.report.command", "the paper's Figures 3 to 5 and Tables 2 to 4 with ours, from results files"),
+    "peers": ("paper.peers", "APO and AdaptiveLR at their defaults beside AdamW, SGDm, Muon, SOAP and schedule-free"),
     "studies": ("paper.studies.command", "ways of learning the preconditioner, on four small tasks"),
     "figure1": ("paper.figure1", "Figure 1 of the paper, from the exact proximal point"),
     "targets": ("kernels.targets", "registers, spills and shared memory of every kernel, compiled for absent GPUs"),

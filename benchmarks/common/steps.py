@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,17 @@ from torch.optim import Optimizer
 
 LossAt = Callable[[int], Callable[[], Tensor]]
 """Given a step's number, returns the function that computes the loss of that step's batch."""
+
+
+@contextmanager
+def weights_to_judge(optimizer: Optimizer) -> Iterator[None]:
+    """The model has the weights to evaluate within the context. Schedule-free methods train at others."""
+    modes = [getattr(optimizer, name, lambda: None) for name in ("eval", "train")]
+    modes[0]()
+    try:
+        yield
+    finally:
+        modes[1]()
 
 
 def take_steps(optimizer: Optimizer, loss_at: LossAt, numbers: Iterable[int]) -> Iterator[Tensor]:

@@ -33,6 +33,7 @@ from benchmarks.common.steps import take_steps
 from benchmarks.common.tables import short
 from benchmarks.common.timing import cpu_threads, interleave
 from benchmarks.paper.baselines import KFAC, Shampoo
+from benchmarks.paper.baselines.packages import muon, soap
 from benchmarks.paper.data.parallel_text import WORDS
 from benchmarks.paper.models import Transformer, lenet, mlp, resnet18
 
@@ -130,13 +131,6 @@ def _contestants(options: argparse.Namespace) -> dict[str, Make]:
     def preconditioned(**settings: Any) -> Make:
         return lambda model, inputs: apo.APO(model, goal(model, inputs), lr=0.01, **settings)
 
-    def muon(model: nn.Module, inputs: Callable[[], Inputs]) -> Optimizer:
-        """Of hidden matrices. Vectors, and what has a row for each class or word, are its AdamW's."""
-        hidden = [p for p in model.parameters() if p.ndim > 1 and len(p) not in (10, WORDS)]
-        rest = [p for p in model.parameters() if p.ndim < 2 or len(p) in (10, WORDS)]
-        groups = [{"params": hidden, "use_muon": True}, {"params": rest, "use_muon": False}]
-        return peers.Muon(groups)  # type: ignore[no-any-return]
-
     goal, sgdm, N = apo.ProximalObjective, plain(SGD, lr=0.01, momentum=0.9), options.interval
     rare: dict[str, Any] = {"interval": N, "warmup": 0}
     makes = {
@@ -155,8 +149,8 @@ def _contestants(options: argparse.Namespace) -> dict[str, Make]:
         "Shampoo": plain(Shampoo, lr=0.01, grafting=True, block_size=1024, **rare),
     }
     if importlib.util.find_spec("pytorch_optimizer"):
-        peers = importlib.import_module("pytorch_optimizer")
-        makes |= {"SOAP": plain(peers.SOAP, precondition_frequency=N, max_precondition_dim=1024), "Muon": muon}
+        settings = {"precondition_frequency": N, "max_precondition_dim": 1024}
+        makes |= {"SOAP": lambda model, inputs: soap(model, **settings), "Muon": lambda model, inputs: muon(model)}
     return makes
 
 

@@ -77,8 +77,10 @@ def _source(name: str, places: Sequence[str], test: str, published: str, sizes: 
     return Source(name, lambda folder: read(folder.resolve()), [f"{places[0]}/{file}" for file in files], published)
 
 
-_MULTI30K = "https://github.com/multi30k/dataset (data/task1/raw)"
+PUBLISHED_MULTI30K = "https://github.com/multi30k/dataset (data/task1/raw)"
 _IWSLT14 = "https://wit3.fbk.eu (as prepared by fairseq's examples/translation/prepare-iwslt14.sh)"
 _IWSLT14_PLACES = ("iwslt14.tokenized.de-en", "iwslt14", ".")
-MULTI30K = _source("Multi30k German–English", ("multi30k", "."), "test_2016_flickr", _MULTI30K, (29_000, 1_000))
+MULTI30K = _source(
+    "Multi30k German–English", ("multi30k", "."), "test_2016_flickr", PUBLISHED_MULTI30K, (29_000, 1_000)
+)
 IWSLT14 = _source("IWSLT'14 German–English", _IWSLT14_PLACES, "test", _IWSLT14, (160_239, 6_750))

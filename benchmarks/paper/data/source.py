@@ -28,6 +28,7 @@ class Source:
     files: Sequence[str] = ()  # what the folder must hold, for the error without ``--data``
     published: str = ""  # where these files are
     stand_in: str = ""  # for what this stands in, where it is bundled data in place of the paper's
+    without: Source | None = None  # what is read in its place without a folder
 
     @property
     def label(self) -> str:
@@ -36,6 +37,8 @@ class Source:
 
     def load(self, folder: Path | None) -> Dataset:
         """Read it; :class:`MissingData` where there is no folder, or a file is missing in it."""
+        if self.without is not None and folder is None:
+            return self.without.load(None)
         if self.files and folder is None:
             raise MissingData(
                 f"{self.name} is read from files: give the folder that holds {', '.join(self.files)} by --data DIR. "

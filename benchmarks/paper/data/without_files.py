@@ -1,4 +1,4 @@
-"""Data that need no file: scikit-learn's sets, which stand in for published ones, and ill-conditioned regression."""
+"""Data that need no file: scikit-learn's sets, which stand in for published ones, and what is drawn from a seed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,14 @@ def _made(_: Path) -> Dataset:
     return Dataset("t = Ax", Examples((train,), train @ A.T), Examples((test,), test @ A.T))
 
 
+def _points(_: Path) -> Dataset:
+    """Of (0, 1), drawn for training and evenly spaced for the test. What is wanted there is a residual of 0."""
+    x, test_x = torch.rand(8192, 1, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 200)[:, None]
+    return Dataset("points", Examples((x,), torch.zeros_like(x)), Examples((test_x,), torch.zeros_like(test_x)))
+
+
 DIGITS = Source("scikit-learn's digits", _digits, stand_in="MNIST")
 DIGITS_IMAGES = Source(DIGITS.name, lambda _: reconstruction(_digits(_)), stand_in="MNIST")
 DIABETES = Source("scikit-learn's diabetes", _diabetes, stand_in="UCI regression")
 ILL_CONDITIONED = Source("t = Ax, κ(A) = 1e10, x ~ N(0, I)", _made)
+POINTS = Source("points of (0, 1)", _points)

@@ -10,14 +10,14 @@
 
 from __future__ import annotations
 
-from benchmarks.paper.tasks import colour_images, digit_images, regression, translation
+from benchmarks.paper.tasks import colour_images, digit_images, physics, regression, text, translation
 from benchmarks.paper.tasks.batches import Batches
 from benchmarks.paper.tasks.losses import Loss
 from benchmarks.paper.tasks.task import Task
 
 __all__ = ["TASKS", "Batches", "Loss", "Task", "named"]
 
-_SMALL = (*regression.SMALL, *digit_images.SMALL)
+_SMALL = (*regression.SMALL, *digit_images.SMALL, *text.TASKS, *physics.TASKS)
 _PAPERS = (*regression.UCI, *digit_images.PAPER, *colour_images.TASKS, *translation.TASKS)
 TASKS: dict[str, Task] = {task.name: task for task in (*_SMALL, *_PAPERS)}
 

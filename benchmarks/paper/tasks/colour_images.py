@@ -10,7 +10,7 @@ from benchmarks.paper.data import Source
 from benchmarks.paper.data.cifar import CIFAR10, CIFAR100
 from benchmarks.paper.data.images import shifted_and_flipped
 from benchmarks.paper.data.svhn import SVHN
-from benchmarks.paper.models import alexnet, lenet, resnet18, resnet32, resnet34, vgg16, wide_resnet_28_10
+from benchmarks.paper.models import alexnet, lenet, resnet18, resnet32, resnet34, small_cnn, vgg16, wide_resnet_28_10
 from benchmarks.paper.tasks.losses import CLASSIFICATION
 from benchmarks.paper.tasks.task import Task
 
@@ -42,6 +42,7 @@ def _task(source: Source, model_name: str, network: Callable[..., nn.Module], pl
 
 
 TASKS = (
+    _task(CIFAR10, "CNN", small_cnn, ""),
     _task(CIFAR10, "LeNet", lenet, "Tables 2 and 3"),
     _task(CIFAR10, "AlexNet", alexnet, "Table 2"),
     _task(CIFAR10, "VGG16", vgg16, "Table 2"),

@@ -82,7 +82,7 @@ def for_each_task(command: str, options: argparse.Namespace, act: Callable[[Requ
             with cpu_threads(options.threads or few):
                 asked = Request(task, optimizers, given(options.settings, optimizers), epochs, precision)
                 found[task.name] = act(asked)
-    except (MissingData, ValueError) as error:
+    except (ImportError, MissingData, ValueError) as error:
         sys.exit(f"python -m benchmarks {command}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"python -m benchmarks {command}: interrupted; --resume goes on")

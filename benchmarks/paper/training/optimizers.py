@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 import apo
 from benchmarks.paper.baselines import EKFAC, KFAC, Shampoo
+from benchmarks.paper.baselines.packages import muon, schedule_free, soap
 from benchmarks.paper.training.schedules import SCHEDULES
 from benchmarks.paper.training.training import Setting
 
@@ -66,6 +68,13 @@ def _torch(label: str, kind: type[Optimizer], low: float, high: float, **default
     return NamedOptimizer(label, make, hyper, {"lr": Range(low, high)}, eps_of_fp16=eps)
 
 
+def _package(label: str, make: Callable[..., Optimizer], lr: float, **defaults: Any) -> NamedOptimizer:
+    """One of a package's, of which the rate is searched, a decade to either side."""
+    hyper = {"lr": lr, **defaults}
+    ranges = {"lr": Range(lr / 10, 10 * lr)}
+    return NamedOptimizer(label, lambda setting, hyper: make(setting.model, **hyper), hyper, ranges)
+
+
 def _kronecker_factored(label: str, kind: type[KFAC] | type[EKFAC]) -> NamedOptimizer:
     curvature = {"damping": 0.1, "decay": 0.95, "fisher": "sampled", "factor_interval": 1, "inverse_interval": 10}
     return NamedOptimizer(
@@ -93,13 +102,18 @@ def _apo() -> NamedOptimizer:
         own["method"] = apo.Method(meta_lr=own.pop("meta_lr"), lr_meta_lr=own.pop("lr_meta_lr"))
         return apo.APO(setting.model, setting.task.objective(setting.model, setting.batches.other, **terms), **own)
 
-    meta = {"block_size": 64, "interval": 1, "warmup": 300, "meta_lr": 0.05, "lr_meta_lr": 0.03}
+    own = _defaults(apo.APO, "lr", "momentum", "weight_decay", "block_size", "interval", "warmup")
     return NamedOptimizer(
         "APO-Precond",
         make,
-        {"lr": 0.1, "momentum": 0.75, "weight_decay": 0.0, **meta, "fsd_weight": None, "wsd_weight": None},
+        {**own, **_defaults(apo.Method, "meta_lr", "lr_meta_lr"), "fsd_weight": None, "wsd_weight": None},
         {"fsd_weight": Range(0.1, 30.0), "wsd_weight": Range(choices=(0.0, 1e-3))},
     )
+
+
+def _defaults(kind: Callable[..., Any], *names: str) -> Hyper:
+    """The library's own."""
+    return {name: inspect.signature(kind).parameters[name].default for name in names}
 
 
 def _split(hyper: Hyper) -> tuple[Hyper, Hyper]:
@@ -117,6 +131,9 @@ METHODS: dict[str, NamedOptimizer] = {
     "kfac": _kronecker_factored("KFAC", KFAC),
     "ekfac": _kronecker_factored("EKFAC", EKFAC),
     "shampoo": _shampoo(),
+    "muon": _package("Muon", muon, 0.02),
+    "soap": _package("SOAP", soap, 3e-3),
+    "schedule-free": _package("schedule-free AdamW", schedule_free, 2.5e-3),
     "apo": _apo(),
 }
 """The optimizers at a fixed rate, and APO. :func:`method` knows their other forms too."""
@@ -149,7 +166,7 @@ def method(name: str) -> NamedOptimizer:
 def _adaptive(base: str) -> NamedOptimizer:
     """AdaptiveLR over a first-order method, with the loss on B′. Its initial rate hardly matters and isn't searched."""
     inner, momentum = METHODS[base], base not in _WITHOUT_MOMENTUM
-    meta: Hyper = {"interval": 10, "warmup": 50, "meta_lr": 0.1, "reach": 1.0 if momentum else 0.4}
+    meta = _defaults(apo.AdaptiveLR, "interval", "warmup", "meta_lr", "reach")
 
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
         own, terms = _split(hyper)
@@ -162,7 +179,7 @@ def _adaptive(base: str) -> NamedOptimizer:
         inner,
         label=f"{inner.label}-APO",
         make=make,
-        defaults={**inner.defaults, **meta, "fsd_weight": None, "wsd_weight": 0.0},
+        defaults={**inner.defaults, **meta, "fsd_weight": None, "wsd_weight": None},
         # At a short reach λ_WSD is what decays the rate: below 1e-3 it was measured to do too little.
         ranges={"fsd_weight": Range(3e-3, 1.0), "wsd_weight": Range(1e-4 if momentum else 1e-3, 0.1)},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.steps import weights_to_judge
 from benchmarks.paper.data import Dataset
 from benchmarks.paper.training import run_files
 from benchmarks.paper.training.run_spec import RunSpec
@@ -68,7 +69,10 @@ class Run(Training):
 
     def _payload(self) -> dict[str, Any]:
         task, spec = self.task, self.spec
-        score = task.score if self.status == "finished" else None
+        scores: dict[str, float] = {}
+        if task.score is not None and self.status == "finished":
+            with weights_to_judge(self.optimizer):
+                scores = task.score(self.model, self.data)
         return {
             "status": self.status,
             "reason": self.reason,
@@ -94,7 +98,7 @@ class Run(Training):
             "judged_on": len(self.judged),
             "metric_name": task.loss.metric,
             "higher_is_better": task.loss.higher_is_better,
-            "scores": {} if score is None else score(self.model, self.data),
+            "scores": scores,
             "identity": spec.identity(),
             "curve": self.curve,
         }

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.common.steps import take_steps
-from benchmarks.common.timing import device_timer
+from benchmarks.common.steps import take_steps, weights_to_judge
+from benchmarks.common.timing import training_timer
 from benchmarks.paper.data import Dataset, Examples
 from benchmarks.paper.tasks import Batches, Task
 
@@ -128,14 +128,14 @@ class Training:
             self.status = "finished"
 
     def _advance(self, until: int) -> None:
-        start = device_timer()
+        start = training_timer()
         try:
             for loss in take_steps(self.optimizer, self._loss_at, range(self.step, until)):
                 self._losses.append(loss)
                 self.step += 1
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # a decomposition that fails
             self.status, self.reason = "diverged", f"step {self.step}: {str(error).splitlines()[0]}"
-        self.seconds += device_timer() - start
+        self.seconds += training_timer() - start
 
     def _loss_at(self, step: int) -> Callable[[], Tensor]:
         if self.rate_at is not None:
@@ -157,8 +157,8 @@ class Training:
         """A row of the curve, at the present weights."""
         train = test = (math.inf, math.nan)
         if self.status != "diverged":
-            train = evaluate(self.task, self.model, self.judged)
-            test = evaluate(self.task, self.model, self.data.test)
+            with weights_to_judge(self.optimizer):
+                train, test = (evaluate(self.task, self.model, each) for each in (self.judged, self.data.test))
         row = {
             "step": self.step,
             "epoch": self.step / len(self.batches),
