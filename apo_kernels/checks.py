@@ -70,16 +70,18 @@ def _plainly_fit(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, Vs: Tensors
         return False
     first = Gs[0].get_device() if length and type(Gs[0]) in _PLAIN else -1
     for G, A, B, S in zip(Gs, As, Bs, Ss, strict=True):
-        if not (type(G) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN and type(S) in _PLAIN and G.ndim == 2):
+        if not (type(G) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN and type(S) in _PLAIN):
             return False
-        dtype = G.dtype
-        m, n = G.shape
+        shape, dtype = G.shape, G.dtype
+        if len(shape) != 2:
+            return False
+        m, n = shape
         alike = A.dtype is dtype and B.dtype is dtype and S.dtype is dtype and dtype in DTYPES
         if not (
             (alike or frozenset((dtype, A.dtype, B.dtype, S.dtype)) in _MIXTURES)
-            and _on_one_device(G, A, B, S, first)
+            and ((A.is_cpu and B.is_cpu and S.is_cpu) if G.is_cpu and first == -1 else _on_one_gpu(G, A, B, S, first))
             and (G.layout is A.layout is B.layout is S.layout is torch.strided)
-            and S.shape == (m, n)
+            and S.shape == shape
             and (A.shape == (n, n) or _plainly_covers(A, n))
             and (B.shape == (m, m) or _plainly_covers(B, m))
         ):
@@ -95,10 +97,8 @@ def _plainly_covers(block: Tensor, side: int) -> bool:
     return len(shape) == 3 and (b := shape[2]) > 0 and shape == (-(-side // b), b, b)
 
 
-def _on_one_device(G: Tensor, A: Tensor, B: Tensor, S: Tensor, index: int) -> bool:
-    """Whether all are on the CPU, or all on the GPU of that index."""
-    if G.is_cpu:
-        return index == -1 and A.is_cpu and B.is_cpu and S.is_cpu
+def _on_one_gpu(G: Tensor, A: Tensor, B: Tensor, S: Tensor, index: int) -> bool:
+    """Whether all are on the GPU of that index."""
     return (
         (G.is_cuda and A.is_cuda and B.is_cuda and S.is_cuda)
         and G.get_device() == index

@@ -170,7 +170,7 @@ class Choice(NamedTuple):
 
 def serving(backend: str | None, Gs: Tensors) -> Backend:
     """The backend of :func:`choose`, without its reasons: these would cost as much as a small layer."""
-    if backend is None and requested is None and not (Gs and Gs[0].is_cuda):
+    if backend == "aten" or (backend is None and requested is None and not (Gs and Gs[0].is_cuda)):
         return _ATEN
     return choose(backend, Gs).backend
 

@@ -72,15 +72,16 @@ def precondition(
     if torch.compiler.is_compiling():
         return _compiled_precondition(G, A, B, S, keep, backend)
     checks.operands(G, A, B, S)
+    Gs, As, Bs, Ss = [G], [A], [B], [S]
     if keep:
-        checks.no_graph("keep=True builds no graph", G=[G], A=[A], B=[B], S=[S])
-        Ys, kept = serving(backend, [G]).foreach_precondition_keep([G], [A], [B], [S])
+        checks.no_graph("keep=True builds no graph", G=Gs, A=As, B=Bs, S=Ss)
+        Ys, kept = serving(backend, Gs).foreach_precondition_keep(Gs, As, Bs, Ss)
         return Ys[0], kept[0]
-    if checks.watched([G], [A], [B], [S]):
-        results: list[Tensor] = ops.foreach_precondition_keep([G], [A], [B], [S], backend)
+    if checks.watched(Gs, As, Bs, Ss):
+        results: list[Tensor] = ops.foreach_precondition_keep(Gs, As, Bs, Ss, backend)
         return results[0]
     # An operator's dispatch would cost as much as a small layer: call its body.
-    return serving(backend, [G]).foreach_precondition([G], [A], [B], [S])[0]
+    return serving(backend, Gs).foreach_precondition(Gs, As, Bs, Ss)[0]
 
 
 @overload
@@ -306,7 +307,7 @@ def _checked_vjp(
 ) -> list[tuple[Tensor, ...]]:
     with torch.no_grad():
         grads = serving(backend, operands[0]).foreach_precondition_vjp(*operands, kept, wanted, relative)
-    return [tuple(each[letter] for letter in wanted) for each in grads]
+    return [tuple(map(each.__getitem__, wanted)) for each in grads]
 
 
 def _compiled_precondition(
