@@ -27,12 +27,12 @@ def lenet(classes: int = 10, channels: int = 3) -> nn.Sequential:
 
 
 def small_cnn(classes: int = 10) -> nn.Sequential:
-    """Three convolutions 3 × 3 of 32, 64 and 64 channels, each with batch norm, ReLU and max-pooling; one linear layer.
+    """Three convolutions 3 × 3 of 16, 32 and 64 channels, each with batch norm, ReLU and max-pooling; one linear layer.
 
-    66,570 parameters with 10 classes.
+    33,946 parameters with 10 classes.
     """
     layers: list[nn.Module] = []
-    for n, m in pairwise((3, 32, 64, 64)):
+    for n, m in pairwise((3, 16, 32, 64)):
         layers += [nn.Conv2d(n, m, 3, padding=1, bias=False), nn.BatchNorm2d(m), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, classes))
 
