@@ -16,6 +16,7 @@ from benchmarks.common import results
 from benchmarks.common.tables import markdown, short
 from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, FULL, NAMES
 from benchmarks.paper import overhead
+from benchmarks.paper.report import peers
 from benchmarks.paper.report.runs import SeedGroup, collect, grouped
 from benchmarks.paper.studies.tables import summary
 from benchmarks.paper.training.optimizers import METHODS
@@ -271,6 +272,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study": _study,
     "tasks": _tasks,
     "rates": _rates,
+    "peers": lambda: peers.tables(COMMITTED / "peers"),
     "summary": _summary,
 }
 
