@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.steps import take_steps
+from benchmarks.common.steps import take_steps, weights_to_judge
 
 
 def test_steps_are_those_of_a_loop_written_out() -> None:
@@ -24,6 +24,22 @@ def test_steps_are_those_of_a_loop_written_out() -> None:
         assert torch.equal(found[step], loss)
         assert not found[step].requires_grad
     assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_weights_to_judge_are_there_within_the_context_alone() -> None:
+    weight = nn.Parameter(torch.ones(2))
+
+    class Averaging(torch.optim.SGD):
+        def eval(self) -> None:
+            weight.data += 1
+
+        def train(self) -> None:
+            weight.data -= 1
+
+    for kind, within in ((Averaging, 2.0), (torch.optim.SGD, 1.0)):
+        with weights_to_judge(kind([weight], lr=0.1)):
+            assert weight.tolist() == [within, within]
+        assert weight.tolist() == [1.0, 1.0]
 
 
 def test_a_batch_is_drawn_once_for_an_optimizer_that_calls_the_closure_often() -> None:

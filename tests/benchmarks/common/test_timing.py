@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 
 from benchmarks.common import timing
-from benchmarks.common.timing import Sample, interleave
+from benchmarks.common.timing import Sample, cpu_threads, interleave, training_timer
 
 
 def test_rounds_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +41,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(timing, "device_timer", clock)
     return clock
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the wall clock is read")
+def test_training_on_one_thread_is_timed_by_the_process() -> None:
+    for threads, most in ((1, 0.03), (2, 1e9)):
+        with cpu_threads(threads):
+            start = training_timer()
+            time.sleep(0.06)
+            assert (threads - 1) * 0.05 < training_timer() - start < most
 
 
 def test_short_calls_are_repeated_and_divided(clock: Clock) -> None:

@@ -6,6 +6,7 @@ import gzip
 import pickle
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from benchmarks.paper.data.images import shifted_and_flipped
 from benchmarks.paper.data.mnist import FILES, MNIST, MNIST_IMAGES, read_idx
 from benchmarks.paper.data.parallel_text import MULTI30K
 from benchmarks.paper.data.svhn import SVHN, read_mat
+from benchmarks.paper.data.text import ENGLISH, WINDOW, windows
 from benchmarks.paper.data.uci import PARKINSONS, PROTEIN, read_table
 from benchmarks.paper.data.vocabulary import CLOSE, OPEN, PAD, UNKNOWN, Vocabulary
 from benchmarks.paper.data.without_files import CONDITION, ill_conditioned_map
@@ -67,7 +69,7 @@ def test_missing_files_are_named_with_where_they_are_published(tmp_path: Path) -
     for task in TASKS.values():
         if task.source.files:
             with pytest.raises(MissingData, match="http"):
-                task.data(None)
+                replace(task.source, without=None).load(None)
             with pytest.raises(MissingData, match="http"):
                 task.data(tmp_path)
 
@@ -135,6 +137,19 @@ def test_svhn(tmp_path: Path) -> None:
     savemat(tmp_path / "train_32x32.mat", {"X": X})
     with pytest.raises(ValueError, match="must hold X"):
         read_mat(tmp_path / "train_32x32.mat")
+
+
+def test_windows_of_text(tmp_path: Path) -> None:
+    text = "A dög,\n~" + "".join(chr(32 + i % 95) for i in range(3 * WINDOW))
+    examples = windows(text)
+    (inputs,) = examples.inputs
+    assert inputs.shape == examples.targets.shape == (3, WINDOW)
+    assert inputs[0, :8].tolist() == [34, 1, 69, 0, 72, 13, 0, 95]  # what isn't printable ASCII is 0
+    assert torch.equal(inputs.flatten()[1:], examples.targets.flatten()[:-1])
+    (tmp_path / "train.en").write_text("Two dogs run.\n" * 400)
+    data = ENGLISH.load(tmp_path)
+    assert (len(data.train), len(data.test)) == (79, 8)
+    assert ENGLISH.load(None).label.startswith("Python's help texts, a stand-in for Multi30k")
 
 
 def test_uci_tables(tmp_path: Path) -> None:

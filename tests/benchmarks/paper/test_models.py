@@ -15,6 +15,7 @@ from benchmarks.paper.data import Dataset, Examples
 from benchmarks.paper.data.parallel_text import Translation
 from benchmarks.paper.data.vocabulary import CLOSE, OPEN, PAD, Vocabulary
 from benchmarks.paper.models.mlp import sparse_init_
+from benchmarks.paper.models.poisson import solution
 from benchmarks.paper.tasks import TASKS, Batches, Task, named
 from benchmarks.paper.tasks.translation import bleu, translate
 from benchmarks.paper.training.optimizers import METHODS, method
@@ -29,6 +30,7 @@ PUBLISHED: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "ResNet-34, 21.28M": (models.resnet34, 21_282_122),
     "WRN-28-10, 36.5M": (models.wide_resnet_28_10, 36_479_194),
     "autoencoder": (models.autoencoder, 2_837_314),
+    "CNN, as its docstring says": (models.small_cnn, 33_946),
     # 3,152,384 a layer of the encoder of Vaswani et al.'s base model, 4,204,032 of the decoder, 512 for the one word
     "Transformer, base": (lambda: models.Transformer(1, hidden=2048), 6 * (3_152_384 + 4_204_032) + 512),
     # fairseq's transformer_iwslt_de_en has 39,469,056 with its 8,848 + 6,632 words
@@ -87,6 +89,25 @@ def test_the_transformer_looks_neither_ahead_nor_at_padding() -> None:
     assert torch.allclose(model(source[:1, :3], target[:1]), out[:1], atol=1e-5)
 
 
+def test_the_gpt_looks_not_ahead() -> None:
+    model = models.GPT(20, width=8, layers=2, heads=2, longest=6)
+    text = torch.randint(20, (2, 6))
+    changed = text.clone()
+    changed[:, 4:] = (text[:, 4:] + 1) % 20
+    assert torch.allclose(model(changed)[:, :4], model(text)[:, :4], atol=1e-6)
+    assert not torch.allclose(model(changed)[:, 4:], model(text)[:, 4:], atol=1e-3)
+
+
+def test_the_solution_of_poissons_equation_has_no_residual() -> None:
+    model = models.Poisson().double()
+    x = torch.rand(10, 1, dtype=torch.float64)
+    assert model(x).shape == (12, 1)
+    assert model(x).abs().max() > 1
+    model.u.forward = solution
+    with torch.no_grad():  # as an evaluation does
+        assert model(x).abs().max() < 1e-9
+
+
 def test_translating_takes_the_likeliest_word_up_to_the_end() -> None:
     model = small_transformer()
     source = torch.randint(4, 20, (3, 5))
@@ -131,6 +152,9 @@ NARROW: dict[str, Callable[[], nn.Module]] = {
     "autoencoder 784-1000-500-250-30": lambda: models.autoencoder((784, 16, 8, 6, 4)),
     "Transformer 6+6, 512": lambda: models.Transformer(20, width=8, heads=2, hidden=8, longest=12),
     "MLP 9-100-100-1": lambda: models.mlp(9, 100, 100, 1),
+    "CNN": models.small_cnn,
+    "GPT 2, 128": lambda: models.GPT(20, width=8, layers=1, heads=2, longest=6),
+    "PINN 1-32-32-1": lambda: models.Poisson(8),
     "linear 6-6-10": lambda: models.linear_network(6, 6, 10).double(),
 }
 
@@ -140,6 +164,11 @@ def examples_for(task: Task, name: str) -> Examples:
         words = torch.randint(4, 20, (8, 6))
         words[:4, 4:] = PAD
         return Examples((words, words), words, pad=PAD)
+    if name.startswith("GPT"):
+        text = torch.randint(20, (8, 7))
+        return Examples((text[:, :-1],), text[:, 1:])
+    if name.startswith("PINN"):
+        return Examples((torch.rand(8, 1),), torch.zeros(8, 1))
     if name.startswith("MLP 9"):
         return Examples((torch.randn(8, 9),), torch.randn(8, 1))
     if name.startswith("linear"):

@@ -28,7 +28,9 @@ def spec(optimizer: str = "sgdm", **changes: Any) -> RunSpec:
     return RunSpec("digits", optimizer, changes.pop("hyper", {}), **{"epochs": 2, **changes})
 
 
-@pytest.mark.parametrize("optimizer", ["sgdm+step", "adam", "kfac", "ekfac", "shampoo", "apo", "apo-lr"])
+@pytest.mark.parametrize(
+    "optimizer", ["sgdm+step", "adam", "kfac", "ekfac", "shampoo", "muon", "soap", "schedule-free", "apo", "apo-lr"]
+)
 def test_a_resumed_run_is_the_same_to_the_bit(optimizer: str, tmp_path: Path) -> None:
     stops = (7, 4, 1)  # inside an epoch, at its end, a little later
     whole = Run(spec(optimizer), DIGITS)

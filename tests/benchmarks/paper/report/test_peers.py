@@ -1,0 +1,98 @@
+"""The tables of the comparison with other optimizers say what its files hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.paper.peers import LEARNED, RATES, key_of
+from benchmarks.paper.report.peers import after_seconds, best, table, tables
+
+
+def run(*losses: float, seconds: float = 10.0, status: str = "finished") -> dict[str, Any]:
+    """The losses before, at 200 and at 1,000 steps."""
+    shown = [*losses[:2], "inf" if status == "diverged" else losses[2]]
+    times = [0.0, seconds / 5, seconds]
+    return {"status": status, "step": [0, 200, 1000], "seconds": times, "loss": shown, "metric": [0.0, 0.0, 0.5]}
+
+
+def contents() -> dict[str, Any]:
+    """Of every search the least rate is the best at 200 steps, and the next at 1,000. Two runs diverge."""
+    runs = {key_of("apo", None, seed): run(4.0, 2.0, 0.5 + seed, seconds=40.0) for seed in (0, 1)}
+    for optimizer, rates in RATES.items():
+        ends = {rates[0]: run(4.0, 1.0, 3.0), rates[1]: run(4.0, 2.0, 1.0)}
+        rest = {lr: run(4.0, 3.0, 3.5) for lr in rates[2:]}
+        runs |= {key_of(optimizer, lr, 0): each for lr, each in (ends | rest).items()}
+        runs |= {key_of(optimizer, lr, 1): each for lr, each in ends.items()}
+    for name, base in LEARNED.items():
+        runs |= {key_of(name, RATES[base][1], seed): run(4.0, 2.0, 0.25) for seed in (0, 1)}
+        runs |= {key_of(name, 1e-4, 0): run(4.0, 2.0, 0.5), key_of(name, 1.0, 0): run(4.0, 2.0, 0.75)}
+    runs[key_of("sgdm", RATES["sgdm"][4], 0)] = run(4.0, 4.0, 1e9, status="diverged")
+    runs[key_of("muon", RATES["muon"][1], 1)] = run(4.0, 2.0, 9.0, status="diverged")
+    packages = {"torch": "2.13", "numpy": "2"}
+    return {
+        "environment": {"device": "a CPU", "packages": packages, "python": "3.11"},
+        "data": "some data (8 + 2)",
+        "batch_size": 64,
+        "steps": 1000,
+        "loss": "mean square",
+        "metric": "residuals",
+        "runs": runs,
+    }
+
+
+def rows_of(shown: str) -> dict[str, list[str]]:
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines()]
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_the_table_says_what_the_runs_say() -> None:
+    rows = rows_of(table("pinn", contents()))
+    assert list(rows)[2:] == [
+        "APO", "AdaptiveLR on AdamW", "AdaptiveLR on SGDm", "AdamW", "SGDm", "Muon", "SOAP", "schedule-free AdamW"
+    ]  # fmt: skip
+    assert rows["pinn"][:4] == ["loss at 200", "loss at 1,000", "worst ÷ best", "test residuals"]
+    assert rows["AdamW"] == ["1 at 0.0001", "1 at 0.0003", "3.5", "0.5", "1", "1", "1.00"]
+    assert rows["APO"][:4] == ["2", "1", "–", "0.5"]  # means of its two seeds
+    assert rows["APO"][6] == "4.00"
+    assert rows["SGDm"][:3] == ["1 at 0.0001", "1 at 0.0006", "1 of 5 diverged"]
+    assert rows["Muon"][1:4] == ["1 (1 of 2 diverged) at 0.006", "3.5", "0.5 (1 of 2 diverged)"]
+    assert rows["AdaptiveLR on AdamW"][1:3] == ["0.25 at 0.0003", "3, 0.5 from 0.0001, 0.75 from 1"]
+
+
+def test_the_loss_in_another_ones_time() -> None:
+    """A slow optimizer's lies between two rows, a quick one's is the last."""
+    slow = {"status": "finished", "seconds": [0.0, 10.0, 20.0], "loss": [8.0, 2.0, 0.5]}
+    assert [after_seconds(slow, x) for x in (0, 5, 10, 15, 20, 99)] == pytest.approx([8, 4, 2, 1, 0.5, 0.5])
+    lost = {**slow, "loss": [8.0, 2.0, math.inf]}
+    assert [after_seconds(lost, x) for x in (5, 10, 15, 99)] == pytest.approx([4, 2, math.inf, math.inf])
+    shown = rows_of(table("pinn", contents()))["APO"][4:6]  # at 10 of its 40 seconds, 8 of which took it to 2
+    seeds = [2 * (end / 2) ** (2 / 32) for end in (0.5, 1.5)]
+    assert shown == [f"{sum(seeds) / 2:.3g}"] * 2
+
+
+def test_settings_of_one_seed_are_not_compared_with_those_of_two() -> None:
+    settings = {"1": [run(4.0, 2.0, 1.0)] * 2, "2": [run(4.0, 2.0, 0.1)]}
+    assert best(settings, lambda each: each["loss"][2])[0] == "1"
+
+
+@pytest.mark.parametrize("missing", ["apo/", "apo-lr:adamw", "soap/0.003/0"])
+def test_who_is_not_through_has_no_row(missing: str) -> None:
+    whole = contents()
+    content = {**whole, "runs": {key: each for key, each in whole["runs"].items() if not key.startswith(missing)}}
+    left, every = ([row for row in rows_of(table("pinn", each)) if row != "---"] for each in (content, whole))
+    assert set(left) < set(every)
+    assert len(every) - len(left) == 1
+
+
+def test_the_section_is_valid_without_files_and_names_machine_and_data(tmp_path: Path) -> None:
+    assert tables(tmp_path) == "Not run yet."
+    (tmp_path / "pinn.json").write_text(json.dumps(contents()))
+    first, second, third = tables(tmp_path).split("\n\n")
+    assert first == "Measured on a CPU, torch 2.13, Python 3.11; 1 thread."
+    assert second == "PINN 1-32-32-1, 1,153 parameters; some data (8 + 2), batches of 64; mean square:"
+    assert third == table("pinn", contents())

@@ -1,0 +1,104 @@
+"""The comparison with the optimizers that people use: which runs it makes, keeps and refuses."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.common import machine
+from benchmarks.common.results import load
+from benchmarks.paper import peers
+from benchmarks.paper.data import Dataset, Examples
+from benchmarks.paper.peers import LEARNED, RATES, best_rate, key_of, loss_at, one_run
+from benchmarks.paper.tasks import named
+
+
+def made_up(task: Any, data: Any, optimizer: str, lr: float | None, seed: int, steps: int, device: str) -> Any:
+    """Without training: the greater the rate, the better early on; the second least is the best at the end."""
+    place = sorted(RATES[optimizer]).index(lr) if optimizer in RATES else 1
+    losses = [9.0, 5.0 - place, 1.0 + abs(place - 1)]
+    status = {"status": "finished", "hyper": {"lr": lr}, "step": [0, steps // 5, steps], "seconds": [0.0, 1.0, 5.0]}
+    return {**status, **dict.fromkeys(("loss", "test_loss", "metric", "rate"), losses)}
+
+
+def arguments(folder: Path, steps: int = 100) -> list[str]:
+    return ["peers", "--tasks", "pinn", "--steps", str(steps), "--out", str(folder)]
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "one_run", made_up)
+    monkeypatch.setattr(machine, "describe", lambda device: {})
+
+
+def test_the_best_rates_alone_are_run_on_every_seed(tmp_path: Path) -> None:
+    main(arguments(tmp_path))
+    runs = load(tmp_path / "peers" / "pinn.json")["runs"]
+    wanted = {key_of("apo", None, seed) for seed in (0, 1)}
+    for optimizer, rates in RATES.items():
+        wanted |= {key_of(optimizer, lr, 0) for lr in rates} | {key_of(optimizer, rates[i], 1) for i in (1, 4)}
+    for optimizer, base in LEARNED.items():
+        wanted |= {key_of(optimizer, RATES[base][1], seed) for seed in (0, 1)}
+        wanted |= {key_of(optimizer, lr, 0) for lr in (1e-4, 1.0)}
+    assert runs.keys() == wanted
+
+
+def test_runs_are_kept_and_those_of_another_length_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main([*arguments(tmp_path), "--seeds", "1"])
+    file = tmp_path / "peers" / "pinn.json"
+    first = load(file)["runs"]
+    run_again: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(peers, "one_run", lambda *a: run_again.append(a[2:5]) or made_up(*a))
+    main(arguments(tmp_path))  # a seed more
+    assert {seed for _, _, seed in run_again} == {1}
+    assert load(file)["runs"].items() > first.items()
+    with pytest.raises(SystemExit, match=r"pinn\.json holds runs whose steps is 100 and not 200: remove it"):
+        main(arguments(tmp_path, steps=200))
+
+
+def test_losses_of_runs_that_ended_early_are_infinite() -> None:
+    run = {"step": [0, 50, 80], "loss": [2.0, 1.0, math.inf]}
+    assert [loss_at(run, step) for step in (0, 40, 50, 60, 100)] == [2.0, 1.0, 1.0, math.inf, math.inf]
+    worse = {"step": [0, 100], "loss": [2.0, 1.5]}
+    runs = {key_of("adamw", lr, 0): worse if lr == 3e-3 else run for lr in RATES["adamw"]}
+    assert best_rate(runs, "adamw", 50) == RATES["adamw"][0]
+    assert best_rate(runs, "adamw", 100) == 3e-3
+
+
+def few(task: str) -> Dataset:
+    if task == "cifar10-cnn":
+        classes = torch.arange(100) % 10
+        x = torch.randn(10, 3, 32, 32)[classes] + torch.randn(100, 3, 32, 32) / 10
+        images = Examples((x,), classes)
+        return Dataset("made up", images, images.take(torch.arange(20)))
+    data = named(task).data()
+    return replace(data, train=data.train.take(torch.arange(100)), test=data.test.take(torch.arange(20)))
+
+
+@pytest.mark.parametrize(
+    ("task", "optimizer", "lr"),
+    [("gpt", "schedule-free", 3e-3), ("cifar10-cnn", "apo-lr:adamw", 3e-3), ("pinn", "apo", None)],
+)
+def test_new_tasks_learn_from_few_examples(task: str, optimizer: str, lr: float | None) -> None:
+    """The GPT from Python's help texts."""
+    run = one_run(replace(named(task), batch_size=8), few(task), optimizer, lr, 0, steps=20)
+    assert run["status"] == "finished"
+    assert run["step"] == [0, 20]
+    assert run["loss"][1] < run["loss"][0]
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def only_muon(*given: Any) -> Any:
+        return one_run(*given) if given[2] == "muon" else made_up(*given)
+
+    monkeypatch.setattr(peers, "one_run", only_muon)
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(SystemExit, match=r'peers: pytorch_optimizer is not installed; pip install -e "\.\[peers\]"'):
+        main(arguments(tmp_path))
