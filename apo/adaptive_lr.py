@@ -43,8 +43,9 @@ class AdaptiveLR(MetaLearner):
     the closure isn't run again. While it runs it holds a copy of the weights and of the optimizer's state, so that an
     exception or a failed trial can be undone.
 
-    The one-step objective is short-sighted, and a step always fits the noise of its own batch. To let the rate decay as
-    a schedule would, give the objective a ``loss``, which is taken on B′.
+    The one-step objective is short-sighted, and a step always fits the noise of its own batch. So the rate changes only
+    where slopes say so clearly (:class:`~apo.steady_steps.SteadySteps`), and a ``loss`` in the objective, which is
+    taken on B′, says it best. To let the rate decay by itself, give a ``loss`` and ``meta_optimizer="rmsprop"``.
 
     Step hooks of ``optimizer``, and of optimizers that it wraps, still run. Those before the step run once, in the
     trial, which needs the gradients as they leave them. Those after it run where the step is taken.
@@ -60,9 +61,10 @@ class AdaptiveLR(MetaLearner):
         objective: the :class:`~apo.ProximalObjective`. Its λ_FSD, if left open, is 0.3, or 0.1 if it has a ``loss``.
         interval: a meta-update every N steps (K of Algorithm 1). 0: never.
         warmup: over the first N steps the interval grows from 1, so that training can start from any rate.
-        meta_lr: about how much ``log lr`` moves in a meta-update.
-        meta_optimizer: ``"rmsprop"`` or ``"adam"``, of ``log lr``.
-        meta_decay: of the meta-optimizer's mean of squares. None: 0.99, or 0.9 if the objective has a ``loss``.
+        meta_lr: about how much ``log lr`` moves in an early meta-update.
+        meta_optimizer: of ``log lr``: ``"steady"``, or ``"rmsprop"`` (the paper's) or ``"adam"``, which follow each
+            slope.
+        meta_decay: of the latter two's mean of squares. None: 0.99, or 0.9 if the objective has a ``loss``.
         reach: evaluate Q after this fraction of the step, in (0, 1]. The rate settles about 1/reach higher. Keep 1 with
             momentum. Without momentum, try 0.4 with a ``loss`` and a λ_WSD of 0.01.
         shared_lr: one learned factor for all param groups; otherwise each group's rate is learned separately.
@@ -91,7 +93,7 @@ class AdaptiveLR(MetaLearner):
         interval: int = 10,
         warmup: int = 200,
         meta_lr: float = 0.1,
-        meta_optimizer: RateOptimizer = "rmsprop",
+        meta_optimizer: RateOptimizer = "steady",
         meta_decay: float | None = None,
         reach: float = 1.0,
         shared_lr: bool = False,
@@ -116,6 +118,7 @@ class AdaptiveLR(MetaLearner):
             meta_lr=meta_lr,
             meta_optimizer=meta_optimizer,
             meta_decay=(0.9 if fresh else 0.99) if meta_decay is None else meta_decay,
+            fitted=not fresh,
             shared_lr=checks.boolean("shared_lr", shared_lr),
             bounds=bounds,
             rescale_schedule=rescale_schedule,
@@ -147,6 +150,8 @@ class AdaptiveLR(MetaLearner):
             self.rates.prepare(group)
             self._prepare_group(group)
             group["apo_proportional"] = None  # not known yet
+            for name, start in (("apo_last_update", 0), ("apo_clipped_by", 1.0)):
+                group[name] = self.param_groups[0].get(name, start)
         _part_tensor_rates(self.param_groups)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -222,26 +227,43 @@ class AdaptiveLR(MetaLearner):
         return passed
 
     def _learn(self, proposal: _Attempt, trial: Trial) -> bool:
-        by_group = self._slopes(trial)
-        if self._proportional is False:
-            by_group = self._slopes_beside_a_constant(by_group, proposal, trial)
-        if not all(map(math.isfinite, by_group)):
+        steps = trial.steps if self._proportional is not False else self._without_constant(proposal, trial)
+        by_group, sizes, clipped_by = self._products(trial.V, steps), None, 1.0
+        if self.rates.meta_optimizer == "steady":
+            G = self._gradients_there()
+            clipped_by = self._clipped_by(trial.V, G)
+            sizes = [clipped_by * abs(size) for size in self._products(G, steps)]
+        if not all(map(math.isfinite, [*by_group, *(sizes or ())])):
             return False
         proposal.rehearsal.start_over()  # some optimizers hook the model's passes
-        proposal.factors = self.rates.update(self.param_groups, by_group)
+        now = self.steps + 1
+        share = max(1, now - self.param_groups[0]["apo_last_update"]) / now
+        proposal.factors = self.rates.update(self.param_groups, by_group, sizes, share)
+        self._note("apo_last_update", now)
+        self._note("apo_clipped_by", clipped_by)
         return True
+
+    def _clipped_by(self, V: list[Tensor], G: list[Tensor]) -> float:
+        """How many times as long V is as G, where that lasts: the closure clips. Otherwise 1.
+
+        V is longer as well where a trial leaps. So this grows slowly, and falls at once.
+        """
+        ours, theirs = (sum(self._products(x, x)) for x in (V, G))
+        most: float = 1.1 * self.param_groups[0]["apo_clipped_by"]
+        return max(1.0, min(most, math.sqrt(ours / theirs))) if ours > 0 and theirs > 0 else 1.0
 
     def _slopes(self, trial: Trial) -> list[float]:
         """``dQ/d log lr = ⟨V, θ′ − θ⟩`` of each group; one synchronisation."""
         return self._products(trial.V, trial.steps)
 
-    def _slopes_beside_a_constant(self, whole: list[float], attempt: _Attempt, trial: Trial) -> list[float]:
-        """The same where ``θ′ − θ = c + lr · d``: ``lr · d`` is twice what the step at half the rate falls short by."""
+    def _without_constant(self, attempt: _Attempt, trial: Trial) -> list[Tensor]:
+        """``lr · d`` where ``θ′ − θ = c + lr · d``: twice what the step at half the rate falls short by."""
         with attempt.lookahead:
             attempt.rehearsal.rehearse(self.reach / 2)
-            steps = [p - start for p, start in zip(self._shards.parts, attempt.lookahead.start, strict=True)]
-        half = self._products(trial.V, steps)
-        return [2 * (a - b) for a, b in zip(whole, half, strict=True)]
+            return [
+                2 * (whole - (p - start))
+                for whole, p, start in zip(trial.steps, self._shards.parts, attempt.lookahead.start, strict=True)
+            ]
 
     def _products(self, V: list[Tensor], steps: list[Tensor]) -> list[float]:
         counts = [len(group["params"]) for group in self.param_groups]

@@ -87,7 +87,7 @@ class APO(MetaLearner):
         block_size: side of the squares of block-diagonal blocks; None: full blocks. A step costs ``8 · block_size``
             FLOPs per weight, with full blocks ``4 (m + n)``.
         interval: a meta-update every N steps (K of Algorithm 1). 0: never. A step with a meta-update takes three
-            passes forward and backward. With 10 most steps are nearly as cheap as SGD's, and P is learned more slowly.
+            passes forward and backward.
         warmup: over the first N steps the interval grows from 1, in proportion, to what it was set to.
         rescale_schedule, grad_scaler, process_group: as for :class:`~apo.AdaptiveLR`.
         method: how it learns (:class:`~apo.Method`): what seldom has to be set.
@@ -110,8 +110,8 @@ class APO(MetaLearner):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         block_size: int | None = 64,
-        interval: int = 10,
-        warmup: int = 500,
+        interval: int = 50,
+        warmup: int = 2500,
         rescale_schedule: bool = False,
         grad_scaler: GradScaler | None = None,
         process_group: Any = None,

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from apo import checks
 from apo.schedules import Schedules
+from apo.steady_steps import SteadySteps
 
 __all__ = ["LogRates", "RateOptimizer", "get_rate", "set_rate"]
 
 Group = dict[str, Any]
-RateOptimizer = Literal["adam", "rmsprop"]
+RateOptimizer = Literal["steady", "adam", "rmsprop"]
 
 UNKNOWN = float("nan")
 LEAST_SQUARE = 1e-150
@@ -40,11 +42,13 @@ class LogRates:
 
     Args:
         meta_lr: about how much ``log lr`` moves in an update.
-        meta_optimizer: ``"rmsprop"``, ``"adam"`` or ``"relative"``. RMSprop has no bias correction: its first steps are
-            up to ``1/√(1 − meta_decay)`` times the rate, which helps a rate recover from a poor start.
+        meta_optimizer: ``"rmsprop"``, ``"adam"``, ``"relative"`` or ``"steady"``. RMSprop has no bias correction: its
+            first steps are up to ``1/√(1 − meta_decay)`` times the rate, which helps a rate recover from a poor start.
             Relative steps divide each slope by its size, clamp it to ±1 and average it (:attr:`RELATIVE_BETA`):
-            no change is larger than ``meta_lr``, whatever the magnitude of the slopes.
+            no change is larger than ``meta_lr``, whatever the magnitude of the slopes. Steady ones:
+            :class:`~apo.steady_steps.SteadySteps`.
         meta_decay: of the running mean of squared slopes.
+        fitted: whether Q's loss is on B, which the step was fitted to; of steady steps.
         shared_lr: one factor for all groups, whose rates keep their ratios.
         bounds: ``(least, greatest)`` rate. A rate of 0 is frozen and stays 0.
         rescale_schedule: multiply what a scheduler writes by what was learned, instead of taking it as the new value.
@@ -61,26 +65,30 @@ class LogRates:
         meta_lr: float,
         meta_optimizer: RateOptimizer | Literal["relative"] = "rmsprop",
         meta_decay: float = 0.99,
+        fitted: bool = True,
         shared_lr: bool,
         bounds: tuple[float, float],
         rescale_schedule: bool = False,
     ) -> None:
         self.meta_lr = checks.number("meta_lr", meta_lr)
-        checks.one_of("meta_optimizer", meta_optimizer, ("adam", "rmsprop", "relative"))
+        checks.one_of("meta_optimizer", meta_optimizer, ("steady", "adam", "rmsprop", "relative"))
         self.meta_optimizer = meta_optimizer
         self.meta_decay = checks.fraction("meta_decay", meta_decay)
+        self._steady = SteadySteps(fitted=fitted) if meta_optimizer == "steady" else None
         self.shared_lr = checks.boolean("shared_lr", shared_lr)
         self.rescale_schedule = checks.boolean("rescale_schedule", rescale_schedule)
         self.bounds = checks.increasing_pair("bounds", bounds)
         self._warned = False
         self._evidence, self._last_factor = 0.0, UNKNOWN
 
-    @staticmethod
-    def prepare(group: Group) -> None:
+    def prepare(self, group: Group) -> None:
         """Put what is remembered of a rate into a new group."""
-        group.setdefault("apo_slope_mean", 0.0)
-        group.setdefault("apo_slope_square", 0.0)
-        group.setdefault("apo_rate_updates", 0)
+        if self._steady is not None:
+            self._steady.prepare(group)
+        else:
+            group.setdefault("apo_slope_mean", 0.0)
+            group.setdefault("apo_slope_square", 0.0)
+            group.setdefault("apo_rate_updates", 0)
         group.setdefault("apo_log_factor", 0.0)
         group.setdefault("apo_found_lr", UNKNOWN)
         group.setdefault("apo_left_lr", UNKNOWN)
@@ -133,13 +141,18 @@ class LogRates:
         return self._evidence < 0.3
 
     def update(
-        self, groups: Sequence[Group], slopes: Sequence[float], sizes: Sequence[float] | None = None
+        self,
+        groups: Sequence[Group],
+        slopes: Sequence[float],
+        sizes: Sequence[float] | None = None,
+        share: float = 1.0,
     ) -> list[float]:
         """Descend ``dQ/d log lr``.
 
         Args:
             slopes: one per group, ``⟨V, Δ⟩``.
-            sizes: their magnitudes if V equalled G, ``|⟨G, Δ⟩|``; of relative steps.
+            sizes: their magnitudes if V equalled G, ``|⟨G, Δ⟩|``; of relative and steady steps.
+            share: of the training so far, what has passed since the last update; of steady steps.
 
         Returns:
             Each group's new rate over its old one.
@@ -147,10 +160,14 @@ class LogRates:
         if self.shared_lr:
             slopes = [sum(slopes)] * len(groups)
             sizes = None if sizes is None else [sum(sizes)] * len(groups)
-        if sizes is not None:
-            pairs = zip(slopes, sizes, strict=True)
-            slopes = [min(max(slope / size, -1.0), 1.0) if size > 0 else 0.0 for slope, size in pairs]
-        return [self._change(group, self._step(group, slope)) for group, slope in zip(groups, slopes, strict=True)]
+        if sizes is None:
+            changes = [self._step(group, slope) for group, slope in zip(groups, slopes, strict=True)]
+        else:
+            change = self._relative_step
+            if self._steady is not None:
+                change = partial(self._steady.change, share=share, meta_lr=self.meta_lr)
+            changes = [change(*each) for each in zip(groups, slopes, sizes, strict=True)]
+        return [self._change(group, change) for group, change in zip(groups, changes, strict=True)]
 
     def shrink(self, groups: Sequence[Group]) -> None:
         """Divide every rate by e: the trial at these rates failed."""
@@ -166,15 +183,17 @@ class LogRates:
             found.append(self._change(group, sum(own) / len(own)) if own else 1.0)
         return found
 
-    def _step(self, group: Group, slope: float) -> float:
-        """The meta-optimizer's change of log lr."""
+    def _relative_step(self, group: Group, slope: float, size: float) -> float:
+        """The change of log lr by a slope over its size."""
         group["apo_rate_updates"] += 1
-        count = group["apo_rate_updates"]
-        if self.meta_optimizer == "relative":
-            beta = self.RELATIVE_BETA
-            mean = group["apo_slope_mean"] = beta * group["apo_slope_mean"] + (1 - beta) * slope
-            return float(-self.meta_lr * mean / (1 - beta**count))
-        decay = self.meta_decay
+        beta, ratio = self.RELATIVE_BETA, min(max(slope / size, -1.0), 1.0) if size > 0 else 0.0
+        mean = group["apo_slope_mean"] = beta * group["apo_slope_mean"] + (1 - beta) * ratio
+        return float(-self.meta_lr * mean / (1 - beta ** group["apo_rate_updates"]))
+
+    def _step(self, group: Group, slope: float) -> float:
+        """RMSprop's or Adam's change of log lr."""
+        group["apo_rate_updates"] += 1
+        count, decay = group["apo_rate_updates"], self.meta_decay
         square = group["apo_slope_square"] = decay * group["apo_slope_square"] + (1 - decay) * slope * slope
         if self.meta_optimizer == "rmsprop":
             return -self.meta_lr * slope / (math.sqrt(square) + LEAST_SQUARE)

@@ -368,7 +368,7 @@ def test_the_slope_is_that_of_q_in_log_lr(name: str) -> None:
 
     opt = make()
     taken = opt.rates.update
-    opt.rates.update = lambda groups, found: (slopes.append(sum(found)), taken(groups, found))[1]  # type: ignore
+    opt.rates.update = lambda groups, found, *rest: (slopes.append(sum(found)), taken(groups, found, *rest))[1]  # type: ignore
     for step in range(6):
         h, values, before = 1e-5, [], len(slopes)
         if step > 3:  # both kinds of Lookahead's steps; what kind it is has shown itself by then
@@ -678,11 +678,11 @@ def test_groups_added_to_the_base_are_learned_from_the_next_step() -> None:
     opt = apo.AdaptiveLR(base, objective(model, other), interval=1)
     opt.step(closure_of(opt, model, x, t))
     base.add_param_group({"params": [*model[0].parameters()], "lr": 0.01})
-    before, updates = weights(model[0]), base.param_groups[0]["apo_rate_updates"]
+    before, updates = weights(model[0]), base.param_groups[0]["apo_ratios"]
     opt.step(closure_of(opt, model, x, t))
     assert not same(weights(model[0]), before)
     assert base.param_groups[1]["lr"] != 0.01
-    assert base.param_groups[0]["apo_rate_updates"] == updates + 1
+    assert base.param_groups[0]["apo_ratios"] == updates + 1
     assert opt.steps == 2
 
 

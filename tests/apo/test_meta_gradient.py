@@ -65,7 +65,7 @@ def recorded(opt: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
     def meta_step(self: MetaOptimizer | RelativeSteps, grads: Any, sizes: Any = None) -> None:
         found["blocks"].append(list(grads))
 
-    def update(groups: Any, slopes: Any, sizes: Any = None) -> list[float]:
+    def update(groups: Any, slopes: Any, *_: Any) -> list[float]:
         found["slopes"].append(list(slopes))
         return [1.0] * len(groups)
 

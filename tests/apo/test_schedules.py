@@ -91,7 +91,8 @@ class Run:
         if front_end == "APO":
             self.opt: Any = apo.APO(self.model, goal, lr=RATE, **settings, method=apo.Method(lr_meta_lr=0.3))
         else:
-            self.opt = apo.AdaptiveLR(torch.optim.SGD(self.model.parameters(), lr=RATE), goal, **settings)
+            base = torch.optim.SGD(self.model.parameters(), lr=RATE)
+            self.opt = apo.AdaptiveLR(base, goal, meta_optimizer="rmsprop", **settings)
         self.scheduler = make(self.opt) if make is not None else None
         self.taken: list[float] = []
 

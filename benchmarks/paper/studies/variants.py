@@ -41,7 +41,7 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "default": Variant("apo.APO's defaults: steps by size, interval 10"),
+    "default": Variant("apo.APO's defaults: steps by size"),
     "interval 2": Variant("an interval of 2 in the end", {"interval": 2}),
     "interval 10": Variant("an interval of 10 in the end", {"interval": 10}),
     "warm-up 50": Variant("a shorter warm-up", {"interval": 10, "warmup": 50}),
@@ -63,11 +63,12 @@ VARIANTS: dict[str, Variant] = {
     "P fixed": Variant("only lr learned", {"method": apo.Method(meta_lr=0.0)}),
 }
 
+_OFTEN = {"interval": 10, "warmup": 500}
 START = {
-    "start": Variant("defaults at interval 10"),
-    "start: λ_WSD 0": Variant("", wsd_weight=0.0),
-    "start: none": Variant("no Fisher start", {"method": apo.Method(fisher_start=0)}),
-    "start: momentum 0.75": Variant("", {"momentum": 0.75}),
+    "start": Variant("interval 10, warm-up 500", _OFTEN),
+    "start: λ_WSD 0": Variant("", _OFTEN, wsd_weight=0.0),
+    "start: none": Variant("no Fisher start", _OFTEN | {"method": apo.Method(fisher_start=0)}),
+    "start: momentum 0.75": Variant("", _OFTEN | {"momentum": 0.75}),
 }
 """What is set for the Fisher start."""
 

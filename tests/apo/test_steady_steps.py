@@ -1,0 +1,122 @@
+"""When a learned rate rises, is held, and falls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import apo
+from apo.steady_steps import SteadySteps
+
+EARLY = 1 / 20
+
+
+def path(ratio: Callable[[int], float], updates: int, *, fitted: bool = False, size: float = 1.0) -> list[float]:
+    """``log lr`` after each update of early training, where the slope is ``ratio`` times the size."""
+    rule, group, log = SteadySteps(fitted=fitted), dict[str, Any](), [0.0]
+    rule.prepare(group)
+    for i in range(updates):
+        log.append(log[-1] + rule.change(group, ratio(i) * size, size, share=EARLY, meta_lr=0.1))
+    return log
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_rate_far_too_small_rises_by_orders_and_the_faster_the_longer(fitted: bool) -> None:
+    log = path(lambda _: -1.0, 66, fitted=fitted)  # as many as there are in a warm-up
+    assert log[-1] > math.log(1000)
+    rises = [b - a for a, b in zip(log[20:], log[21:], strict=False)]
+    assert all(a <= b + 1e-12 for a, b in zip(rises, rises[1:], strict=False))
+    assert max(rises) <= 0.2 + 1e-12
+
+
+def test_a_rate_far_too_large_falls_at_once_as_a_newton_step_would() -> None:
+    log = path(lambda _: 9.0, 2)
+    assert log[1] == pytest.approx(-math.log(9))
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5, 0.7])
+def test_what_noise_looks_like_hardly_changes_a_rate(ratio: float) -> None:
+    torch.manual_seed(0)
+    noise = (0.5 * torch.randn(66)).tolist()
+    log = path(lambda i: ratio + noise[i], 66)
+    assert -math.log(2.5) < log[-1] < math.log(1.5)
+
+
+def test_a_loss_that_the_step_was_fitted_to_raises_no_rate_by_that() -> None:
+    assert abs(path(lambda _: -0.4, 66, fitted=True)[-1]) < 0.6
+    assert path(lambda _: -0.4, 66, fitted=False)[-1] > 2
+
+
+@given(size=st.floats(1e-12, 1e12), seed=st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_the_unit_of_the_loss_does_not_matter(size: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ratios = torch.randn(30, generator=generator).tolist()
+    assert path(ratios.__getitem__, 30, size=size) == pytest.approx(path(ratios.__getitem__, 30))
+
+
+def test_later_changes_are_in_proportion_to_the_time_between_them() -> None:
+    """The same in ten updates a tenth apart as in one, once the means have settled."""
+    found = []
+    for every in (1, 10):
+        rule, group, log = SteadySteps(fitted=False), dict[str, Any](), 0.0
+        rule.prepare(group)
+        for step in range(1000, 2000, every):
+            log += rule.change(group, 0.5, 1.0, share=every / step, meta_lr=0.1)
+        found.append(log)
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+def test_no_slope_no_change() -> None:
+    rule, group = SteadySteps(fitted=True), dict[str, Any]()
+    rule.prepare(group)
+    assert rule.change(group, 0.0, 0.0, share=1.0, meta_lr=0.1) == 0
+
+
+def regression(lr: float, clip: float | None, steps: int = 200) -> tuple[float, float]:
+    """The learned rate and the loss, on noisy targets."""
+    torch.manual_seed(0)
+    x, w = torch.randn(2000, 10), torch.randn(10, 1)
+    y = x @ w + torch.randn(2000, 1)
+    model = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 1))
+    batch = lambda: torch.randint(0, 2000, (32,))  # noqa: E731
+
+    def other() -> tuple[Tensor, Tensor]:
+        rows = batch()
+        return x[rows], y[rows]
+
+    objective = apo.ProximalObjective(model, other, "mse", loss=F.mse_loss)
+    opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr, momentum=0.9), objective)
+    for _ in range(steps):
+        rows = batch()
+
+        def closure(rows: Tensor = rows) -> Tensor:
+            opt.zero_grad()
+            loss = F.mse_loss(model(x[rows]), y[rows])
+            loss.backward()  # type: ignore[no-untyped-call]
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            return loss
+
+        opt.step(closure)
+    return float(opt.param_groups[0]["lr"]), F.mse_loss(model(x), y).item()
+
+
+def test_from_any_start_to_about_the_same_loss() -> None:
+    losses = [regression(lr, None)[1] for lr in (1e-4, 1e-2, 1.0)]
+    assert max(losses) < 1.5 * min(losses)
+
+
+def test_clipping_is_not_taken_for_a_leap() -> None:
+    """Gradients a hundred times shorter than on B′ would say at each step that it went far too far."""
+    rate, loss = regression(0.1, 0.05)
+    assert rate > 0.02
+    assert loss < 1.5 * regression(0.1, None)[1]
