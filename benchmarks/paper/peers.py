@@ -19,6 +19,7 @@ from benchmarks.common import results
 from benchmarks.common.console import console
 from benchmarks.common.options import at_least_1, names_of
 from benchmarks.common.timing import cpu_threads
+from benchmarks.paper.baselines.packages import versions
 from benchmarks.paper.data import Dataset, MissingData
 from benchmarks.paper.tasks import Task, named
 from benchmarks.paper.training.optimizers import method
@@ -112,13 +113,14 @@ def _begun(path: Path, task: Task, data: Dataset, steps: int) -> dict[str, Any]:
         "loss": loss.name,
         "metric": loss.metric,
         "higher_is_better": loss.higher_is_better,
+        "packages": versions(),
     }
     if not path.is_file():
         return {**settings, "runs": {}}
     content = {key: value for key, value in results.load(path).items() if key in (*settings, "runs")}
     for key, value in settings.items():
-        if content[key] != value:
-            raise ValueError(f"{path} holds runs whose {key} is {content[key]!r} and not {value!r}: remove it")
+        if content.get(key) != value:
+            raise ValueError(f"{path} holds runs whose {key} is {content.get(key)!r} and not {value!r}: remove it")
     return content
 
 
@@ -144,8 +146,8 @@ def judged_at(steps: int) -> tuple[int, ...]:
 
 def loss_at(run: dict[str, Any], step: int) -> float:
     """The training loss after a step, or at the first row from there on; infinite where there is none."""
-    rows = (loss for at, loss in zip(run["step"], run["loss"], strict=True) if at >= step and math.isfinite(loss))
-    return next(rows, math.inf)
+    losses = (float(loss) for at, loss in zip(run["step"], run["loss"], strict=True) if at >= step)
+    return next(filter(math.isfinite, losses), math.inf)
 
 
 def best_rate(runs: Runs, optimizer: str, step: int) -> float:

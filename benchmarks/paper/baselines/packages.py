@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,11 @@ def schedule_free(model: nn.Module, **settings: Any) -> Optimizer:
     """AdamW, whose rate needs no schedule because it averages weights."""
     made: Optimizer = _package("schedulefree").AdamWScheduleFree(model.parameters(), **settings)
     return made
+
+
+def versions() -> dict[str, str]:
+    """Of the packages, by name."""
+    return {_package(name).__name__: importlib.metadata.version(name) for name in ("pytorch_optimizer", "schedulefree")}
 
 
 def _package(name: str) -> Any:
