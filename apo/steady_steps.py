@@ -44,7 +44,7 @@ class SteadySteps:
         group.setdefault("apo_ratio_short", 0.0)
         group.setdefault("apo_size_mean", 0.0)
         group.setdefault("apo_ratios", 0)
-        group.setdefault("apo_rising", 0)
+        group.setdefault("apo_rising", 0.0)
 
     def change(self, group: Group, slope: float, size: float, *, share: float, meta_lr: float) -> float:
         """The change of a group's ``log lr``.
@@ -64,11 +64,11 @@ class SteadySteps:
         short /= 1 - self.SHORT**count
         leaps = short > 1.5
         rises = mean < self.rises_below and not leaps
-        group["apo_rising"] = group["apo_rising"] + 1 if rises else 0
+        how_far = min(max(0.0, self.rises_below - mean) / (1 + self.rises_below), 1.0)
+        group["apo_rising"] = group["apo_rising"] + how_far if rises else 0.0
         pace = meta_lr * min(1.0, self.EARLY * share)
         if rises:
-            how_far = min((self.rises_below - mean) / (1 + self.rises_below), 1.0)
-            return pace * min(2.0, 0.25 + group["apo_rising"] / 30) * how_far
+            return pace * min(3.0, 0.25 + group["apo_rising"] / 15) * how_far
         if leaps or mean > 1:
             return -10 * pace * math.log(short if leaps else mean)
         return -0.2 * pace * mean

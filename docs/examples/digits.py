@@ -64,7 +64,7 @@ def accuracy(model: nn.Module, data: Sequence[tuple[Tensor, Tensor]]) -> float:
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Classify scikit-learn's digits.")
     parser.add_argument("--optimizer", choices=["adaptive", "apo", "adamw"], default="adaptive")
-    parser.add_argument("--lr", type=float, default=1e-5, help="where AdaptiveLR and AdamW start (default: 1e-5)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="where AdaptiveLR and AdamW start (default: 1e-4)")
     parser.add_argument("--interval", type=int, default=10, help="steps between two meta-updates (default: 10)")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=128)

@@ -34,7 +34,7 @@ def test_a_rate_far_too_small_rises_by_orders_and_the_faster_the_longer(fitted: 
     assert log[-1] > math.log(1000)
     rises = [b - a for a, b in zip(log[20:], log[21:], strict=False)]
     assert all(a <= b + 1e-12 for a, b in zip(rises, rises[1:], strict=False))
-    assert max(rises) <= 0.2 + 1e-12
+    assert max(rises) <= 0.3 + 1e-12
 
 
 def test_a_rate_far_too_large_falls_at_once_as_a_newton_step_would() -> None:
@@ -52,7 +52,7 @@ def test_what_noise_looks_like_hardly_changes_a_rate(ratio: float) -> None:
 
 def test_a_loss_that_the_step_was_fitted_to_raises_no_rate_by_that() -> None:
     assert abs(path(lambda _: -0.4, 66, fitted=True)[-1]) < 0.6
-    assert path(lambda _: -0.4, 66, fitted=False)[-1] > 2
+    assert path(lambda _: -0.4, 66, fitted=False)[-1] > 1.5
 
 
 @given(size=st.floats(1e-12, 1e12), seed=st.integers(0, 100))
