@@ -59,16 +59,18 @@ class SteadySteps:
         size_mean = group["apo_size_mean"] = self.SIZES * group["apo_size_mean"] + (1 - self.SIZES) * size
         size_mean /= 1 - self.SIZES**count
         ratio = min(max(slope / size_mean, -10.0), 10.0) if size_mean > 0 else 0.0
-        mean = group["apo_ratio_mean"] = self.MEAN * group["apo_ratio_mean"] + (1 - self.MEAN) * ratio
-        short = group["apo_ratio_short"] = self.SHORT * group["apo_ratio_short"] + (1 - self.SHORT) * ratio
+        mean: float = self.MEAN * group["apo_ratio_mean"] + (1 - self.MEAN) * ratio
+        short: float = self.SHORT * group["apo_ratio_short"] + (1 - self.SHORT) * ratio
+        group["apo_ratio_mean"], group["apo_ratio_short"] = mean, short
         short /= 1 - self.SHORT**count
         leaps = short > 1.5
         rises = mean < self.rises_below and not leaps
         how_far = min(max(0.0, self.rises_below - mean) / (1 + self.rises_below), 1.0)
-        group["apo_rising"] = group["apo_rising"] + how_far if rises else 0.0
+        rising: float = group["apo_rising"] + how_far if rises else 0.0
+        group["apo_rising"] = rising
         pace = meta_lr * min(1.0, self.EARLY * share)
         if rises:
-            return pace * min(3.0, 0.25 + group["apo_rising"] / 15) * how_far
+            return pace * min(3.0, 0.25 + rising / 15) * how_far
         if leaps or mean > 1:
             return -10 * pace * math.log(short if leaps else mean)
         return -0.2 * pace * mean

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,8 +33,8 @@ def path(ratio: Callable[[int], float], updates: int, *, fitted: bool = False, s
 def test_a_rate_far_too_small_rises_by_orders_and_the_faster_the_longer(fitted: bool) -> None:
     log = path(lambda _: -1.0, 66, fitted=fitted)  # as many as there are in a warm-up
     assert log[-1] > math.log(1000)
-    rises = [b - a for a, b in zip(log[20:], log[21:], strict=False)]
-    assert all(a <= b + 1e-12 for a, b in zip(rises, rises[1:], strict=False))
+    rises = [b - a for a, b in pairwise(log[20:])]
+    assert all(a <= b + 1e-12 for a, b in pairwise(rises))
     assert max(rises) <= 0.3 + 1e-12
 
 
@@ -87,20 +88,19 @@ def regression(lr: float, clip: float | None, steps: int = 200) -> tuple[float, 
     x, w = torch.randn(2000, 10), torch.randn(10, 1)
     y = x @ w + torch.randn(2000, 1)
     model = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 1))
-    batch = lambda: torch.randint(0, 2000, (32,))  # noqa: E731
 
-    def other() -> tuple[Tensor, Tensor]:
-        rows = batch()
+    def batch() -> tuple[Tensor, Tensor]:
+        rows = torch.randint(0, 2000, (32,))
         return x[rows], y[rows]
 
-    objective = apo.ProximalObjective(model, other, "mse", loss=F.mse_loss)
+    objective = apo.ProximalObjective(model, batch, "mse", loss=F.mse_loss)
     opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr, momentum=0.9), objective)
     for _ in range(steps):
-        rows = batch()
+        inputs, targets = batch()
 
-        def closure(rows: Tensor = rows) -> Tensor:
+        def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
             opt.zero_grad()
-            loss = F.mse_loss(model(x[rows]), y[rows])
+            loss = F.mse_loss(model(inputs), targets)
             loss.backward()  # type: ignore[no-untyped-call]
             if clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
