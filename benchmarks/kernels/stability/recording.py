@@ -53,7 +53,7 @@ class Recorder:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.layers = factored_layers(model, list(model.parameters()), 0)
+        self.layers = factored_layers(model)
         self.factors: dict[FactoredLayer, tuple[Tensor, Tensor]] = {}
         self.batches = 0
 

@@ -52,6 +52,6 @@ class EKFAC(KroneckerFactored):
         if "S" not in state:
             return None
         Q_A, Q_B, S = (state[name] for name in ("Q_A", "Q_B", "S"))
-        damping = self.param_groups[layer.group]["damping"]
+        damping = self.param_groups[0]["damping"]
         P: Tensor = Q_B @ ((Q_B.T @ G @ Q_A) / (S + damping)) @ Q_A.T
         return P
