@@ -9,13 +9,13 @@ from typing import Any
 
 from benchmarks.common import results
 from benchmarks.common.console import console, progress, wrote
-from benchmarks.common.options import above_0
+from benchmarks.common.options import above_0, at_least_1
 from benchmarks.kernels.stability.aggregate import LABELS, select, summarise
 from benchmarks.kernels.stability.measure import DTYPES, Measured, limit, measure
 from benchmarks.kernels.stability.methods import METHODS
 from benchmarks.kernels.stability.plots import plot
 from benchmarks.kernels.stability.problem import Damped, LayerFactors
-from benchmarks.kernels.stability.recording import record
+from benchmarks.kernels.stability.recording import NETS, record
 from benchmarks.kernels.stability.synthetic import synthetic_case
 from benchmarks.kernels.stability.tables import tables
 
@@ -29,8 +29,8 @@ QUICK_CONDITIONS = CONDITIONS[::2]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     dampings = "dampings to sweep; synthetic factors are also taken without any (default: 1e-12 to 1)"
     parser.add_argument("--dampings", type=above_0, nargs="+", default=list(DAMPINGS), metavar="γ", help=dampings)
-    moments = f"training steps to record at (default: {_list(MOMENTS)}; with --quick {_list(QUICK_MOMENTS)})"
-    parser.add_argument("--moments", type=int, nargs="+", metavar="STEP", help=moments)
+    moments = f"training steps to record at (default: {MOMENTS}; with --quick {QUICK_MOMENTS})"
+    parser.add_argument("--moments", type=at_least_1, nargs="+", metavar="STEP", help=moments)
     conditions = "condition numbers of the synthetic factors (default: 1e2 to 1e10)"
     parser.add_argument("--conditions", type=float, nargs="+", metavar="κ", help=conditions)
     parser.add_argument("--seed", type=int, default=0, help="seed of nets, batches and synthetic factors")
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     moments = options.moments or (QUICK_MOMENTS if options.quick else MOMENTS)
     conditions = options.conditions or (QUICK_CONDITIONS if options.quick else CONDITIONS)
     with console.status("training the nets that are recorded"):
-        cases = list(record(moments=moments, seed=options.seed))
+        cases = [case for net in NETS for case in record(net, moments, options.seed)]
     cases += [synthetic_case(condition, seed=options.seed) for condition in conditions]
     rows = measure_all([case.to(options.device) for case in cases], options.dampings)
 
@@ -103,7 +103,3 @@ def _plain(row: Measured) -> dict[str, Any]:
 
 def _nonzero(counts: dict[str, int]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
-
-
-def _list(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values))

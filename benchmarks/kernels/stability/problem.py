@@ -40,14 +40,6 @@ class LayerFactors:
     F_A: Tensor
     F_B: Tensor
 
-    def __post_init__(self) -> None:
-        m, n = self.G.shape
-        for name, matrix, side in (("G", self.G, None), ("F_A", self.F_A, n), ("F_B", self.F_B, m)):
-            if matrix.dtype != torch.float64:
-                raise TypeError(f"{name} of case {self.name!r} must be float64, but got {matrix.dtype}")
-            if side is not None and matrix.shape != (side, side):
-                raise ValueError(f"{name} must have shape {(side, side)}, but got {tuple(matrix.shape)}")
-
     @cached_property
     def eigen_A(self) -> Eigen:
         return Eigen(*torch.linalg.eigh(self.F_A))
@@ -66,14 +58,9 @@ class LayerFactors:
 
 
 class Damped:
-    """A case at one damping ``γ``: float64 throughout.
-
-    Raises ValueError for a negative damping, and for a damping of 0 where a factor is singular.
-    """
+    """A case at one damping ``γ``: float64 throughout."""
 
     def __init__(self, case: LayerFactors, damping: float) -> None:
-        if not (damping >= 0 and math.isfinite(damping)):
-            raise ValueError(f"damping must be finite and at least 0, but got {damping}")
         if damping == 0 and math.isinf(case.condition):
             raise ValueError(f"damping must be positive for case {case.name!r}, whose factors are singular; got 0")
         self.case, self.damping = case, damping

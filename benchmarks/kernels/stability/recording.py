@@ -28,21 +28,15 @@ BATCH = 64
 
 
 def mlp() -> nn.Module:
-    """64-128-64-10, ReLU."""
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def conv_net() -> nn.Module:
-    """Two 3×3 convolutions with 8 and 16 channels, then a linear layer of 256 inputs."""
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(8, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(256, 10),
-    )
+    first, second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+    return nn.Sequential(first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+
+
+NETS = {"mlp": mlp, "conv": conv_net}
 
 
 class Recorder:
@@ -71,23 +65,17 @@ class Recorder:
             self.factors[layer] = old[0].lerp(new[0], 1 - keep), old[1].lerp(new[1], 1 - keep)
 
 
-def record(moments: Sequence[int] = (1, 60, 600), *, seed: int = 0) -> Iterator[LayerFactors]:
-    """The cases of each net's layers at the given training steps (SGD, momentum 0.9, batches of 64).
+def record(net: str, moments: Sequence[int], seed: int = 0) -> Iterator[LayerFactors]:
+    """The cases of a net's layers at the given training steps (SGD, momentum 0.9, batches of 64).
 
     The factors are averages over the batches up to that step, each taken at the weights of its
     step. The gradient is that of the step's batch.
     """
-    if not moments or min(moments) < 1:
-        raise ValueError(f"moments must be steps of at least 1, but got {tuple(moments)}")
-    for net in _NETS:
-        yield from _record_net(net, moments, seed)
-
-
-def _record_net(net: str, moments: Sequence[int], seed: int) -> Iterator[LayerFactors]:
-    x, y = _digits()
+    digits = load_digits()
+    x, y = torch.from_numpy(digits.images)[:, None] / 16, torch.from_numpy(digits.target)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _NETS[net]().double()
+        model = NETS[net]().double()
     generator = torch.Generator().manual_seed(seed)
     recorder = Recorder(model)
 
@@ -102,12 +90,3 @@ def _record_net(net: str, moments: Sequence[int], seed: int) -> Iterator[LayerFa
             for number, layer in enumerate(recorder.layers, 1):
                 G = layer.gradient().clone()
                 yield LayerFactors(f"{net} layer {number}, step {step}", "recorded", G, *recorder.factors[layer])
-
-
-_NETS = {"mlp": mlp, "conv": conv_net}
-
-
-def _digits() -> tuple[Tensor, Tensor]:
-    """1,797 images ``(1, 8, 8)`` of values in [0, 1], and their classes."""
-    digits = load_digits()
-    return torch.from_numpy(digits.images)[:, None] / 16, torch.from_numpy(digits.target)
