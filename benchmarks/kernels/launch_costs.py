@@ -24,10 +24,10 @@ LAUNCH = 4e-6  # seconds that an empty launch takes
 FORMS = {"full blocks": None, "blocks of 64": 64}
 
 
-def rows(models: Sequence[str], dtype: torch.dtype) -> list[dict[str, Any]]:
-    """One row per launch, for each model, form of blocks and operation."""
+def show(models: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
+    """Print a row per launch, for each model, form of blocks and operation; return them under ``"account"``."""
     rate = H100_RATES[dtype]
-    return [
+    found = [
         {
             "model": model,
             "blocks": form,
@@ -42,11 +42,6 @@ def rows(models: Sequence[str], dtype: torch.dtype) -> list[dict[str, Any]]:
         for model, (form, side), operation in product(models, FORMS.items(), OPERATIONS)
         for entry in launch_costs(operation, MODELS[model], side, dtype, TARGETS["sm_90"])
     ]
-
-
-def show(models: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
-    """Print :func:`rows`, and return them under ``"account"``."""
-    found = rows(models, dtype)
     name = str(dtype).removeprefix("torch.")
     console.print(f"{name}: by formula, on the roofline of an H100; nothing here is a measurement")
     columns = ("operation", "launch", "GFLOP", "MB", "FLOP/byte", "floor µs", "regime")
