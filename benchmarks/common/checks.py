@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 
 def number(name: str, value: float, *, least: float = 0.0, above: bool = False, below: float = math.inf) -> float:
@@ -18,9 +17,3 @@ def integer(name: str, value: int, *, least: int) -> int:
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, but got {value!r}")
     return value
-
-
-def one_of(name: str, value: object, choices: Iterable[object]) -> None:
-    known = list(choices)
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, but got {value!r}")

@@ -14,7 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Show :func:`machine.describe` and write it to ``environment.json``."""
     found = machine.describe(options.device)
     console.print_json(data=found)
     wrote(results.write(options.out, "environment", options.device, {}))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.common import checks
 from benchmarks.common.fisher.damping import wide
 
 
@@ -56,12 +55,4 @@ class Bernoulli(Likelihood):
         return p - torch.bernoulli(p, generator=generator)
 
 
-_NAMED = {"categorical": Categorical, "gaussian": Gaussian, "bernoulli": Bernoulli}
-
-
-def likelihood_named(likelihood: str | Likelihood) -> Likelihood:
-    """``"categorical"``, ``"gaussian"`` or ``"bernoulli"`` as an object; an object as it is."""
-    if isinstance(likelihood, Likelihood):
-        return likelihood
-    checks.one_of("likelihood", likelihood, _NAMED)
-    return _NAMED[likelihood]()
+NAMED = {"categorical": Categorical(), "gaussian": Gaussian(), "bernoulli": Bernoulli()}

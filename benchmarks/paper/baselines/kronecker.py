@@ -14,7 +14,7 @@ from benchmarks.common import checks
 from benchmarks.common.fisher.capture import FISHERS, Capture, Fisher
 from benchmarks.common.fisher.damping import wide
 from benchmarks.common.fisher.layers import FactoredLayer, factored_layers, sums_of_squares
-from benchmarks.common.fisher.likelihood import Likelihood, likelihood_named
+from benchmarks.common.fisher.likelihood import NAMED, Likelihood
 from benchmarks.paper.baselines.base import Baseline, Closure, all_finite
 
 
@@ -65,9 +65,10 @@ class KroneckerFactored(Baseline):
     ) -> None:
         super().__init__([p for p in model.parameters() if p.requires_grad], damping=damping, **settings)
         self.model = model
-        self.likelihood = likelihood_named(likelihood)
+        self.likelihood = likelihood if isinstance(likelihood, Likelihood) else NAMED[likelihood]
         self.decay = checks.number("decay", decay, below=1)
-        checks.one_of("fisher", fisher, FISHERS)
+        if fisher not in FISHERS:
+            raise ValueError(f"fisher must be one of {', '.join(FISHERS)}, but got {fisher!r}")
         self.fisher = fisher
         self.factor_interval = checks.integer("factor_interval", factor_interval, least=1)
         self.inverse_interval = checks.integer("inverse_interval", inverse_interval, least=1)

@@ -22,12 +22,7 @@ Pair = tuple[str, str]
 
 
 class Vocabulary:
-    """Pieces of words and their numbers.
-
-    Args:
-        sentences: to learn from.
-        size: the most pieces, the four special ones included.
-    """
+    """At most ``size`` pieces of words, the four special ones included, and their numbers."""
 
     def __init__(self, sentences: Iterable[str], size: int) -> None:
         counts = Counter(part for sentence in sentences for part in _parts(sentence))

@@ -48,8 +48,7 @@ def _row(group: SeedGroup, step: float, seconds: float) -> list[str]:
 
 
 def _loss(losses: Sequence[float]) -> str:
-    middle = median(losses)
-    return f"{middle:.3g}" if isfinite(middle) else "diverged"
+    return f"{median(losses):.3g}" if isfinite(median(losses)) else "diverged"
 
 
 def _origins(runs: Sequence[dict[str, Any]]) -> str:
@@ -57,6 +56,4 @@ def _origins(runs: Sequence[dict[str, Any]]) -> str:
     where: dict[str, dict[str, None]] = {}
     for run in runs:
         where.setdefault(run["hyper_from"], {})[run["optimizer"]] = None
-    if len(where) == 1:
-        return next(iter(where))
-    return "; ".join(f"{', '.join(names)}: {origin}" for origin, names in where.items())
+    return "; ".join(f"{', '.join(names)}: {origin}" if len(where) > 1 else origin for origin, names in where.items())

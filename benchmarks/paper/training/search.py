@@ -22,10 +22,9 @@ Tell = Callable[[str, dict[str, Any]], None]
 
 
 def drawn(optimizer: str, count: int) -> list[dict[str, Any]]:
-    """The hyperparameters of each trial.
+    """The hyperparameters of each trial: points of a scrambled Sobol sequence over the optimizer's ranges, in log.
 
-    Points of a scrambled Sobol sequence over the optimizer's ranges, in log: even in each hyperparameter, whatever
-    the number of trials. The first of a longer search are those of a shorter one.
+    Even in each hyperparameter. The first of a longer search are those of a shorter one.
     """
     ranges = method(optimizer).ranges
     engine = SobolEngine(len(ranges), scramble=True, seed=zlib.crc32(optimizer.encode()))  # type: ignore[no-untyped-call]
@@ -56,11 +55,8 @@ class Search:
     ) -> dict[str, Any]:
         """Run the trials that the file lacks, write it after each, and return its content.
 
-        Args:
-            optimizers: their names.
-            data: the task's examples. A task that is judged by its metric is judged on a tenth held out of them.
-            fixed: hyperparameters that all trials of an optimizer share, by its name.
-            tell: told of each trial.
+        A task that is judged by its metric is judged on a tenth held out of ``data``. ``fixed`` are hyperparameters
+        that all trials of an optimizer share, by its name.
         """
         content = self._begun(data)
         for optimizer in optimizers:
@@ -93,10 +89,8 @@ class Search:
         content = results.load(self.path)
         for key, value in settings.items():
             if content[key] != value:
-                raise ValueError(
-                    f"{self.path} holds a search whose {key} is {content[key]!r} and not {value!r}: "
-                    "remove it, or write elsewhere by --out"
-                )
+                what = f"holds a search whose {key} is {content[key]!r} and not {value!r}"
+                raise ValueError(f"{self.path} {what}: remove it, or write elsewhere by --out")
         return content
 
     def _check_ranges(self, content: dict[str, Any], optimizer: str) -> None:

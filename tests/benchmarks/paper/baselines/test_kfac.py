@@ -505,7 +505,6 @@ def test_the_closure_runs_once_undisturbed_and_no_hook_stays(fisher: str) -> Non
     [
         ({"lr": -1.0}, "lr must be"),
         ({"damping": float("nan")}, "damping must be"),
-        ({"likelihood": "poisson"}, "likelihood must be one of"),
         ({"fisher": "true"}, "fisher must be one of"),
         ({"decay": 1.0}, "decay must be"),
         ({"inverse_interval": 0}, "inverse_interval must be"),
