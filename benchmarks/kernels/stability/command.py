@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from benchmarks.common import results
@@ -47,13 +46,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     for table in tables(rows):
         console.print(table)
+    settings = {"dampings": options.dampings, "moments": moments, "conditions": conditions, "seed": options.seed}
     payload = {
-        "settings": {
-            "dampings": list(options.dampings),
-            "moments": list(moments),
-            "conditions": list(conditions),
-            "seed": options.seed,
-        },
+        "settings": settings,
         "methods": LABELS,
         "cases": [_describe(case) for case in cases],
         "summary": {source: summarise(select(rows, source=source)) for source in ("recorded", "synthetic")},
@@ -92,14 +87,7 @@ def _describe(case: LayerFactors) -> dict[str, Any]:
 
 def _plain(row: Measured) -> dict[str, Any]:
     """A row as JSON values, without what its case says already, what is missing and what is zero."""
-    plain = asdict(row)
-    for known in ("source", "condition", "entries"):
-        del plain[known]
-    plain["result"] = _nonzero(plain["result"])
-    inside = {name: _nonzero(counts) for name, counts in plain["intermediates"].items()}
-    plain["intermediates"] = {name: counts for name, counts in inside.items() if counts}
-    return {name: value for name, value in plain.items() if value not in ({}, None)}
-
-
-def _nonzero(counts: dict[str, int]) -> dict[str, int]:
-    return {name: count for name, count in counts.items() if count}
+    inside = {name: dict(+counts) for name, counts in row.intermediates.items() if +counts}
+    plain = {**vars(row), "result": dict(+row.result), "intermediates": inside}
+    known = ("source", "condition", "entries")
+    return {name: value for name, value in plain.items() if name not in known and value not in ({}, None)}

@@ -54,7 +54,7 @@ class LayerFactors:
         return max(_condition(self.eigen_A.values), _condition(self.eigen_B.values))
 
     def to(self, device: str) -> LayerFactors:
-        return LayerFactors(self.name, self.source, self.G.to(device), self.F_A.to(device), self.F_B.to(device))
+        return LayerFactors(self.name, self.source, *(x.to(device) for x in (self.G, self.F_A, self.F_B)))
 
 
 class Damped:
@@ -79,10 +79,7 @@ class Damped:
 
     @cached_property
     def inverse_eigenvalues(self) -> Tensor:
-        """``1 / ((λ_B + δ_B)(λ_A + δ_A)ᵀ)``, ``(m, n)``.
-
-        Eigenvalues that float64's rounding has made negative count as zero.
-        """
+        """``1 / ((λ_B + δ_B)(λ_A + δ_A)ᵀ)``, ``(m, n)``; what rounding has made negative counts as zero."""
         damped_A = self.case.eigen_A.values.clamp(min=0) + self.delta_A
         damped_B = self.case.eigen_B.values.clamp(min=0) + self.delta_B
         return 1 / (damped_B[:, None] * damped_A[None, :])

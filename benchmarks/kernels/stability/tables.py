@@ -76,7 +76,7 @@ def _range_table(rows: Sequence[Measured]) -> Table:
         found = select(rows, dtype=dtype, method=method)
         result = sum((row.result for row in found), Counts())
         inside = sum((counts for row in found for counts in row.intermediates.values()), Counts())
-        lost = (result.overflow, result.zero, result.subnormal, inside.overflow, inside.zero)
+        lost = [result[kind] for kind in ("overflow", "zero", "subnormal")] + [inside["overflow"], inside["zero"]]
         return [f"{count:,}" if count else "·" for count in lost] if found else []
 
     entries = sum(row.entries for row in select(rows, dtype=DTYPE_NAMES[0], method=LIMIT))

@@ -127,10 +127,10 @@ class KroneckerFactored(Baseline):
         return [layer.positions(wide(inputs), wide(grad) * scale) for inputs, grad in capture.calls.get(layer, [])]
 
     def _update_factors(self, capture: Capture) -> None:
+        if not capture.finite:
+            self.nonfinite_factors += len(self.layers)
+            return
         for layer in self.layers:
-            if not capture.finite:
-                self.nonfinite_factors += 1
-                continue
             sums = [sums_of_squares(a, Ds) for a, Ds in self._positions(layer, capture)]
             if not sums:
                 continue

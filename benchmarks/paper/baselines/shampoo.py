@@ -98,7 +98,8 @@ class Shampoo(Baseline):
         for number, block in enumerate(blocks):
             part, statistics = G[block], state["statistics"][number]
             for axis, H in statistics.items():
-                _accumulate(H, part, axis, self.decay)
+                unfolded = part.movedim(axis, 0).reshape(len(H), -1)
+                H.addmm_(unfolded, unfolded.T, beta=self.decay, alpha=1.0 if self.decay == 1 else 1 - self.decay)
             if refresh or not state["roots"][number]:
                 state["roots"][number] = self._roots(statistics, unbias, damping, state["roots"][number])
             for axis, root in state["roots"][number].items():
@@ -136,9 +137,3 @@ def _block_slices(shape: Sequence[int], block_size: int | None) -> list[tuple[sl
         for side in shape
     ]
     return list(itertools.product(*cuts))
-
-
-def _accumulate(H: Tensor, G: Tensor, axis: int, decay: float) -> None:
-    """``H ← decay·H + (1 − decay)·G₍ₐₓᵢₛ₎ G₍ₐₓᵢₛ₎ᵀ`` in place; the sum for a decay of 1."""
-    unfolded = G.movedim(axis, 0).reshape(len(H), -1)
-    H.addmm_(unfolded, unfolded.T, beta=decay, alpha=1.0 if decay == 1 else 1 - decay)
