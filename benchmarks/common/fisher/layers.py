@@ -7,8 +7,7 @@ sequence, the calls of a layer that is called more than once. With ``M`` terms i
     F_A = mean over positions of ā āᵀ,    F_B = 1/M · sum over positions of Ds Dsᵀ
 
 For a linear layer on vectors this is Martens & Grosse 2015; on sequences, "KFAC-expand" of Eschenhagen et al. 2023.
-For a convolution Grosse & Martens 2016 leave the number of positions in ``F_A`` and divide ``F_B`` by it. The product
-is the same, and so is its factored damping.
+For a convolution Grosse & Martens 2016 leave the number of positions in ``F_A`` and divide ``F_B`` by it.
 """
 
 from __future__ import annotations

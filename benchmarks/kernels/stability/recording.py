@@ -66,11 +66,7 @@ class Recorder:
 
 
 def record(net: str, moments: Sequence[int], seed: int = 0) -> Iterator[LayerFactors]:
-    """The cases of a net's layers at the given training steps (SGD, momentum 0.9, batches of 64).
-
-    The factors are averages over the batches up to that step, each taken at the weights of its
-    step. The gradient is that of the step's batch.
-    """
+    """The cases of a net's layers at the given training steps: the factors so far, and the gradient of the batch."""
     digits = load_digits()
     x, y = torch.from_numpy(digits.images)[:, None] / 16, torch.from_numpy(digits.target)
     with torch.random.fork_rng(devices=[]):

@@ -3,12 +3,9 @@
 Three operations, apart:
 
 * **apply**: the preconditioned gradients of all layers.
-* **refresh**: what a method does to update its preconditioner. Ours: the forward and the derivatives of
-  the blocks (the meta-gradient). The chain: the same by autograd. KFAC: the damped inverses or the
-  eigendecompositions of its factors (which it has been given; their statistics aren't timed).
+* **refresh**: what updates a preconditioner. Ours: the forward and the derivatives of the blocks (the meta-gradient).
+  The chain: the same by autograd. KFAC: the damped inverses or eigendecompositions of factors that it has been given.
 * **step**: apply, and the update of all weights with momentum and weight decay.
-
-KFAC is Martens & Grosse (2015), the eigenbasis form is that of EKFAC (George et al., 2018).
 """
 
 from __future__ import annotations
@@ -103,8 +100,8 @@ def inverse(factor: Tensor) -> Tensor:
 def damped_eigenbases(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``Q_A``, ``Q_B`` and the damped reciprocal eigenvalues ``(m, n)``, stored in the factors' dtype."""
     found_A, found_B = eigenbasis(A), eigenbasis(B)
-    assert found_A is not None
-    assert found_B is not None
+    assert found_A
+    assert found_B
     scale = torch.outer(found_B[0] + DAMPING, found_A[0] + DAMPING).reciprocal()
     return found_A[1].to(A.dtype), found_B[1].to(B.dtype), scale.to(A.dtype)
 
@@ -119,8 +116,7 @@ def contestants(operation: str, work: Workload, *, compiled: bool = True) -> Ite
 def estimate(
     operation: str, name: str, layers: list[Shape], dtype: torch.dtype, rates: dict[torch.dtype, float]
 ) -> float:
-    """Seconds that a call can be expected to take, from the measured rates of matrix products: to leave out what
-    would take minutes. Decompositions count as 10 (eigenvectors: 50) products at a fifth of the rate."""
+    """Seconds that a call can be expected to take, from the measured rates of matrix products."""
     forward = sum(ak.precondition_flops(m, n) for m, n in layers)
     wide = torch.promote_types(dtype, torch.float32)
     if name in OURS:

@@ -23,7 +23,6 @@ class KroneckerFactored(Baseline):
 
     Args:
         model: whose layers are to be captured. The closure must call it, or a wrapper that calls it.
-        likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"`` or a :class:`Likelihood`.
         damping: γ.
         decay: of the running averages, in [0, 1): after k batches the old average keeps ``min(1 − 1/k, decay)``.
         fisher: ``"sampled"`` from the model's predictions, which costs a second backward on those steps, or
@@ -40,7 +39,6 @@ class KroneckerFactored(Baseline):
     plain gradient, with the same momentum and ``lr``.
 
     Attributes:
-        layers: those with factors.
         failed_inverses: how many decompositions failed and were tried again or left out.
         nonfinite_factors: how many times a layer's batch was left out of the averages because it wasn't finite.
     """

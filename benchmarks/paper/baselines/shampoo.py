@@ -22,7 +22,6 @@ class Shampoo(Baseline):
     matrix ``L^(−1/4) G R^(−1/4)``, for a vector full-matrix AdaGrad, for a convolution four small matrices.
 
     Args:
-        params: parameters or param groups.
         damping: ε.
         decay: of ``H ← decay·H + (1 − decay)·GGᵀ``, divided by ``1 − decayᵗ`` because it starts at zero; 1.0 for the
             paper's sum.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,8 +80,8 @@ def split(count: int) -> tuple[Tensor, Tensor]:
     return order[: count * 4 // 5], order[count * 4 // 5 :]
 
 
-def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both by the mean and deviation of each column of ``train``; a constant column becomes 0."""
-    mean, deviation = train.mean(0), train.std(0)
+def standardised(train: Tensor, test: Tensor, over: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:
+    """Both by the mean and deviation of ``train`` over these dimensions; what is constant becomes 0."""
+    mean, deviation = train.mean(over, keepdim=True), train.std(over, keepdim=True)
     deviation = torch.where(deviation > 0, deviation, 1.0)
     return (train - mean) / deviation, (test - mean) / deviation

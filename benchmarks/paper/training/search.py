@@ -17,9 +17,6 @@ from benchmarks.paper.training.run import Run
 from benchmarks.paper.training.run_spec import RunSpec
 from benchmarks.paper.training.search_files import file_of
 
-Tell = Callable[[str, dict[str, Any]], None]
-"""Called with an optimizer's name and each of its trials."""
-
 
 def drawn(optimizer: str, count: int) -> list[dict[str, Any]]:
     """The hyperparameters of each trial: points of a scrambled Sobol sequence over the optimizer's ranges, in log.
@@ -51,7 +48,7 @@ class Search:
         optimizers: list[str],
         data: Dataset,
         fixed: dict[str, dict[str, Any]] | None = None,
-        tell: Tell | None = None,
+        tell: Callable[[str, dict[str, Any]], None] = lambda optimizer, trial: None,
     ) -> dict[str, Any]:
         """Run the trials that the file lacks, write it after each, and return its content.
 
@@ -67,8 +64,7 @@ class Search:
                 done.append(trial)
                 saved = {key: value for key, value in content.items() if key not in ("benchmark", "environment")}
                 results.write(self.path.parent, self.path.stem, self.like.device, saved)
-                if tell is not None:
-                    tell(optimizer, trial)
+                tell(optimizer, trial)
         return content
 
     def _begun(self, data: Dataset) -> dict[str, Any]:
@@ -96,10 +92,8 @@ class Search:
     def _check_ranges(self, content: dict[str, Any], optimizer: str) -> None:
         ranges = results.plain({name: vars(r) for name, r in method(optimizer).ranges.items()})
         if content.setdefault("ranges", {}).setdefault(optimizer, ranges) != ranges:
-            raise ValueError(
-                f"{self.path} holds a search of {optimizer} in other ranges, {content['ranges'][optimizer]}: "
-                "remove its entries under ranges and trials, or write elsewhere by --out"
-            )
+            what = f"holds a search of {optimizer} in other ranges, {content['ranges'][optimizer]}"
+            raise ValueError(f"{self.path} {what}: remove it under ranges and trials, or write elsewhere by --out")
 
     def _trial(self, optimizer: str, hyper: dict[str, Any], data: Dataset) -> dict[str, Any]:
         held_out = self.like.definition.judged_by == "metric"
