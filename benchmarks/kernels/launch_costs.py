@@ -27,7 +27,7 @@ FORMS = {"full blocks": None, "blocks of 64": 64}
 def show(models: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
     """Print a row per launch, for each model, form of blocks and operation; return them under ``"account"``."""
     rate = H100_RATES[dtype]
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "model": model,
             "blocks": form,
@@ -46,11 +46,10 @@ def show(models: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
     console.print(f"{name}: by formula, on the roofline of an H100; nothing here is a measurement")
     columns = ("operation", "launch", "GFLOP", "MB", "FLOP/byte", "floor µs", "regime")
     for model, form in product(models, FORMS):
-        cells = [_cells(row) for row in found if (row["model"], row["blocks"]) == (model, form)]
-        console.print(table(f"{model}, {form}", columns, cells, text=("launch", "regime")))
+        shown = table(f"{model}, {form}", columns, text=("launch", "regime"))
+        for row in found:
+            if (row["model"], row["blocks"]) == (model, form):
+                figures = f"{row['flops'] / 1e9:.3f}", f"{row['bytes'] / 1e6:.2f}", f"{row['intensity']:.0f}"
+                shown.add_row(row["operation"], row["launch"], *figures, f"{row['floor'] * 1e6:.1f}", row["regime"])
+        console.print(shown)
     return {"account": found}
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    figures = f"{row['flops'] / 1e9:.3f}", f"{row['bytes'] / 1e6:.2f}", f"{row['intensity']:.0f}"
-    return [row["operation"], row["launch"], *figures, f"{row['floor'] * 1e6:.1f}", row["regime"]]

@@ -1,8 +1,7 @@
 """What the layers see while a closure runs: their inputs and the gradients of their outputs.
 
-Hooks stay only while the closure runs. Targets are drawn at the end of the model's own forward pass, and their
-gradients are taken on the graph that the closure's backward uses next. So it costs one more backward pass and no
-forward pass, dropout masks are the same, and no running statistic is updated twice.
+Targets are drawn at the end of the model's own forward pass, and their gradients are taken on the graph that the
+closure's backward uses next: one more backward pass, the same dropout masks, no running statistic updated twice.
 """
 
 from __future__ import annotations

@@ -94,12 +94,13 @@ def eigen(x: StoredOperands) -> Trace:
 
 def ours(x: StoredOperands) -> Trace:
     """``B (S² ⊙ BᵀGA) Aᵀ`` by :func:`apo_kernels.precondition`, whose intermediates can't be seen."""
-    return Trace(ak.precondition(x.G, **x.held), {"S": x.held["S"]})
+    A, B, S = x.held.values()
+    return Trace(ak.precondition(x.G, A, B, S), {"S": S})
 
 
 def chain(x: StoredOperands) -> Trace:
     """The same product as anyone would write it: each step rounded to the storage dtype."""
-    A, B, S = x.held["A"], x.held["B"], x.held["S"]
+    A, B, S = x.held.values()
     S2 = S * S
     M = B.T @ x.G @ A
     T = S2 * M

@@ -2,10 +2,7 @@
 
 The factors are those of :mod:`benchmarks.common.fisher.layers`, with targets sampled from the model's own predictions,
 in the scale of Grosse & Martens (2016): for a convolution ``F_A = E[Σ_t ā_t ā_tᵀ]`` and
-``F_B = E[Σ_t Ds_t Ds_tᵀ] / |T|``, over its positions ``t ∈ T``. ``G`` is the mini-batch's gradient of the mean loss
-on the data's targets.
-
-The nets train in float64, so that nothing that is recorded has been rounded to less before it is compared.
+``F_B = E[Σ_t Ds_t Ds_tᵀ] / |T|``, over its positions ``t ∈ T``. The nets train in float64, so that nothing is rounded.
 """
 
 from __future__ import annotations

@@ -20,8 +20,6 @@ class EKFAC(KroneckerFactored):
     starts anew with each basis, from KFAC's own ``λ_B λ_Aᵀ`` in the place of a first batch. Where an eigendecomposition
     fails the old basis stays, and ``failed_inverses`` counts it. γ is added to the whole block, not to the factors: the
     same γ damps less than KFAC's, and the best one is larger.
-
-    Arguments and attributes: :class:`~benchmarks.paper.baselines.kronecker.KroneckerFactored`.
     """
 
     def _decompose(self, layer: FactoredLayer) -> None:

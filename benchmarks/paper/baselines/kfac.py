@@ -18,8 +18,6 @@ class KFAC(KroneckerFactored):
     Martens & Grosse 2015; for convolutions Grosse & Martens 2016. The inverses come from Cholesky factorisations.
     Where one fails, that factor's δ is multiplied by ten until it succeeds, for this refresh, and ``failed_inverses``
     counts each time. Where none succeeds the old inverse stays.
-
-    Arguments and attributes: :class:`~benchmarks.paper.baselines.kronecker.KroneckerFactored`.
     """
 
     def _decompose(self, layer: FactoredLayer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,7 +79,7 @@ def split(count: int) -> tuple[Tensor, Tensor]:
     return order[: count * 4 // 5], order[count * 4 // 5 :]
 
 
-def standardised(train: Tensor, test: Tensor, over: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:
+def standardised(train: Tensor, test: Tensor, over: tuple[int, ...] = (0,)) -> tuple[Tensor, Tensor]:
     """Both by the mean and deviation of ``train`` over these dimensions; what is constant becomes 0."""
     mean, deviation = train.mean(over, keepdim=True), train.std(over, keepdim=True)
     deviation = torch.where(deviation > 0, deviation, 1.0)
