@@ -1,7 +1,5 @@
 """Which models the microbenchmarks under pytest time."""
 
-from __future__ import annotations
-
 import pytest
 
 from benchmarks.kernels.shapes import MODELS, QUICK_MODELS

@@ -1,7 +1,5 @@
 """Refusing bad arguments: the error names the argument, its value and what it must be."""
 
-from __future__ import annotations
-
 import math
 
 

@@ -1,7 +1,5 @@
 """``python -m benchmarks environment``: shows what measurements are taken on, and writes it to a file."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

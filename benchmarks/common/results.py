@@ -1,7 +1,5 @@
 """One JSON file per run: where it was taken, and every number."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -5,8 +5,6 @@ ones, on tensors of the CPU, planned as for an H100. The ATen path runs on layer
 run in one process, in turn. Figures are medians of process time, so that other processes don't count.
 """
 
-from __future__ import annotations
-
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ Nothing is timed. ``python -m benchmarks throughput --account`` prints it. The r
 bandwidth and bfloat16 rate as measured on one, the other rates expected from it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import product
 from typing import Any

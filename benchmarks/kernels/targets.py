@@ -5,8 +5,6 @@ instructions. A fault (a spill, too much shared memory, no matrix instruction wh
 listed.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from argparse import ArgumentParser, Namespace

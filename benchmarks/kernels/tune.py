@@ -4,8 +4,6 @@ Writes ``apo_kernels/triton/tuned/<target>.json``, which is used from the next p
 compile, spills or needs too much shared memory isn't timed.
 """
 
-from __future__ import annotations
-
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator

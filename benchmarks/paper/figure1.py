@@ -5,8 +5,6 @@ proximal point (:func:`apo.proximal.proximal_step`). With the weight-space term 
 function-space term alone it grows a spike; with both it adjusts nearby.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

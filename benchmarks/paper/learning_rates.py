@@ -4,8 +4,6 @@ Every optimizer at seven fixed rates, and under :class:`apo.AdaptiveLR` with its
 from one 1000 times the best fixed one.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from dataclasses import asdict, dataclass

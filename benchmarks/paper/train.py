@@ -1,7 +1,5 @@
 """``python -m benchmarks train TASK[,TASK…] --optimizer NAME[,NAME…]``: curves, a table and a figure of each task."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

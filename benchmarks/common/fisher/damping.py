@@ -1,7 +1,5 @@
 """Damped inverses, eigenbases and roots of symmetric matrices, in at least float32, whatever they are stored in."""
 
-from __future__ import annotations
-
 import math
 
 import torch

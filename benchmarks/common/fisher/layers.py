@@ -10,8 +10,6 @@ For a linear layer on vectors this is Martens & Grosse 2015; on sequences, "KFAC
 For a convolution Grosse & Martens 2016 leave the number of positions in ``F_A`` and divide ``F_B`` by it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

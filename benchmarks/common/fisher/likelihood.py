@@ -4,8 +4,6 @@ KFAC's Fisher matrix is the second moment of the gradients of ``−log p(y|x)`` 
 draws (Martens & Grosse 2015, section 2). Only the gradient by the outputs is needed, so a draw returns just that.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

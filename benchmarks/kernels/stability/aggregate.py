@@ -1,7 +1,5 @@
 """Selections, medians and shares of rows, for tables and plots."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

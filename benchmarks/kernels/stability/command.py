@@ -1,7 +1,5 @@
 """The run: cases × dampings × dtypes × methods, then tables, pictures and one JSON file."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from typing import Any

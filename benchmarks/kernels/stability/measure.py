@@ -11,8 +11,6 @@ The **limit** is the exact operator on the rounded gradient, its result rounded 
 returns matrices of this dtype can be expected to do better.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 

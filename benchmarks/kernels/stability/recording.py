@@ -5,8 +5,6 @@ in the scale of Grosse & Martens (2016): for a convolution ``F_A = E[Σ_t ā_t �
 ``F_B = E[Σ_t Ds_t Ds_tᵀ] / |T|``, over its positions ``t ∈ T``. The nets train in float64, so that nothing is rounded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The tables that a run shows. No wider than 80 columns, which is what a terminal that isn't one has."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 

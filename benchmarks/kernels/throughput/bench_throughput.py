@@ -3,8 +3,6 @@
 The default is the small models in every dtype; ``--all-models`` times all. Groups are what is to be compared.
 """
 
-from __future__ import annotations
-
 from functools import cache, lru_cache
 
 import pytest

@@ -1,7 +1,5 @@
 """The run: every contestant on every model, operation and dtype, interleaved; tables, plots and a JSON file."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 from collections.abc import Callable, Iterator

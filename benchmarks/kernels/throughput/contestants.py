@@ -8,8 +8,6 @@ Three operations, apart:
 * **step**: apply, and the update of all weights with momentum and weight decay.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial

@@ -1,7 +1,5 @@
 """The throughput as tables, and the ratios that the README quotes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

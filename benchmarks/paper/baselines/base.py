@@ -1,7 +1,5 @@
 """What the baselines share: momentum and weight decay, counters, and a state that resumes to the bit."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping

@@ -1,7 +1,5 @@
 """EKFAC: diagonal second moments in KFAC's eigenbasis."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """KFAC: Kronecker-factored approximate curvature, with explicit inverses."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """What KFAC and EKFAC share: the factors and their averages, the schedule, KL clipping, the state."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Shampoo: a preconditioner for each dimension of a tensor."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any

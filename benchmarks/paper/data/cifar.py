@@ -4,8 +4,6 @@ Binary: for each image its label bytes (one; for CIFAR-100 the coarse label, the
 red, the green and the blue plane of 32 × 32. Python: a pickled dictionary with ``data (N, 3072)`` and ``labels``.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Callable, Sequence

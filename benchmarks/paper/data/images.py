@@ -1,7 +1,5 @@
 """What colour images go through: scaling, and the shifts and flips of training."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

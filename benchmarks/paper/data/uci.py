@@ -1,7 +1,5 @@
 """UCI regression: Protein, Parkinsons, Slice. Comma-separated files with a header; a fifth is kept to test on."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ A sentence is cut into words and signs; one that follows a space carries a mark,
 sentence back and BLEU is taken on plain text.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence

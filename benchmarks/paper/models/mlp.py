@@ -1,7 +1,5 @@
 """Fully-connected networks: MLPs, the two-layer linear network, the deep autoencoder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 

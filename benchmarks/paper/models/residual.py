@@ -1,7 +1,5 @@
 """Residual networks for 32 × 32 images: ResNets (He et al. 2016, reference [29]) and WideResNet 28-10."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

@@ -3,8 +3,6 @@
 ``nn.MultiheadAttention`` keeps its weights outside of ``nn.Linear``, where KFAC and block preconditioners look.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """``python -m benchmarks report``: tables, figures and ``report.md``. It reads results files and runs nothing."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

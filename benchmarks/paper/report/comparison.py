@@ -1,7 +1,5 @@
 """The table of one task: every optimizer after equal steps and after equal times."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import isfinite
 from statistics import median

@@ -1,7 +1,5 @@
 """Curves of runs: a line for each optimizer, and the figure of one task."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

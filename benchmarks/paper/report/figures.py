@@ -1,7 +1,5 @@
 """Figures 3, 4 and 5, as the paper has them, with what was run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill

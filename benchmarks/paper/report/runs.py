@@ -1,7 +1,5 @@
 """Runs from results files, by task; and what the seeds of one optimizer have in common: medians, bounds, losses."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

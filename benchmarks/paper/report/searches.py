@@ -1,7 +1,5 @@
 """What the searches found: how many trials, and the best of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

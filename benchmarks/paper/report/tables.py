@@ -1,7 +1,5 @@
 """Tables 2, 3 and 4: ours beside the paper's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any

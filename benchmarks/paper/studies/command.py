@@ -5,8 +5,6 @@ the first seed, and the best two settings on all seeds, because the best may div
 of the two counts. Runs that a results file already holds aren't run again.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from functools import partial

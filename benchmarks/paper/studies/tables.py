@@ -1,7 +1,5 @@
 """The study's table, from its results alone."""
 
-from __future__ import annotations
-
 import math
 from statistics import median
 from typing import Any

@@ -1,7 +1,5 @@
 """The ways of learning A, B and S that are compared, and the optimizers they are compared with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import product

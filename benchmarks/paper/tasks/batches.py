@@ -1,7 +1,5 @@
 """The batches of a run. They follow from the seed, so that runs can be compared and resumed to the bit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

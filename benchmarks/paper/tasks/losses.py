@@ -4,8 +4,6 @@ Every loss is summed over outputs and averaged over examples: a negative log-lik
 Hessian of the discrepancy. That makes λ_FSD and a damping mean the same on every task.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 

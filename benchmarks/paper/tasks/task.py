@@ -1,7 +1,5 @@
 """A task: network, data, loss, length, and how it is judged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

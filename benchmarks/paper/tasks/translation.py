@@ -1,7 +1,5 @@
 """Translation from German with a Transformer of 6 + 6 layers (Table 2), scored by BLEU."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

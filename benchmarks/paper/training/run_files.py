@@ -1,7 +1,5 @@
 """Files of a run: ``runs/TASK/NAME.json`` and ``.csv``, and ``.pt`` while it isn't finished."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any

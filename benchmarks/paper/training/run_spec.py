@@ -1,7 +1,5 @@
 """The specification of a run: task, optimizer and hyperparameters, seed, length, precision."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The search: as many trials for each optimizer, drawn evenly from its ranges, judged alike."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
