@@ -1,15 +1,12 @@
 """Refusing bad arguments: the error names the argument, its value and what it must be."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterable
 
 
-def number(name: str, value: float, *, least: float = 0.0, above: bool = False, below: float = math.inf) -> float:
-    """A finite number, at least ``least`` (greater than it where ``above``) and less than ``below``."""
-    if not (math.isfinite(value) and (value > least if above else value >= least) and value < below):
-        bounds = f"{'>' if above else '>='} {least:g}" + (f" and < {below:g}" if below < math.inf else "")
+def number(name: str, value: float, *, above: bool = False, below: float = math.inf) -> float:
+    """A finite number, at least 0 (greater where ``above``) and less than ``below``."""
+    if not (math.isfinite(value) and (value > 0 if above else value >= 0) and value < below):
+        bounds = f"{'>' if above else '>='} 0" + (f" and < {below:g}" if below < math.inf else "")
         raise ValueError(f"{name} must be a finite number {bounds}, but got {value!r}")
     return float(value)
 
@@ -18,9 +15,3 @@ def integer(name: str, value: int, *, least: int) -> int:
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, but got {value!r}")
     return value
-
-
-def one_of(name: str, value: object, choices: Iterable[object]) -> None:
-    known = list(choices)
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, but got {value!r}")

@@ -1,7 +1,5 @@
 """What a run shows on the terminal: its console, tables and progress bars."""
 
-from __future__ import annotations
-
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 

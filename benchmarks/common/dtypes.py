@@ -1,7 +1,5 @@
 """The dtypes that are measured and trained in, by the short names that files and options use."""
 
-from __future__ import annotations
-
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

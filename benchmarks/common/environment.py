@@ -1,7 +1,5 @@
 """``python -m benchmarks environment``: shows what measurements are taken on, and writes it to a file."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 
@@ -14,7 +12,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Show :func:`machine.describe` and write it to ``environment.json``."""
     found = machine.describe(options.device)
     console.print_json(data=found)
     wrote(results.write(options.out, "environment", options.device, {}))

@@ -1,7 +1,5 @@
 """What a measurement was taken on: machine, versions, commit."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

@@ -1,7 +1,5 @@
 """Types for options of commands. argparse names the option whose value they refuse."""
 
-from __future__ import annotations
-
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection

@@ -1,7 +1,5 @@
 """Tables as Markdown, and those that are shown on the terminal as well."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 

@@ -75,12 +75,7 @@ def interleave(
     Each call is warmed up, and takes part until it has used ``seconds``: in ``least`` to ``most`` rounds, or in one if
     it takes more than four times ``seconds``. In a round it is repeated until ``WINDOW`` is filled, and the mean
     counts. The order of a round is drawn from a fixed seed, because a call finds the caches as its neighbour left them.
-
-    Args:
-        calls: what to time, by name.
-        seconds: what each may use.
-        warm: each has been called before.
-        advance: told after each call how far the whole is, from 0 to 1.
+    ``warm``: each has been called before. ``advance`` is told after each call how far the whole is, from 0 to 1.
     """
     samples = {name: Sample() for name in calls}
 

@@ -5,8 +5,6 @@ ones, on tensors of the CPU, planned as for an H100. The ATen path runs on layer
 run in one process, in turn. Figures are medians of process time, so that other processes don't count.
 """
 
-from __future__ import annotations
-
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -42,16 +40,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> dict[str, Any]:
     """Print a table and write ``host.json``: microseconds per call (``"calls"``)."""
-    rounds = 5 if options.quick else options.rounds
+    rows = []
+    shown = table("Host time of a call", ("model", "backend", "call", "µs", "µs per layer"), labels=("backend", "call"))
     with no_launcher():
-        rows = [row for name, model in MODELS.items() for row in _rows(name, *model, rounds)]
-    cells = [
-        (row["model"], row["backend"], row["call"], f"{row['microseconds']:.0f}",
-         f"{row['microseconds'] / row['layers']:.1f}")
-        for row in rows
-    ]  # fmt: skip
-    columns = ("model", "backend", "call", "µs", "µs per layer")
-    console.print(table("Host time of a call", columns, cells, labels=("backend", "call")))
+        for model, (backend, count, side, squares) in MODELS.items():
+            found = measure(calls(count, side, squares, backend), 5 if options.quick else options.rounds)
+            for call, seconds in found.items():
+                taken = 1e6 * seconds
+                names = {"model": model, "backend": backend, "call": call}
+                rows.append({**names, "layers": count, "microseconds": taken})
+                shown.add_row(model, backend, call, f"{taken:.0f}", f"{taken / count:.1f}")
+    console.print(shown)
     wrote(results.write(options.out, "host", "cpu", {"calls": rows}))
     return {"calls": rows}
 
@@ -127,13 +126,5 @@ def no_launcher() -> Iterator[None]:
     plan.clear_plans()
 
 
-def _tensors(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+def _tensors(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensors:
     return [torch.randn(shape).to(dtype) for _ in range(count)]
-
-
-def _rows(name: str, backend: str, count: int, side: int, squares: int | None, rounds: int) -> list[dict[str, Any]]:
-    found = measure(calls(count, side, squares, backend), rounds)
-    return [
-        {"model": name, "backend": backend, "call": call, "layers": count, "microseconds": 1e6 * seconds}
-        for call, seconds in found.items()
-    ]  # fmt: skip

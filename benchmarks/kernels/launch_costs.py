@@ -4,8 +4,6 @@ Nothing is timed. ``python -m benchmarks throughput --account`` prints it. The r
 bandwidth and bfloat16 rate as measured on one, the other rates expected from it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -24,10 +22,10 @@ LAUNCH = 4e-6  # seconds that an empty launch takes
 FORMS = {"full blocks": None, "blocks of 64": 64}
 
 
-def rows(models: Sequence[str], dtype: torch.dtype) -> list[dict[str, Any]]:
-    """One row per launch, for each model, form of blocks and operation."""
+def show(models: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
+    """Print a row per launch, for each model, form of blocks and operation; return them under ``"account"``."""
     rate = H100_RATES[dtype]
-    return [
+    found: list[dict[str, Any]] = [
         {
             "model": model,
             "blocks": form,
@@ -42,20 +40,14 @@ def rows(models: Sequence[str], dtype: torch.dtype) -> list[dict[str, Any]]:
         for model, (form, side), operation in product(models, FORMS.items(), OPERATIONS)
         for entry in launch_costs(operation, MODELS[model], side, dtype, TARGETS["sm_90"])
     ]
-
-
-def show(models: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
-    """Print :func:`rows`, and return them under ``"account"``."""
-    found = rows(models, dtype)
     name = str(dtype).removeprefix("torch.")
     console.print(f"{name}: by formula, on the roofline of an H100; nothing here is a measurement")
     columns = ("operation", "launch", "GFLOP", "MB", "FLOP/byte", "floor µs", "regime")
     for model, form in product(models, FORMS):
-        cells = [_cells(row) for row in found if (row["model"], row["blocks"]) == (model, form)]
-        console.print(table(f"{model}, {form}", columns, cells, text=("launch", "regime")))
+        shown = table(f"{model}, {form}", columns, text=("launch", "regime"))
+        for row in found:
+            if (row["model"], row["blocks"]) == (model, form):
+                figures = f"{row['flops'] / 1e9:.3f}", f"{row['bytes'] / 1e6:.2f}", f"{row['intensity']:.0f}"
+                shown.add_row(row["operation"], row["launch"], *figures, f"{row['floor'] * 1e6:.1f}", row["regime"])
+        console.print(shown)
     return {"account": found}
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    figures = f"{row['flops'] / 1e9:.3f}", f"{row['bytes'] / 1e6:.2f}", f"{row['intensity']:.0f}"
-    return [row["operation"], row["launch"], *figures, f"{row['floor'] * 1e6:.1f}", row["regime"]]

@@ -1,7 +1,5 @@
 """What this machine reaches at best, measured. Figures are given as shares of it."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

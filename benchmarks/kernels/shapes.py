@@ -3,8 +3,6 @@
 ``(m, n)``: a convolution's weight ``(out, in, k, k)`` is ``out × in·k²``; every layer's bias is one more column.
 """
 
-from __future__ import annotations
-
 Shape = tuple[int, int]
 
 

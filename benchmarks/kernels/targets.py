@@ -5,13 +5,12 @@ instructions. A fault (a spill, too much shared memory, no matrix instruction wh
 listed.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from argparse import ArgumentParser, Namespace
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
@@ -49,9 +48,8 @@ def run(options: Namespace) -> dict[str, Any]:
     dtypes = options.dtype or list(DTYPES[:1] if options.quick else DTYPES)
     work = [
         (target, dtype, options.precision, at)
-        for target in names
-        for dtype in dtypes
-        for at in range(len(list(cases(TARGETS[target], getattr(torch, dtype), options.precision))))
+        for target, dtype in product(names, dtypes)
+        for at, _ in enumerate(cases(TARGETS[target], getattr(torch, dtype), options.precision))
     ]
     # A process of its own, also where there is one: it must know nothing of this one's device.
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool, progress() as bar:
@@ -104,8 +102,8 @@ def _table(target: Target, rows: list[dict[str, Any]]) -> Table:
     found = table(title, columns, text=("stage", "matrix"))
     for row in rows:
         numeric = f"{row['dtype']} {row['precision']}" if row["dtype"] == "float32" else row["dtype"]
-        figures = (str(row[name]) for name in ("size", "tile", "warps", "registers", "spills"))
+        figures = (str(row[name]) for name in ("stage", "size", "tile", "warps", "registers", "spills"))
         matrix = ", ".join(f"{count} {name.strip('._')}" for name, count in row["matrix"].items()) or "-"
-        cells = [numeric, row["stage"], *figures, f"{row['shared'] / 1024:.0f}", matrix]
-        found.add_row(*cells, style="red" if row["faults"] else None)
+        style = "red" if row["faults"] else None
+        found.add_row(numeric, *figures, f"{row['shared'] / 1024:.0f}", matrix, style=style)
     return found

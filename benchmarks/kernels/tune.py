@@ -4,8 +4,6 @@ Writes ``apo_kernels/triton/tuned/<target>.json``, which is used from the next p
 compile, spills or needs too much shared memory isn't timed.
 """
 
-from __future__ import annotations
-
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -65,8 +63,8 @@ def run(options: Namespace) -> dict[str, Any]:
             tried = list(candidates(stage, dtype))
             with progress() as bar:
                 for changes in bar.track(tried, description=f"{name} {stage}"):
-                    if _compiles(target, dtype, stage, size, changes):
-                        with config.override(**{stage: changes}):
+                    with config.override(**{stage: changes}):
+                        if _compiles(target, dtype, stage, size):
                             times[str(changes)] = _time(call)
             fastest = min(times, key=lambda key: times[key])
             chosen = replace(default, **next((each for each in tried if str(each) == fastest), {}))
@@ -84,7 +82,6 @@ def _work(options: Namespace, dtype: torch.dtype, target: Any) -> Iterator[tuple
 
     precision = target.precision(None, dtype)
     work = Workload(MODELS[options.model], dtype, options.device)
-    full = work.As, work.Bs
 
     def forward(blocks: Blocks) -> Call:
         return lambda: ak.foreach_precondition(work.Gs, *blocks, work.Ss, backend="triton")
@@ -98,7 +95,7 @@ def _work(options: Namespace, dtype: torch.dtype, target: Any) -> Iterator[tuple
     calls = {"update": update, "pair": backward, "left_dB": backward, "dA_dG": backward}
     for stage in config.STAGES:
         default = config.gemm_config(target, dtype, precision, stage, "large")
-        yield stage, "large", default, calls.get(stage, forward)(full)
+        yield stage, "large", default, calls.get(stage, forward)((work.As, work.Bs))
     for stage, call in (("tile_forward", update), ("tile_backward", backward)):
         is_backward = stage == "tile_backward"
         if config.tile_limit(target, dtype, is_backward) >= BLOCK_SIZE:
@@ -106,19 +103,17 @@ def _work(options: Namespace, dtype: torch.dtype, target: Any) -> Iterator[tuple
             yield stage, str(BLOCK_SIZE), chosen, call(work.stacks)
 
 
-def _compiles(target: Any, dtype: torch.dtype, stage: str, size: str, changes: Changes) -> bool:
-    from apo_kernels.triton import config
+def _compiles(target: Any, dtype: torch.dtype, stage: str, size: str) -> bool:
     from apo_kernels.triton.tools.compile_ahead import cases, compile_case
 
     forwards = ("tile_forward", "tile_keep", "tile_update", "tile_dG")
     stages = forwards if stage == "tile_forward" else (stage, f"{stage}_keep")
-    with config.override(**{stage: changes}):
-        chosen = [case for case in cases(target, dtype) if case.stage in stages and case.size.split()[0] == size]
-        try:
-            return not any(compile_case(case, target).faults(case, target) for case in chosen)
-        except Exception as error:  # a compiler's failures have no common type
-            console.print(f"[dim]{stage} {changes}: {type(error).__name__}")
-            return False
+    chosen = [case for case in cases(target, dtype) if case.stage in stages and case.size.split()[0] == size]
+    try:
+        return not any(compile_case(case, target).faults(case, target) for case in chosen)
+    except Exception as error:  # a compiler's failures have no common type
+        console.print(f"[dim]{chosen[0].stage} {chosen[0].constants}: {type(error).__name__}")
+        return False
 
 
 def _time(call: Call) -> float:
@@ -126,10 +121,9 @@ def _time(call: Call) -> float:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    def cells(row: dict[str, Any]) -> list[str]:
-        milliseconds = {name: f"{seconds * 1e3:.3f}" for name, seconds in row["seconds"].items()}
-        best = milliseconds[min(row["seconds"], key=row["seconds"].get)]
-        return [row["dtype"], row["stage"], milliseconds["default"], best, str(row["chosen"])]
-
     columns = ("dtype", "stage", "default ms", "best ms", "configuration")
-    return table("fastest configurations", columns, map(cells, rows), text=("stage", "configuration"))
+    shown = table("fastest configurations", columns, text=("stage", "configuration"))
+    for row in rows:
+        milliseconds = [f"{seconds * 1e3:.3f}" for seconds in (row["seconds"]["default"], min(row["seconds"].values()))]
+        shown.add_row(row["dtype"], row["stage"], *milliseconds, str(row["chosen"]))
+    return shown

@@ -5,8 +5,6 @@ proximal point (:func:`apo.proximal.proximal_step`). With the weight-space term 
 function-space term alone it grows a spike; with both it adjusts nearby.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any
@@ -73,11 +71,10 @@ def updates(advance: Any = lambda: None) -> dict[str, Any]:
     curves: dict[str, Any] = {"grid": grid.flatten().tolist(), "before": f(theta, grid).flatten().tolist()}
     for panel, weights in PANELS.items():
         curves[panel] = {}
-        for fsd_weight, wsd_weight in weights:
-            weight: dict[str, Any] = {"fsd_weight": fsd_weight, "wsd_weight": wsd_weight}
+        for fsd, wsd in weights:
             terms = (lambda u: rho(f(u, here), target), lambda u: rho(f(u, x), before))
-            new = proximal_step(theta, *terms, **weight, tolerance=1e-6, iterations=60)
-            curves[panel][f"λ_FSD={fsd_weight:g}, λ_WSD={wsd_weight:g}"] = f(new, grid).flatten().tolist()
+            new = proximal_step(theta, *terms, fsd_weight=fsd, wsd_weight=wsd, tolerance=1e-6, iterations=60)
+            curves[panel][f"λ_FSD={fsd:g}, λ_WSD={wsd:g}"] = f(new, grid).flatten().tolist()
             advance()
     return curves
 
@@ -91,8 +88,7 @@ def draw(curves: dict[str, Any], path: Path) -> None:
             share = i / (len(curves[panel]) - 1)
             axes.plot(curves["grid"], curve, color=(1 - share, 0.1, share), label=label, linewidth=1)
         axes.plot(*POINT, "x", color="black", markersize=9)
-        axes.set_title(panel)
-        axes.set_ylim(-1.2, 2.2)
+        axes.set(title=panel, ylim=(-1.2, 2.2))
         axes.legend(fontsize=7, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

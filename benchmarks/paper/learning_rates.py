@@ -4,11 +4,10 @@ Every optimizer at seven fixed rates, and under :class:`apo.AdaptiveLR` with its
 from one 1000 times the best fixed one.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from dataclasses import asdict, dataclass
+from itertools import product
 from statistics import fmean
 from typing import Any
 
@@ -74,10 +73,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         task = bar.add_task("learning rates", total=len(OPTIMIZERS) * (len(FIXED) + len(INITIAL) + 1) * seeds)
 
         def runs(name: str, lr: float, adaptive: bool) -> list[Outcome]:
-            outcomes = []
-            for seed in range(seeds):
-                outcomes.append(train(name, lr, adaptive=adaptive, seed=seed, epochs=epochs))
-                bar.advance(task)
+            outcomes = [train(name, lr, adaptive=adaptive, seed=seed, epochs=epochs) for seed in range(seeds)]
+            bar.advance(task, seeds)
             return outcomes
 
         for name in OPTIMIZERS:
@@ -86,9 +83,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             learned = {lr: runs(name, lr, True) for lr in (*INITIAL, 1000 * best)}
             found[name] = {"best_fixed": best, "fixed": fixed, "learned": learned}
     console.print(_table(found, f"digits, {epochs} epochs, mean of {seeds} seeds"))
-    for each in found.values():
-        for kind in ("fixed", "learned"):
-            each[kind] = [asdict(outcome) for outcomes in each[kind].values() for outcome in outcomes]
+    for each, kind in product(found.values(), ("fixed", "learned")):
+        each[kind] = [asdict(outcome) for outcomes in each[kind].values() for outcome in outcomes]
     payload = {"epochs": epochs, "seeds": seeds, "optimizers": found}
     wrote(results.write(options.out, "learning_rates", "cpu", payload))
     return payload
@@ -109,9 +105,9 @@ def _table(found: dict[str, Any], title: str) -> Table:
         best = each["best_fixed"]
         accuracy = max(_mean(outcomes, "accuracy") for outcomes in each["fixed"].values())
         shown.add_row(name, f"best fixed: {best:g}", f"{_mean(each['fixed'][best], 'loss'):.2e}", f"{accuracy:.2f}")
+        formats = {"loss": ".2e", "accuracy": ".2f", "rate": ".2e", "failed_trials": ".1f"}
         for lr, outcomes in each["learned"].items():
-            formats = {"loss": ".2e", "accuracy": ".2f", "rate": ".2e", "failed_trials": ".1f"}
-            cells = [format(_mean(outcomes, what), form) for what, form in formats.items()]
+            cells = (format(_mean(outcomes, what), form) for what, form in formats.items())
             shown.add_row("", f"learned from {lr:g}", *cells)
         shown.add_section()
     return shown

@@ -1,7 +1,5 @@
 """``python -m benchmarks search TASK[,TASK…]``: hyperparameters of every optimizer, by as many trials for each."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``python -m benchmarks train TASK[,TASK…] --optimizer NAME[,NAME…]``: curves, a table and a figure of each task."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 
@@ -23,9 +21,8 @@ from benchmarks.paper.training.search_files import found
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tasks", nargs="?", metavar="TASK[,TASK…]", help="see --list")
     parser.add_argument("--list", action="store_true", help="list the tasks and the optimizers, and stop")
-    parser.add_argument(
-        "--optimizer", default="sgdm,adam,apo,apo-lr", metavar="NAME[,NAME…]", help="(default: %(default)s)"
-    )
+    optimizers = "sgdm,adam,apo,apo-lr"
+    parser.add_argument("--optimizer", default=optimizers, metavar="NAME[,NAME…]", help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each optimizer (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with what was begun, leave out what is finished")
     add_shared(parser)
@@ -60,10 +57,8 @@ def _specs(asked: Request, options: argparse.Namespace) -> list[RunSpec]:
         if own := asked.settings[optimizer]:
             source += "; --set " + ", ".join(f"{key}={value}" for key, value in own.items())
         length = asked.epochs, options.steps, asked.precision, options.device
-        specs += [
-            RunSpec(asked.task.name, optimizer, {**hyper, **own}, source, seed, *length)
-            for seed in range(options.seeds)
-        ]
+        alike = asked.task.name, optimizer, {**hyper, **own}, source
+        specs += [RunSpec(*alike, seed, *length) for seed in range(options.seeds)]
     return specs
 
 
@@ -91,9 +86,10 @@ def _list() -> None:
         rows.append([task.name, data, task.model_name, _short(task.parameters()), str(task.epochs), task.place or "–"])
     columns = ("task", "data", "model", "weights", "epochs", "in the paper")
     console.print(table("tasks", columns, rows, text=("data", "model", "in the paper")))
-    rows = []
-    for name, method in METHODS.items():
-        rows.append([name, ", ".join(f"{k}={v}" for k, v in method.defaults.items()), ", ".join(method.ranges)])
+    rows = [
+        [name, ", ".join(f"{k}={v}" for k, v in method.defaults.items()), ", ".join(method.ranges)]
+        for name, method in METHODS.items()
+    ]
     shown = ("optimizer", "defaults", "searched")
     console.print(table("optimizers", shown, rows, text=shown))
     others = ", ".join(name for name in names() if name not in METHODS)

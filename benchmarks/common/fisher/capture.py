@@ -1,8 +1,7 @@
 """What the layers see while a closure runs: their inputs and the gradients of their outputs.
 
-Hooks stay only while the closure runs. Targets are drawn at the end of the model's own forward pass, and their
-gradients are taken on the graph that the closure's backward uses next. So it costs one more backward pass and no
-forward pass, dropout masks are the same, and no running statistic is updated twice.
+Targets are drawn at the end of the model's own forward pass, and their gradients are taken on the graph that the
+closure's backward uses next: one more backward pass, the same dropout masks, no running statistic updated twice.
 """
 
 from __future__ import annotations
@@ -27,11 +26,6 @@ class Capture:
     Args:
         fisher: which output gradients. ``"sampled"``: of the sum of ``−log p`` over terms, for targets drawn from the
             model. ``"empirical"``: of the closure's loss, by its own backward.
-
-    Attributes:
-        calls: a list of pairs (inputs, output gradients) for each layer that was called.
-        terms: how many terms the loss is the mean of, over all forward passes of the closure.
-        finite: False if an output wasn't finite. Then no targets could be drawn.
     """
 
     def __init__(
@@ -44,9 +38,9 @@ class Capture:
     ) -> None:
         self.model, self.layers, self.likelihood = model, layers, likelihood
         self.fisher, self.generator = fisher, generator
-        self.calls: dict[FactoredLayer, list[tuple[Tensor, Tensor]]] = {}
-        self.terms = 0
-        self.finite = True
+        self.calls: dict[FactoredLayer, list[tuple[Tensor, Tensor]]] = {}  # inputs and output gradients of each call
+        self.terms = 0  # of the mean that is the loss, over all forward passes of the closure
+        self.finite = True  # whether all outputs were: of others no targets could be drawn
         self._open: list[tuple[FactoredLayer, Tensor, GradientEdge]] = []
         self._hooks: list[Any] = []
 

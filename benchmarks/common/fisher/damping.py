@@ -1,7 +1,5 @@
 """Damped inverses, eigenbases and roots of symmetric matrices, in at least float32, whatever they are stored in."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -44,8 +42,7 @@ def eigenbasis(F: Tensor, *, retry: bool = False) -> tuple[Tensor, Tensor] | Non
 def inverse_root(H: Tensor, damping: float, exponent: float) -> Tensor | None:
     """``(H + ε I)^(−exponent)`` by eigendecomposition, in H's dtype; None where that fails or isn't finite.
 
-    Eigenvalues below the rounding error of the largest are noise, and count as that error: without damping they would
-    be blown up.
+    Eigenvalues below the rounding error of the largest are noise, and count as that error.
     """
     pair = eigenbasis(H, retry=True)
     if pair is None:

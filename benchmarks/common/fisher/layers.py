@@ -7,13 +7,9 @@ sequence, the calls of a layer that is called more than once. With ``M`` terms i
     F_A = mean over positions of ā āᵀ,    F_B = 1/M · sum over positions of Ds Dsᵀ
 
 For a linear layer on vectors this is Martens & Grosse 2015; on sequences, "KFAC-expand" of Eschenhagen et al. 2023.
-For a convolution Grosse & Martens 2016 leave the number of positions in ``F_A`` and divide ``F_B`` by it. The product
-is the same, and so is its factored damping.
+For a convolution Grosse & Martens 2016 leave the number of positions in ``F_A`` and divide ``F_B`` by it.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +27,9 @@ CHUNK = 1 << 24  # numbers in the per-example gradients that are held at a time
 class FactoredLayer:
     """A weight with its bias, read as a matrix ``(m, n)`` of which the bias is the last column."""
 
-    name: str
     weight: Tensor
     bias: Tensor | None
     modules: tuple[nn.Module, ...]  # Linear or Conv2d; more than one where the weight is tied
-    group: int  # index of the param group
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -86,35 +80,31 @@ def second_moment_of_gradients(a: Tensor, Ds: Tensor, Q_A: Tensor, Q_B: Tensor) 
     return total
 
 
-def factored_layers(model: nn.Module, params: Sequence[Tensor], group: int) -> list[FactoredLayer]:
-    """The layers whose weights are among ``params``, each with its bias.
+def factored_layers(model: nn.Module) -> list[FactoredLayer]:
+    """The layers whose weights are trained, each with its bias.
 
     Left out are layers whose weight the model uses in another way than by calling the layer, layers whose bias isn't
-    trained with the weight, convolutions with groups, and sides longer than :data:`MAX_DIM`.
+    trained, convolutions with groups, and sides longer than :data:`MAX_DIM`.
     """
-    users: dict[int, list[tuple[str, str, nn.Module]]] = {}
-    for prefix, module in model.named_modules():
-        for own, p in module._parameters.items():
-            if p is not None:
-                users.setdefault(id(p), []).append((prefix, own, module))
-    wanted = {id(p): users[id(p)] for p in params if id(p) in users}
-    if len(wanted) < len(params):
-        raise ValueError("params must be parameters of the model")
-    uncalled = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    users: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad:
+                users.setdefault(p, []).append((name, module))
+    uncalled = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     layers = []
-    for p in params:
-        using = wanted[id(p)]
-        modules = tuple(module for _, _, module in using)
+    for weight, using in users.items():
+        modules = tuple(module for _, module in using)
         bias: Any = getattr(modules[0], "bias", None)
         alike = len({(isinstance(m, nn.Conv2d), id(getattr(m, "bias", None))) for m in modules}) == 1
         if (
-            all(own == "weight" and isinstance(m, (nn.Linear, nn.Conv2d)) for _, own, m in using)
-            and not any(id(m) in uncalled or getattr(m, "groups", 1) > 1 for m in modules)
-            and (bias is None or len(wanted.get(id(bias), ())) == len(using))
+            all(name == "weight" and isinstance(m, (nn.Linear, nn.Conv2d)) for name, m in using)
+            and not any(m in uncalled or getattr(m, "groups", 1) > 1 for m in modules)
+            and (bias is None or len(users.get(bias, ())) == len(using))
             and alike
-            and max(len(p), p[0].numel() + 1) <= MAX_DIM
+            and max(len(weight), weight[0].numel() + 1) <= MAX_DIM
         ):
-            layers.append(FactoredLayer(f"{using[0][0]}.weight".lstrip("."), p, bias, modules, group))
+            layers.append(FactoredLayer(weight, bias, modules))
     return layers
 
 

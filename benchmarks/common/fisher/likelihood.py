@@ -4,12 +4,9 @@ KFAC's Fisher matrix is the second moment of the gradients of ``−log p(y|x)`` 
 draws (Martens & Grosse 2015, section 2). Only the gradient by the outputs is needed, so a draw returns just that.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from benchmarks.common import checks
 from benchmarks.common.fisher.damping import wide
 
 
@@ -56,12 +53,4 @@ class Bernoulli(Likelihood):
         return p - torch.bernoulli(p, generator=generator)
 
 
-_NAMED = {"categorical": Categorical, "gaussian": Gaussian, "bernoulli": Bernoulli}
-
-
-def likelihood_named(likelihood: str | Likelihood) -> Likelihood:
-    """``"categorical"``, ``"gaussian"`` or ``"bernoulli"`` as an object; an object as it is."""
-    if isinstance(likelihood, Likelihood):
-        return likelihood
-    checks.one_of("likelihood", likelihood, _NAMED)
-    return _NAMED[likelihood]()
+NAMED = {"categorical": Categorical(), "gaussian": Gaussian(), "bernoulli": Bernoulli()}

@@ -1,7 +1,5 @@
 """Selections, medians and shares of rows, for tables and plots."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -53,9 +51,8 @@ def saved_from(rows: Sequence[Measured]) -> float:
 def summarise(rows: Sequence[Measured]) -> list[dict[str, Any]]:
     """One record per method and dtype below float64, over the problems that the dtype itself allows for.
 
-    ``broken`` of ``problems`` break down, none from the damping ``saved_from`` on; ``median_over_limit`` and
-    ``worst_over_limit`` are of the error over that of the limit, ``worst_arithmetic`` of the arithmetic alone,
-    where there is a result (None where there is none).
+    From the damping ``saved_from`` on nothing is ``broken``. ``…_over_limit`` are of the error over that of the limit,
+    ``worst_arithmetic`` of the arithmetic alone; None where there is no result.
     """
     reachable = within_reach(rows)
     records = []

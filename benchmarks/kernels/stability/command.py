@@ -1,21 +1,18 @@
 """The run: cases × dampings × dtypes × methods, then tables, pictures and one JSON file."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from benchmarks.common import results
 from benchmarks.common.console import console, progress, wrote
-from benchmarks.common.options import above_0
+from benchmarks.common.options import above_0, at_least_1
 from benchmarks.kernels.stability.aggregate import LABELS, select, summarise
 from benchmarks.kernels.stability.measure import DTYPES, Measured, limit, measure
 from benchmarks.kernels.stability.methods import METHODS
 from benchmarks.kernels.stability.plots import plot
 from benchmarks.kernels.stability.problem import Damped, LayerFactors
-from benchmarks.kernels.stability.recording import record
+from benchmarks.kernels.stability.recording import NETS, record
 from benchmarks.kernels.stability.synthetic import synthetic_case
 from benchmarks.kernels.stability.tables import tables
 
@@ -29,8 +26,8 @@ QUICK_CONDITIONS = CONDITIONS[::2]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     dampings = "dampings to sweep; synthetic factors are also taken without any (default: 1e-12 to 1)"
     parser.add_argument("--dampings", type=above_0, nargs="+", default=list(DAMPINGS), metavar="γ", help=dampings)
-    moments = f"training steps to record at (default: {_list(MOMENTS)}; with --quick {_list(QUICK_MOMENTS)})"
-    parser.add_argument("--moments", type=int, nargs="+", metavar="STEP", help=moments)
+    moments = f"training steps to record at (default: {MOMENTS}; with --quick {QUICK_MOMENTS})"
+    parser.add_argument("--moments", type=at_least_1, nargs="+", metavar="STEP", help=moments)
     conditions = "condition numbers of the synthetic factors (default: 1e2 to 1e10)"
     parser.add_argument("--conditions", type=float, nargs="+", metavar="κ", help=conditions)
     parser.add_argument("--seed", type=int, default=0, help="seed of nets, batches and synthetic factors")
@@ -41,19 +38,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     moments = options.moments or (QUICK_MOMENTS if options.quick else MOMENTS)
     conditions = options.conditions or (QUICK_CONDITIONS if options.quick else CONDITIONS)
     with console.status("training the nets that are recorded"):
-        cases = list(record(moments=moments, seed=options.seed))
+        cases = [case for net in NETS for case in record(net, moments, options.seed)]
     cases += [synthetic_case(condition, seed=options.seed) for condition in conditions]
     rows = measure_all([case.to(options.device) for case in cases], options.dampings)
 
     for table in tables(rows):
         console.print(table)
+    settings = {"dampings": options.dampings, "moments": moments, "conditions": conditions, "seed": options.seed}
     payload = {
-        "settings": {
-            "dampings": list(options.dampings),
-            "moments": list(moments),
-            "conditions": list(conditions),
-            "seed": options.seed,
-        },
+        "settings": settings,
         "methods": LABELS,
         "cases": [_describe(case) for case in cases],
         "summary": {source: summarise(select(rows, source=source)) for source in ("recorded", "synthetic")},
@@ -92,18 +85,7 @@ def _describe(case: LayerFactors) -> dict[str, Any]:
 
 def _plain(row: Measured) -> dict[str, Any]:
     """A row as JSON values, without what its case says already, what is missing and what is zero."""
-    plain = asdict(row)
-    for known in ("source", "condition", "entries"):
-        del plain[known]
-    plain["result"] = _nonzero(plain["result"])
-    inside = {name: _nonzero(counts) for name, counts in plain["intermediates"].items()}
-    plain["intermediates"] = {name: counts for name, counts in inside.items() if counts}
-    return {name: value for name, value in plain.items() if value not in ({}, None)}
-
-
-def _nonzero(counts: dict[str, int]) -> dict[str, int]:
-    return {name: count for name, count in counts.items() if count}
-
-
-def _list(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values))
+    inside = {name: dict(+counts) for name, counts in row.intermediates.items() if +counts}
+    plain = {**vars(row), "result": dict(+row.result), "intermediates": inside}
+    known = ("source", "condition", "entries")
+    return {name: value for name, value in plain.items() if name not in known and value not in ({}, None)}

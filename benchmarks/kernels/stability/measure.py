@@ -11,8 +11,7 @@ The **limit** is the exact operator on the rounded gradient, its result rounded 
 returns matrices of this dtype can be expected to do better.
 """
 
-from __future__ import annotations
-
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -26,22 +25,13 @@ DTYPES = tuple(SHORT_NAMES)
 LIMIT = "limit"
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Entries that float64 holds and the dtype doesn't: infinite or NaN, rounded to zero, or subnormal."""
-
-    overflow: int = 0
-    zero: int = 0
-    subnormal: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(self.overflow + other.overflow, self.zero + other.zero, self.subnormal + other.subnormal)
+Counts = Counter[str]
+"""Entries that float64 holds and the dtype doesn't: ``overflow`` (infinite or NaN), ``zero`` or ``subnormal``."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One measurement. ``breakdown`` is None or the reason why the result can't be used; an error is None
-    where there is nothing finite to compare."""
+    """One measurement. An error is None where there is nothing finite to compare."""
 
     case: str
     source: str
@@ -52,7 +42,7 @@ class Measured:
     error: float | None
     arithmetic: float | None
     representation: float | None
-    breakdown: str | None
+    breakdown: str | None  # why the result can't be used
     entries: int
     result: Counts
     intermediates: dict[str, Counts]
@@ -133,12 +123,8 @@ def count_range(values: Tensor, exact: Tensor | None) -> Counts:
     noise = torch.finfo(exact.dtype).eps * max(exact.shape) * magnitude.max()
     held = magnitude > max(noise.item(), torch.finfo(exact.dtype).tiny)
     small = held & values.isfinite() & (values.abs() < torch.finfo(values.dtype).tiny)
-    zero = small & (values == 0)
-    return Counts(
-        overflow=int((exact.isfinite() & ~values.isfinite()).sum()),
-        zero=int(zero.sum()),
-        subnormal=int(small.sum() - zero.sum()),
-    )
+    overflow, zero = exact.isfinite() & ~values.isfinite(), small & (values == 0)
+    return Counts(overflow=int(overflow.sum()), zero=int(zero.sum()), subnormal=int(small.sum() - zero.sum()))
 
 
 def _attempt(method: InverseMethod, operands: StoredOperands) -> tuple[Trace | None, str | None]:

@@ -67,7 +67,7 @@ def given_blocks(problem: Damped) -> StoredOperands:
 def given_balanced_blocks(problem: Damped) -> StoredOperands:
     """``2ᵏA, 2ᵏB, 2⁻²ᵏS``, ``k`` such that the largest entry of S comes near the other two's norm, ``2ᵏ``."""
     operands = given_blocks(problem)
-    A, B, S = operands.held["A"], operands.held["B"], operands.held["S"]
+    A, B, S = operands.held.values()
     k = round(math.log2(S.max().item()) / 3)
     return replace(operands, held={"A": A * 2.0**k, "B": B * 2.0**k, "S": S * 2.0 ** (-2 * k)})
 
@@ -94,13 +94,13 @@ def eigen(x: StoredOperands) -> Trace:
 
 def ours(x: StoredOperands) -> Trace:
     """``B (S² ⊙ BᵀGA) Aᵀ`` by :func:`apo_kernels.precondition`, whose intermediates can't be seen."""
-    A, B, S = x.held["A"], x.held["B"], x.held["S"]
+    A, B, S = x.held.values()
     return Trace(ak.precondition(x.G, A, B, S), {"S": S})
 
 
 def chain(x: StoredOperands) -> Trace:
     """The same product as anyone would write it: each step rounded to the storage dtype."""
-    A, B, S = x.held["A"], x.held["B"], x.held["S"]
+    A, B, S = x.held.values()
     S2 = S * S
     M = B.T @ x.G @ A
     T = S2 * M

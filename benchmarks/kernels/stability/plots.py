@@ -1,7 +1,5 @@
 """The pictures: what breaks down, and how far off the rest is, by damping and by condition number."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

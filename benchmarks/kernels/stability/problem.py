@@ -40,14 +40,6 @@ class LayerFactors:
     F_A: Tensor
     F_B: Tensor
 
-    def __post_init__(self) -> None:
-        m, n = self.G.shape
-        for name, matrix, side in (("G", self.G, None), ("F_A", self.F_A, n), ("F_B", self.F_B, m)):
-            if matrix.dtype != torch.float64:
-                raise TypeError(f"{name} of case {self.name!r} must be float64, but got {matrix.dtype}")
-            if side is not None and matrix.shape != (side, side):
-                raise ValueError(f"{name} must have shape {(side, side)}, but got {tuple(matrix.shape)}")
-
     @cached_property
     def eigen_A(self) -> Eigen:
         return Eigen(*torch.linalg.eigh(self.F_A))
@@ -62,18 +54,13 @@ class LayerFactors:
         return max(_condition(self.eigen_A.values), _condition(self.eigen_B.values))
 
     def to(self, device: str) -> LayerFactors:
-        return LayerFactors(self.name, self.source, self.G.to(device), self.F_A.to(device), self.F_B.to(device))
+        return LayerFactors(self.name, self.source, *(x.to(device) for x in (self.G, self.F_A, self.F_B)))
 
 
 class Damped:
-    """A case at one damping ``γ``: float64 throughout.
-
-    Raises ValueError for a negative damping, and for a damping of 0 where a factor is singular.
-    """
+    """A case at one damping ``γ``: float64 throughout."""
 
     def __init__(self, case: LayerFactors, damping: float) -> None:
-        if not (damping >= 0 and math.isfinite(damping)):
-            raise ValueError(f"damping must be finite and at least 0, but got {damping}")
         if damping == 0 and math.isinf(case.condition):
             raise ValueError(f"damping must be positive for case {case.name!r}, whose factors are singular; got 0")
         self.case, self.damping = case, damping
@@ -92,10 +79,7 @@ class Damped:
 
     @cached_property
     def inverse_eigenvalues(self) -> Tensor:
-        """``1 / ((λ_B + δ_B)(λ_A + δ_A)ᵀ)``, ``(m, n)``.
-
-        Eigenvalues that float64's rounding has made negative count as zero.
-        """
+        """``1 / ((λ_B + δ_B)(λ_A + δ_A)ᵀ)``, ``(m, n)``; what rounding has made negative counts as zero."""
         damped_A = self.case.eigen_A.values.clamp(min=0) + self.delta_A
         damped_B = self.case.eigen_B.values.clamp(min=0) + self.delta_B
         return 1 / (damped_B[:, None] * damped_A[None, :])

@@ -2,13 +2,8 @@
 
 The factors are those of :mod:`benchmarks.common.fisher.layers`, with targets sampled from the model's own predictions,
 in the scale of Grosse & Martens (2016): for a convolution ``F_A = E[Σ_t ā_t ā_tᵀ]`` and
-``F_B = E[Σ_t Ds_t Ds_tᵀ] / |T|``, over its positions ``t ∈ T``. ``G`` is the mini-batch's gradient of the mean loss
-on the data's targets.
-
-The nets train in float64, so that nothing that is recorded has been rounded to less before it is compared.
+``F_B = E[Σ_t Ds_t Ds_tᵀ] / |T|``, over its positions ``t ∈ T``. The nets train in float64, so that nothing is rounded.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -28,21 +23,15 @@ BATCH = 64
 
 
 def mlp() -> nn.Module:
-    """64-128-64-10, ReLU."""
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def conv_net() -> nn.Module:
-    """Two 3×3 convolutions with 8 and 16 channels, then a linear layer of 256 inputs."""
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(8, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(256, 10),
-    )
+    first, second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+    return nn.Sequential(first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+
+
+NETS = {"mlp": mlp, "conv": conv_net}
 
 
 class Recorder:
@@ -53,7 +42,7 @@ class Recorder:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.layers = factored_layers(model, list(model.parameters()), 0)
+        self.layers = factored_layers(model)
         self.factors: dict[FactoredLayer, tuple[Tensor, Tensor]] = {}
         self.batches = 0
 
@@ -71,23 +60,13 @@ class Recorder:
             self.factors[layer] = old[0].lerp(new[0], 1 - keep), old[1].lerp(new[1], 1 - keep)
 
 
-def record(moments: Sequence[int] = (1, 60, 600), *, seed: int = 0) -> Iterator[LayerFactors]:
-    """The cases of each net's layers at the given training steps (SGD, momentum 0.9, batches of 64).
-
-    The factors are averages over the batches up to that step, each taken at the weights of its
-    step. The gradient is that of the step's batch.
-    """
-    if not moments or min(moments) < 1:
-        raise ValueError(f"moments must be steps of at least 1, but got {tuple(moments)}")
-    for net in _NETS:
-        yield from _record_net(net, moments, seed)
-
-
-def _record_net(net: str, moments: Sequence[int], seed: int) -> Iterator[LayerFactors]:
-    x, y = _digits()
+def record(net: str, moments: Sequence[int], seed: int = 0) -> Iterator[LayerFactors]:
+    """The cases of a net's layers at the given training steps: the factors so far, and the gradient of the batch."""
+    digits = load_digits()
+    x, y = torch.from_numpy(digits.images)[:, None] / 16, torch.from_numpy(digits.target)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _NETS[net]().double()
+        model = NETS[net]().double()
     generator = torch.Generator().manual_seed(seed)
     recorder = Recorder(model)
 
@@ -102,12 +81,3 @@ def _record_net(net: str, moments: Sequence[int], seed: int) -> Iterator[LayerFa
             for number, layer in enumerate(recorder.layers, 1):
                 G = layer.gradient().clone()
                 yield LayerFactors(f"{net} layer {number}, step {step}", "recorded", G, *recorder.factors[layer])
-
-
-_NETS = {"mlp": mlp, "conv": conv_net}
-
-
-def _digits() -> tuple[Tensor, Tensor]:
-    """1,797 images ``(1, 8, 8)`` of values in [0, 1], and their classes."""
-    digits = load_digits()
-    return torch.from_numpy(digits.images)[:, None] / 16, torch.from_numpy(digits.target)

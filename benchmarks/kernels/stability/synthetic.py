@@ -1,7 +1,5 @@
 """Factors with a given condition number."""
 
-from __future__ import annotations
-
 import math
 
 import torch

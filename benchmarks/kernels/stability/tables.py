@@ -1,16 +1,13 @@
 """The tables that a run shows. No wider than 80 columns, which is what a terminal that isn't one has."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich.table import Table
 
 from benchmarks.common.console import table
 from benchmarks.kernels.stability.aggregate import DTYPE_NAMES, dampings, median_error, select, summarise
 from benchmarks.kernels.stability.measure import LIMIT, Counts, Measured
-from benchmarks.kernels.stability.methods import METHODS
 
 SHORT = {
     LIMIT: "limit",
@@ -21,7 +18,6 @@ SHORT = {
     "ours": "apo_kernels",
     "ours_balanced": "  balanced",
 }
-ROWS = (LIMIT, *(method.key for method in METHODS))
 CODES = {"Cholesky": "chol", "eigen": "eigh", "not finite": "inf", "indefinite": "indef"}
 
 
@@ -62,29 +58,43 @@ def tables(rows: Sequence[Measured]) -> Iterator[Table]:
 
 
 def _grid(title: str, caption: str, groups: dict[str, list[Measured]], cell: Callable[[list[Measured]], str]) -> Table:
-    """Dtypes and methods down, ``groups`` across."""
-    shown = _table(title, caption, *groups)
-    for dtype in DTYPE_NAMES:
-        for method in ROWS:
-            found = [select(group, dtype=dtype, method=method) for group in groups.values()]
-            if any(found):
-                _add_row(shown, dtype, method, [cell(rows) if rows else "" for rows in found])
-    return shown
+    """``groups`` across."""
+
+    def cells(dtype: str, method: str) -> list[str]:
+        found = [select(group, dtype=dtype, method=method) for group in groups.values()]
+        return [cell(rows) if rows else "" for rows in found] if any(found) else []
+
+    return _table(title, caption, groups, cells)
+
+
+def _range_table(rows: Sequence[Measured]) -> Table:
+    """Entries lost to the range of the 16-bit formats, over all cases and dampings."""
+
+    def cells(dtype: str, method: str) -> list[str]:
+        found = select(rows, dtype=dtype, method=method)
+        result = sum((row.result for row in found), Counts())
+        inside = sum((counts for row in found for counts in row.intermediates.values()), Counts())
+        lost = [result[kind] for kind in ("overflow", "zero", "subnormal")] + [inside["overflow"], inside["zero"]]
+        return [f"{count:,}" if count else "·" for count in lost] if found else []
+
+    entries = sum(row.entries for row in select(rows, dtype=DTYPE_NAMES[0], method=LIMIT))
+    return _table(
+        f"Range: what is lost of the {entries:,} entries of all results, and inside",
+        "Entries that float64 holds. Inside: inverses, S², BᵀGA and whatever else a method lets be seen.",
+        ("result\ninf/nan", "\nto zero", "\nsubnormal", "inside\ninf/nan", "\nto zero"),
+        cells,
+    )
 
 
 def _summary_table(rows: Sequence[Measured]) -> Table:
     """The whole study, a line for each dtype and method: only problems that the dtype itself allows for."""
-    shown = _table(
-        "In sum, over the problems that aren't beyond any method",
-        "Recorded and synthetic. Saved: the damping from which on nothing breaks down. Error over that of "
-        "the limit, and of the arithmetic alone, where there is a result.",
-        *("broken\ndown", "of", "saved\nfrom", "error/limit\nmedian", "\nworst", "arithm.\nworst"),
-    )
-    for record in summarise(rows):
+    records = {(record["dtype"], record["method"]): record for record in summarise(rows) if record["problems"]}
+
+    def cells(dtype: str, method: str) -> list[str]:
+        if (record := records.get((dtype, method))) is None:
+            return []
         worst, arithmetic = record["worst_over_limit"], record["worst_arithmetic"]
-        if not record["problems"]:
-            continue
-        cells = [
+        return [
             _count_cell(record["broken"], record["problems"]),
             str(record["problems"]),
             _short(record["saved_from"]) if record["broken"] else "",
@@ -92,41 +102,28 @@ def _summary_table(rows: Sequence[Measured]) -> Table:
             "" if worst is None else _short(worst) if worst >= 100 else f"{worst:.2g}",
             "" if arithmetic is None else _short(arithmetic),
         ]
-        _add_row(shown, record["dtype"], record["method"], cells, first=ROWS[1])
-    return shown
 
-
-def _range_table(rows: Sequence[Measured]) -> Table:
-    """Entries lost to the range of the 16-bit formats, over all cases and dampings."""
-    entries = sum(row.entries for row in select(rows, dtype=DTYPE_NAMES[0], method=LIMIT))
-    shown = _table(
-        f"Range: what is lost of the {entries:,} entries of all results, and inside",
-        "Entries that float64 holds. Inside: inverses, S², BᵀGA and whatever else a method lets be seen.",
-        *("result\ninf/nan", "\nto zero", "\nsubnormal", "inside\ninf/nan", "\nto zero"),
+    return _table(
+        "In sum, over the problems that aren't beyond any method",
+        "Recorded and synthetic. Saved: the damping from which on nothing breaks down. Error over that of "
+        "the limit, and of the arithmetic alone, where there is a result.",
+        ("broken\ndown", "of", "saved\nfrom", "error/limit\nmedian", "\nworst", "arithm.\nworst"),
+        cells,
     )
+
+
+def _table(title: str, caption: str, heads: Iterable[str], cells: Callable[[str, str], list[str]]) -> Table:
+    """Dtypes and methods down, those left out that have no ``cells``."""
+    shown = table(title, ("", "method", *heads), caption=caption, labels=("method",))
     for dtype in DTYPE_NAMES:
-        for method in ROWS:
-            found = select(rows, dtype=dtype, method=method)
-            if found:
-                result = sum((row.result for row in found), Counts())
-                inside = sum((counts for row in found for counts in row.intermediates.values()), Counts())
-                lost = (result.overflow, result.zero, result.subnormal, inside.overflow, inside.zero)
-                _add_row(shown, dtype, method, [f"{count:,}" if count else "·" for count in lost])
+        label = dtype
+        for method, name in SHORT.items():
+            if found := cells(dtype, method):
+                style = "dim" if method == LIMIT else "bold" if method.startswith("ours") else None
+                shown.add_row(label, name, *found, style=style)
+                label = ""
+        shown.add_section()
     return shown
-
-
-def _table(title: str, caption: str, *heads: str) -> Table:
-    return table(title, ("", "method", *heads), caption=caption, labels=("method",))
-
-
-def _add_row(shown: Table, dtype: str, method: str, cells: Sequence[str], first: str = LIMIT) -> None:
-    """A method's row; the dtype stands before the first of its methods."""
-    labels = dtype if method == first else "", SHORT[method]
-    shown.add_row(*labels, *cells, style=_style(method), end_section=method == ROWS[-1])
-
-
-def _style(method: str) -> str | None:
-    return "dim" if method == LIMIT else "bold" if method.startswith("ours") else None
 
 
 def _count_cell(count: int, total: int) -> str:

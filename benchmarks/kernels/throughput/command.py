@@ -1,7 +1,5 @@
 """The run: every contestant on every model, operation and dtype, interleaved; tables, plots and a JSON file."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 from collections.abc import Callable, Iterator
@@ -20,17 +18,7 @@ from benchmarks.common.timing import Sample, cpu_threads, interleave
 from benchmarks.kernels import launch_costs, machine_peaks
 from benchmarks.kernels.shapes import MODELS, QUICK_MODELS
 from benchmarks.kernels.throughput import plots, tables
-from benchmarks.kernels.throughput.contestants import (
-    BLOCKS,
-    CHAIN,
-    FULL,
-    NAMES,
-    OPERATIONS,
-    Contestant,
-    Workload,
-    contestants,
-    estimate,
-)
+from benchmarks.kernels.throughput.contestants import CHAIN, NAMES, OPERATIONS, OURS, Workload, contestants, estimate
 
 Row = dict[str, Any]
 
@@ -114,7 +102,7 @@ def _measure(bench: Bench, model: str, operation: str, work: dict[str, Workload]
             if expected > bench.limit:
                 row["note"] = f"not run: expected to take over {bench.limit:g} s a call (--limit)"
                 row["expected_s"] = expected
-            elif (failure := _failure(name, contestant)) is not None:
+            elif (failure := _failure(name, contestant.call)) is not None:
                 row["note"] = failure
             else:
                 ready[f"{name} in {dtype}"] = contestant.call
@@ -122,8 +110,9 @@ def _measure(bench: Bench, model: str, operation: str, work: dict[str, Workload]
     samples = interleave(ready, seconds=bench.seconds, warm=True, advance=lambda x: bar.update(task, completed=x))
     bar.remove_task(task)
     for key, sample in samples.items():
-        rate = bench.rates[_product_dtype(rows[key], bench.device)]
-        rows[key].update(_figures(rows[key], sample, rate, bench.bandwidth))
+        widened = rows[key]["contestant"] in OURS and torch.device(bench.device).type == "cpu"
+        roof = bench.rates[torch.float32 if widened else DTYPES[rows[key]["dtype"]]]
+        rows[key].update(_figures(rows[key], sample, roof, bench.bandwidth))
     yield from rows.values()
     gc.collect()
 
@@ -134,7 +123,7 @@ def _shapes(bench: Bench, models: list[str]) -> list[Row]:
     rows: list[Row] = []
     for m, n in bench.bar.track(shapes, description="single layers"):
         work = Workload([(m, n)], torch.float32, bench.device)
-        ready = {name: c for name, c in contestants("apply", work, compiled=False) if name in (FULL, BLOCKS, CHAIN)}
+        ready = {name: c for name, c in contestants("apply", work, compiled=False) if name in (*OURS, CHAIN)}
         samples = interleave({name: c.call for name, c in ready.items()}, seconds=bench.seconds / 8)
         for name, sample in samples.items():
             row: Row = {"m": m, "n": n, "contestant": name, "gflop": (ready[name].flops or 0) / 1e9}
@@ -142,22 +131,15 @@ def _shapes(bench: Bench, models: list[str]) -> list[Row]:
     return rows
 
 
-def _failure(name: str, contestant: Contestant) -> str | None:
+def _failure(name: str, call: Callable[[], object]) -> str | None:
     """Why a contestant can't be run here. Where one of torch's own can't, that is a result; ours must not."""
     try:
-        contestant.call()
+        call()
     except Exception as error:
-        if name in (FULL, BLOCKS):
+        if name in OURS:
             raise
         return f"{name} failed: {type(error).__name__}"
     return None
-
-
-def _product_dtype(row: Row, device: str) -> torch.dtype:
-    """The dtype that a row's products are taken in: the rate to compare it with."""
-    dtype = DTYPES[row["dtype"]]
-    widened = row["contestant"] in (FULL, BLOCKS) and torch.device(device).type == "cpu"
-    return torch.float32 if widened else dtype
 
 
 def _figures(row: Row, sample: Sample, roof: float, bandwidth: float | None) -> Row:

@@ -3,15 +3,10 @@
 Three operations, apart:
 
 * **apply**: the preconditioned gradients of all layers.
-* **refresh**: what a method does to update its preconditioner. Ours: the forward and the derivatives of
-  the blocks (the meta-gradient). The chain: the same by autograd. KFAC: the damped inverses or the
-  eigendecompositions of its factors (which it has been given; their statistics aren't timed).
+* **refresh**: what updates a preconditioner. Ours: the forward and the derivatives of the blocks (the meta-gradient).
+  The chain: the same by autograd. KFAC: the damped inverses or eigendecompositions of factors that it has been given.
 * **step**: apply, and the update of all weights with momentum and weight decay.
-
-KFAC is Martens & Grosse (2015), the eigenbasis form is that of EKFAC (George et al., 2018).
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,6 +31,7 @@ CHAIN = "plain chain"
 COMPILED = "compiled chain"
 INVERSE = "KFAC inverses"
 EIGEN = "KFAC eigenbases"
+OURS = (FULL, BLOCKS)
 NAMES = (FULL, BLOCKS, CHAIN, COMPILED, INVERSE, EIGEN)
 
 
@@ -54,50 +50,23 @@ class Contestant:
 
 
 class Workload:
-    """The operands of all layers of a model, made when first asked for; the same for every contestant."""
+    """The operands of all layers of a model, the same for every contestant. KFAC's are made when first asked for."""
 
     def __init__(self, layers: list[Shape], dtype: torch.dtype, device: str) -> None:
         self.layers, self.dtype, self.device = layers, dtype, device
         self.generator = torch.Generator(device).manual_seed(0)
+        self.Gs, self.Vs = ([self._random(m, n, scale=1e-2) for m, n in layers] for _ in range(2))
+        self.As = [self._random(n, n, scale=n**-0.5) for _, n in layers]
+        self.Bs = [self._random(m, m, scale=m**-0.5) for m, _ in layers]
+        self.stacks: Blocks = [self._stack(n) for _, n in layers], [self._stack(m) for m, _ in layers]
+        self.Ss, self.thetas = ([self._random(m, n) for m, n in layers] for _ in range(2))
+        self.buffers = [torch.zeros_like(theta) for theta in self.thetas]
 
     def _random(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=self.generator, device=self.device) * scale).to(self.dtype)
 
     def _stack(self, side: int) -> Tensor:
         return self._random(-(-side // BLOCK_SIZE), BLOCK_SIZE, BLOCK_SIZE, scale=BLOCK_SIZE**-0.5)
-
-    @cached_property
-    def Gs(self) -> list[Tensor]:
-        return [self._random(m, n, scale=1e-2) for m, n in self.layers]
-
-    @cached_property
-    def Vs(self) -> list[Tensor]:
-        return [self._random(m, n, scale=1e-2) for m, n in self.layers]
-
-    @cached_property
-    def As(self) -> list[Tensor]:
-        return [self._random(n, n, scale=n**-0.5) for _, n in self.layers]
-
-    @cached_property
-    def Bs(self) -> list[Tensor]:
-        return [self._random(m, m, scale=m**-0.5) for m, _ in self.layers]
-
-    @cached_property
-    def stacks(self) -> Blocks:
-        """A and B cut into blocks."""
-        return [self._stack(n) for _, n in self.layers], [self._stack(m) for m, _ in self.layers]
-
-    @cached_property
-    def Ss(self) -> list[Tensor]:
-        return [self._random(m, n) for m, n in self.layers]
-
-    @cached_property
-    def thetas(self) -> list[Tensor]:
-        return [self._random(m, n) for m, n in self.layers]
-
-    @cached_property
-    def buffers(self) -> list[Tensor]:
-        return [torch.zeros_like(theta) for theta in self.thetas]
 
     @cached_property
     def keeps(self) -> bool:
@@ -107,10 +76,8 @@ class Workload:
     @cached_property
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """Second moments, as KFAC would have them, in the workload's dtype."""
-        return [(self._moment(A), self._moment(B)) for A, B in zip(self.As, self.Bs, strict=True)]
-
-    def _moment(self, X: Tensor) -> Tensor:
-        return (X.float() @ X.float().mT).to(self.dtype)
+        moments = ([(X.float() @ X.float().mT).to(self.dtype) for X in Xs] for Xs in (self.As, self.Bs))
+        return list(zip(*moments, strict=True))
 
     @cached_property
     def inverses(self) -> list[tuple[Tensor, Tensor]]:
@@ -131,8 +98,8 @@ def inverse(factor: Tensor) -> Tensor:
 def damped_eigenbases(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``Q_A``, ``Q_B`` and the damped reciprocal eigenvalues ``(m, n)``, stored in the factors' dtype."""
     found_A, found_B = eigenbasis(A), eigenbasis(B)
-    assert found_A is not None
-    assert found_B is not None
+    assert found_A
+    assert found_B
     scale = torch.outer(found_B[0] + DAMPING, found_A[0] + DAMPING).reciprocal()
     return found_A[1].to(A.dtype), found_B[1].to(B.dtype), scale.to(A.dtype)
 
@@ -141,17 +108,16 @@ def contestants(operation: str, work: Workload, *, compiled: bool = True) -> Ite
     """The contestants of one operation, by name, ready to be called."""
     for name in NAMES:
         if compiled or name != COMPILED:
-            yield name, (_ours if name in (FULL, BLOCKS) else _theirs)(operation, name, work)
+            yield name, (_ours if name in OURS else _theirs)(operation, name, work)
 
 
 def estimate(
     operation: str, name: str, layers: list[Shape], dtype: torch.dtype, rates: dict[torch.dtype, float]
 ) -> float:
-    """Seconds that a call can be expected to take, from the measured rates of matrix products: to leave out what
-    would take minutes. Decompositions count as 10 (eigenvectors: 50) products at a fifth of the rate."""
+    """Seconds that a call can be expected to take, from the measured rates of matrix products."""
     forward = sum(ak.precondition_flops(m, n) for m, n in layers)
     wide = torch.promote_types(dtype, torch.float32)
-    if name in (FULL, BLOCKS):
+    if name in OURS:
         return forward * (3 if operation == "refresh" else 1) / rates.get(wide, rates[dtype])
     if operation == "refresh" and name in (INVERSE, EIGEN):
         cubes = sum(m**3 + n**3 for m, n in layers)

@@ -1,7 +1,5 @@
 """The throughput as pictures: each model's speed relative to the plain chain, and the rate by the size of a layer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The throughput as tables, and the ratios that the README quotes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -83,12 +81,8 @@ def ratio_table(found: list[Row]) -> Table:
     return table(
         "Ratios of medians",
         found[0] if found else (),
-        ([row["model"], *(_ratio(value) for key, value in row.items() if key != "model")] for row in found),
+        ([model, *("" if x is None else f"{x:.2f}" for x in own)] for model, *own in (row.values() for row in found)),
         caption="forward, with VJP: ours ÷ plain chain (and autograd through it), fp32. In bf16, in fp16: ours ÷ ours "
         "in fp32. chain bf16, chain fp16: the plain chain ÷ itself in fp32. full/blocks: how many times faster "
         "block-diagonal blocks are.",
     )
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"

@@ -1,7 +1,5 @@
 """EKFAC: diagonal second moments in KFAC's eigenbasis."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -20,8 +18,6 @@ class EKFAC(KroneckerFactored):
     starts anew with each basis, from KFAC's own ``λ_B λ_Aᵀ`` in the place of a first batch. Where an eigendecomposition
     fails the old basis stays, and ``failed_inverses`` counts it. γ is added to the whole block, not to the factors: the
     same γ damps less than KFAC's, and the best one is larger.
-
-    Arguments and attributes: :class:`~benchmarks.paper.baselines.kronecker.KroneckerFactored`.
     """
 
     def _decompose(self, layer: FactoredLayer) -> None:
@@ -52,6 +48,6 @@ class EKFAC(KroneckerFactored):
         if "S" not in state:
             return None
         Q_A, Q_B, S = (state[name] for name in ("Q_A", "Q_B", "S"))
-        damping = self.param_groups[layer.group]["damping"]
+        damping = self.param_groups[0]["damping"]
         P: Tensor = Q_B @ ((Q_B.T @ G @ Q_A) / (S + damping)) @ Q_A.T
         return P

@@ -1,7 +1,5 @@
 """KFAC: Kronecker-factored approximate curvature, with explicit inverses."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -18,13 +16,11 @@ class KFAC(KroneckerFactored):
     Martens & Grosse 2015; for convolutions Grosse & Martens 2016. The inverses come from Cholesky factorisations.
     Where one fails, that factor's δ is multiplied by ten until it succeeds, for this refresh, and ``failed_inverses``
     counts each time. Where none succeeds the old inverse stays.
-
-    Arguments and attributes: :class:`~benchmarks.paper.baselines.kronecker.KroneckerFactored`.
     """
 
     def _decompose(self, layer: FactoredLayer) -> None:
         state = self.state[layer.weight]
-        shifts = tikhonov(state["F_A"], state["F_B"], self.param_groups[layer.group]["damping"])
+        shifts = tikhonov(state["F_A"], state["F_B"], self.param_groups[0]["damping"])
         for name, shift in zip("AB", shifts, strict=True):
             inverse, failed = inverse_by_attempts(state[f"F_{name}"], shift)
             self.failed_inverses += failed
@@ -40,11 +36,7 @@ class KFAC(KroneckerFactored):
 
 
 def inverse_by_attempts(F: Tensor, shift: float) -> tuple[Tensor | None, int]:
-    """``((F + δ I)⁻¹, how often it failed)``.
-
-    An attempt fails where the factorisation does, or where the inverse isn't finite. δ is then multiplied by ten. None
-    where every attempt failed.
-    """
+    """``((F + δ I)⁻¹, how often it failed)``: at a failure δ is multiplied by ten; None where every attempt failed."""
     least = torch.finfo(F.dtype).eps * (F.diagonal().mean().item() or 1.0)
     for failed in range(ATTEMPTS):
         inverse = damped_inverse(F, shift)

@@ -1,10 +1,7 @@
 """What KFAC and EKFAC share: the factors and their averages, the schedule, KL clipping, the state."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +12,7 @@ from benchmarks.common import checks
 from benchmarks.common.fisher.capture import FISHERS, Capture, Fisher
 from benchmarks.common.fisher.damping import wide
 from benchmarks.common.fisher.layers import FactoredLayer, factored_layers, sums_of_squares
-from benchmarks.common.fisher.likelihood import Likelihood, likelihood_named
+from benchmarks.common.fisher.likelihood import NAMED, Likelihood
 from benchmarks.paper.baselines.base import Baseline, Closure, all_finite
 
 
@@ -24,10 +21,7 @@ class KroneckerFactored(Baseline):
 
     Args:
         model: whose layers are to be captured. The closure must call it, or a wrapper that calls it.
-        likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"`` or a :class:`Likelihood`.
-        params: parameters of the model's or param groups of them; by default all that require grad. A weight and its
-            bias belong in one group.
-        lr, momentum, weight_decay, damping: see :class:`Baseline`; the damping is γ.
+        damping: γ.
         decay: of the running averages, in [0, 1): after k batches the old average keeps ``min(1 − 1/k, decay)``.
         fisher: ``"sampled"`` from the model's predictions, which costs a second backward on those steps, or
             ``"empirical"``, from the closure's own.
@@ -36,20 +30,18 @@ class KroneckerFactored(Baseline):
         warmup: do both at each of the first N steps.
         kl_clip: κ: the step is scaled down to ``lr² Σ ⟨P(G), G⟩ ≤ κ``, the sum over all layers with factors (Ba et
             al. 2017). None: no clipping.
+        settings: ``lr``, ``momentum`` and ``weight_decay`` of :class:`Baseline`.
 
     The loss must be the mean of ``−log p`` over its terms. Dimension 0 of what a layer is given counts the examples.
     Everything but Linear and Conv2d (norms, embeddings, attention's packed projections, lone parameters) gets its
-    plain gradient, with the same momentum and ``lr``; param groups can give those a rate of their own.
+    plain gradient, with the same momentum and ``lr``.
 
     Attributes:
-        layers: those with factors.
         failed_inverses: how many decompositions failed and were tried again or left out.
         nonfinite_factors: how many times a layer's batch was left out of the averages because it wasn't finite.
-        steps, skipped_steps: see :class:`Baseline`.
     """
 
     COUNTERS = (*Baseline.COUNTERS, "failed_inverses", "nonfinite_factors")
-    SETTINGS = ("fisher",)
     failed_inverses: int
     nonfinite_factors: int
 
@@ -57,11 +49,7 @@ class KroneckerFactored(Baseline):
         self,
         model: nn.Module,
         likelihood: str | Likelihood = "categorical",
-        params: Iterable[Any] | None = None,
         *,
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
         damping: float = 1e-3,
         decay: float = 0.95,
         fisher: Fisher = "sampled",
@@ -69,35 +57,26 @@ class KroneckerFactored(Baseline):
         inverse_interval: int = 10,
         warmup: int = 10,
         kl_clip: float | None = None,
+        **settings: float,
     ) -> None:
+        super().__init__([p for p in model.parameters() if p.requires_grad], damping=damping, **settings)
         self.model = model
-        self.likelihood = likelihood_named(likelihood)
+        self.likelihood = likelihood if isinstance(likelihood, Likelihood) else NAMED[likelihood]
         self.decay = checks.number("decay", decay, below=1)
-        checks.one_of("fisher", fisher, FISHERS)
+        if fisher not in FISHERS:
+            raise ValueError(f"fisher must be one of {', '.join(FISHERS)}, but got {fisher!r}")
         self.fisher = fisher
         self.factor_interval = checks.integer("factor_interval", factor_interval, least=1)
         self.inverse_interval = checks.integer("inverse_interval", inverse_interval, least=1)
         self.warmup = checks.integer("warmup", warmup, least=0)
         self.kl_clip = None if kl_clip is None else checks.number("kl_clip", kl_clip, above=True)
-        self.layers: list[FactoredLayer] = []
-        self._init_counters()
-        if params is None:
-            params = [p for p in model.parameters() if p.requires_grad]
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
-        super().__init__(params, defaults)
-        device = self.param_groups[0]["params"][0].device
-        self.generator = torch.Generator(device=device).manual_seed(0)
-
-    def _take_in(self, group: dict[str, Any]) -> None:
-        super()._take_in(group)
-        self.layers += factored_layers(self.model, group["params"], len(self.param_groups) - 1)
+        self.layers = factored_layers(model)
+        self.generator = torch.Generator(self.param_groups[0]["params"][0].device).manual_seed(0)
 
     def step(self, closure: Closure | None = None) -> Any:
         """One step; the loss that the closure returned.
 
-        Args:
-            closure: clears the gradients, runs forward and backward, returns the loss: a mean over terms. Called
-                once. Several forwards and backwards (accumulation) count as one batch.
+        It is called once. Several forwards and backwards in it (accumulation) count as one batch.
         """
         if closure is None:
             raise ValueError("closure must be given: the factors come from the forward and backward that it runs")
@@ -117,13 +96,7 @@ class KroneckerFactored(Baseline):
                         self._decompose(layer)
             if capture is not None:
                 self._after_factors(capture)
-            self.steps += 1
-            if self._gradients_finite():
-                directions = self._directions()
-                if all_finite(list(directions.values())):
-                    self._descend(directions)
-                    return loss
-            self.skipped_steps += 1
+            self._step_along(self._directions)
         return loss
 
     @abstractmethod
@@ -150,10 +123,10 @@ class KroneckerFactored(Baseline):
         return [layer.positions(wide(inputs), wide(grad) * scale) for inputs, grad in capture.calls.get(layer, [])]
 
     def _update_factors(self, capture: Capture) -> None:
+        if not capture.finite:
+            self.nonfinite_factors += len(self.layers)
+            return
         for layer in self.layers:
-            if not capture.finite:
-                self.nonfinite_factors += 1
-                continue
             sums = [sums_of_squares(a, Ds) for a, Ds in self._positions(layer, capture)]
             if not sums:
                 continue
@@ -173,9 +146,8 @@ class KroneckerFactored(Baseline):
 
     def _directions(self) -> dict[Tensor, Tensor]:
         """``P(G)`` or the plain gradient of each parameter that has one."""
-        directions: dict[Tensor, Tensor] = {
-            p: wide(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None
-        }
+        group = self.param_groups[0]
+        directions: dict[Tensor, Tensor] = {p: wide(p.grad) for p in group["params"] if p.grad is not None}
         factored: list[Tensor] = []
         sizes: list[Tensor] = []
         for layer in self.layers:
@@ -190,7 +162,7 @@ class KroneckerFactored(Baseline):
                     directions[p] = part
                     factored.append(part)
             if self.kl_clip is not None:
-                sizes.append(float(self.param_groups[layer.group]["lr"]) ** 2 * (P * G).sum())
+                sizes.append(float(group["lr"]) ** 2 * (P * G).sum())
         if self.kl_clip is not None and sizes:
             # indefinite after rounding to 16 bits, it can come out negative: its size is bounded all the same
             size = abs(torch.stack(sizes).sum().item())
@@ -203,7 +175,5 @@ class KroneckerFactored(Baseline):
         return {**super().state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state_dict = dict(state_dict)
-        drawn = state_dict.pop("generator", None)
         super().load_state_dict(state_dict)
-        self.generator.set_state(drawn.cpu())
+        self.generator.set_state(state_dict["generator"].cpu())

@@ -1,7 +1,5 @@
 """Shampoo: a preconditioner for each dimension of a tensor."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,7 +10,7 @@ from torch import Tensor
 from benchmarks.common import checks
 from benchmarks.common.fisher.damping import inverse_root, wide
 from benchmarks.common.fisher.layers import MAX_DIM
-from benchmarks.paper.baselines.base import Baseline, Closure, all_finite
+from benchmarks.paper.baselines.base import Baseline, Closure
 
 
 class Shampoo(Baseline):
@@ -22,8 +20,7 @@ class Shampoo(Baseline):
     matrix ``L^(−1/4) G R^(−1/4)``, for a vector full-matrix AdaGrad, for a convolution four small matrices.
 
     Args:
-        params: parameters or param groups.
-        lr, momentum, weight_decay, damping: see :class:`Baseline`; the damping is ε.
+        damping: ε.
         decay: of ``H ← decay·H + (1 − decay)·GGᵀ``, divided by ``1 − decayᵗ`` because it starts at zero; 1.0 for the
             paper's sum.
         interval: compute the roots every N steps. ``H`` takes in every gradient.
@@ -31,33 +28,31 @@ class Shampoo(Baseline):
         block_size: tensors are cut into blocks of at most this side, each preconditioned by itself (Anil et al.
             2020); None: uncut.
         grafting: give each parameter's step the length of the plain gradient's.
+        settings: ``lr``, ``momentum`` and ``weight_decay`` of :class:`Baseline`.
 
     Statistics and roots are float32, float64 for float64 weights. Dimensions of length 1 are left out, and of more
     than :data:`MAX_DIM`; they don't count in k.
 
     Attributes:
         failed_roots: how many roots failed; the old one stays, the identity where there is none.
-        steps, skipped_steps: see :class:`Baseline`.
     """
 
     COUNTERS = (*Baseline.COUNTERS, "failed_roots")
-    SETTINGS = ("block_size", "grafting")
     failed_roots: int
 
     def __init__(
         self,
         params: Iterable[Any],
         *,
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
         damping: float = 1e-6,
         decay: float = 1.0,
         interval: int = 10,
         warmup: int = 10,
         block_size: int | None = None,
         grafting: bool = False,
+        **settings: float,
     ) -> None:
+        super().__init__(params, damping=damping, **settings)
         self.decay = checks.number("decay", decay)
         if decay > 1:
             raise ValueError(f"decay must be a number in [0, 1], but got {decay!r}")
@@ -65,9 +60,6 @@ class Shampoo(Baseline):
         self.warmup = checks.integer("warmup", warmup, least=0)
         self.block_size = None if block_size is None else checks.integer("block_size", block_size, least=1)
         self.grafting = grafting
-        self._init_counters()
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
-        super().__init__(params, defaults)
 
     def step(self, closure: Closure | None = None) -> Any:
         """One step; the loss that the closure returned, None without one (the gradients are in ``.grad`` then)."""
@@ -75,23 +67,18 @@ class Shampoo(Baseline):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        refresh = self.steps < self.warmup or self.steps % self.interval == 0
         with torch.no_grad():
-            refresh = self.steps < self.warmup or self.steps % self.interval == 0
-            self.steps += 1
-            if not self._gradients_finite():
-                self.skipped_steps += 1
-                return loss
-            directions = {
-                p: self._direction(p, wide(p.grad), group["damping"], refresh)
-                for group in self.param_groups
-                for p in group["params"]
-                if p.grad is not None
-            }
-            if all_finite(list(directions.values())):
-                self._descend(directions)
-            else:
-                self.skipped_steps += 1
+            self._step_along(lambda: self._directions(refresh))
         return loss
+
+    def _directions(self, refresh: bool) -> dict[Tensor, Tensor]:
+        return {
+            p: self._direction(p, wide(p.grad), group["damping"], refresh)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        }
 
     def _direction(self, p: Tensor, gradient: Tensor, damping: float, refresh: bool) -> Tensor:
         """``P(G)`` of one parameter, whose statistics take the gradient in."""
@@ -108,7 +95,8 @@ class Shampoo(Baseline):
         for number, block in enumerate(blocks):
             part, statistics = G[block], state["statistics"][number]
             for axis, H in statistics.items():
-                _accumulate(H, part, axis, self.decay)
+                unfolded = part.movedim(axis, 0).reshape(len(H), -1)
+                H.addmm_(unfolded, unfolded.T, beta=self.decay, alpha=1.0 if self.decay == 1 else 1 - self.decay)
             if refresh or not state["roots"][number]:
                 state["roots"][number] = self._roots(statistics, unbias, damping, state["roots"][number])
             for axis, root in state["roots"][number].items():
@@ -146,9 +134,3 @@ def _block_slices(shape: Sequence[int], block_size: int | None) -> list[tuple[sl
         for side in shape
     ]
     return list(itertools.product(*cuts))
-
-
-def _accumulate(H: Tensor, G: Tensor, axis: int, decay: float) -> None:
-    """``H ← decay·H + (1 − decay)·G₍ₐₓᵢₛ₎ G₍ₐₓᵢₛ₎ᵀ`` in place; the sum for a decay of 1."""
-    unfolded = G.movedim(axis, 0).reshape(len(H), -1)
-    H.addmm_(unfolded, unfolded.T, beta=decay, alpha=1.0 if decay == 1 else 1 - decay)

@@ -4,8 +4,6 @@ Binary: for each image its label bytes (one; for CIFAR-100 the coarse label, the
 red, the green and the blue plane of 32 × 32. Python: a pickled dictionary with ``data (N, 3072)`` and ``labels``.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Callable, Sequence
@@ -22,8 +20,6 @@ from benchmarks.paper.data.images import normalised
 from benchmarks.paper.data.source import MissingData, Source
 
 PIXELS = 3 * 32 * 32
-
-
 PUBLISHED = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
@@ -37,10 +33,7 @@ class Version(NamedTuple):
 
 
 def read_binary(path: Path, label_bytes: int = 1) -> tuple[Tensor, Tensor]:
-    """``(images (N, 3, 32, 32) uint8, labels (N))`` of a binary file; of two labels the second, the fine one.
-
-    ValueError where its length is no whole number of records.
-    """
+    """``(images (N, 3, 32, 32) uint8, labels (N))`` of a binary file; of two labels the second, the fine one."""
     content = np.fromfile(path, np.uint8)
     record = label_bytes + PIXELS
     if not content.size or content.size % record:

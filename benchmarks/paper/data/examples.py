@@ -22,14 +22,10 @@ class Examples:
 
     def batch(self, indices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """The inputs and targets at ``indices``, which lie on the examples' device."""
-        inputs, targets = tuple(x[indices] for x in self.inputs), self.targets[indices]
-        if self.pad is None:
-            return inputs, targets
-        return tuple(map(self._cut, inputs)), self._cut(targets)
-
-    def _cut(self, x: Tensor) -> Tensor:
-        assert self.pad is not None
-        return x[:, : max(int(x.ne(self.pad).sum(1).max()), 1)]
+        tensors = [x[indices] for x in (*self.inputs, self.targets)]
+        if self.pad is not None:
+            tensors = [x[:, : max(int(x.ne(self.pad).sum(1).max()), 1)] for x in tensors]
+        return tuple(tensors[:-1]), tensors[-1]
 
     def take(self, indices: Tensor) -> Examples:
         """These alone."""
@@ -43,16 +39,12 @@ class Examples:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples to train and to test on.
-
-    Attributes:
-        published: how many training and test examples it has where it is whole, where that is known.
-    """
+    """Examples to train and to test on."""
 
     name: str  # as people call it, what it stands in for included
     train: Examples
     test: Examples
-    published: tuple[int, int] | None = None
+    published: tuple[int, int] | None = None  # how many of either there are where it is whole, if that is known
     extra: Any = None  # what a task needs beside tensors, such as the sentences that translations are scored against
 
     @property
@@ -72,9 +64,7 @@ class Dataset:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
         count = max(int(share * len(order)), 1)
         train, test = self.train.take(order[count:]), self.train.take(order[:count])
-        return replace(
-            self, name=f"{self.name}, held out of training", train=train, test=test, published=None, extra=None
-        )
+        return Dataset(f"{self.name}, held out of training", train, test)
 
 
 def reconstruction(data: Dataset) -> Dataset:
@@ -89,8 +79,8 @@ def split(count: int) -> tuple[Tensor, Tensor]:
     return order[: count * 4 // 5], order[count * 4 // 5 :]
 
 
-def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both by the mean and deviation of each column of ``train``; a constant column becomes 0."""
-    mean, deviation = train.mean(0), train.std(0)
+def standardised(train: Tensor, test: Tensor, over: tuple[int, ...] = (0,)) -> tuple[Tensor, Tensor]:
+    """Both by the mean and deviation of ``train`` over these dimensions; what is constant becomes 0."""
+    mean, deviation = train.mean(over, keepdim=True), train.std(over, keepdim=True)
     deviation = torch.where(deviation > 0, deviation, 1.0)
     return (train - mean) / deviation, (test - mean) / deviation

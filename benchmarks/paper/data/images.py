@@ -1,19 +1,17 @@
 """What colour images go through: scaling, and the shifts and flips of training."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from benchmarks.paper.data.examples import standardised
 
 SHIFT = 4
 
 
 def normalised(images: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Images ``(N, C, H, W)`` of bytes as float32, each channel with mean 0 and deviation 1 over the first ones."""
-    x, test_x = images.float() / 255, test.float() / 255
-    mean, deviation = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
-    return (x - mean) / deviation, (test_x - mean) / deviation
+    return standardised(images.float() / 255, test.float() / 255, over=(0, 2, 3))
 
 
 def shifted_and_flipped(inputs: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:

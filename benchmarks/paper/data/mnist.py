@@ -1,7 +1,5 @@
 """MNIST's idx files: a magic number (0, 0, type, dimensions), big-endian sizes, then unsigned bytes."""
 
-from __future__ import annotations
-
 import gzip
 import struct
 from pathlib import Path

@@ -1,7 +1,5 @@
 """SVHN's cropped digits: MATLAB files with ``X (32, 32, 3, N)`` and ``y (N, 1)``, where 10 stands for the digit 0."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """UCI regression: Protein, Parkinsons, Slice. Comma-separated files with a header; a fifth is kept to test on."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +15,7 @@ ARCHIVE = "https://archive.ics.uci.edu/dataset/"
 
 
 def read_table(path: Path, target: str, left_out: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
-    """``(features (N, d), targets (N, 1))`` float64 of a csv file, gzipped or not, whose first line names the columns.
-
-    ``target`` is to be predicted; those ``left_out`` are no features.
-    """
+    """``(features (N, d), targets (N, 1))`` float64 of a csv file, gzipped or not, with column names above."""
     with open_text(path) as file:
         names = [name.strip() for name in file.readline().split(",")]
         for name in (target, *left_out):

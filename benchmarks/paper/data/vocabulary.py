@@ -4,8 +4,6 @@ A sentence is cut into words and signs; one that follows a space carries a mark,
 sentence back and BLEU is taken on plain text.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -22,12 +20,7 @@ Pair = tuple[str, str]
 
 
 class Vocabulary:
-    """Pieces of words and their numbers.
-
-    Args:
-        sentences: to learn from.
-        size: the most pieces, the four special ones included.
-    """
+    """At most ``size`` pieces of words, the four special ones included, and their numbers."""
 
     def __init__(self, sentences: Iterable[str], size: int) -> None:
         counts = Counter(part for sentence in sentences for part in _parts(sentence))

@@ -1,7 +1,5 @@
 """Fully-connected networks: MLPs, the two-layer linear network, the deep autoencoder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -31,8 +29,7 @@ def autoencoder(widths: Sequence[int] = (784, 1000, 500, 250, 30)) -> nn.Sequent
     The default is the 8-layer one of Hinton & Salakhutdinov (2006) and of Martens & Grosse (2015),
     784-1000-500-250-30 and back: 2,837,314 parameters. As there, the code layer is linear and weights start sparse.
     """
-    encoder = mlp(*widths, activation=nn.Sigmoid)
-    decoder = mlp(*reversed(widths), activation=nn.Sigmoid)
+    encoder, decoder = (mlp(*each, activation=nn.Sigmoid) for each in (widths, widths[::-1]))
     return sparse_init_(nn.Sequential(*encoder, *decoder))
 
 

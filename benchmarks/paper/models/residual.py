@@ -1,7 +1,5 @@
 """Residual networks for 32 × 32 images: ResNets (He et al. 2016, reference [29]) and WideResNet 28-10."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -80,10 +78,7 @@ def wide_resnet_28_10(classes: int = 10, width: float = 1.0) -> nn.Sequential:
 
 
 def _resnet(depths: Sequence[int], widths: Sequence[int], classes: int, *, projection: bool) -> nn.Sequential:
-    """``depths`` and ``widths`` are the blocks and channels per stage.
-
-    ``projection``: shortcuts by projection where the shape changes (as for ImageNet); otherwise option A (CIFAR).
-    """
+    """``depths`` and ``widths`` are the blocks and channels per stage."""
     n, block = widths[0], partial(ResidualBlock, projection=projection)
     return _network(n, [nn.BatchNorm2d(n), nn.ReLU(), _stages(n, depths, widths, block)], widths[-1], classes)
 
@@ -97,10 +92,7 @@ def _network(n: int, body: Sequence[nn.Module], m: int, classes: int) -> nn.Sequ
 def _stages(
     n: int, depths: Sequence[int], widths: Sequence[int], block: Callable[[int, int, int], nn.Module]
 ) -> nn.Sequential:
-    """``depths`` blocks per stage, of ``block(channels in, channels out, stride)``, from ``n`` channels on.
-
-    All stages but the first halve the image's sides.
-    """
+    """Blocks by ``block(channels in, channels out, stride)``. All stages but the first halve the image's sides."""
     blocks: list[nn.Module] = []
     for stage, (depth, m) in enumerate(zip(depths, widths, strict=True)):
         for place in range(depth):

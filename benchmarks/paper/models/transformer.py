@@ -3,8 +3,6 @@
 ``nn.MultiheadAttention`` keeps its weights outside of ``nn.Linear``, where KFAC and block preconditioners look.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -20,8 +18,8 @@ class Attention(nn.Module):
         self.heads = heads
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x: Tensor, memory: Tensor, allowed: Tensor | None) -> Tensor:
-        """``x (N, T, D)``, ``memory (N, M, D)``; ``allowed`` broadcasts to ``(N, heads, T, M)``, None: all."""
+    def forward(self, x: Tensor, memory: Tensor, allowed: Tensor) -> Tensor:
+        """``x (N, T, D)``, ``memory (N, M, D)``; ``allowed`` broadcasts to ``(N, heads, T, M)``."""
         query, key, value = (
             projected.reshape(*projected.shape[:2], self.heads, -1).transpose(1, 2)
             for projected in (self.query(x), self.key(memory), self.value(memory))
@@ -42,14 +40,11 @@ class TransformerLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3 if decoder else 2))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self, x: Tensor, allowed: Tensor | None, memory: Tensor | None = None, memory_allowed: Tensor | None = None
-    ) -> Tensor:
-        """``memory``: the encoder's output."""
+    def forward(self, x: Tensor, allowed: Tensor, *encoded: Tensor) -> Tensor:
+        """``encoded``: in a decoder, the encoder's output and where it may be looked at."""
         x = self.norms[0](x + self.dropout(self.own(x, x, allowed)))
         if self.cross is not None:
-            assert memory is not None
-            x = self.norms[1](x + self.dropout(self.cross(x, memory, memory_allowed)))
+            x = self.norms[1](x + self.dropout(self.cross(x, *encoded)))
         y = self.down(self.dropout(F.relu(self.up(x))))
         out: Tensor = self.norms[-1](x + self.dropout(y))
         return out
@@ -62,10 +57,8 @@ class Transformer(nn.Module):
     fairseq ([65]) has for IWSLT'14: 31,543,296 parameters and 512 for each word. With ``hidden=2048`` the layers
     hold the 44,138,496 of the base model (65M with its 37,000 words of embeddings).
 
-    Args:
-        vocabulary: number of words; ``pad`` is that of the padding word, ``longest`` the most in a sentence.
-        width: of embeddings and hidden vectors; ``hidden`` is that of the feed-forward part.
-        layers: of the encoder, and of the decoder.
+    ``hidden`` is the width of the feed-forward part, ``layers`` the number of the encoder's, and of the decoder's,
+    ``longest`` the most words in a sentence, ``pad`` the number of the padding word.
     """
 
     def __init__(
@@ -99,8 +92,7 @@ class Transformer(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """``source (N, M)`` and ``target (N, T)``, which starts with the opening word, to logits ``(N, T, V)``."""
-        memory, allowed = self.encode(source)
-        return self.decode(target, memory, allowed)
+        return self.decode(target, *self.encode(source))
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's output ``(N, M, D)``, and where it may be looked at."""

@@ -1,7 +1,5 @@
 """``python -m benchmarks report``: tables, figures and ``report.md``. It reads results files and runs nothing."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -28,17 +26,14 @@ def run(options: argparse.Namespace) -> list[Table]:
     folders = options.folders or [COMMITTED, options.out]
     found = collect(folders)
     if not found:
-        sys.exit(
-            "python -m benchmarks report: --from must be folders that train has written to, but there is no run in "
-            f"{', '.join(map(str, folders))}"
-        )
+        where = ", ".join(map(str, folders))
+        sys.exit(f"python -m benchmarks report: --from must be folders that train wrote to; there is no run in {where}")
     made = [*map(comparison, found.values()), table_2(found), table_3(found), table_4(found), searches(folders)]
     tables = [table for table in made if table.rows]
     for table in tables:
         console.print(table.shown())
     out = options.out / "report"
-    pictures = [draw(runs, out / f"{task}.png") for task, runs in found.items()]
-    pictures += figures(found, out)
+    pictures = [*(draw(runs, out / f"{task}.png") for task, runs in found.items()), *figures(found, out)]
     path = out / "report.md"
     path.write_text(_markdown(found, tables, [picture.name for picture in pictures]))
     wrote(path, *pictures)

@@ -1,7 +1,5 @@
 """The table of one task: every optimizer after equal steps and after equal times."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import isfinite
 from statistics import median
@@ -48,8 +46,7 @@ def _row(group: SeedGroup, step: float, seconds: float) -> list[str]:
 
 
 def _loss(losses: Sequence[float]) -> str:
-    middle = median(losses)
-    return f"{middle:.3g}" if isfinite(middle) else "diverged"
+    return f"{median(losses):.3g}" if isfinite(median(losses)) else "diverged"
 
 
 def _origins(runs: Sequence[dict[str, Any]]) -> str:
@@ -57,6 +54,4 @@ def _origins(runs: Sequence[dict[str, Any]]) -> str:
     where: dict[str, dict[str, None]] = {}
     for run in runs:
         where.setdefault(run["hyper_from"], {})[run["optimizer"]] = None
-    if len(where) == 1:
-        return next(iter(where))
-    return "; ".join(f"{', '.join(names)}: {origin}" for origin, names in where.items())
+    return "; ".join(f"{', '.join(names)}: {origin}" if len(where) > 1 else origin for origin, names in where.items())

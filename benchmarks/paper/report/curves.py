@@ -1,12 +1,11 @@
 """Curves of runs: a line for each optimizer, and the figure of one task."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -35,8 +34,17 @@ def draw(runs: Runs, path: Path) -> Path:
     columns = (("step", "loss"), ("seconds", "loss"), ("epoch", "metric"), ("step", "rate"))
     for axes, (x, y) in zip(grid, columns, strict=True):
         panel(axes, runs, x, y)
-    figure.suptitle(f"{runs[0]['title']}\n{runs[0]['data']}", fontsize=9)
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    return save(figure, grid[:1], f"{runs[0]['title']}\n{runs[0]['data']}", path)
+
+
+def save(figure: Figure, labelled: Sequence[Axes], title: str, path: Path) -> Path:
+    """With one legend for these axes below."""
+    handles: dict[str, Artist] = {}
+    for axes in labelled:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.suptitle(title, fontsize=10)
+    below: dict[str, Any] = {"loc": "outside lower center", "ncols": 8, "fontsize": 8, "frameon": False}
+    figure.legend(handles=list(handles.values()), labels=list(handles), **below)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path

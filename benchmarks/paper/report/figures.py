@@ -1,17 +1,13 @@
 """Figures 3, 4 and 5, as the paper has them, with what was run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.paper.report.curves import Runs, panel
+from benchmarks.paper.report.curves import Runs, panel, save
 from benchmarks.paper.report.runs import Found, described
 from benchmarks.paper.tasks import named
 
@@ -22,7 +18,6 @@ RATES = ("sgdm", "rmsprop")
 
 def figures(found: Found, out: Path) -> list[Path]:
     """Write those for which there is a run; their paths. A stand-in takes a panel where the paper's data are absent."""
-    out.mkdir(parents=True, exist_ok=True)
     paths = []
     third = [task for task in UCI if task in found] or [task for task in ("diabetes",) if task in found]
     if third:
@@ -54,7 +49,7 @@ def _losses(panels: Sequence[Runs], x: str, title: str, path: Path) -> Path:
                 axes.set_axis_off()
                 axes.text(0.5, 0.5, "not run", ha="center", transform=axes.transAxes)
         column[0].set_title(_caption(runs) if runs else "", fontsize=8)
-    return _save(figure, grid[0], title, path)
+    return save(figure, grid[0], title, path)
 
 
 def _rates(runs: Runs, title: str, path: Path) -> Path:
@@ -64,7 +59,7 @@ def _rates(runs: Runs, title: str, path: Path) -> Path:
     grid = figure.subplots(1, 3)
     for axes, column in zip(grid, ("loss", "metric", "rate"), strict=True):
         panel(axes, runs, "epoch", column)
-    return _save(figure, grid, f"{title}: {_caption(runs)}", path)
+    return save(figure, grid, f"{title}: {_caption(runs)}", path)
 
 
 def _learning_no_rate(runs: Runs) -> Runs:
@@ -81,13 +76,3 @@ def _learns_rate(run: dict[str, Any]) -> bool:
 
 def _caption(runs: Runs) -> str:
     return fill(f"{runs[0]['model']} on {described(runs)}", 70)
-
-
-def _save(figure: Figure, labelled: Sequence[Axes], title: str, path: Path) -> Path:
-    handles: dict[str, Artist] = {}
-    for axes in labelled:
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.suptitle(title, fontsize=10)
-    figure.legend(handles=list(handles.values()), labels=list(handles), loc="outside lower center", ncols=8, fontsize=8)
-    figure.savefig(path, dpi=120)
-    return path

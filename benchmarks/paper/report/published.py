@@ -3,8 +3,6 @@
 Names of tasks and optimizers are this project's. Figures 3, 4 and 5 are plots without printed numbers.
 """
 
-from __future__ import annotations
-
 Row = dict[str, float | None]
 
 

@@ -1,7 +1,5 @@
 """Runs from results files, by task; and what the seeds of one optimizer have in common: medians, bounds, losses."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,13 +33,11 @@ def collect(folders: Sequence[Path]) -> Found:
         kinds: dict[tuple[str, str, int], list[Result]] = {}
         for run in by_file.values():
             kinds.setdefault((run["precision"], run["data"], run["total_steps"]), []).append(run)
-        chosen: list[Result] = []
-        for precision in {key[0] for key in kinds}:
-            own = [(len(runs), key[2], runs) for key, runs in kinds.items() if key[0] == precision]
-            chosen += max(own, key=lambda each: each[:2])[2]
+        chosen: dict[str, list[Result]] = {}
+        for (precision, _, _), runs in sorted(kinds.items(), key=lambda x: (len(x[1]), x[0][2]), reverse=True):
+            chosen.setdefault(precision, runs)
         if chosen:
-            chosen.sort(key=_place)
-            found[task] = chosen
+            found[task] = sorted((run for runs in chosen.values() for run in runs), key=_place)
     return found
 
 
@@ -80,14 +76,11 @@ class SeedGroup:
 
     def losses_up_to(self, axis: str, limit: float) -> list[list[float]]:
         """Each seed's losses up to a step, or a time in seconds. The first is that before the first step."""
-        return [
-            [
-                float(loss)
-                for x, loss in zip(run["curve"][axis], run["curve"]["loss"], strict=True)
-                if float(x) <= limit * (1 + 1e-9)
-            ]
-            for run in self.runs
-        ]
+        found = []
+        for curve in (run["curve"] for run in self.runs):
+            rows = zip(curve[axis], curve["loss"], strict=True)
+            found.append([float(loss) for x, loss in rows if float(x) <= limit * (1 + 1e-9)])
+        return found
 
     def loss_at(self, axis: str, limit: float) -> list[float]:
         """Each seed's last loss up to there; infinite for one that diverged before."""

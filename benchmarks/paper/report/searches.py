@@ -1,7 +1,5 @@
 """What the searches found: how many trials, and the best of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,9 @@ HEADER = ["task", "optimizer", "trials", "diverged", "loss of the best", "its hy
 
 
 def searches(folders: Sequence[Path]) -> Table:
-    """A row for each task and optimizer."""
-    rows = [row for path in _files(folders) for row in found(path.stem, results.load(path))]
+    """A row for each task and optimizer; a later folder's files in place of an earlier's."""
+    files = {path.name: path for folder in folders for path in (folder / "search").glob("*.json")}
+    rows = [row for path in sorted(files.values()) for row in found(path.stem, results.load(path))]
     return Table("Searches", HEADER, rows)
 
 
@@ -30,8 +29,3 @@ def found(name: str, content: dict[str, Any]) -> list[list[str]]:
         diverged = sum(trial["status"] == "diverged" for trial in trials)
         rows.append([name, optimizer, str(len(trials)), str(diverged), loss, hyper, length])
     return rows
-
-
-def _files(folders: Sequence[Path]) -> list[Path]:
-    """The search files, a later folder's in place of an earlier's."""
-    return sorted({path.name: path for folder in folders for path in (folder / "search").glob("*.json")}.values())

@@ -1,7 +1,5 @@
 """Tables 2, 3 and 4: ours beside the paper's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
@@ -39,18 +37,13 @@ def table_3(found: Found) -> Table:
     header = ["task", "precision", *figures, "KFAC's damping", "ours on"]
     rows = []
     for task, theirs in published.TABLE_3.items():
-        by_precision = {
-            precision: [run for run in found.get(task, []) if run["precision"] == precision]
-            for precision in SIXTEEN_BITS
-        }
-        for precision, runs in by_precision.items():
-            if not runs:
-                continue
+        ran = [run for run in found.get(task, []) if run["precision"] in SIXTEEN_BITS]
+        for precision in sorted({run["precision"] for run in ran}) or ["16 bits"]:
+            runs = [run for run in ran if run["precision"] == precision]
             damping = sorted({f"{run['hyper']['damping']:g}" for run in runs if run["optimizer"] == "kfac"})
             cells = [_pair(_ours(runs, (name,)), theirs[name]) for name in optimizers]
-            rows.append([_title(task), precision, *cells, ", ".join(damping) or "–", described(runs)])
-        if not any(by_precision.values()):
-            rows.append([_title(task), "16 bits", *(_pair("–", theirs[n]) for n in optimizers), "–", "not run"])
+            where = described(runs) if runs else "not run"
+            rows.append([_title(task), precision, *cells, ", ".join(damping) or "–", where])
     return Table("Table 3: test accuracy in % of 16-bit networks", header, rows)
 
 
@@ -85,11 +78,11 @@ def _figure(group: SeedGroup) -> str:
     if group.diverged:
         return "diverged" if group.diverged == len(group.runs) else f"{group.diverged} of {len(group.runs)} diverged"
     scores = [run["scores"].get("BLEU") for run in group.runs]
-    values = group.last("metric") if any(s is None for s in scores) else [float(s) for s in scores]
-    unit = " BLEU" if all(s is not None for s in scores) else ""
-    if not unit and not named(group.first["task"]).loss.metric.startswith("accuracy, %"):
-        unit = f" ({named(group.first['task']).loss.metric})"
-    return f"{mean(values):.2f}{unit}"
+    if None not in scores:
+        return f"{mean(map(float, scores)):.2f} BLEU"
+    metric = named(group.first["task"]).loss.metric
+    unit = "" if metric.startswith("accuracy, %") else f" ({metric})"
+    return f"{mean(group.last('metric')):.2f}{unit}"
 
 
 def _pair(ours: str, theirs: float | None) -> str:

@@ -5,11 +5,10 @@ the first seed, and the best two settings on all seeds, because the best may div
 of the two counts. Runs that a results file already holds aren't run again.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from functools import partial
+from itertools import product
 from typing import Any
 
 from benchmarks.common import results
@@ -22,9 +21,7 @@ from benchmarks.paper.training.training import Training
 
 STUDIES = {"meta-update": VARIANTS, "start": START}
 TASKS = ("ill-conditioned", "diabetes", "digits", "digits-autoencoder")
-POINTS = 20
-"""How many times the loss is taken in a run."""
-
+POINTS = 20  # at which the loss is taken in a run
 FINALISTS = 2
 
 
@@ -33,17 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = "names by comma, or none (default: all)"
         parser.add_argument(option, type=names_of(known), default=",".join(known), help=text)
     parser.add_argument("--study", choices=STUDIES, default="meta-update", help="default: %(default)s")
-    text = "names by comma, or none (default: all of the study)"
-    parser.add_argument("--variants", type=names_of(VARIANTS | START), help=text)
+    parser.add_argument("--variants", type=names_of(VARIANTS | START), help="likewise (default: all of the study)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Run what the results file lacks; write it and the table of it."""
     path = options.out / f"{options.study}.json"
-    variants = options.variants
-    if variants is None:
-        variants = list(STUDIES[options.study])
+    variants = STUDIES[options.study] if options.variants is None else options.variants
     runs: dict[str, Any] = results.load(path)["runs"] if path.exists() else {}
 
     def loss_of(task: str, name: str, seed: int, setting: dict[str, Any] | None = None) -> float:
@@ -58,12 +52,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for task in options.study_tasks:
         for name in options.against:
             ranked = sorted(BASELINES[name].grid, key=lambda setting: loss_of(task, name, 0, setting))
-            for setting in ranked[:FINALISTS]:
-                for seed in range(1, options.seeds):
-                    loss_of(task, name, seed, setting)
-        for name in variants:
-            for seed in range(options.seeds):
-                loss_of(task, name, seed)
+            for setting, seed in product(ranked[:FINALISTS], range(1, options.seeds)):
+                loss_of(task, name, seed, setting)
+        for name, seed in product(variants, range(options.seeds)):
+            loss_of(task, name, seed)
     table = markdown(runs)
     (options.out / f"{options.study}.md").write_text(table)
     console.print(table, markup=False)

@@ -1,7 +1,5 @@
 """The study's table, from its results alone."""
 
-from __future__ import annotations
-
 import math
 from statistics import median
 from typing import Any
@@ -17,8 +15,7 @@ def summary(runs: dict[str, Any]) -> dict[str, dict[str, Cell]]:
     setting: the lowest median among those run with most seeds."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for key, held in runs.items():
-        task, name, _, *setting = key.split("/")
-        last = float(held["losses"][-1])
+        (task, name, _, *setting), last = key.split("/"), float(held["losses"][-1])
         found.setdefault((name, task, "/".join(setting)), []).append(last if math.isfinite(last) else math.inf)
     best: dict[tuple[str, str], list[float]] = {}
     for (name, task, _), losses in found.items():
@@ -46,10 +43,7 @@ def markdown(runs: dict[str, Any]) -> str:
 
 
 def _cell(cell: Cell | None) -> str:
-    if cell is None:
-        return ""
-    middle, least, greatest, count = cell
-    return f"{middle:#.3g} ({least:#.3g} to {greatest:#.3g}; {count})"
+    return "" if cell is None else "{:#.3g} ({:#.3g} to {:#.3g}; {})".format(*cell)
 
 
 def _seconds(runs: dict[str, Any], name: str, task: str) -> str:

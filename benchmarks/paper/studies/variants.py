@@ -1,7 +1,5 @@
 """The ways of learning A, B and S that are compared, and the optimizers they are compared with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -17,16 +15,12 @@ from benchmarks.paper.training.training import Setting
 
 @dataclass(frozen=True)
 class Variant:
-    """APO with one thing done otherwise.
-
-    Attributes:
-        fsd_weight, wsd_weight: λ_FSD and λ_WSD; None: APO's.
-    """
+    """APO with one thing done otherwise."""
 
     what: str  # in words, for the table
     settings: Mapping[str, Any] = field(default_factory=dict)  # of :class:`apo.APO`, over its defaults
-    fsd_weight: float | None = None
-    wsd_weight: float | None = None
+    fsd_weight: float | None = None  # λ_FSD; None: APO's
+    wsd_weight: float | None = None  # λ_WSD
     other: str = "fresh"  # which batch B′ is: ``"fresh"``, ``"same"`` as B, or ``"large"``, four fresh ones
 
     def make(self, setting: Setting) -> Optimizer:
@@ -85,14 +79,10 @@ NO_LONGER_RUN = {
 
 @dataclass(frozen=True)
 class TunedBaseline:
-    """An optimizer to compare with.
-
-    Attributes:
-        grid: the settings that are tried. What they don't set has the optimizer's own default.
-    """
+    """An optimizer to compare with."""
 
     method: str  # its name among :data:`METHODS`
-    grid: tuple[dict[str, float], ...]
+    grid: tuple[dict[str, float], ...]  # the settings that are tried, over the optimizer's own defaults
     fixed: Mapping[str, float] = field(default_factory=dict)  # what all of them share
 
     def make(self, setting: Setting, hyper: Mapping[str, float]) -> Optimizer:

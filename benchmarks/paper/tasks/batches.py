@@ -1,7 +1,5 @@
 """The batches of a run. They follow from the seed, so that runs can be compared and resumed to the bit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -18,12 +16,6 @@ class Batches:
 
     B is a pass through the shuffled examples, the incomplete last batch left out; it follows from the seed and the
     epoch alone, so that every optimizer sees the same. B′ is drawn uniformly, by a generator of its own.
-
-    Args:
-        examples: on the device to train on.
-        size: examples per batch.
-        seed: of everything.
-        augment: of B and B′.
 
     Attributes:
         latest: the inputs of the last B that was asked for.

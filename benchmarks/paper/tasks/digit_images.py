@@ -3,8 +3,6 @@
 Scikit-learn's digits stand in for MNIST.
 """
 
-from __future__ import annotations
-
 from benchmarks.paper.data.mnist import MNIST, MNIST_IMAGES
 from benchmarks.paper.data.without_files import DIGITS, DIGITS_IMAGES
 from benchmarks.paper.models import autoencoder, mlp

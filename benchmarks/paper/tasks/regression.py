@@ -1,7 +1,5 @@
 """Regression: poorly conditioned (Figure 4, left), UCI's (Figure 3), and diabetes, which stands in for UCI's."""
 
-from __future__ import annotations
-
 import torch
 
 from benchmarks.paper.data import Source

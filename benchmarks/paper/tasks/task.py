@@ -1,7 +1,5 @@
 """A task: network, data, loss, length, and how it is judged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +17,7 @@ Inputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Task:
-    """One of the paper's tasks, or a small one that needs no files.
-
-    Attributes:
-        forward: ``(model, inputs) -> outputs``, which loss and discrepancy take.
-        augment: ``(inputs, generator) -> inputs`` of training batches.
-        judged_by: what a search picks by: ``"loss"``, the training loss, or ``"metric"``, on held-out examples.
-        score: a slower judgement at the end of a run: ``(model, data) -> {name: value}``.
-    """
+    """One of the paper's tasks, or a small one that needs no files."""
 
     name: str  # on the command line and in files
     title: str  # what it is, in a line
@@ -41,12 +32,12 @@ class Task:
     milestones: tuple[float, ...] = (0.5, 0.75)  # where a manual schedule decays the rate, as shares of the run
     dtype: torch.dtype = torch.float32  # of weights and activations in full precision
     precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")  # what ``--precision`` may be
-    forward: Callable[[nn.Module, Inputs], Tensor] = lambda model, inputs: model(*inputs)
+    forward: Callable[[nn.Module, Inputs], Tensor] = lambda model, inputs: model(*inputs)  # what the loss takes
     targets: Callable[[Tensor], Tensor] = lambda targets: targets  # the part of the targets that the loss takes
-    augment: Callable[[Inputs, torch.Generator], Inputs] | None = None
+    augment: Callable[[Inputs, torch.Generator], Inputs] | None = None  # of training batches
     evaluated: int = 10_000  # on how many training examples the loss is taken at most after an epoch
-    judged_by: str = "loss"
-    score: Callable[[nn.Module, Dataset], dict[str, float]] | None = None
+    judged_by: str = "loss"  # what a search picks by: the training "loss", or the "metric" on held-out examples
+    score: Callable[[nn.Module, Dataset], dict[str, float]] | None = None  # a slower judgement at the end of a run
 
     def data(self, folder: Path | None = None) -> Dataset:
         """The examples, on the CPU. Raises :class:`~benchmarks.paper.data.MissingData` where files are missing."""

@@ -1,7 +1,5 @@
 """Translation from German with a Transformer of 6 + 6 layers (Table 2), scored by BLEU."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -26,12 +24,11 @@ def _words(targets: Tensor) -> Tensor:
 @torch.no_grad()
 def translate(model: Transformer, source: Tensor, longest: int = LONGEST) -> Tensor:
     """The likeliest next word each time, until all sentences are closed: ``(N, T)`` from OPEN on."""
-    memory, allowed = model.encode(source)
+    encoded = model.encode(source)
     said = torch.full((len(source), 1), OPEN, device=source.device)
     closed = torch.zeros(len(source), dtype=torch.bool, device=source.device)
     while said.shape[1] < longest and not closed.all():
-        word = model.decode(said, memory, allowed)[:, -1].argmax(-1)
-        word = torch.where(closed, PAD, word)
+        word = torch.where(closed, PAD, model.decode(said, *encoded)[:, -1].argmax(-1))
         said = torch.cat([said, word[:, None]], 1)
         closed |= word == CLOSE
     return said

@@ -1,7 +1,5 @@
 """Files of a run: ``runs/TASK/NAME.json`` and ``.csv``, and ``.pt`` while it isn't finished."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any
@@ -53,10 +51,8 @@ def load_checkpoint(spec: RunSpec, out: Path) -> dict[str, Any] | None:
     own, saved = spec.identity(), state["identity"]
     for key in own:
         if own[key] != saved.get(key):
-            raise ValueError(
-                f"{path} must come from this run to go on with it, but its {key} is {saved.get(key)!r} and not "
-                f"{own[key]!r}: start anew without --resume, or write elsewhere by --out"
-            )
+            what = f"its {key} is {saved.get(key)!r} and not {own[key]!r}"
+            raise ValueError(f"{path} is another run's: {what}: leave out --resume, or write elsewhere by --out")
     return state
 
 

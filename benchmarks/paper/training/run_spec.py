@@ -1,7 +1,5 @@
 """The specification of a run: task, optimizer and hyperparameters, seed, length, precision."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,10 +28,8 @@ class RunSpec:
     def __post_init__(self) -> None:
         task = named(self.task)
         if self.precision not in task.precisions:
-            raise ValueError(
-                f"precision must be one of {', '.join(task.precisions)} for the task {task.name}, "
-                f"but got {self.precision!r}"
-            )
+            known = f"one of {', '.join(task.precisions)} for the task {task.name}"
+            raise ValueError(f"precision must be {known}, but got {self.precision!r}")
         method(self.optimizer).hyper(self.hyper, self.precision)
         for name in ("epochs", "steps"):
             value = getattr(self, name)

@@ -1,7 +1,5 @@
 """The manual schedules of the learning rate, which learned rates are compared with."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """The search: as many trials for each optimizer, drawn evenly from its ranges, judged alike."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,15 +15,11 @@ from benchmarks.paper.training.run import Run
 from benchmarks.paper.training.run_spec import RunSpec
 from benchmarks.paper.training.search_files import file_of
 
-Tell = Callable[[str, dict[str, Any]], None]
-"""Called with an optimizer's name and each of its trials."""
-
 
 def drawn(optimizer: str, count: int) -> list[dict[str, Any]]:
-    """The hyperparameters of each trial.
+    """The hyperparameters of each trial: points of a scrambled Sobol sequence over the optimizer's ranges, in log.
 
-    Points of a scrambled Sobol sequence over the optimizer's ranges, in log: even in each hyperparameter, whatever
-    the number of trials. The first of a longer search are those of a shorter one.
+    Even in each hyperparameter. The first of a longer search are those of a shorter one.
     """
     ranges = method(optimizer).ranges
     engine = SobolEngine(len(ranges), scramble=True, seed=zlib.crc32(optimizer.encode()))  # type: ignore[no-untyped-call]
@@ -52,15 +46,12 @@ class Search:
         optimizers: list[str],
         data: Dataset,
         fixed: dict[str, dict[str, Any]] | None = None,
-        tell: Tell | None = None,
+        tell: Callable[[str, dict[str, Any]], None] = lambda optimizer, trial: None,
     ) -> dict[str, Any]:
         """Run the trials that the file lacks, write it after each, and return its content.
 
-        Args:
-            optimizers: their names.
-            data: the task's examples. A task that is judged by its metric is judged on a tenth held out of them.
-            fixed: hyperparameters that all trials of an optimizer share, by its name.
-            tell: told of each trial.
+        A task that is judged by its metric is judged on a tenth held out of ``data``. ``fixed`` are hyperparameters
+        that all trials of an optimizer share, by its name.
         """
         content = self._begun(data)
         for optimizer in optimizers:
@@ -71,8 +62,7 @@ class Search:
                 done.append(trial)
                 saved = {key: value for key, value in content.items() if key not in ("benchmark", "environment")}
                 results.write(self.path.parent, self.path.stem, self.like.device, saved)
-                if tell is not None:
-                    tell(optimizer, trial)
+                tell(optimizer, trial)
         return content
 
     def _begun(self, data: Dataset) -> dict[str, Any]:
@@ -93,19 +83,15 @@ class Search:
         content = results.load(self.path)
         for key, value in settings.items():
             if content[key] != value:
-                raise ValueError(
-                    f"{self.path} holds a search whose {key} is {content[key]!r} and not {value!r}: "
-                    "remove it, or write elsewhere by --out"
-                )
+                what = f"holds a search whose {key} is {content[key]!r} and not {value!r}"
+                raise ValueError(f"{self.path} {what}: remove it, or write elsewhere by --out")
         return content
 
     def _check_ranges(self, content: dict[str, Any], optimizer: str) -> None:
         ranges = results.plain({name: vars(r) for name, r in method(optimizer).ranges.items()})
         if content.setdefault("ranges", {}).setdefault(optimizer, ranges) != ranges:
-            raise ValueError(
-                f"{self.path} holds a search of {optimizer} in other ranges, {content['ranges'][optimizer]}: "
-                "remove its entries under ranges and trials, or write elsewhere by --out"
-            )
+            what = f"holds a search of {optimizer} in other ranges, {content['ranges'][optimizer]}"
+            raise ValueError(f"{self.path} {what}: remove it under ranges and trials, or write elsewhere by --out")
 
     def _trial(self, optimizer: str, hyper: dict[str, Any], data: Dataset) -> dict[str, Any]:
         held_out = self.like.definition.judged_by == "metric"

@@ -1,7 +1,5 @@
 """The file of a search, ``search/TASK.json``: all trials, and the best of them."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -50,16 +50,12 @@ class Training:
     """A network, its batches and its optimizer.
 
     Args:
-        make: makes the optimizer.
-        seed: of the weights and the batches.
         epochs: passes through the training examples; ``steps`` instead, where given.
         every: steps between two rows of the curve; None: an epoch, or less where there would be few rows.
-        device, dtype: of the weights; None: the task's dtype.
 
     Attributes:
         step, total: how many steps were taken, and how many there are.
         rate_at: sets the learning rate of each step; None: the optimizer's own.
-        curve: a list for each of :data:`COLUMNS`.
         status: ``"unfinished"``, ``"finished"`` or ``"diverged"``, the last with its ``reason``.
     """
 
@@ -99,13 +95,7 @@ class Training:
     def train(
         self, watch: Watch | None = None, *, limit_seconds: float | None = None, limit_steps: int | None = None
     ) -> None:
-        """Train to the end, or until a limit.
-
-        Args:
-            watch: told every :data:`LOOK` steps.
-            limit_seconds: stop after this many seconds of training in this call.
-            limit_steps: stop after this many steps in this call.
-        """
+        """Train to the end, or until a limit of training in this call. ``watch`` is told every :data:`LOOK` steps."""
         until = math.inf if limit_seconds is None else self.seconds + limit_seconds
         last = self.total if limit_steps is None else min(self.total, self.step + limit_steps)
         saved = time.monotonic()
