@@ -1,4 +1,4 @@
-"""UCI regression: Protein, Parkinsons, Slice. Comma-separated files with a header; a fifth is kept to test on."""
+"""UCI regression: Protein, Parkinsons, Slice. Tables with a header; a fifth is kept to test on."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,16 +15,21 @@ ARCHIVE = "https://archive.ics.uci.edu/dataset/"
 
 
 def read_table(path: Path, target: str, left_out: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
-    """``(features (N, d), targets (N, 1))`` float64 of a csv file, gzipped or not, with column names above."""
+    """``(features (N, d), targets (N, 1))`` float64 of a file, gzipped or not, with column names above.
+
+    Columns are parted by commas, semicolons or tabs.
+    """
     with open_text(path) as file:
-        names = [name.strip() for name in file.readline().split(",")]
+        header = file.readline()
+        separator = max(",;\t", key=header.count)
+        names = [name.strip() for name in header.split(separator)]
         for name in (target, *left_out):
             if name not in names:
                 raise ValueError(f"{path} must have a column {name!r}, but has {', '.join(names)}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of no rows, which is an error here
             try:
-                rows = np.loadtxt(file, delimiter=",", ndmin=2)
+                rows = np.loadtxt(file, delimiter=separator, ndmin=2)
             except ValueError as error:
                 raise ValueError(f"{path} must hold rows of numbers below its header, but: {error}") from None
     if rows.shape[1] != len(names):

@@ -173,6 +173,15 @@ def test_uci_tables(tmp_path: Path) -> None:
     assert PARKINSONS.load(tmp_path).train.inputs[0].shape == (8, 2)  # neither the person nor the other score
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_uci_tables_parted_by_other_signs(tmp_path: Path, separator: str) -> None:
+    lines = (separator.join(cells) for cells in (("a", "RMSD", "b"), ("1", "2.5", "3"), ("4", "5", "6e-1")))
+    (tmp_path / "x.txt").write_text("\n".join(lines))
+    features, targets = read_table(tmp_path / "x.txt", "RMSD")
+    assert features.tolist() == [[1, 3], [4, 0.6]]
+    assert targets.tolist() == [[2.5], [5]]
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [
