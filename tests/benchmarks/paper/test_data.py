@@ -162,12 +162,10 @@ def test_uci_tables(tmp_path: Path) -> None:
     assert torch.allclose(x.mean(0), torch.zeros(2), atol=1e-5)
     assert torch.allclose(t.std(0), torch.ones(1), atol=1e-5)
     # the columns are told apart, and inputs and targets belong together
-    raw = torch.tensor(rows, dtype=torch.float32)
-    scaled = (raw - raw.mean(0)) / raw.std(0)
-    nearest = (scaled[:, [0, 2]] - x[0]).square().sum(1).argmin()
-    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    assert nearest == order[0]
-    assert abs(scaled[nearest, 1] - t[0, 0]) < 0.5
+    raw = torch.tensor(rows)[torch.randperm(50, generator=torch.Generator().manual_seed(0))[:40]]
+    scaled = ((raw - raw.mean(0)) / raw.std(0)).float()
+    assert torch.allclose(x, scaled[:, [0, 2]], atol=1e-5)
+    assert torch.allclose(t, scaled[:, [1]], atol=1e-5)
     header = "subject#,age,motor_UPDRS,total_UPDRS,PPE"
     (tmp_path / "parkinsons_updrs.data").write_text("\n".join([header, *["1,70,3.5,4.5,0.1", "2,60,1.5,2.5,0.2"] * 5]))
     assert PARKINSONS.load(tmp_path).train.inputs[0].shape == (8, 2)  # neither the person nor the other score
