@@ -17,7 +17,7 @@ from torch import Tensor
 from apo_kernels.aten import Kept, aligned_empty
 from apo_kernels.blocks import is_stack, relative_derivative
 from apo_kernels.triton import relative_steps
-from apo_kernels.triton.launch import on_device
+from apo_kernels.triton.launch import note_written, on_device
 from apo_kernels.triton.layers import turns
 from apo_kernels.triton.model import TritonModel
 from apo_kernels.triton.plan import Bound, Operation, Step
@@ -103,7 +103,7 @@ class TritonBackend:
         if len(momentum_buffers):
             operands[Role.MOMENTUM] = momentum_buffers
         bound = self._bind(operands)
-        return partial(_step, bound, bool(len(momentum_buffers))) if bound is not None else _nothing
+        return partial(_step, bound, thetas, momentum_buffers) if bound is not None else _nothing
 
     def bind_model(
         self, As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[tuple[int, ...]], learned: Sequence[str]
@@ -126,18 +126,21 @@ class TritonBackend:
         return Bound(self.precision, groups) if groups else None
 
 
-def _step(bound: Bound, buffer: bool, lr: float | Tensor, momentum: float, weight_decay: float) -> None:
+def _step(
+    bound: Bound, thetas: Tensors, buffers: Tensors, lr: float | Tensor, momentum: float, weight_decay: float
+) -> None:
     if isinstance(lr, Tensor) and lr.device.type == "cpu" and bound.device.type != "cpu":
         lr = float(lr)  # it is on the host: nothing waits
     lr_tensor = lr if isinstance(lr, Tensor) else None
     operation = Operation(
         update=True,
-        buffer=buffer,
+        buffer=bool(len(buffers)),
         momentum=momentum != 0,
         decay=weight_decay != 0,
         lr_dtype=None if lr_tensor is None else lr_tensor.dtype,
     )
     rate = 0.0 if isinstance(lr, Tensor) else float(lr)
+    note_written((*thetas, *buffers))
     with on_device(bound.device):
         bound.run(operation, Step(rate, lr_tensor, float(momentum), float(weight_decay)))
 

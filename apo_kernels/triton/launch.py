@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-__all__ = ["Launch", "LaunchInputs", "count_launches", "current_stream", "on_device"]
+__all__ = ["Launch", "LaunchInputs", "count_launches", "current_stream", "note_written", "on_device"]
 
 _NO_SCALARS = (0.0, None, 0.0, 0.0)
 _observers: list[list[str]] = []
@@ -109,3 +109,9 @@ def current_stream(device: torch.device) -> int:
 def on_device(device: torch.device) -> AbstractContextManager[None]:
     """A GPU made the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def note_written(tensors: Iterable[Tensor | None]) -> None:
+    """Tell autograd that a kernel writes to these. A graph that saved one refuses to be used, as after any operation in
+    place."""
+    torch.autograd.graph.increment_version([x for x in tensors if x is not None and not x.is_inference()])

@@ -29,7 +29,7 @@ from apo_kernels.triton import config
 from apo_kernels.triton import plan as plans
 from apo_kernels.triton.errors import Interrupted, Unserved
 from apo_kernels.triton.graphs import keep_for_graph
-from apo_kernels.triton.launch import current_stream, on_device
+from apo_kernels.triton.launch import current_stream, note_written, on_device
 from apo_kernels.triton.model_plan import Given, ModelPlan, ModelPlanner, ModelRun
 from apo_kernels.triton.model_wide import WideLayers
 from apo_kernels.triton.plan_builder import Operands, Operation, to_device
@@ -219,6 +219,7 @@ class TritonModel:
             last = self._ready("update", given, momentum_buffers, (lr, momentum, weight_decay), _of_a_step)
         if not last.plan or not last.plan.launches:
             return _factor(most, total, like=self._one) if bounded and total is not None else self._one
+        note_written((*given.written, *(momentum_buffers[i] for i in given.layers)))
         if not math.isfinite(most):
             self._launch(last)
             return self._one
@@ -246,6 +247,7 @@ class TritonModel:
         last = self._ready("trial", given, momentum_buffers, (lengths, momentum, shrink), _as_they_are)
         assert last.plan is not None
         kept = torch.empty(self.planner.flat_size, dtype=torch.float32, device=self.planner.device)
+        note_written(given.written)
         if last.plan.wide:
             found = self._keep_wide(last.plan, Gs, kept)
             self._launch(last, kept=kept)

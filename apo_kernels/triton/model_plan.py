@@ -73,6 +73,12 @@ class Given(NamedTuple):
     places: list[int]
     forms: list[list[Any]]
 
+    @property
+    def written(self) -> list[Tensor | None]:
+        """The weights that a step writes: those with a gradient."""
+        half = len(self.tensors) // 2
+        return [theta for G, theta in zip(self.tensors[:half], self.tensors[half:], strict=True) if G is not None]
+
     def same(self, other: Given) -> bool:
         return self is other or (self[0] == other[0] and self[2:] == other[2:])
 

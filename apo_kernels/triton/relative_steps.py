@@ -15,7 +15,7 @@ from apo_kernels.aten.relative_steps import EPS
 from apo_kernels.triton import plan as plans
 from apo_kernels.triton.errors import Interrupted
 from apo_kernels.triton.graphs import keep_for_graph
-from apo_kernels.triton.launch import Launch, current_stream, on_device
+from apo_kernels.triton.launch import Launch, current_stream, note_written, on_device
 from apo_kernels.triton.plan_builder import to_device
 from apo_kernels.triton.relative import average_scalings, step_diagonals, step_scalings, step_squares
 from apo_kernels.triton.table_layout import ALIGN
@@ -105,6 +105,7 @@ def relative_step_squares_(
         run: Any = _Run(stream, X, slope, size, new_slope, new_size, *numbers[:3], *scalars)
         _keep(X.device, stream, launch)
         launch.compile(run)
+        note_written((X, slope, size))
         launch(run)
 
 
@@ -145,6 +146,7 @@ def relative_step_scalings_(
         _keep(S.device, stream, average, step)
         average.compile(first)
         step.compile(second)
+        note_written((S, slope, size))
         average(first)
         try:
             step(second)

@@ -176,6 +176,17 @@ def test_the_update(
             assert_close(v, v_expected, dtype, "v", (P,))
 
 
+def test_a_graph_from_before_the_update_refuses_to_go_back() -> None:
+    layers = model(((7, 13), (33, 65)), torch.float32, A=None, B=None, scale=1.0)
+    thetas = [torch.randn(G.shape, requires_grad=True) for G in layers.operands[0]]
+    squares = [theta.square().sum() for theta in thetas]
+    with torch.no_grad():
+        ak.foreach_precondition_step_(thetas, *layers.operands, lr=0.1, backend="triton")
+    for square in squares:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            square.backward()
+
+
 @pytest.mark.parametrize(("side_A", "side_B"), [(100, None), (None, 100), (72, 136)])
 def test_each_weight_is_stepped_once(side_A: int | None, side_B: int | None) -> None:
     """Also where a tile of the grouped GEMM reaches beyond its square, into what another product writes."""

@@ -496,6 +496,17 @@ def test_a_promise_that_isnt_a_number_stops_the_step() -> None:
     assert step(own, own.bind(), 1.0).isnan()
 
 
+@pytest.mark.parametrize("most", [math.inf, 3.0])
+def test_a_graph_from_before_the_step_refuses_to_go_back(most: float) -> None:
+    own = layers([(7, 12), (9, 30)], torch.float32)
+    thetas = [theta.requires_grad_() for pair in own.thetas for theta in pair or () if theta is not None]
+    squares = [theta.square().sum() for theta in thetas]
+    step(own, own.bind(), most)
+    for square in squares:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            square.backward()
+
+
 def test_what_a_buffer_holds_isnt_read_at_momentum_0() -> None:
     own = layers([(7, 12)], torch.float32)
     own.momentum[0] = 0.0
