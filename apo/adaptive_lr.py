@@ -61,7 +61,8 @@ class AdaptiveLR(MetaLearner):
         objective: the :class:`~apo.ProximalObjective`. Its λ_FSD, if left open, is 0.3, or 0.1 if it has a ``loss``.
         interval: a meta-update every N steps (K of Algorithm 1). 0: never.
         warmup: over the first N steps the interval grows from 1, so that training can start from any rate.
-        meta_lr: about how much ``log lr`` moves in an early meta-update.
+        meta_lr: the most that ``log lr`` rises by in a meta-update; about how much it moves with ``"rmsprop"`` or
+            ``"adam"``. None: 0.3, or 0.1 with these.
         meta_optimizer: of ``log lr``: ``"steady"``, or ``"rmsprop"`` (the paper's) or ``"adam"``, which follow each
             slope.
         meta_decay: of the latter two's mean of squares. None: 0.99, or 0.9 if the objective has a ``loss``.
@@ -92,7 +93,7 @@ class AdaptiveLR(MetaLearner):
         *,
         interval: int = 10,
         warmup: int = 200,
-        meta_lr: float = 0.1,
+        meta_lr: float | None = None,
         meta_optimizer: RateOptimizer = "steady",
         meta_decay: float | None = None,
         reach: float = 1.0,
@@ -115,7 +116,7 @@ class AdaptiveLR(MetaLearner):
             raise ValueError(f"reach must be at most 1, but got {reach!r}")
         fresh = objective.loss is not None
         rates = LogRates(
-            meta_lr=meta_lr,
+            meta_lr=(0.3 if meta_optimizer == "steady" else 0.1) if meta_lr is None else meta_lr,
             meta_optimizer=meta_optimizer,
             meta_decay=(0.9 if fresh else 0.99) if meta_decay is None else meta_decay,
             fitted=not fresh,

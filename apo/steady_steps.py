@@ -19,7 +19,7 @@ class SteadySteps:
 
     - rises while the mean of r is below 0, the faster the longer that lasts;
     - is nearly held while it is between 0 and 1: where noise balances progress, it falls as about t^(−0.1);
-    - falls by ``log r`` above 1, about as far as a Newton step along Δ; above 1.5 by a short mean.
+    - falls by ``log r`` above 1, about as far as a Newton step along Δ goes; above 1.5 already by a short mean.
 
     A loss on B, which the step was fitted to, lowers r by about a half. It then rises below −0.5.
 
@@ -53,7 +53,7 @@ class SteadySteps:
             slope: ``⟨V, Δ⟩``.
             size: ``|⟨G, Δ⟩|``.
             share: of the training so far, what has passed since the last update.
-            meta_lr: about what the change is in an early update.
+            meta_lr: the most that ``log lr`` rises by.
         """
         count = group["apo_ratios"] = group["apo_ratios"] + 1
         size_mean = group["apo_size_mean"] = self.SIZES * group["apo_size_mean"] + (1 - self.SIZES) * size
@@ -68,9 +68,9 @@ class SteadySteps:
         how_far = min(max(0.0, self.rises_below - mean) / (1 + self.rises_below), 1.0)
         rising: float = group["apo_rising"] + how_far if rises else 0.0
         group["apo_rising"] = rising
-        pace = meta_lr * min(1.0, self.EARLY * share)
+        early = min(1.0, self.EARLY * share)
         if rises:
-            return pace * min(3.0, 0.25 + rising / 15) * how_far
+            return meta_lr * early * min(1.0, 1 / 12 + rising / 45) * how_far
         if leaps or mean > 1:
-            return -10 * pace * math.log(short if leaps else mean)
-        return -0.2 * pace * mean
+            return -early * math.log(short if leaps else mean) if meta_lr else 0.0
+        return -meta_lr * early * mean / 15

@@ -25,7 +25,7 @@ def path(ratio: Callable[[int], float], updates: int, *, fitted: bool = False, s
     rule, group, log = SteadySteps(fitted=fitted), dict[str, Any](), [0.0]
     rule.prepare(group)
     for i in range(updates):
-        log.append(log[-1] + rule.change(group, ratio(i) * size, size, share=EARLY, meta_lr=0.1))
+        log.append(log[-1] + rule.change(group, ratio(i) * size, size, share=EARLY, meta_lr=0.3))
     return log
 
 
@@ -71,7 +71,7 @@ def test_later_changes_are_in_proportion_to_the_time_between_them() -> None:
         rule, group, log = SteadySteps(fitted=False), dict[str, Any](), 0.0
         rule.prepare(group)
         for step in range(1000, 2000, every):
-            log += rule.change(group, 0.5, 1.0, share=every / step, meta_lr=0.1)
+            log += rule.change(group, 0.5, 1.0, share=every / step, meta_lr=0.3)
         found.append(log)
     assert found[0] == pytest.approx(found[1], rel=0.05)
 
@@ -79,7 +79,7 @@ def test_later_changes_are_in_proportion_to_the_time_between_them() -> None:
 def test_no_slope_no_change() -> None:
     rule, group = SteadySteps(fitted=True), dict[str, Any]()
     rule.prepare(group)
-    assert rule.change(group, 0.0, 0.0, share=1.0, meta_lr=0.1) == 0
+    assert rule.change(group, 0.0, 0.0, share=1.0, meta_lr=0.3) == 0
 
 
 def regression(lr: float, clip: float | None, steps: int = 200) -> tuple[float, float]:
