@@ -166,7 +166,7 @@ def method(name: str) -> NamedOptimizer:
 def _adaptive(base: str) -> NamedOptimizer:
     """AdaptiveLR over a first-order method, with the loss on B′. Its initial rate hardly matters and isn't searched."""
     inner, momentum = METHODS[base], base not in _WITHOUT_MOMENTUM
-    meta = _defaults(apo.AdaptiveLR, "interval", "warmup", "meta_lr", "reach")
+    meta = _defaults(apo.AdaptiveLR, "interval", "warmup", "meta_lr", "meta_optimizer", "reach")
 
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
         own, terms = _split(hyper)
