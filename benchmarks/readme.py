@@ -4,8 +4,6 @@
 test compares the pages with the files, so a figure that no run has given can't stand there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
@@ -24,7 +22,7 @@ from benchmarks.paper.training.search_files import COMMITTED
 
 ROOT = Path(__file__).parent.parent
 RESULTS = COMMITTED / "amd-epyc"
-OVERHEAD_RESULTS = COMMITTED / "intel-xeon"
+STEP_RESULTS = COMMITTED / "intel-xeon"
 COMPILED_RESULTS = COMMITTED / "triton-3.7.1"
 TITLES = {
     "mlp": "MLP 784-1000-1000-10",
@@ -113,7 +111,7 @@ def _breakdowns(record: dict[str, Any]) -> str:
 
 def _learning_rates() -> str:
     rows = []
-    for name, each in results.load(RESULTS / "learning_rates.json")["optimizers"].items():
+    for name, each in results.load(STEP_RESULTS / "learning_rates.json")["optimizers"].items():
         fixed, learned, best = _by_rate(each["fixed"]), _by_rate(each["learned"]), each["best_fixed"]
         losses, accuracies = zip(*(learned[lr] for lr in learned if lr != 1000 * best), strict=True)
         cells = [

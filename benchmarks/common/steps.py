@@ -1,7 +1,5 @@
 """The one training loop. Whatever trains a network here takes its steps with :func:`take_steps`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any

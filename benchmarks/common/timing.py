@@ -1,7 +1,5 @@
 """Timing that can be compared: one process, interleaved rounds, medians with their quartiles."""
 
-from __future__ import annotations
-
 import gc
 import math
 import random

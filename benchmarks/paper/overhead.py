@@ -1,11 +1,10 @@
 """``python -m benchmarks overhead``: what a step costs with each front end and with the baselines, on four models.
 
 Whole steps are timed, closure included, ``interval`` steps at a time, so that each sample holds exactly one meta-step
-(of APO's first 100 steps each is one). The contestants of a model take turns in one process. The baselines renew their
-factors and inverses (roots, bases) as often. Peak memory is taken before, of each contestant in a process of its own.
+(of APO's first 100 steps each is one; with its default interval, so many steps at a time). The contestants of a model
+take turns in one process. The baselines renew their factors and inverses (roots, bases) as often. Peak memory is taken
+before, of each contestant in a process of its own.
 """
-
-from __future__ import annotations
 
 import argparse
 import ctypes
@@ -40,6 +39,9 @@ from benchmarks.paper.models import Transformer, lenet, mlp, resnet18
 Inputs = tuple[Tensor, ...]
 Make = Callable[[nn.Module, Callable[[], Inputs]], Optimizer]
 """Makes an optimizer of a model, and of what returns the inputs of B′."""
+
+BY_DEFAULT = "APO, its default interval of 50"
+"""APO's default interval, after the warm-up."""
 
 COLUMNS = ["optimizer", "ms per step", "÷ SGDm", "peak memory ÷ weights"]
 
@@ -94,16 +96,19 @@ def _measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
         peaks = {name: _in_a_process(name, options) for name in bar.track(makes, description="memory")}
         task = bar.add_task("time", total=1.0)
         samples = interleave(
-            {name: partial(next, _periods(make, options, options.width)) for name, make in makes.items()},
+            {
+                name: partial(next, _periods(make, options, options.width, _steps(name, options)))
+                for name, make in makes.items()
+            },
             seconds=options.seconds or (3.0 if options.quick else 30.0),
             advance=lambda share: bar.update(task, completed=share),
         )
     found = {
         name: {
-            "step_seconds": sample.median / options.interval,
-            "spread": [x / options.interval for x in sample.spread],
+            "step_seconds": sample.median / _steps(name, options),
+            "spread": [x / _steps(name, options) for x in sample.spread],
             "periods": len(sample.times),
-            "ratio": sample.median / samples["SGDm"].median,
+            "ratio": sample.median / _steps(name, options) / samples["SGDm"].median * options.interval,
             "peak_memory": peaks[name],
         }
         for name, sample in samples.items()
@@ -124,6 +129,11 @@ def rows(contestants: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
         yield [name, short(1e3 * row["step_seconds"]), f"{row['ratio']:.2f}", "–" if peak is None else f"{peak:.1f}"]
 
 
+def _steps(name: str, options: argparse.Namespace) -> int:
+    """Of a sample."""
+    return 50 if name == BY_DEFAULT else int(options.interval)
+
+
 def _contestants(options: argparse.Namespace) -> dict[str, Make]:
     def plain(kind: Callable[..., Optimizer], **settings: Any) -> Make:
         return lambda model, inputs: kind(model.parameters(), **settings)
@@ -139,6 +149,7 @@ def _contestants(options: argparse.Namespace) -> dict[str, Make]:
         "AdamW, fused": plain(AdamW, fused=True),
         "AdaptiveLR on SGDm": lambda model, inputs: apo.AdaptiveLR(sgdm(model, inputs), goal(model, inputs), **rare),
         "APO, blocks of 64, after one meta-update": preconditioned(interval=10**9, warmup=0),
+        BY_DEFAULT: preconditioned(interval=50, warmup=0),
         "APO, blocks of 64": preconditioned(**rare),
         "APO, its first 100 steps": preconditioned(interval=1),
         **({"APO, full blocks": preconditioned(block_size=None, **rare)} if options.model == "mlp" else {}),
@@ -154,8 +165,8 @@ def _contestants(options: argparse.Namespace) -> dict[str, Make]:
     return makes
 
 
-def _periods(make: Make, options: argparse.Namespace, width: float) -> Iterator[int]:
-    """The bytes of a model's weights, once it is there; then again after every ``interval`` steps, on four batches."""
+def _periods(make: Make, options: argparse.Namespace, width: float, steps: int) -> Iterator[int]:
+    """The bytes of a model's weights, once it is there; then again after so many steps each, on four batches."""
     torch.manual_seed(0)
     with torch.device(options.device):
         model = MODELS[options.model].build(width).to(options.device)
@@ -169,7 +180,7 @@ def _periods(make: Make, options: argparse.Namespace, width: float) -> Iterator[
     yield (weights := sum(p.nbytes for p in model.parameters()))
     optimizer = make(model, lambda: next(others)[0])
     while True:
-        for _ in take_steps(optimizer, loss_at, range(options.interval)):
+        for _ in take_steps(optimizer, loss_at, range(steps)):
             pass
         yield weights
 
@@ -195,8 +206,8 @@ def peak_memory(contestant: str, options: argparse.Namespace) -> float | None:
         begin, most = partial(anew.write_text, "5"), lambda: 1024 * int(now.read_text().split("VmHWM:")[1].split()[0])
     torch.set_num_threads(options.threads)
     make = _contestants(options)[contestant]
-    next(islice(_periods(make, options, options.width / 8), 1, None))
-    periods = _periods(make, options, options.width)
+    next(islice(_periods(make, options, options.width / 8, options.interval), 1, None))
+    periods = _periods(make, options, options.width, options.interval)
     weights = next(periods)
     gc.collect()
     begin()

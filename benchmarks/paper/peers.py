@@ -6,8 +6,6 @@ every run. Runs that it holds aren't run again. Everything runs on one thread. O
 own, so several may run side by side.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

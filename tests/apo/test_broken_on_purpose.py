@@ -109,8 +109,8 @@ def failed_trials_learned_from(patch: Patch) -> None:
 
 
 def rate_ascends(patch: Patch) -> None:
-    true = adaptive_lr.AdaptiveLR._slopes
-    patch.setattr(adaptive_lr.AdaptiveLR, "_slopes", lambda *args: [-x for x in true(*args)])
+    true = adaptive_lr.AdaptiveLR._products
+    patch.setattr(adaptive_lr.AdaptiveLR, "_products", lambda *args: [-x for x in true(*args)])
 
 
 def one_mask_each(patch: Patch) -> None:

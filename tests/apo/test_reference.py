@@ -69,7 +69,8 @@ def test_adaptive_lr_is_algorithm_1(mu: float) -> None:
     twin, *_ = mlp()
     others = [other for *_, other in batches()]
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=mu)
-    found = train(apo.AdaptiveLR(base, goal_of(model, others), interval=1), model)
+    opt = apo.AdaptiveLR(base, goal_of(model, others), interval=1, meta_optimizer="rmsprop")
+    found = train(opt, model)
 
     phi = {"log lr": torch.tensor(math.log(0.05), dtype=torch.float64, requires_grad=True)}
     descent = torch.optim.RMSprop(phi.values(), lr=0.1, alpha=0.99, eps=1e-150)

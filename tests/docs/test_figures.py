@@ -19,7 +19,7 @@ def test_tables_are_those_of_the_results_files(page: str) -> None:
 
 
 def test_what_the_prose_says_of_a_steps_cost() -> None:
-    contestants = results.load(readme.OVERHEAD_RESULTS / "overhead.json")["contestants"]
+    contestants = results.load(readme.STEP_RESULTS / "overhead.json")["contestants"]
     ratios = {name: row["ratio"] for name, row in contestants.items()}
     learned, blocks = ratios["AdaptiveLR on SGDm"], ratios["APO, blocks of 64"]
     default = ratios["APO, its first 100 steps"]

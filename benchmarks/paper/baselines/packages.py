@@ -1,7 +1,5 @@
 """Optimizers that people use, from packages that the extra ``peers`` installs. Imported where one is made."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 from typing import Any

@@ -1,7 +1,5 @@
 """Parallel text, one sentence per line, plain or gzipped: Multi30k and IWSLT'14, German to English."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache

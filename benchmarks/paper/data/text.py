@@ -1,7 +1,5 @@
 """Running text as windows of characters: Multi30k's English side, or Python's help texts where there are no files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

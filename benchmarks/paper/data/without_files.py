@@ -1,7 +1,5 @@
 """Data that need no file: scikit-learn's sets, which stand in for published ones, and what is drawn from a seed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

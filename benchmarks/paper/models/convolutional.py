@@ -1,7 +1,5 @@
 """Plain convolutional networks for 32 × 32 images."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import TypeVar
 

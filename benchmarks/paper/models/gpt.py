@@ -1,7 +1,5 @@
 """A small decoder-only Transformer, which norms before each part (Radford et al. 2019)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

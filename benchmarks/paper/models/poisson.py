@@ -1,7 +1,5 @@
 """A physics-informed network (Raissi et al. 2019) for Poisson's equation in one dimension."""
 
-from __future__ import annotations
-
 from math import pi
 
 import torch

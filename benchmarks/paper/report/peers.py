@@ -1,7 +1,5 @@
 """The tables of ``python -m benchmarks peers``, one per task, from its results files."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence

@@ -8,8 +8,6 @@
 >>> objective = task.objective(model, batches.other, fsd_weight=3.0)
 """
 
-from __future__ import annotations
-
 from benchmarks.paper.tasks import colour_images, digit_images, physics, regression, text, translation
 from benchmarks.paper.tasks.batches import Batches
 from benchmarks.paper.tasks.losses import Loss

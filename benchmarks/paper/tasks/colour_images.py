@@ -1,7 +1,5 @@
 """Classification of CIFAR-10, CIFAR-100 and SVHN (Tables 2, 3 and 4, Figure 5)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import nn

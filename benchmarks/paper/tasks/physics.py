@@ -1,7 +1,5 @@
 """Poisson's equation in one dimension, by a physics-informed network."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from benchmarks.paper.data.without_files import POINTS

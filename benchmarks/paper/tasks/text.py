@@ -1,7 +1,5 @@
 """The next character of English text, by a small GPT."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

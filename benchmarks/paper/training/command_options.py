@@ -1,7 +1,5 @@
 """Options that ``train`` and ``search`` share, and what they say where one is wrong."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import sys

@@ -4,8 +4,6 @@
 ``apo-lr:adam`` learns its rate (``apo-lr`` alone: SGDm's). ``apo`` learns a preconditioner.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

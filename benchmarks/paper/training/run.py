@@ -1,7 +1,5 @@
 """A run: a training that its specification describes, kept in files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

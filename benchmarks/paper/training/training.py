@@ -1,7 +1,5 @@
 """A network under training on a task, and the curve of how it is judged on the way."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

@@ -58,7 +58,7 @@ def test_the_docs_show_every_model_and_machine(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(overhead, "_in_a_process", lambda *arguments: 2.04)
     measured(tmp_path / "here", "--models", "mlp,lenet", "--width", "0.03")
     (tmp_path / "there").mkdir()
-    content = load(readme.OVERHEAD_RESULTS / "overhead.json")
+    content = load(readme.STEP_RESULTS / "overhead.json")
     older = {name: {key: row[key] for key in ("step_seconds", "ratio")} for name, row in content["contestants"].items()}
     kept = {"environment": content["environment"], "contestants": older}
     (tmp_path / "there" / "overhead.json").write_text(json.dumps(kept))
