@@ -39,4 +39,4 @@ def test_learned_rates_on_digits(name: str) -> None:
         assert learned.loss < LOSS[name]
         assert learned.accuracy > best.accuracy - 1.5  # of one run on 360 images, known to 1 point
     assert high.failed_trials > 0
-    assert 1 / 4 < high.rate / low.rate < 4
+    assert 1 / 20 < high.rate / low.rate < 20  # they start six orders apart
