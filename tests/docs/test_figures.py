@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import readme
 from benchmarks.common import results
+from benchmarks.paper.overhead import BY_DEFAULT
 from benchmarks.paper.studies.tables import summary
 from tests.docs.pages import DOCS, ROOT
 
@@ -21,14 +22,14 @@ def test_tables_are_those_of_the_results_files(page: str) -> None:
 def test_what_the_prose_says_of_a_steps_cost() -> None:
     contestants = results.load(readme.STEP_RESULTS / "overhead.json")["contestants"]
     ratios = {name: row["ratio"] for name, row in contestants.items()}
-    learned, blocks = ratios["AdaptiveLR on SGDm"], ratios["APO, blocks of 64"]
-    default = ratios["APO, its first 100 steps"]
-    plain = f"{default / ratios['APO, blocks of 64, after one meta-update']:.1f}"
+    learned, blocks = ratios["AdaptiveLR on SGDm"], ratios[BY_DEFAULT]
+    first = ratios["APO, its first 100 steps"]
+    plain = f"{first / ratios['APO, blocks of 64, after one meta-update']:.1f}"
     assert f"{plain} plain steps" in (ROOT / "README.md").read_text()
     assert f"takes {plain}\n" in (DOCS / "choosing.md").read_text()
     assert f"{learned:.2f} × SGD with momentum" in (DOCS / "choosing.md").read_text()
-    assert f"{blocks:.1f} ×; {default:.0f} × in the first 100 steps" in (DOCS / "choosing.md").read_text()
-    of_apo = f"{blocks:.0f} times SGD's time, {default:.0f} times in the first 100 steps"
+    assert f"{blocks:.1f} ×; {first:.0f} × in the first 100 steps" in (DOCS / "choosing.md").read_text()
+    of_apo = f"{blocks:.1f} times SGD's time, {first:.0f} times in the first 100 steps"
     for text in (f"{learned:.2f} times SGD's time", of_apo):
         assert text in (ROOT / "README.md").read_text()
 
