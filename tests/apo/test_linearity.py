@@ -386,7 +386,7 @@ def test_the_slope_is_that_of_q_in_log_lr(name: str) -> None:
             assert slopes[-1] == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-5, abs=1e-9)
         else:
             opt.param_groups[0]["lr"] *= 1.01  # so that it can show itself
-            opt.rates.meta_lr = 0.05 if step < 3 else 0.0
+            opt.rates.meta_lr = 0.5 if step < 3 else 0.0
 
 
 @pytest.mark.parametrize(
