@@ -155,7 +155,7 @@ def front_end(kind: str, model: nn.Module, goal: Any, params: Any, **settings: A
     bases = {
         "SGD": partial(torch.optim.SGD, lr=0.02, momentum=0.5),
         "AdamW": partial(torch.optim.AdamW, lr=1e-3, eps=1e-2),
-        "RMSprop": partial(torch.optim.RMSprop, lr=1e-3, eps=1e-2),
+        "RMSprop": partial(torch.optim.RMSprop, lr=1e-2, eps=1e-2),
     }
     return apo.AdaptiveLR(bases[kind](params), goal, shared_lr=True, **settings)
 
