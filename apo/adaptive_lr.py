@@ -6,7 +6,7 @@ import copy
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,8 @@ class AdaptiveLR(MetaLearner):
         TypeError, ValueError: an argument isn't as above; at the first meta-step: the optimizer isn't linear.
     """
 
+    NUMBERS: ClassVar = {"apo_last_update": 0, "apo_clipped_by": 1.0}
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -151,8 +153,6 @@ class AdaptiveLR(MetaLearner):
             self.rates.prepare(group)
             self._prepare_group(group)
             group["apo_proportional"] = None  # not known yet
-            for name, start in (("apo_last_update", 0), ("apo_clipped_by", 1.0)):
-                group[name] = self.param_groups[0].get(name, start)
         _part_tensor_rates(self.param_groups)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -223,17 +223,21 @@ class AdaptiveLR(MetaLearner):
         passed = super()._verdict(trial)
         if passed and self.reach < 1:
             # Q at the whole step wasn't evaluated. A leap is as b s²; at s = reach its slope is 2 b s.
-            slope = sum(self._slopes(trial))
+            slope = sum(self._products((trial.V, trial.steps))[0])
             passed = slope / (2 * self.reach**2) <= 1 + abs(trial.evaluation.objective)
         return passed
 
     def _learn(self, proposal: _Attempt, trial: Trial) -> bool:
         steps = trial.steps if self._proportional is not False else self._without_constant(proposal, trial)
-        by_group, sizes, clipped_by = self._products(trial.V, steps), None, 1.0
+        pairs, sizes, clipped_by = [(trial.V, steps)], None, 1.0
         if self.rates.meta_optimizer == "steady":
             G = self._gradients_there()
-            clipped_by = self._clipped_by(trial.V, G)
-            sizes = [clipped_by * abs(size) for size in self._products(G, steps)]
+            pairs += [(G, steps), (trial.V, trial.V), (G, G)]
+        by_group, *others = self._products(*pairs)
+        if others:
+            sizes, ours, theirs = others
+            clipped_by = self._clipped_by(sum(ours), sum(theirs))
+            sizes = [clipped_by * abs(size) for size in sizes]
         if not all(map(math.isfinite, [*by_group, *(sizes or ())])):
             return False
         proposal.rehearsal.start_over()  # some optimizers hook the model's passes
@@ -244,18 +248,13 @@ class AdaptiveLR(MetaLearner):
         self._note("apo_clipped_by", clipped_by)
         return True
 
-    def _clipped_by(self, V: list[Tensor], G: list[Tensor]) -> float:
-        """How many times as long V is as G, where that lasts: the closure clips. Otherwise 1.
+    def _clipped_by(self, ours: float, theirs: float) -> float:
+        """How many times as long V is as G, of these squared lengths, where that lasts: the closure clips. Otherwise 1.
 
         V is longer as well where a trial leaps. So this grows slowly, and falls at once.
         """
-        ours, theirs = (sum(self._products(x, x)) for x in (V, G))
         most: float = 1.1 * self.param_groups[0]["apo_clipped_by"]
         return max(1.0, min(most, math.sqrt(ours / theirs))) if ours > 0 and theirs > 0 else 1.0
-
-    def _slopes(self, trial: Trial) -> list[float]:
-        """``dQ/d log lr = ⟨V, θ′ − θ⟩`` of each group; one synchronisation."""
-        return self._products(trial.V, trial.steps)
 
     def _without_constant(self, attempt: _Attempt, trial: Trial) -> list[Tensor]:
         """``lr · d`` where ``θ′ − θ = c + lr · d``: twice what the step at half the rate falls short by."""
@@ -266,10 +265,12 @@ class AdaptiveLR(MetaLearner):
                 for whole, p, start in zip(trial.steps, self._shards.parts, attempt.lookahead.start, strict=True)
             ]
 
-    def _products(self, V: list[Tensor], steps: list[Tensor]) -> list[float]:
+    def _products(self, *pairs: tuple[list[Tensor], list[Tensor]]) -> list[list[float]]:
+        """Of each pair its inner product in each group, as ``dQ/d log lr = ⟨V, θ′ − θ⟩``; one synchronisation."""
         counts = [len(group["params"]) for group in self.param_groups]
-        parts = torch.split(self._shards.sum(inner_products(V, steps)), counts)
-        values: list[float] = torch.stack([part.sum() for part in parts]).tolist()
+        each = self._shards.sum(torch.cat([inner_products(*pair) for pair in pairs]))
+        sums = torch.stack([part.sum() for part in torch.split(each, counts * len(pairs))])
+        values: list[list[float]] = sums.view(len(pairs), -1).tolist()
         return values
 
     def _move(self, proposal: _Attempt, trial: Trial) -> None:

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,9 @@ class MetaLearner(Optimizer):
         in_trial: whether the closure is being run at trial weights. A closure that logs or counts may want to skip
             those runs. Clipping also clips the trial's gradient, so the loss weighs less against the FSD.
     """
+
+    NUMBERS: ClassVar[dict[str, Any]] = {}
+    """What a front end remembers beside the rates, and how it starts."""
 
     def _init_meta_learner(
         self,
@@ -457,7 +460,7 @@ class MetaLearner(Optimizer):
     def _prepare_group(self, group: dict[str, Any]) -> None:
         """Put what is remembered beside the rates into a new group: what the first one has, or the start."""
         first = self.param_groups[0]
-        for name, start in _COUNTS.items():
+        for name, start in (_COUNTS | self.NUMBERS).items():
             group[name] = first.get(name, start)
         group["apo_settings"] = self._settings_text()
 

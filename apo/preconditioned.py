@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +50,6 @@ MOST_PROMISED = 2.0
 """Greatest predicted decrease of a step, over the loss."""
 LOSS_BETA = 0.9
 """Of the running mean of that loss, over meta-updates."""
-
-_NUMBERS = {"apo_most_promised": math.inf, "apo_mean_loss": math.nan, "apo_overwritten": False}
-"""What is remembered beside the rates."""
 
 
 class APO(MetaLearner):
@@ -98,6 +95,8 @@ class APO(MetaLearner):
     Raises:
         TypeError, ValueError: an argument isn't as above; at a step: a sparse gradient, by its parameter's name.
     """
+
+    NUMBERS: ClassVar = {"apo_most_promised": math.inf, "apo_mean_loss": math.nan, "apo_overwritten": False}
 
     def __init__(
         self,
@@ -177,8 +176,6 @@ class APO(MetaLearner):
             raise
         self.rates.prepare(group)
         self._prepare_group(group)
-        for name, start in _NUMBERS.items():
-            group[name] = self.param_groups[0].get(name, start)
         self._take_in(layers)
         self._held = HeldParameters(self._models, self.parameters)
 

@@ -172,8 +172,8 @@ class Shards:
         return [local_grad(p) for p in self.parameters]
 
     def sum(self, values: Tensor) -> Tensor:
-        """One number for each parameter, summed over its parts."""
-        return sum_over(values, self.overs)
+        """One number for each parameter, or several times as many, summed over its parts."""
+        return sum_over(values, self.overs * (len(values) // len(self.overs)) if self.overs else [])
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank; on all ranks the same."""

@@ -110,7 +110,7 @@ def failed_trials_learned_from(patch: Patch) -> None:
 
 def rate_ascends(patch: Patch) -> None:
     true = adaptive_lr.AdaptiveLR._products
-    patch.setattr(adaptive_lr.AdaptiveLR, "_products", lambda *args: [-x for x in true(*args)])
+    patch.setattr(adaptive_lr.AdaptiveLR, "_products", lambda *args: [[-x for x in own] for own in true(*args)])
 
 
 def one_mask_each(patch: Patch) -> None:
