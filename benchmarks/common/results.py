@@ -22,6 +22,18 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
+def begun(path: Path, settings: dict[str, Any], what: str) -> dict[str, Any]:
+    """What a file holds, to be added to, or just the settings; ValueError where its own are others."""
+    if not path.is_file():
+        return dict(settings)
+    content = {key: value for key, value in load(path).items() if key not in ("benchmark", "environment")}
+    for key, value in settings.items():
+        if content.get(key) != value:
+            holds = f"holds {what} whose {key} is {content.get(key)!r} and not {value!r}"
+            raise ValueError(f"{path} {holds}: remove it, or write elsewhere by --out")
+    return content
+
+
 def plain(value: Any) -> Any:
     """Numbers to six digits. Infinities and NaN become strings, because JSON has none."""
     if isinstance(value, dict):

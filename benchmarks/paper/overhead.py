@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import gc
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -40,8 +41,9 @@ Inputs = tuple[Tensor, ...]
 Make = Callable[[nn.Module, Callable[[], Inputs]], Optimizer]
 """Makes an optimizer of a model, and of what returns the inputs of B′."""
 
-BY_DEFAULT = "APO, its default interval of 50"
-"""APO's default interval, after the warm-up."""
+DEFAULT_INTERVAL: int = inspect.signature(apo.APO).parameters["interval"].default
+BY_DEFAULT = f"APO, its default interval of {DEFAULT_INTERVAL}"
+"""After the warm-up."""
 
 COLUMNS = ["optimizer", "ms per step", "÷ SGDm", "peak memory ÷ weights"]
 
@@ -108,7 +110,7 @@ def _measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
             "step_seconds": sample.median / _steps(name, options),
             "spread": [x / _steps(name, options) for x in sample.spread],
             "periods": len(sample.times),
-            "ratio": sample.median / _steps(name, options) / samples["SGDm"].median * options.interval,
+            "ratio": sample.median / _steps(name, options) / (samples["SGDm"].median / options.interval),
             "peak_memory": peaks[name],
         }
         for name, sample in samples.items()
@@ -131,7 +133,7 @@ def rows(contestants: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
 
 def _steps(name: str, options: argparse.Namespace) -> int:
     """Of a sample."""
-    return 50 if name == BY_DEFAULT else int(options.interval)
+    return DEFAULT_INTERVAL if name == BY_DEFAULT else int(options.interval)
 
 
 def _contestants(options: argparse.Namespace) -> dict[str, Make]:
@@ -149,7 +151,7 @@ def _contestants(options: argparse.Namespace) -> dict[str, Make]:
         "AdamW, fused": plain(AdamW, fused=True),
         "AdaptiveLR on SGDm": lambda model, inputs: apo.AdaptiveLR(sgdm(model, inputs), goal(model, inputs), **rare),
         "APO, blocks of 64, after one meta-update": preconditioned(interval=10**9, warmup=0),
-        BY_DEFAULT: preconditioned(interval=50, warmup=0),
+        BY_DEFAULT: preconditioned(warmup=0),
         "APO, blocks of 64": preconditioned(**rare),
         "APO, its first 100 steps": preconditioned(interval=1),
         **({"APO, full blocks": preconditioned(block_size=None, **rare)} if options.model == "mlp" else {}),

@@ -113,13 +113,7 @@ def _begun(path: Path, task: Task, data: Dataset, steps: int) -> dict[str, Any]:
         "higher_is_better": loss.higher_is_better,
         "packages": versions(),
     }
-    if not path.is_file():
-        return {**settings, "runs": {}}
-    content = {key: value for key, value in results.load(path).items() if key in (*settings, "runs")}
-    for key, value in settings.items():
-        if content.get(key) != value:
-            raise ValueError(f"{path} holds runs whose {key} is {content.get(key)!r} and not {value!r}: remove it")
-    return content
+    return {"runs": {}, **results.begun(path, settings, "runs")}
 
 
 def one_run(

@@ -60,8 +60,7 @@ class Search:
             for hyper in drawn(optimizer, self.trials)[len(done) :]:
                 trial = self._trial(optimizer, {**hyper, **(fixed or {}).get(optimizer, {})}, data)
                 done.append(trial)
-                saved = {key: value for key, value in content.items() if key not in ("benchmark", "environment")}
-                results.write(self.path.parent, self.path.stem, self.like.device, saved)
+                results.write(self.path.parent, self.path.stem, self.like.device, content)
                 tell(optimizer, trial)
         return content
 
@@ -78,14 +77,7 @@ class Search:
             "seeds": self.seeds,
             "precision": like.precision,
         }
-        if not self.path.is_file():
-            return {**settings, "trials": {}}
-        content = results.load(self.path)
-        for key, value in settings.items():
-            if content[key] != value:
-                what = f"holds a search whose {key} is {content[key]!r} and not {value!r}"
-                raise ValueError(f"{self.path} {what}: remove it, or write elsewhere by --out")
-        return content
+        return {"trials": {}, **results.begun(self.path, settings, "a search")}
 
     def _check_ranges(self, content: dict[str, Any], optimizer: str) -> None:
         ranges = results.plain({name: vars(r) for name, r in method(optimizer).ranges.items()})
