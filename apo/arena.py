@@ -14,7 +14,7 @@ from apo.inner_products import norms
 from apo.meta_optimizer import Learned
 from apo.owners import Owners
 from apo.preconditioner import PreconditionedLayer
-from apo.sharding import local, sum_over, sum_over_, summed_once
+from apo.sharding import Over, local, sum_over, sum_over_, summed_once
 
 __all__ = ["Arena", "Parts"]
 
@@ -76,6 +76,39 @@ class Arena:
         """:meth:`apo_kernels.ModelPreconditioner.trial_` of the layers' weights."""
         momenta = [layer.momentum for layer in self.layers]
         return self._written(Gs, lambda thetas: self.operator.trial_(thetas, Gs, momenta, **numbers))
+
+    @torch.no_grad()
+    def step_back(self, Gs: Parts) -> None:
+        """Take back the last step of the layers that have gradients, as far as their momentum holds it."""
+
+        def write(thetas: Parts) -> None:
+            _, own, steps = self._beside_momentum(thetas)
+            if own:
+                torch._foreach_add_(own, steps)
+
+        self._written(Gs, write)
+
+    @torch.no_grad()
+    def along_momentum(self, Gs: Parts) -> Tensor:
+        """``⟨G, v⟩``, summed over all layers and the ranks that hold them: a float64 number."""
+        places, own, steps = self._beside_momentum(Gs)
+        products: dict[Over, list[Tensor]] = {layer.view.over: [] for layer in self.layers}
+        for i, product in zip(places, torch._foreach_mul(own, steps) if own else (), strict=bool(own)):
+            products[self.layers[i].view.over].append(product.flatten())
+        sums = self.layers[0].S.new_zeros(len(products), dtype=torch.float64)
+        for i, each in enumerate(products.values()):
+            if each:
+                sums[i] = torch.cat(each).sum()
+        return sum_over(sums, list(products)).sum()
+
+    def _beside_momentum(self, parts: Parts) -> tuple[list[int], list[Tensor], list[Tensor]]:
+        """The parts that there are of layers with momentum: the layer of each, the part, and its momentum."""
+        found: list[tuple[int, Tensor, Tensor]] = []
+        for i, (layer, own) in enumerate(zip(self.layers, parts, strict=True)):
+            if own is not None and layer.momentum is not None and layer.view.held:
+                pairs = zip(own, layer.momentum_parts(), strict=True)
+                found += [(i, x, v) for x, v in pairs if x is not None]
+        return [i for i, *_ in found], [x for _, x, _ in found], [v for *_, v in found]
 
     def _written(self, Gs: Parts, write: Callable[[Parts], Any]) -> Any:
         """Let the weights' matrices be written; those that can't be views of the weights are copied back."""

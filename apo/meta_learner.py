@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -29,9 +30,18 @@ from apo.inner_products import norms
 from apo.objective import Anchor, Closure, Evaluation, ProximalObjective, check_trained
 from apo.rates import get_rate
 from apo.sharding import Shards, is_placed
-from apo.trial import CallersAutocast, Lookahead, Undisturbed, changed_by, forget_casts, leaves_of_backwards
+from apo.trial import (
+    CallersAutocast,
+    Lookahead,
+    Undisturbed,
+    changed_by,
+    forget_casts,
+    leaves_of_backwards,
+    random_state,
+    restore_random_state,
+)
 
-__all__ = ["MetaLearner", "Trial", "apart"]
+__all__ = ["Elsewhere", "MetaLearner", "Trial", "apart"]
 
 # What torch.optim.Optimizer.__getstate__ leaves out too: hooks belong to the process, and schedulers wrap `step`.
 _NOT_PICKLED = {"step", "_opt_called", "_zero_grad_profile_name"}
@@ -42,6 +52,9 @@ HUGE = 1e18
 _CHANGING = {"accepted", "in_trial"}
 
 _COUNTS = {"apo_steps": 0, "apo_failed_trials": 0, "apo_skipped_steps": 0}
+
+Elsewhere = Callable[[Callable[[], None]], AbstractContextManager[float]]
+"""At the weights that a function writes, the gradients of the batch at hand, and what they are scaled by."""
 
 
 @dataclass
@@ -208,6 +221,7 @@ class MetaLearner(Optimizer):
     ) -> Any:
         loss: Any = None
         touched, written = self.parameters, list[Tensor]()
+        begun = random_state(touched) if meta and self._looks_back else None
         if closure is not None and meta:
             before = GradientsBefore(touched, self._shards.any) if self.objective.loss is None else None
             with torch.enable_grad(), leaves_of_backwards() as leaves, changed_by(self._models, touched) as written:
@@ -226,9 +240,14 @@ class MetaLearner(Optimizer):
                 return loss
             self._check_gradients()
             if meta:
-                train = self.objective.mode == "train"
-                own = self.parameters
-                undisturbed = Undisturbed(self._models, touched, train=train, own=own, written=written)
+
+                def undisturbed_by(train: bool) -> Undisturbed:
+                    return Undisturbed(self._models, touched, train=train, own=self.parameters, written=written)
+
+                if begun is not None and closure is not None:
+                    around = closure, autocast, scaling, undisturbed_by(train=True), begun
+                    self._look_back(partial(self._gradients_elsewhere, *around))
+                undisturbed = undisturbed_by(self.objective.mode == "train")
                 self._meta_step(closure, loss, autocast, scaling, undisturbed, move=move)
             elif move:
                 self._plain_step()
@@ -296,7 +315,7 @@ class MetaLearner(Optimizer):
             loss_there: Any = 0.0
             with autocast.back():
                 if objective.loss is None:
-                    loss_there = self._closure_at_trial(closure, parameters, sign)
+                    loss_there = self._closure_elsewhere(closure, parameters, sign)
                     factor = 1.0 if scaling.unscaled else factor
                     models.start_over()  # as at the anchor
                 own_loss, fsd = objective.terms(anchor) if anchor is not None else (None, None)
@@ -337,7 +356,7 @@ class MetaLearner(Optimizer):
         q = self._sign() * loss + weight * fsd + wsd_weight * square / 2
         return Evaluation(q, loss, fsd, square / 2, math.sqrt(square), base)
 
-    def _closure_at_trial(self, closure: Closure | None, parameters: list[Tensor], sign: float) -> Any:
+    def _closure_elsewhere(self, closure: Closure | None, parameters: list[Tensor], sign: float) -> Any:
         assert closure is not None
         self.in_trial = True
         try:
@@ -363,6 +382,35 @@ class MetaLearner(Optimizer):
         """
         base = self._sign() * trial.evaluation.base
         return trial.evaluation.objective <= base + abs(base) + 1  # False where Q is NaN
+
+    @property
+    def _looks_back(self) -> bool:
+        """Whether a meta-step begins with a look at what the last step was worth to this batch."""
+        return False
+
+    def _look_back(self, elsewhere: Elsewhere) -> None:
+        """Look at it. The gradients of ``elsewhere`` are those of the same batch, with the same random numbers."""
+
+    @contextmanager
+    def _gradients_elsewhere(
+        self,
+        closure: Closure,
+        autocast: CallersAutocast,
+        scaling: Scaling,
+        undisturbed: Undisturbed,
+        begun: dict[str, Any],
+        write: Callable[[], None],
+    ) -> Iterator[float]:
+        """The closure's gradients at the weights that ``write`` leaves, with the random numbers that it ``begun``
+        with. Yields what they are scaled by."""
+        with Lookahead(self.parameters, self._gathering), undisturbed, scaling.set_aside():
+            restore_random_state(begun)
+            with torch.no_grad():
+                write()
+            forget_casts(self._gathering)
+            with autocast.back():
+                self._closure_elsewhere(closure, self.parameters, self._sign())
+            yield 1.0 if scaling.unscaled else scaling.factor
 
     def _look_at(self, outputs: Any) -> None:
         """What the anchor compares, with its graph, before it is let go."""

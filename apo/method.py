@@ -41,6 +41,9 @@ class Method:
         fisher_start: for the first N meta-updates, whiten P by sampled Fisher gradients too
             (:mod:`apo.fisher_start`). Each costs one more backward on B′. None: 300, or 0 for another
             ``meta_optimizer``. 0: the paper's bare algorithm.
+        look_back: at each meta-update, see by one more forward and backward on B what the step before was worth to it,
+            and shorten steps where that is little (:mod:`apo.noise_factor`). It needs a closure, momentum, and an
+            objective without a ``loss``; without them steps are as long as the trial's.
 
     Raises:
         TypeError, ValueError: an argument isn't as above.
@@ -57,6 +60,7 @@ class Method:
     block_dtype: torch.dtype | None = None
     shard: Shard = "none"
     fisher_start: int | None = None
+    look_back: bool = True
 
     def __post_init__(self) -> None:
         checks.one_of("meta_optimizer", self.meta_optimizer, ("relative", "adam", "rmsprop"))
@@ -68,6 +72,7 @@ class Method:
         checks.boolean("shared_lr", self.shared_lr)
         if self.fisher_start is not None:
             checks.integer("fisher_start", self.fisher_start, least=0)
+        checks.boolean("look_back", self.look_back)
         checks.one_of("shard", self.shard, ("none", "auto", "owner"))
         check_sizes({"max_dim": self.max_dim, "block_dtype": self.block_dtype})
 

@@ -62,6 +62,7 @@ class Plan:
         promise: bytes of a step's predicted decrease, summed over ranks.
         verdict: bytes of the terms of Q and of the verdict on slopes, where layers have owners.
         averaged: bytes of V of parameters that are no DTensors, beside some that are, as under tensor parallel.
+        looked: bytes of a look at the last step, which all meta-updates but the first begin with.
     """
 
     rows: tuple[PlanRow, ...]
@@ -70,6 +71,7 @@ class Plan:
     promise: int = 0
     verdict: int = 0
     averaged: int = 0
+    looked: int = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -95,7 +97,7 @@ class Plan:
     @property
     def meta_sent(self) -> int:
         """The same of a step with a meta-update; every ten of them send two numbers more for each block and S."""
-        alike = self.groups * (TERMS + VERDICT + self.averaged) + self.verdict
+        alike = self.groups * (TERMS + VERDICT + self.averaged) + self.verdict + self.looked
         return self.step_sent + alike + sum(row.meta_sent for row in self.rows)
 
     def __str__(self) -> str:
@@ -130,8 +132,10 @@ def plan_of(
     meta_optimizer: str,
     *,
     starts: bool,
+    looks: bool,
 ) -> Plan:
-    """The plan of these layers of the model; ``starts``: with what :mod:`apo.fisher_start` holds for a while."""
+    """The plan of these layers of the model; ``starts``: with what :mod:`apo.fisher_start` holds for a while;
+    ``looks``: with what :mod:`apo.noise_factor` asks for."""
     held = {id(p) for layer in layers for p in layer.view.parameters}
     left_out = tuple(
         f"{name} ({'frozen' if not p.requires_grad else 'in no param group'})"
@@ -149,7 +153,10 @@ def plan_of(
     owned = any(layer.view.owner is not None for layer in layers)
     promise, verdict = sum(summed.values()), (VERDICT + TERMS) * owned
     plain = sum(p.nbytes for p in shards.parameters if not is_placed(p)) if shards.groups else 0
-    return Plan(rows, left_out, len(shards.groups), promise, verdict, plain)
+    looked = looks * (
+        sum(map(_handed_on, layers)) + 2 * LENGTH * (owned + sum(map(len, {x.view.over for x in layers})))
+    )
+    return Plan(rows, left_out, len(shards.groups), promise, verdict, plain, looked)
 
 
 def _row(layer: PreconditionedLayer, group: dict[str, Any], meta_optimizer: str, starts: bool) -> PlanRow:
@@ -196,12 +203,17 @@ def _sent(layer: PreconditionedLayer, *, relative: bool) -> tuple[int, int]:
     view, size = layer.view, layer.S.element_size()
     blocks = [(own, len(own.alike)) for own in layer.phi if own.block]
     of_blocks = sum(count * (x.tensor.nbytes + relative * x.tensor.nbytes // x.tensor.shape[-1]) for x, count in blocks)
-    weights = sum(p.nbytes for p in view.parameters) if view.owner is not None else 0  # handed on
+    weights = _handed_on(layer)
     lengths = LENGTH * sum(len(over(p)) for p in view.parameters)
     products = len(view.over) * (
         2 * LENGTH + relative * size
     )  # its slope and that's size, and its share of S's mean size
     return weights, 2 * weights + lengths + of_blocks + products  # of an owned layer θ′, and V, are weights too
+
+
+def _handed_on(layer: PreconditionedLayer) -> int:
+    """Bytes of the weights that an owner broadcasts."""
+    return sum(p.nbytes for p in layer.view.parameters) if layer.view.owner is not None else 0
 
 
 def _bytes(count: float) -> str:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -22,9 +23,10 @@ from apo.fisher_start import FisherStart
 from apo.held_parameters import HeldParameters
 from apo.inner_products import inner_products, norms
 from apo.matrix_view import matrix_views
-from apo.meta_learner import MetaLearner, Trial, apart
+from apo.meta_learner import Elsewhere, MetaLearner, Trial, apart
 from apo.meta_optimizer import MetaOptimizer
 from apo.method import Method, check_sizes
+from apo.noise_factor import NoiseFactor
 from apo.objective import Evaluation, ProximalObjective, check_objective
 from apo.owners import Owners
 from apo.placement_checks import check_placements, check_unplaced
@@ -96,7 +98,12 @@ class APO(MetaLearner):
         TypeError, ValueError: an argument isn't as above; at a step: a sparse gradient, by its parameter's name.
     """
 
-    NUMBERS: ClassVar = {"apo_most_promised": math.inf, "apo_mean_loss": math.nan, "apo_overwritten": False}
+    NUMBERS: ClassVar = {
+        "apo_most_promised": math.inf,
+        "apo_mean_loss": math.nan,
+        "apo_overwritten": False,
+        **NoiseFactor.NUMBERS,
+    }
 
     def __init__(
         self,
@@ -110,7 +117,7 @@ class APO(MetaLearner):
         decoupled_weight_decay: bool = True,
         block_size: int | None = 64,
         interval: int = 50,
-        warmup: int = 2500,
+        warmup: int = 1000,
         rescale_schedule: bool = False,
         grad_scaler: GradScaler | None = None,
         process_group: Any = None,
@@ -128,6 +135,7 @@ class APO(MetaLearner):
         self.meta = _meta_optimizer(method)
         self._sampled: list[Tensor | None] | None = None
         self._samples = 1
+        self._looked: tuple[float, float] | None = None
         self._promise: Tensor | float = 1.0
         self._process_group = process_group
         defaults = {
@@ -230,12 +238,13 @@ class APO(MetaLearner):
 
     def plan(self) -> Plan:
         """Which parameter gets which treatment, and what that costs in memory and FLOPs. ``print`` it."""
-        return plan_of(self.model, self.layers, self.param_groups, self.meta.name, starts=self._starts)
+        extras = {"starts": self._starts, "looks": self._may_look_back}
+        return plan_of(self.model, self.layers, self.param_groups, self.meta.name, **extras)
 
     def metrics(self) -> dict[str, float]:
-        """As :meth:`MetaLearner.metrics`, and ``promise_factor``: the factor by which the safeguard scaled the last
-        step down."""
-        return super().metrics() | {"promise_factor": float(self._promise)}
+        """As :meth:`MetaLearner.metrics`, and the factors by which the last step was shortened: ``noise_factor``
+        against noise, and the safeguard's ``promise_factor``."""
+        return super().metrics() | {"noise_factor": self._noise_factor, "promise_factor": float(self._promise)}
 
     def _renew(self) -> None:
         replaced = self._held.replaced()
@@ -297,14 +306,14 @@ class APO(MetaLearner):
         scale = self._gradient_scale  # P(G) of a huge G would overflow
         if scale != 1:
             Gs = [None if G is None else [None if x is None else x / scale for x in G] for G in Gs]
-        promise = min(scale * scale, 1e38)
+        promise, taken = min(scale * scale, 1e38), self._noise_factor
         self._promise = self._arena.step(
             Gs,
-            lr=self._each(lambda group: get_rate(group) * scale),
+            lr=self._each(lambda group: taken * get_rate(group) * scale),
             momentum=self._each(lambda group: float(group["momentum"])),
             weight_decay=self._each(lambda group: _decay(group) / scale),
             most=self.param_groups[0]["apo_most_promised"],
-            shares=self._each(lambda group: get_rate(group) * _carried(group) * promise),
+            shares=self._each(lambda group: taken * get_rate(group) * _carried(group) * promise),
         )
 
     @staticmethod
@@ -386,6 +395,41 @@ class APO(MetaLearner):
         self._start.look(self._arena, Ws)
         return [layer for layer, W in zip(self.layers, Ws, strict=True) if W is not None]
 
+    @property
+    def _noise_factor(self) -> float:
+        return float(self.param_groups[0]["apo_noise_factor"])
+
+    @property
+    def _may_look_back(self) -> bool:
+        wanted = self.method.look_back and self.objective.loss is None
+        return wanted and any(layer.momentum is not None for layer in self.layers)
+
+    @property
+    def _looks_back(self) -> bool:
+        return self._may_look_back and self._updates > 0
+
+    def _look_back(self, elsewhere: Elsewhere) -> None:
+        self._looked = None
+        Gs = self._gradients()
+        if self._gradient_scale != 1 or all(G is None for G in Gs):
+            return
+        after = self._arena.along_momentum(Gs)
+        with elsewhere(partial(self._arena.step_back, Gs)) as scale:
+            before = self._arena.along_momentum(self._gradients()) / scale
+        both = torch.stack([before, after])
+        self._ranks.average_([both])
+        if bool(both.isfinite().all()):
+            self._looked = both[0].item(), both[1].item()
+
+    def _note_noise(self, size: float) -> None:
+        """Take what was seen at the last step into the factor, in units of what this step promises."""
+        looked, self._looked = self._looked, None
+        if looked is not None and 0 < size < math.inf:
+            group = self.param_groups[0]
+            seen = NoiseFactor().look(group, *looked, size, step=self.steps, loss=group["apo_mean_loss"])
+            for name, value in seen.items():
+                self._note(name, value)
+
     def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Proposal:
         Gs = self._gradients()
         whole = self.method.lookahead == "whole"
@@ -405,7 +449,7 @@ class APO(MetaLearner):
         V = [v if p in given else None for p, v in zip(self.parameters, trial.V, strict=True)]
         Vs = self._arena.parts(V, self.parameters)
         slopes = self._arena.operator.slopes(Vs, proposal.kept, lengths=proposal.lengths)
-        by_group, magnitudes = self._slopes(slopes, V) if self.method.adapt_lr else ([], [])
+        by_group, magnitudes = self._slopes(slopes, V)
         derivatives, sizes = self._arena.by_name(slopes)
         if not isinstance(self.meta, RelativeSteps):
             derivatives = self._arena.derivatives(proposal.Gs, Vs, proposal.lengths)
@@ -418,6 +462,7 @@ class APO(MetaLearner):
         done, started = self._updates, self._take_sample()
         if not self._step_phi(derivatives, sizes, by_group, magnitudes):
             return False
+        self._note_noise(sum(magnitudes))
         if started:
             delta = (self.objective.wsd_weight or 0.0) / (self.objective.fsd_weight or 1.0)
             self._start.step(started, delta, done)

@@ -124,6 +124,11 @@ class PreconditionedLayer:
         weight = self.view.weight
         return self.S.device != weight.device or self.S.dtype != torch.promote_types(weight.dtype, torch.float32)
 
+    def momentum_parts(self) -> tuple[Tensor, ...]:
+        """The momentum buffer as matrices side by side, like :meth:`~apo.matrix_view.MatrixView.matrices`."""
+        assert self.momentum is not None
+        return torch.split(self.momentum, list(self.view.widths), -1)
+
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.working or (self.A, self.B, self.S)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from apo import Method, preconditioned
 from apo.matrix_view import MatrixView, matrix_views
+from apo.noise_factor import NoiseFactor
 from apo_kernels.reference import precondition, precondition_vjp
 
 Part = Tensor | None
@@ -100,6 +101,8 @@ class PerLayer:
         self.discrepancy, self.fsd_weight, self.wsd_weight = discrepancy, fsd_weight, wsd_weight
         self.interval, self.warmup, self.method = interval, warmup, method
         self.most_promised, self.mean_loss = math.inf, math.nan
+        self.looked: tuple[float, float] | None = None
+        self.noise: dict[str, Any] = dict(NoiseFactor.NUMBERS)
         self.steps = 0
         self.failed: list[int] = []
         self.bounded: list[int] = []
@@ -107,36 +110,70 @@ class PerLayer:
     def step(self, loss: Loss, outputs: Loss, own_loss: Callable[[Tensor], Tensor] | None = None) -> None:
         """One step from the loss on B, the outputs on B′, and the objective's own loss of these, if it has one."""
         J = loss()
-        g: dict[Tensor, Part] = dict(
-            zip(self.parameters, torch.autograd.grad(J, self.parameters, allow_unused=True), strict=True)
-        )
+        g = self._gradients(J)
+        Gs = self._matrices(g)
+        spacing = self.interval
+        if self.steps < self.warmup:
+            spacing = max(1, self.steps * self.interval // self.warmup)
+        due = self.steps % spacing == 0
+        if due and own_loss is None:
+            self._look_back(g, Gs, loss)
+        if not due or self._meta_update(g, Gs, J.item(), loss, outputs, own_loss):
+            self._move(g, Gs)
+        self.steps += 1
+
+    def _gradients(self, J: Tensor) -> dict[Tensor, Part]:
+        """Of each parameter, with L2 decay."""
+        found = torch.autograd.grad(J, self.parameters, allow_unused=True)
+        g: dict[Tensor, Part] = dict(zip(self.parameters, found, strict=True))
         for group in self.groups:
             for p in group.params:
                 grad = g[p]
                 if grad is not None and not group.decoupled_weight_decay:
                     g[p] = grad + group.weight_decay * p.detach()
-        Gs = {layer: _matrix(layer.view, g) for layer in self.layers if any(g[p] is not None for p in _own(layer))}
-        spacing = self.interval
-        if self.steps < self.warmup:
-            spacing = max(1, self.steps * self.interval // self.warmup)
-        due = self.steps % spacing == 0
-        if not due or self._meta_update(g, Gs, J.item(), loss, outputs, own_loss):
-            self._move(g, Gs)
-        self.steps += 1
+        return g
+
+    def _matrices(self, g: dict[Tensor, Part]) -> dict[Layer, Tensor]:
+        return {layer: _matrix(layer.view, g) for layer in self.layers if any(g[p] is not None for p in _own(layer))}
+
+    def _look_back(self, g: dict[Tensor, Part], Gs: dict[Layer, Tensor], loss: Loss) -> None:
+        """``⟨G, v⟩`` of this batch before the last step and after it."""
+        moved = [layer for layer in Gs if layer.group.momentum]
+        self.looked = None
+        if not (self.method.look_back and moved and any(layer.updates for layer in self.layers)):
+            return
+        theta = {p: p.detach().clone() for p in self.parameters}
+        with torch.no_grad():
+            for layer in moved:
+                _write(layer, g, 1.0, -layer.v)
+        before = self._matrices(self._gradients(loss()))
+        with torch.no_grad():
+            for p in self.parameters:
+                p.copy_(theta[p])
+        both = [sum((G[layer] * layer.v).sum().item() for layer in moved if layer in G) for G in (before, Gs)]
+        self.looked = both[0], both[1]
+
+    def _note_noise(self, size: float) -> None:
+        if self.looked is not None and size > 0:
+            self.noise = NoiseFactor().look(self.noise, *self.looked, size, step=self.steps, loss=self.mean_loss)
+        self.looked = None
 
     @torch.no_grad()
     def _move(self, g: dict[Tensor, Part], Gs: dict[Layer, Tensor]) -> None:
-        """``v ← μ v + lr·f·P(G)``, ``θ ← (1 − lr·λ) θ − v``; f keeps the promise of all layers at what it may be."""
+        """``v ← μ v + κ·lr·f·P(G)``, ``θ ← (1 − κ·lr·λ) θ − v``; f keeps the promise of all layers at what it may be, κ
+        is the noise factor."""
         directions = {layer: precondition(G, layer.A, layer.B, layer.S) for layer, G in Gs.items()}
+        taken = self.noise["apo_noise_factor"]
         promised = sum(
-            layer.group.lr * layer.group.carried * (G * directions[layer]).sum().item() for layer, G in Gs.items()
+            taken * layer.group.lr * layer.group.carried * (G * directions[layer]).sum().item()
+            for layer, G in Gs.items()
         )
         f = self.most_promised / promised if promised > self.most_promised else 1.0
         self.bounded += [self.steps] if f < 1 else []
         for layer, direction in directions.items():
             group = layer.group
-            layer.v = group.momentum * layer.v + group.lr * f * direction
-            _write(layer, g, 1 - group.lr * group.decay, layer.v)
+            layer.v = group.momentum * layer.v + taken * group.lr * f * direction
+            _write(layer, g, 1 - taken * group.lr * group.decay, layer.v)
 
     def _meta_update(
         self,
@@ -204,6 +241,7 @@ class PerLayer:
                 v = V[p]
                 slopes[group] -= 0.0 if v is None else group.lr * group.decay * (v * p).sum().item()
             self._step_phi(layer, G, own_V, length)
+        self._note_noise(sum(sizes.values()))
         if not self.method.adapt_lr:
             return
         for group in self.groups:

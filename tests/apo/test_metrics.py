@@ -27,7 +27,7 @@ def test_names_and_values(front_end: str) -> None:
     """The terms come with the first trial; all are plain floats."""
     model, x, t, other = mlp()
     opt = FRONT_ENDS[front_end](model, objective(model, other), None)
-    more = {"promise_factor"} if front_end == "APO" else set()
+    more = {"noise_factor", "promise_factor"} if front_end == "APO" else set()
     assert opt.metrics().keys() == {"lr", *COUNTS, *more}
     base = closure_of(opt, model, x, t)()
     opt.step(closure_of(opt, model, x, t))

@@ -1,0 +1,94 @@
+"""How much of the trial's step is taken, where gradients are noisy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+__all__ = ["NoiseFactor"]
+
+
+class NoiseFactor:
+    """The factor by which steps are shorter than the trial that φ is judged by.
+
+    A trial fits the batch that it is made of, noise and all. The next batch says what a step was worth to others. With
+    ``Δ`` the last step and G the next batch's gradient, before and after it, the step's gain at first is
+    ``g = −⟨G(θ − Δ), Δ⟩``, and ``c = ⟨G(θ) − G(θ − Δ), Δ⟩`` what the loss's curvature takes from it on the way. Of
+    their running means,
+
+    - ``g > c``: the step ends before the minimum on fresh examples. The factor rises;
+    - ``½ c < g < c``: it goes too far. The factor falls, fastest at ``½ c``, where a step gains nothing;
+    - ``g < ½ c``: every step loses, which can't go on for long. So noise doesn't add up here, as where few batches
+      are drawn without replacement and cancel within an epoch. It falls less, and rises again below ``¼ c``.
+
+    ``log factor`` changes in proportion to ``log t`` of the step t. It doesn't fall while the loss falls faster than
+    ``1/t``, and less the faster it falls: then there is more to gain from steps than from less noise.
+    """
+
+    NUMBERS: ClassVar[dict[str, Any]] = {
+        "apo_noise_factor": 1.0,
+        "apo_noise_gain": 0.0,
+        "apo_noise_cost": 0.0,
+        "apo_noise_log_loss": math.nan,
+        "apo_noise_looks": 0,
+        "apo_noise_step": 0,
+    }
+    """What is remembered, and how it starts."""
+    BETA = 0.9
+    """Of the running means of g and c."""
+    SPEED = 1.5
+    """Greatest change of the logarithm, over that of the step's."""
+    LONGEST = 0.1
+    """Greatest share of the training so far that one look counts for."""
+    FEWEST = 4
+    """Looks before the factor changes."""
+    LOSS_SPEED = 2.0
+    """At which the mean of log losses follows them, likewise over the step's logarithm."""
+    NO_NOISE = 0.25
+    """``g/c`` below which noise doesn't add up."""
+
+    def look(
+        self, held: Mapping[str, Any], before: float, after: float, size: float, *, step: int, loss: float
+    ) -> dict[str, Any]:
+        """What is remembered after a look at the last step.
+
+        Args:
+            held: what was remembered until now.
+            before, after: ``−⟨G, Δ⟩`` before and after the step Δ.
+            size: what both are measured in, > 0.
+            step: t.
+            loss: at present.
+        """
+        looks = held["apo_noise_looks"] + 1
+        gain = self.BETA * held["apo_noise_gain"] + (1 - self.BETA) * before / size
+        cost = self.BETA * held["apo_noise_cost"] + (1 - self.BETA) * (before - after) / size
+        share = min((step - held["apo_noise_step"]) / max(step, 1), self.LONGEST)
+        direction = self._direction(gain / cost if cost > 0 else math.inf)
+        log_loss = held["apo_noise_log_loss"]
+        if loss > 0:
+            now = math.log(loss)
+            log_loss = now if math.isnan(log_loss) else log_loss
+            slope = self.LOSS_SPEED * (now - log_loss)
+            log_loss += self.LOSS_SPEED * share * (now - log_loss)
+            if direction < 0:
+                direction *= min(max(1 + slope, 0.0), 1.0)
+        change = self.SPEED * share * direction if looks >= self.FEWEST else 0.0
+        return {
+            "apo_noise_factor": min(held["apo_noise_factor"] * math.exp(change), 1.0),
+            "apo_noise_gain": gain,
+            "apo_noise_cost": cost,
+            "apo_noise_log_loss": log_loss,
+            "apo_noise_looks": looks,
+            "apo_noise_step": step,
+        }
+
+    def _direction(self, ratio: float) -> float:
+        """Of the factor, from −1 to 1, by ``g/c``."""
+        if ratio >= 1:
+            return min(ratio - 1, 1.0)
+        if ratio >= 0.5:
+            return -2 * (1 - ratio)
+        if ratio >= self.NO_NOISE:
+            return -(ratio - self.NO_NOISE) / (0.5 - self.NO_NOISE)
+        return min(2 * (self.NO_NOISE - ratio), 0.5)
