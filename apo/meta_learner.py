@@ -146,8 +146,9 @@ class MetaLearner(Optimizer):
 
         Args:
             closure: clears the gradients, runs forward and backward, returns the loss. Called at θ, and, at a
-                meta-step of an objective that has no ``loss`` of its own, once more at θ′ on the same batch. None,
-                with the gradients in ``.grad``, will do otherwise.
+                meta-step of an objective that has no ``loss`` of its own, once more at θ′ on the same batch; by
+                :class:`~apo.APO` before that at the weights before the last step. None, with the gradients in
+                ``.grad``, will do otherwise.
 
         Returns:
             What the closure returned at θ; None without one.

@@ -59,13 +59,14 @@ class APO(MetaLearner):
 
     Each weight, read as a matrix and joined by its bias (:mod:`apo.matrix_view`), steps by ::
 
-        v ← μ v + lr·P(G),   P(G) = B (S² ⊙ BᵀGA) Aᵀ        (Eq. 10)
-        θ ← (1 − lr·λ) θ − v
+        v ← μ v + κ·lr·P(G),   P(G) = B (S² ⊙ BᵀGA) Aᵀ      (Eq. 10)
+        θ ← (1 − κ·lr·λ) θ − v
 
-    ``φ = (log lr, A, B, S)`` descends the proximal objective at the lookahead (Eq. 8). ``P`` starts as the identity, so
-    training starts as SGD with momentum. ``lr`` scales ``P`` and is learned with it, from any initial value. Every ten
-    meta-updates the scale that P has gained moves into ``lr``, unless a scheduler overwrites the rates. ``lr`` enters
-    the momentum with the gradient, so φ is judged by the present gradient alone.
+    with κ <= 1, which is 1 unless noise adds up (:mod:`apo.noise_factor`). ``φ = (log lr, A, B, S)`` descends the
+    proximal objective at the lookahead (Eq. 8). ``P`` starts as the identity, so training starts as SGD with momentum.
+    ``lr`` scales ``P`` and is learned with it, from any initial value. Every ten meta-updates the scale that P has
+    gained moves into ``lr``, unless a scheduler overwrites the rates. ``lr`` enters the momentum with the gradient, so
+    φ is judged by the present gradient alone.
 
     Safeguard: ``P(G)`` is scaled down so that the predicted decrease ``lr/(1 − μ) ⟨G, P(G)⟩``, summed over all layers,
     is at most twice the loss, which a Newton step on a quadratic may predict. Without it one odd batch, or a few steps
@@ -73,8 +74,8 @@ class APO(MetaLearner):
 
     Args:
         model: whose parameters are trained, the module or its DDP.
-        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD, if left open, is 1. Larger is steadier: 10 where
-            gradients are noisy. Its λ_WSD, if left open, is 0.0001, which bounds P where outputs saturate. Set it to 0
+        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD, if left open, is 1. Larger is
+            steadier. Its λ_WSD, if left open, is 0.0001, which bounds P where outputs saturate. Set it to 0
             where much smaller curvatures matter.
         params: parameters of the model's or param groups of them (keys: ``lr``, ``momentum``, ``weight_decay``,
             ``decoupled_weight_decay``, ``block_size``, ``max_dim``, ``block_dtype``); by default all that require
@@ -85,8 +86,8 @@ class APO(MetaLearner):
         decoupled_weight_decay: as above; otherwise ``λθ`` is added to ``G`` (L2).
         block_size: side of the squares of block-diagonal blocks; None: full blocks. A step costs ``8 · block_size``
             FLOPs per weight, with full blocks ``4 (m + n)``.
-        interval: a meta-update every N steps (K of Algorithm 1). 0: never. A step with a meta-update takes three
-            passes forward and backward.
+        interval: a meta-update every N steps (K of Algorithm 1). 0: never. A step with a meta-update takes five
+            passes forward and four backward.
         warmup: over the first N steps the interval grows from 1, in proportion, to what it was set to.
         rescale_schedule, grad_scaler, process_group: as for :class:`~apo.AdaptiveLR`.
         method: how it learns (:class:`~apo.Method`): what seldom has to be set.

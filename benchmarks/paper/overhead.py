@@ -1,7 +1,7 @@
 """``python -m benchmarks overhead``: what a step costs with each front end and with the baselines, on four models.
 
 Whole steps are timed, closure included, ``interval`` steps at a time, so that each sample holds exactly one meta-step
-(of APO's first 100 steps each is one; with its default interval, so many steps at a time). The contestants of a model
+(of APO's first steps each is one; with its default interval, so many steps at a time). The contestants of a model
 take turns in one process. The baselines renew their factors and inverses (roots, bases) as often. Peak memory is taken
 before, of each contestant in a process of its own.
 """
@@ -41,9 +41,12 @@ Inputs = tuple[Tensor, ...]
 Make = Callable[[nn.Module, Callable[[], Inputs]], Optimizer]
 """Makes an optimizer of a model, and of what returns the inputs of B′."""
 
-DEFAULT_INTERVAL: int = inspect.signature(apo.APO).parameters["interval"].default
+DEFAULT_INTERVAL, WARMUP = (inspect.signature(apo.APO).parameters[name].default for name in ("interval", "warmup"))
 BY_DEFAULT = f"APO, its default interval of {DEFAULT_INTERVAL}"
 """After the warm-up."""
+FIRST_STEPS = 2 * WARMUP // DEFAULT_INTERVAL
+AT_FIRST = f"APO, its first {FIRST_STEPS} steps"
+"""With a meta-update at each."""
 
 COLUMNS = ["optimizer", "ms per step", "÷ SGDm", "peak memory ÷ weights"]
 
@@ -153,7 +156,7 @@ def _contestants(options: argparse.Namespace) -> dict[str, Make]:
         "APO, blocks of 64, after one meta-update": preconditioned(interval=10**9, warmup=0),
         BY_DEFAULT: preconditioned(warmup=0),
         "APO, blocks of 64": preconditioned(**rare),
-        "APO, its first 100 steps": preconditioned(interval=1),
+        AT_FIRST: preconditioned(interval=1),
         **({"APO, full blocks": preconditioned(block_size=None, **rare)} if options.model == "mlp" else {}),
         "KFAC": lambda model, inputs: KFAC(
             model, lr=0.01, damping=0.1, factor_interval=N, inverse_interval=N, warmup=0

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import apo_kernels as ak
-from apo import adaptive_lr, meta_learner, objective, preconditioned, snapshot, trial
-from tests.apo import test_adaptive_lr, test_meta_gradient, test_trial
+from apo import adaptive_lr, arena, meta_learner, objective, preconditioned, snapshot, trial
+from tests.apo import test_adaptive_lr, test_meta_gradient, test_noise_factor, test_trial
 from tests.apo.helpers import mlp
 
 Patch = pytest.MonkeyPatch
@@ -117,6 +117,22 @@ def one_mask_each(patch: Patch) -> None:
     patch.setattr(objective, "restore_random_state", lambda state: None)
 
 
+def no_way_back(patch: Patch) -> None:
+    patch.setattr(arena.Arena, "step_back", lambda self, Gs: None)
+
+
+def other_random_numbers_at_a_look(patch: Patch) -> None:
+    patch.setattr(meta_learner, "restore_random_state", lambda state: None)
+
+
+def look_test(patch: Patch) -> None:
+    test_noise_factor.test_what_is_compared_is_the_slope_before_the_last_step_and_after(patch)
+
+
+def look_mask_test(patch: Patch) -> None:
+    test_noise_factor.test_a_look_repeats_the_batch_in_train_mode_with_the_same_random_numbers()
+
+
 def blocks_test(patch: Patch) -> None:
     test_meta_gradient.test_blocks_equal_finite_differences("mlp", None, True, "relative", patch)
 
@@ -171,6 +187,8 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], Callable[[Patch], None]]] = {
     "the 2 of dS dropped": (slopes_times(S=0.5), blocks_test),
     "the blocks ascend": (slopes_times(A=-1.0, B=-1.0, S=-1.0), blocks_test),
     "the rate ascends": (rate_ascends, rate_test),
+    "no way back to the weights before the last step": (no_way_back, look_test),
+    "other random numbers at a look": (other_random_numbers_at_a_look, look_mask_test),
     "momentum outside the lookahead": (momentum_outside_the_lookahead, unrolled_test),
     "buffers not restored": (undisturbed_but(buffers=True), traces_test),
     "random state not restored": (undisturbed_but(rng=True), traces_test),

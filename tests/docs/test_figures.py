@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
+from statistics import mean
 
 import pytest
 
 from benchmarks import readme
 from benchmarks.common import results
-from benchmarks.paper.overhead import BY_DEFAULT
+from benchmarks.paper.overhead import AT_FIRST, BY_DEFAULT, FIRST_STEPS
+from benchmarks.paper.peers import RATES
+from benchmarks.paper.report import peers
 from benchmarks.paper.studies.tables import summary
 from tests.docs.pages import DOCS, ROOT
 
@@ -23,13 +28,13 @@ def test_what_the_prose_says_of_a_steps_cost() -> None:
     contestants = results.load(readme.STEP_RESULTS / "overhead.json")["contestants"]
     ratios = {name: row["ratio"] for name, row in contestants.items()}
     learned, blocks = ratios["AdaptiveLR on SGDm"], ratios[BY_DEFAULT]
-    first = ratios["APO, its first 100 steps"]
+    first = ratios[AT_FIRST]
     plain = f"{first / ratios['APO, blocks of 64, after one meta-update']:.1f}"
     assert f"{plain} plain steps" in (ROOT / "README.md").read_text()
     assert f"takes {plain}\n" in (DOCS / "choosing.md").read_text()
     assert f"{learned:.2f} × SGD with momentum" in (DOCS / "choosing.md").read_text()
-    assert f"{blocks:.1f} ×; {first:.0f} × in the first 100 steps" in (DOCS / "choosing.md").read_text()
-    of_apo = f"{blocks:.1f} times SGD's time, {first:.0f} times in the first 100 steps"
+    assert f"{blocks:.1f} ×; {first:.0f} × in the first {FIRST_STEPS} steps" in (DOCS / "choosing.md").read_text()
+    of_apo = f"{blocks:.1f} times SGD's time, {first:.0f} times in the first {FIRST_STEPS} steps"
     for text in (f"{learned:.2f} times SGD's time", of_apo):
         assert text in (ROOT / "README.md").read_text()
 
@@ -50,6 +55,39 @@ def test_what_readme_says_of_who_is_ahead() -> None:
     assert all(apo < min(sgdm, adam, shampoo) for sgdm, adam, _, shampoo, apo in losses)
     assert sum(kfac < apo for _, _, kfac, _, apo in losses) == 3
     assert re.search(r"KFAC is ahead of it on three of the six", (ROOT / "README.md").read_text())
+
+
+def test_what_is_said_of_the_peers() -> None:
+    """Where APO's defaults are below a searched optimizer, at equal steps and in equal time."""
+    losses: dict[str, dict[str, dict[str, float]]] = {}
+    for path in (readme.COMMITTED / "peers").glob("*.json"):
+        content = results.load(path)
+        found = peers.complete(content["runs"])
+        early, end = peers.judged_at(content["steps"])
+        finals = {name: peers.best(own, partial(peers.loss_at, step=end))[1] for name, own in found.items()}
+        measures: dict[str, Callable[[peers.Run], float]] = {
+            "early": partial(peers.loss_at, step=early),
+            "end": partial(peers.loss_at, step=end),
+        }
+        losses[path.stem] = {
+            name: {what: mean(map(of, peers.best(own, of)[1])) for what, of in measures.items()}
+            for name, own in found.items()
+        }
+        for base in ("adamw", "sgdm"):
+            pairs = zip(finals["apo"], finals[base], strict=True)
+            losses[path.stem]["apo"][base] = mean(peers.after_seconds(a, b["seconds"][-1]) for a, b in pairs)
+    assert losses.keys() == {"gpt", "cifar10-lenet", "mnist-autoencoder", "protein", "pinn"}
+    for task, own in losses.items():
+        apo, end = own["apo"], {name: each["end"] for name, each in own.items() if "apo" not in name}
+        for base in ("adamw", "sgdm"):
+            assert apo["early"] < own[base]["early"]
+            assert apo["end"] < own[base]["end"]
+        assert (apo["end"] < min(end.values())) == (task in ("gpt", "mnist-autoencoder", "pinn"))
+        assert (apo["adamw"] < end["adamw"]) == (task in ("mnist-autoencoder", "protein", "pinn"))
+        assert (apo["sgdm"] < end["sgdm"]) == (task != "protein")
+    lenet, protein = losses["cifar10-lenet"], losses["protein"]
+    assert {name for name in RATES if lenet[name]["end"] < lenet["apo"]["end"]} == {"muon", "soap"}
+    assert {name for name in RATES if protein[name]["end"] < protein["apo"]["end"]} == {"soap"}
 
 
 def test_what_the_experiments_say_of_the_study() -> None:

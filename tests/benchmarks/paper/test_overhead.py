@@ -25,7 +25,7 @@ def test_overhead_times_every_contestant(model: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(overhead, "WORDS", 50)
     monkeypatch.setattr(overhead, "_in_a_process", lambda *arguments: None)
     made = measured(tmp_path, "--models", model, "--width", "0.03")[model]
-    front_ends = {"AdaptiveLR on SGDm", "APO, blocks of 64", "APO, its first 100 steps"}
+    front_ends = {"AdaptiveLR on SGDm", "APO, blocks of 64", overhead.AT_FIRST}
     assert front_ends | {"SGDm", "AdamW, foreach", "AdamW, fused", "KFAC", "Shampoo"} < made["contestants"].keys()
     file = "overhead.json" if model == "mlp" else f"overhead-{model}.json"
     for row in load(tmp_path / file)["contestants"].values():
