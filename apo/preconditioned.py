@@ -419,8 +419,9 @@ class APO(MetaLearner):
             before = self._arena.along_momentum(self._gradients()) / scale
         both = torch.stack([before, after])
         self._ranks.average_([both])
-        if bool(both.isfinite().all()):
-            self._looked = both[0].item(), both[1].item()
+        slopes = both.tolist()
+        if all(map(math.isfinite, slopes)):
+            self._looked = slopes[0], slopes[1]
 
     def _note_noise(self, size: float) -> None:
         """Take what was seen at the last step into the factor, in units of what this step promises."""
