@@ -42,6 +42,11 @@ class Scaling:
             return True
         return any(state["stage"] is OptState.UNSCALED for state in self._states())
 
+    @property
+    def left(self) -> float:
+        """By which the closure's gradients are still multiplied."""
+        return 1.0 if self.unscaled else self.factor
+
     def unscale(self) -> None:
         """Unscale the gradients, unless that has been done."""
         if self._scaler is not None and not self.unscaled:

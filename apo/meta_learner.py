@@ -317,7 +317,7 @@ class MetaLearner(Optimizer):
             with autocast.back():
                 if objective.loss is None:
                     loss_there = self._closure_elsewhere(closure, parameters, sign)
-                    factor = 1.0 if scaling.unscaled else factor
+                    factor = scaling.left
                     models.start_over()  # as at the anchor
                 own_loss, fsd = objective.terms(anchor) if anchor is not None else (None, None)
                 if own_loss is not None:
@@ -411,7 +411,7 @@ class MetaLearner(Optimizer):
             forget_casts(self._gathering)
             with autocast.back():
                 self._closure_elsewhere(closure, self.parameters, self._sign())
-            yield 1.0 if scaling.unscaled else scaling.factor
+            yield scaling.left
 
     def _look_at(self, outputs: Any) -> None:
         """What the anchor compares, with its graph, before it is let go."""

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+
 __all__ = ["NoiseFactor"]
 
 
@@ -45,8 +47,8 @@ class NoiseFactor:
     """Looks before the factor changes."""
     LOSS_SPEED = 2.0
     """At which the mean of log losses follows them, likewise over the step's logarithm."""
-    NO_NOISE = 0.25
-    """``g/c`` below which noise doesn't add up."""
+    RATIOS, DIRECTIONS = (0.0, 0.25, 0.5, 1.0, 2.0), (0.5, 0.0, -1.0, 0.0, 1.0)
+    """Of ``g/c``, and where the factor goes there; in between evenly."""
 
     def look(
         self, held: Mapping[str, Any], before: float, after: float, size: float, *, step: int, loss: float
@@ -64,7 +66,7 @@ class NoiseFactor:
         gain = self.BETA * held["apo_noise_gain"] + (1 - self.BETA) * before / size
         cost = self.BETA * held["apo_noise_cost"] + (1 - self.BETA) * (before - after) / size
         share = min((step - held["apo_noise_step"]) / max(step, 1), self.LONGEST)
-        direction = self._direction(gain / cost if cost > 0 else math.inf)
+        direction = float(np.interp(gain / cost if cost > 0 else math.inf, self.RATIOS, self.DIRECTIONS))
         log_loss = held["apo_noise_log_loss"]
         if loss > 0:
             now = math.log(loss)
@@ -82,13 +84,3 @@ class NoiseFactor:
             "apo_noise_looks": looks,
             "apo_noise_step": step,
         }
-
-    def _direction(self, ratio: float) -> float:
-        """Of the factor, from −1 to 1, by ``g/c``."""
-        if ratio >= 1:
-            return min(ratio - 1, 1.0)
-        if ratio >= 0.5:
-            return -2 * (1 - ratio)
-        if ratio >= self.NO_NOISE:
-            return -(ratio - self.NO_NOISE) / (0.5 - self.NO_NOISE)
-        return min(2 * (self.NO_NOISE - ratio), 0.5)

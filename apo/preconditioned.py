@@ -74,9 +74,9 @@ class APO(MetaLearner):
 
     Args:
         model: whose parameters are trained, the module or its DDP.
-        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD, if left open, is 1. Larger is
-            steadier. Its λ_WSD, if left open, is 0.0001, which bounds P where outputs saturate. Set it to 0
-            where much smaller curvatures matter.
+        objective: the :class:`~apo.ProximalObjective`. Its λ_FSD, if left open, is 1. Larger is steadier. Its
+            λ_WSD, if left open, is 0.0001, which bounds P where outputs saturate. Set it to 0 where much smaller
+            curvatures matter.
         params: parameters of the model's or param groups of them (keys: ``lr``, ``momentum``, ``weight_decay``,
             ``decoupled_weight_decay``, ``block_size``, ``max_dim``, ``block_dtype``); by default all that require
             grad. A weight and its bias in different groups aren't joined.
