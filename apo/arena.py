@@ -14,7 +14,7 @@ from apo.inner_products import norms
 from apo.meta_optimizer import Learned
 from apo.owners import Owners
 from apo.preconditioner import PreconditionedLayer
-from apo.sharding import Over, local, sum_over, sum_over_, summed_once
+from apo.sharding import local, sum_over, sum_over_, summed_once
 
 __all__ = ["Arena", "Parts"]
 
@@ -90,16 +90,18 @@ class Arena:
 
     @torch.no_grad()
     def along_momentum(self, Gs: Parts) -> Tensor:
-        """``⟨G, v⟩``, summed over all layers and the ranks that hold them: a float64 number."""
+        """``⟨G, v⟩`` and ``‖v‖²``, summed over all layers with gradients and the ranks that hold them: float64."""
         places, own, steps = self._beside_momentum(Gs)
-        products: dict[Over, list[Tensor]] = {layer.view.over: [] for layer in self.layers}
-        for i, product in zip(places, torch._foreach_mul(own, steps) if own else (), strict=bool(own)):
-            products[self.layers[i].view.over].append(product.flatten())
-        sums = self.layers[0].S.new_zeros(len(products), dtype=torch.float64)
-        for i, each in enumerate(products.values()):
-            if each:
-                sums[i] = torch.cat(each).sum()
-        return sum_over(sums, list(products)).sum()
+        ways = list({layer.view.over: None for layer in self.layers})
+        sums = self.layers[0].S.new_zeros(2, len(ways), dtype=torch.float64)
+        if own:
+            lengths, products = norms(steps), torch._foreach_mul(own, steps)
+            for k, over in enumerate(ways):
+                here = [j for j, i in enumerate(places) if self.layers[i].view.over == over]
+                if here:
+                    sums[0, k] = torch.cat([products[j].flatten() for j in here]).sum()
+                    sums[1, k] = (lengths if len(ways) == 1 else lengths[here]).square().sum()
+        return sum_over(sums.flatten(), ways * 2).view(2, -1).sum(1)
 
     def _beside_momentum(self, parts: Parts) -> tuple[list[int], list[Tensor], list[Tensor]]:
         """The parts that there are of layers with momentum: the layer of each, the part, and its momentum."""
@@ -171,16 +173,10 @@ class Arena:
         pairs = [(x, own.alike) for each in found for x, own in zip(each, self.phi, strict=True) if x is not None]
         sum_over_([x for x, alike in pairs if alike], [alike for _, alike in pairs if alike])
 
-    def by_name(self, slopes: ak.ModelSlopes) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Slopes and their sizes, one for each learned tensor, in the order of the layers."""
-        found: list[Tensor | None] = []
-        sizes: list[Tensor | None] = []
-        of_layer = (dict(zip("ABS", each, strict=True)) for each in zip(*slopes[:3], strict=True))
-        size_of_layer = (dict(zip("ABS", each, strict=True)) for each in zip(*slopes[3:6], strict=True))
-        for layer, own, size in zip(self.layers, of_layer, size_of_layer, strict=True):
-            found += [own[name] for name in layer.learned]
-            sizes += [size[name] for name in layer.learned]
-        return found, sizes
+    def of_phi(self, *by_name: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """What there is of the layers' A, B and S, three lists, in the order of :attr:`phi`."""
+        of_layer = (dict(zip("ABS", each, strict=True)) for each in zip(*by_name, strict=True))
+        return [own[name] for layer, own in zip(self.layers, of_layer, strict=True) for name in layer.learned]
 
     def gathered(self) -> dict[PreconditionedLayer, dict[str, Tensor]]:
         """The whole state of layers that have owners, on all ranks; to be called on all of them."""

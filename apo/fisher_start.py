@@ -10,6 +10,7 @@ where P can represent it, is Theorem 1's ``(F + δI)⁻¹``, up to scale. Q goes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from apo.preconditioner import PreconditionedLayer
 from apo.sharding import sum_over, sum_over_
 
 __all__ = ["FisherStart"]
+
+AT_A_TIME = 2**16
+"""Entries of S on a CPU."""
 
 
 class FisherStart:
@@ -94,19 +98,22 @@ class FisherStart:
     @torch.no_grad()
     def look(self, arena: Arena, Ws: Parts) -> None:
         """Take the energies of a sampled gradient into the running means."""
-        # they are half of the relative derivatives of ⟨W, P(W)⟩
-        found = arena.operator.slopes(Ws, arena.operator.keep(Ws), lengths=[-0.5] * len(arena.layers))
-        energies, _ = arena.by_name(found)
+        energies = arena.of_phi(*arena.operator.energies(Ws))
         arena.sum_blocks_(energies)
         each = iter(energies)
+        means, found, weights = [], [], []
         for layer, W in zip(arena.layers, Ws, strict=True):
             whole = layer.view.whole or layer.view
-            over = {"A": whole.m, "B": whole.n, "S": 1}
             for name, part, energy in zip(layer.learned, layer.phi, each, strict=False):
                 if energy is not None:
-                    part.buffers[self.ENERGY].lerp_(energy / over[name], 1 - self.BETA)
+                    means.append(part.buffers[self.ENERGY])
+                    found.append(energy if name == "S" else energy / (whole.m if name == "A" else whole.n))
             if W is not None:
-                layer.parts["S"].buffers[self.WEIGHT].lerp_(torch.ones(()), 1 - self.BETA)
+                weights.append(layer.parts["S"].buffers[self.WEIGHT])
+        if means:
+            torch._foreach_lerp_(means, found, 1 - self.BETA)
+        if weights:
+            torch._foreach_lerp_(weights, [torch.ones(())] * len(weights), 1 - self.BETA)
 
     @torch.no_grad()
     def step(self, layers: Sequence[PreconditionedLayer], delta: float, done: int = 0) -> None:
@@ -118,32 +125,47 @@ class FisherStart:
         """
         if not layers:
             return
-        means = []
-        for layer, of_noise in zip(layers, _energies_of_noise(layers) if delta else [{}] * len(layers), strict=True):
-            weight = layer.parts["S"].buffers[self.WEIGHT].item()
-            own = [part.buffers[self.ENERGY] / weight for part in layer.phi]
-            if of_noise:
-                torch._foreach_add_(own, [of_noise[name] for name in layer.learned], alpha=delta)
-            means.append(own)
-        sums = sum_over(torch.stack([each[-1].sum() for each in means]), [layer.view.over for layer in layers])
-        tau = sums.sum() / sum(layer.view.entries for layer in layers)
+        noises = _noise(layers) if delta else [None] * len(layers)
+        weights = [layer.parts["S"].buffers[self.WEIGHT].item() for layer in layers]
+        sums = []
+        for layer, noise, weight in zip(layers, noises, weights, strict=True):
+            own = layer.parts["S"].buffers[self.ENERGY].sum() / weight
+            sums.append(own if noise is None else own.add_(noise.total, alpha=delta))
+        whole = sum_over(torch.stack(sums), [layer.view.over for layer in layers])
+        tau = whole.sum() / sum(layer.view.entries for layer in layers)
         if not bool(tau > 0):
             return
         rate = self.RATE * max(0.0, 1 - done / self.updates)
-        for layer, each in zip(layers, means, strict=True):
+        for layer, noise, weight in zip(layers, noises, weights, strict=True):
             if not layer.view.held:
                 continue
-            for name, part, mean in zip(layer.learned, layer.phi, each, strict=True):
+            for name, part in zip(layer.learned, layer.phi, strict=True):
+                energy = part.buffers[self.ENERGY]
                 if name == "S":
-                    r = ((mean - tau) / (mean + tau)).mul_(-rate).exp_()
-                    part.tensor.mul_(r)
-                    part.buffers[self.ENERGY].mul_(r.square_())
-                else:
-                    R = self._relative(mean, tau, layer.view.n if name == "A" else layer.view.m).mul_(rate)
-                    part.tensor.sub_(part.tensor @ R)
-                    energy = part.buffers[self.ENERGY]
-                    energy.sub_(R @ energy)
-                    energy.sub_(energy @ R)
+                    self._step_scaling(part.tensor, energy, weight, noise, delta, tau, rate)
+                    continue
+                mean = energy / weight
+                if noise is not None:
+                    mean.add_(noise.of_block[name], alpha=delta)
+                R = self._relative(mean, tau, layer.view.n if name == "A" else layer.view.m).mul_(rate)
+                part.tensor.sub_(part.tensor @ R)
+                energy.sub_(R @ energy)
+                energy.sub_(energy @ R)
+
+    @staticmethod
+    def _step_scaling(
+        S: Tensor, energy: Tensor, weight: float, noise: Noise | None, delta: float, tau: Tensor, rate: float
+    ) -> None:
+        for part in _pieces(S):
+            own, seen = S[part], energy[part]
+            mean = seen / weight
+            if noise is not None:
+                a, b = noise.squares(part)
+                mean.addcmul_(own.square().mul_(a), b * delta)
+            # (e − τ)/(e + τ) = 1 − 2τ/(e + τ)
+            factor = mean.add_(tau).reciprocal_().mul_(2 * rate * tau).sub_(rate).exp_()
+            own.mul_(factor)
+            seen.mul_(factor.square_())
 
     def _relative(self, a: Tensor, tau: Tensor, length: int) -> Tensor:
         """R of each square, kept to its greatest norm."""
@@ -157,31 +179,64 @@ class FisherStart:
         return R.mul_(self.LONGEST / norm.clamp_min_(self.LONGEST))
 
 
-def _energies_of_noise(layers: Sequence[PreconditionedLayer]) -> list[dict[str, Tensor]]:
-    """Those expected if W were noise of variance 1; nothing of layers that others own."""
-    found: list[dict[str, Tensor]] = []
-    of_rows, of_columns = [], []
+@dataclass
+class Noise:
+    """The energies expected if W were noise of variance 1.
+
+    Attributes:
+        a, b: the squared norms of the columns of A and of B, ``(*batch, 1, n)`` and ``(*batch, m, 1)``: S's energies
+            are ``S² ⊙ b a``.
+        total: their sum.
+        of_block: those of A and of B, where these are learned.
+    """
+
+    a: Tensor
+    b: Tensor
+    total: Tensor
+    of_block: dict[str, Tensor] = field(default_factory=dict)
+
+    def squares(self, part: slice) -> tuple[Tensor, Tensor]:
+        """``a`` and ``b`` of a piece of S."""
+        return self.a if self.a.ndim == 2 else self.a[part], self.b[part]
+
+
+def _noise(layers: Sequence[PreconditionedLayer]) -> list[Noise | None]:
+    """None for layers that others own."""
+    found: list[Noise | None] = []
+    sums: dict[str, list[tuple[PreconditionedLayer, Noise, Tensor]]] = {"A": [], "B": []}
     for layer in layers:
         if not layer.view.held:
-            found.append({})
+            found.append(None)
             continue
-        S2 = layer.S.square()
-        a, b = _column_squares(layer.A, S2, -1).unsqueeze(-2), _column_squares(layer.B, S2, -2).unsqueeze(-1)
-        found.append({"S": S2 * a * b})
-        if "A" in layer.learned:
-            of_columns.append((layer, found[-1], (S2 * b).sum(-2)))
-        if "B" in layer.learned:
-            of_rows.append((layer, found[-1], (S2 * a).sum(-1)))
+        a, b = _column_squares(layer.A, layer.S, -1).unsqueeze(-2), _column_squares(layer.B, layer.S, -2).unsqueeze(-1)
+        own = Noise(a, b, a.new_zeros(()))
+        of_rows, of_columns = [], []
+        for part in _pieces(layer.S):
+            S2, (a_here, b_here) = layer.S[part].square(), own.squares(part)
+            of_rows.append((S2 @ a_here.mT).squeeze(-1))
+            of_columns.append((b_here.mT @ S2).squeeze(-2))
+        columns = torch.stack(of_columns).sum(0) if layer.S.ndim == 2 else torch.cat(of_columns)
+        own.total = (columns * a.squeeze(-2)).sum()
+        for side, x in (("A", columns), ("B", torch.cat(of_rows))):
+            if side in layer.learned:
+                sums[side].append((layer, own, x))
+        found.append(own)
     # summed over the ranks that hold other rows, or other columns
-    sides = ("A", of_columns), ("B", of_rows)
-    pairs = [(x, layer.parts[side].alike) for side, each in sides for layer, _, x in each]
+    pairs = [(x, layer.parts[side].alike) for side, each in sums.items() for layer, _, x in each]
     sum_over_([x for x, _ in pairs], [alike for _, alike in pairs])
-    for side, each in sides:
+    for side, each in sums.items():
         for layer, own, x in each:
             block, whole = layer.parts[side].tensor, layer.view.whole or layer.view
             x.div_(whole.m if side == "A" else whole.n)
-            own[side] = block.mT @ block * ak.by_square(x, block).unsqueeze(-2)
+            own.of_block[side] = block.mT @ block * ak.by_square(x, block).unsqueeze(-2)
     return found
+
+
+def _pieces(S: Tensor) -> list[slice]:
+    """Along the first dimension of S, on a CPU as many entries as stay in its cache."""
+    count = len(S)
+    step = max(AT_A_TIME * count // max(S.numel(), 1), 1) if S.device.type == "cpu" else max(count, 1)
+    return [slice(first, first + step) for first in range(0, max(count, 1), step)]
 
 
 def _column_squares(block: Tensor, S: Tensor, dim: int) -> Tensor:

@@ -222,7 +222,7 @@ class MetaLearner(Optimizer):
     ) -> Any:
         loss: Any = None
         touched, written = self.parameters, list[Tensor]()
-        begun = random_state(touched) if meta and self._looks_back else None
+        begun = random_state(touched) if meta and self._goes_back else None
         if closure is not None and meta:
             before = GradientsBefore(touched, self._shards.any) if self.objective.loss is None else None
             with torch.enable_grad(), leaves_of_backwards() as leaves, changed_by(self._models, touched) as written:
@@ -245,9 +245,11 @@ class MetaLearner(Optimizer):
                 def undisturbed_by(train: bool) -> Undisturbed:
                     return Undisturbed(self._models, touched, train=train, own=self.parameters, written=written)
 
+                elsewhere = None
                 if begun is not None and closure is not None:
                     around = closure, autocast, scaling, undisturbed_by(train=True), begun
-                    self._look_back(partial(self._gradients_elsewhere, *around))
+                    elsewhere = partial(self._gradients_elsewhere, *around)
+                self._look_back(elsewhere)
                 undisturbed = undisturbed_by(self.objective.mode == "train")
                 self._meta_step(closure, loss, autocast, scaling, undisturbed, move=move)
             elif move:
@@ -385,12 +387,13 @@ class MetaLearner(Optimizer):
         return trial.evaluation.objective <= base + abs(base) + 1  # False where Q is NaN
 
     @property
-    def _looks_back(self) -> bool:
-        """Whether a meta-step begins with a look at what the last step was worth to this batch."""
+    def _goes_back(self) -> bool:
+        """Whether :meth:`_look_back` needs gradients at other weights than θ."""
         return False
 
-    def _look_back(self, elsewhere: Elsewhere) -> None:
-        """Look at it. The gradients of ``elsewhere`` are those of the same batch, with the same random numbers."""
+    def _look_back(self, elsewhere: Elsewhere | None) -> None:
+        """Look at what the last step was worth to this batch. The gradients of ``elsewhere``, where they are needed,
+        are those of the same batch, with the same random numbers."""
 
     @contextmanager
     def _gradients_elsewhere(

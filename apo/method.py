@@ -41,9 +41,9 @@ class Method:
         fisher_start: for the first N meta-updates, whiten P by sampled Fisher gradients too
             (:mod:`apo.fisher_start`). Each costs one more backward on B′. None: 300, or 0 for another
             ``meta_optimizer``. 0: the paper's bare algorithm.
-        look_back: at each meta-update, see by one more forward and backward on B what the step before was worth to it,
-            and shorten steps where that is little (:mod:`apo.noise_factor`). It needs a closure, momentum, and an
-            objective without a ``loss``; without them steps are as long as the trial's.
+        look_back: at each meta-update, see what the step before was worth to B, and shorten steps where that is little
+            (:mod:`apo.noise_factor`). Every third look takes one more forward and backward. It needs a closure,
+            momentum, and an objective without a ``loss``; without them steps are as long as the trial's.
 
     Raises:
         TypeError, ValueError: an argument isn't as above.

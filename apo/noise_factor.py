@@ -24,6 +24,9 @@ class NoiseFactor:
     - ``g < ½ c``: every step loses, which can't go on for long. So noise doesn't add up here, as where few batches
       are drawn without replacement and cancel within an epoch. It falls less, and rises again below ``¼ c``.
 
+    ``c`` is seen in every third look, and in the first few. In between it is taken to be as large for its ``‖Δ‖²`` as
+    it was, so that these looks need no gradient but the one at hand.
+
     ``log factor`` changes in proportion to ``log t`` of the step t. It doesn't fall while the loss falls faster than
     ``1/t``, and less the faster it falls: then there is more to gain from steps than from less noise.
     """
@@ -32,6 +35,7 @@ class NoiseFactor:
         "apo_noise_factor": 1.0,
         "apo_noise_gain": 0.0,
         "apo_noise_cost": 0.0,
+        "apo_noise_curvature": math.nan,
         "apo_noise_log_loss": math.nan,
         "apo_noise_looks": 0,
         "apo_noise_step": 0,
@@ -45,23 +49,42 @@ class NoiseFactor:
     """Greatest share of the training so far that one look counts for."""
     FEWEST = 4
     """Looks before the factor changes."""
+    EVERY = 3
+    """Looks from one that sees the cost to the next."""
     LOSS_SPEED = 2.0
     """At which the mean of log losses follows them, likewise over the step's logarithm."""
     RATIOS, DIRECTIONS = (0.0, 0.25, 0.5, 1.0, 2.0), (0.5, 0.0, -1.0, 0.0, 1.0)
     """Of ``g/c``, and where the factor goes there; in between evenly."""
 
+    @classmethod
+    def sees_cost(cls, held: Mapping[str, Any]) -> bool:
+        """Whether the next look needs the gradient before the step as well."""
+        looks = held["apo_noise_looks"]
+        return bool(looks < cls.FEWEST or looks % cls.EVERY == 0)
+
     def look(
-        self, held: Mapping[str, Any], before: float, after: float, size: float, *, step: int, loss: float
+        self,
+        held: Mapping[str, Any],
+        after: float,
+        square: float,
+        before: float | None,
+        size: float,
+        *,
+        step: int,
+        loss: float,
     ) -> dict[str, Any]:
         """What is remembered after a look at the last step.
 
         Args:
             held: what was remembered until now.
-            before, after: ``−⟨G, Δ⟩`` before and after the step Δ.
-            size: what both are measured in, > 0.
+            after, before: ``−⟨G, Δ⟩`` after the step Δ, and before it; None where :meth:`sees_cost` said no.
+            square: ``‖Δ‖²``, > 0.
+            size: what the slopes are measured in, > 0.
             step: t.
             loss: at present.
         """
+        curvature = held["apo_noise_curvature"] if before is None else (before - after) / square
+        before = after + curvature * square
         looks = held["apo_noise_looks"] + 1
         gain = self.BETA * held["apo_noise_gain"] + (1 - self.BETA) * before / size
         cost = self.BETA * held["apo_noise_cost"] + (1 - self.BETA) * (before - after) / size
@@ -80,6 +103,7 @@ class NoiseFactor:
             "apo_noise_factor": min(held["apo_noise_factor"] * math.exp(change), 1.0),
             "apo_noise_gain": gain,
             "apo_noise_cost": cost,
+            "apo_noise_curvature": curvature,
             "apo_noise_log_loss": log_loss,
             "apo_noise_looks": looks,
             "apo_noise_step": step,

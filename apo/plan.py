@@ -62,7 +62,7 @@ class Plan:
         promise: bytes of a step's predicted decrease, summed over ranks.
         verdict: bytes of the terms of Q and of the verdict on slopes, where layers have owners.
         averaged: bytes of V of parameters that are no DTensors, beside some that are, as under tensor parallel.
-        looked: bytes of a look at the last step, which all meta-updates but the first begin with.
+        looked: bytes of a look at the last step that sees its cost too, as every third does.
     """
 
     rows: tuple[PlanRow, ...]
@@ -153,9 +153,8 @@ def plan_of(
     owned = any(layer.view.owner is not None for layer in layers)
     promise, verdict = sum(summed.values()), (VERDICT + TERMS) * owned
     plain = sum(p.nbytes for p in shards.parameters if not is_placed(p)) if shards.groups else 0
-    looked = looks * (
-        sum(map(_handed_on, layers)) + 2 * LENGTH * (owned + sum(map(len, {x.view.over for x in layers})))
-    )
+    ways = sum(map(len, {layer.view.over for layer in layers}))
+    looked = looks * (sum(map(_handed_on, layers)) + LENGTH * (3 * owned + 4 * ways))
     return Plan(rows, left_out, len(shards.groups), promise, verdict, plain, looked)
 
 

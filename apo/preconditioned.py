@@ -86,8 +86,8 @@ class APO(MetaLearner):
         decoupled_weight_decay: as above; otherwise ``λθ`` is added to ``G`` (L2).
         block_size: side of the squares of block-diagonal blocks; None: full blocks. A step costs ``8 · block_size``
             FLOPs per weight, with full blocks ``4 (m + n)``.
-        interval: a meta-update every N steps (K of Algorithm 1). 0: never. A step with a meta-update takes five
-            passes forward and four backward.
+        interval: a meta-update every N steps (K of Algorithm 1). 0: never. A step with a meta-update takes four
+            passes forward and three backward, every third one more of each, and of the first 300 one more backward.
         warmup: over the first N steps the interval grows from 1, in proportion, to what it was set to.
         rescale_schedule, grad_scaler, process_group: as for :class:`~apo.AdaptiveLR`.
         method: how it learns (:class:`~apo.Method`): what seldom has to be set.
@@ -136,7 +136,7 @@ class APO(MetaLearner):
         self.meta = _meta_optimizer(method)
         self._sampled: list[Tensor | None] | None = None
         self._samples = 1
-        self._looked: tuple[float, float] | None = None
+        self._looked: tuple[float, float, float | None] | None = None
         self._promise: Tensor | float = 1.0
         self._process_group = process_group
         defaults = {
@@ -409,19 +409,26 @@ class APO(MetaLearner):
     def _looks_back(self) -> bool:
         return self._may_look_back and self._updates > 0
 
-    def _look_back(self, elsewhere: Elsewhere) -> None:
+    @property
+    def _goes_back(self) -> bool:
+        return self._looks_back and NoiseFactor.sees_cost(self.param_groups[0])
+
+    def _look_back(self, elsewhere: Elsewhere | None) -> None:
         self._looked = None
-        Gs = self._gradients()
-        if self._gradient_scale != 1 or all(G is None for G in Gs):
+        if not self._looks_back or self._gradient_scale != 1:
             return
-        after = self._arena.along_momentum(Gs)
-        with elsewhere(partial(self._arena.step_back, Gs)) as scale:
-            before = self._arena.along_momentum(self._gradients()) / scale
-        both = torch.stack([before, after])
-        self._ranks.average_([both])
-        slopes = both.tolist()
-        if all(map(math.isfinite, slopes)):
-            self._looked = slopes[0], slopes[1]
+        Gs = self._gradients()
+        if all(G is None for G in Gs):
+            return
+        found = self._arena.along_momentum(Gs)
+        if elsewhere is not None:
+            with elsewhere(partial(self._arena.step_back, Gs)) as scale:
+                before = self._arena.along_momentum(self._gradients())[:1] / scale
+            found = torch.cat([found, before])
+        self._ranks.average_([found])
+        after, square, *rest = found.tolist()
+        if all(map(math.isfinite, (after, *rest))) and 0 < square < math.inf:
+            self._looked = after, square, rest[0] if rest else None
 
     def _note_noise(self, size: float) -> None:
         """Take what was seen at the last step into the factor, in units of what this step promises."""
@@ -452,7 +459,8 @@ class APO(MetaLearner):
         Vs = self._arena.parts(V, self.parameters)
         slopes = self._arena.operator.slopes(Vs, proposal.kept, lengths=proposal.lengths)
         by_group, magnitudes = self._slopes(slopes, V)
-        derivatives, sizes = self._arena.by_name(slopes)
+        derivatives = self._arena.of_phi(slopes.A, slopes.B, slopes.S)
+        sizes = self._arena.of_phi(slopes.size_A, slopes.size_B, slopes.size_S)
         if not isinstance(self.meta, RelativeSteps):
             derivatives = self._arena.derivatives(proposal.Gs, Vs, proposal.lengths)
             sizes = [None] * len(sizes)
@@ -486,7 +494,10 @@ class APO(MetaLearner):
         by_group: Sequence[float],
         magnitudes: Sequence[float],
     ) -> bool:
-        judged = [x for x in (*derivatives, *sizes) if x is not None]
+        # those of S, and all sizes, are summed up in what the rates go by
+        relative = isinstance(self.meta, RelativeSteps)
+        each = zip(self._arena.phi, derivatives, strict=True)
+        judged = [x for own, x in each if x is not None and (own.block or not relative)]
         wrong = bool(judged) and not bool(norms(judged).isfinite().all())
         if any_over(wrong, self._shards.groups or self._arena.owners.over, self.layers[0].S.device):
             return False
@@ -497,7 +508,6 @@ class APO(MetaLearner):
         else:
             self.meta.step(derivatives)
         if self.method.adapt_lr:
-            relative = isinstance(self.meta, RelativeSteps)
             self.rates.update(self.param_groups, by_group, magnitudes if relative else None)
             if relative and self._updates % MOVED_EVERY == 0:
                 if not self.param_groups[0]["apo_overwritten"]:
@@ -547,11 +557,7 @@ class APO(MetaLearner):
         ]
         thetas = inner_products([v for _, v, _ in decayed], [local(p) for *_, p in decayed])
         count, of_layers = len(self.layers), [layer.view.over for layer in self.layers]
-        taking_part = [i for i, size in enumerate(slopes.size_S) if size is not None]
-        lengths = torch.zeros(count, dtype=torch.float64, device=slopes.inner.device)
-        if taking_part:  # a size is twice its term of lr ⟨G, c P(G)⟩
-            lengths[taking_part] = norms([x for x in slopes.size_S if x is not None], ord=1) / 2
-        both = sum_over(torch.cat([slopes.inner.double(), lengths]), of_layers * 2)
+        both = sum_over(torch.cat([slopes.inner, slopes.size]).double(), of_layers * 2)
         values = torch.cat([both, sum_over(thetas, [over(p) for *_, p in decayed]).to(both)]).tolist()
         sums, sizes = [0.0] * len(self.param_groups), [0.0] * len(self.param_groups)
         for layer, value, size in zip(self.layers, values[:count], values[count : 2 * count], strict=True):

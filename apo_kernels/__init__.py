@@ -17,7 +17,7 @@ from apo_kernels.functional import (
     precondition_vjp,
 )
 from apo_kernels.relative_steps import relative_step_scalings_, relative_step_squares_
-from apo_kernels.slopes import ModelSlopes
+from apo_kernels.slopes import ModelEnergies, ModelSlopes
 from apo_kernels.whole_model import ModelPreconditioner
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BoundStep",
     "Kept",
+    "ModelEnergies",
     "ModelPreconditioner",
     "ModelSlopes",
     "blocks_from_dense",

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from apo_kernels import aten
 from apo_kernels.aten import Kept
-from apo_kernels.slopes import ModelSlopes, Parts
+from apo_kernels.slopes import ModelEnergies, ModelSlopes, Parts
 from apo_kernels.triton.errors import Interrupted, Unserved
 
 __all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "Backend", "Choice", "choose", "serving"]
@@ -140,6 +140,8 @@ class BoundModel(Protocol):
     def keep(self, Gs: Parts) -> object: ...
 
     def slopes(self, Vs: Parts, kept: Any, lengths: Sequence[float]) -> ModelSlopes: ...
+
+    def energies(self, Gs: Parts) -> ModelEnergies: ...
 
 
 _ATEN = cast(Backend, aten)
@@ -307,6 +309,10 @@ class _GuardedModel:
 
     def keep(self, *arguments: Any) -> object:
         return self._guard._call(self._serves.keep, self._fallback.keep, *arguments)
+
+    def energies(self, Gs: Parts) -> ModelEnergies:
+        found: ModelEnergies = self._guard._call(self._serves.energies, self._fallback.energies, Gs)
+        return found
 
     def slopes(self, Vs: Parts, kept: Any, lengths: Sequence[float]) -> ModelSlopes:
         def fallback() -> ModelSlopes:

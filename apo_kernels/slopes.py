@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["ModelSlopes", "Parts"]
+__all__ = ["ModelEnergies", "ModelSlopes", "Parts"]
 
 Parts = Sequence[Sequence[Tensor | None] | None]
 """One entry per layer: its matrices ``(*batch, m, width)``, side by side. None for a part or a layer that isn't
@@ -27,6 +27,7 @@ class ModelSlopes(NamedTuple):
         size_A, size_B, size_S: ``length`` times what these would be for ``V = G``, without the sign: of A and B the
             diagonals, in the shapes of ``A[..., 0]`` and ``B[..., 0]``, of S ``2 length·S²⊙M²``.
         inner: ``⟨V, P(G)⟩`` of each layer, ``(layers,)``, 0 for one left out.
+        size: ``length·⟨G, P(G)⟩``, likewise.
 
     All are float32 (float64 for float64 operands). On ATen the derivatives of blocks that lie in one storage lie in one
     likewise, at the same places relative to each other, and so do those of S: one operation can take all of them. What
@@ -40,3 +41,22 @@ class ModelSlopes(NamedTuple):
     size_B: list[Tensor | None]
     size_S: list[Tensor | None]
     inner: Tensor
+    size: Tensor
+
+
+class ModelEnergies(NamedTuple):
+    """How far ``S ⊙ BᵀGA`` is from white, one entry per layer, each None where it isn't learned or there is no G.
+
+    With ``M = BᵀGA``:
+
+    Attributes:
+        A: ``Mᵀ(S²⊙M)``, in A's shape, zero in what sticks out of a side.
+        B: ``M(S²⊙M)ᵀ``.
+        S: ``S²⊙M²``.
+
+    They are half of the relative derivatives of ``⟨G, P(G)⟩``, and lie as those of :class:`ModelSlopes` do.
+    """
+
+    A: list[Tensor | None]
+    B: list[Tensor | None]
+    S: list[Tensor | None]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from apo_kernels import checks
 from apo_kernels.dispatch import serving
-from apo_kernels.slopes import ModelSlopes, Parts
+from apo_kernels.slopes import ModelEnergies, ModelSlopes, Parts
 
-__all__ = ["ModelPreconditioner", "ModelSlopes", "Parts"]
+__all__ = ["ModelEnergies", "ModelPreconditioner", "ModelSlopes", "Parts"]
 
 Tensors = Sequence[Tensor]
 
@@ -130,6 +130,12 @@ class ModelPreconditioner:
         self._check(Gs, Gs)
         with torch.no_grad():
             return self._bound.keep(Gs)
+
+    def energies(self, Gs: Parts) -> ModelEnergies:
+        """How far ``S ⊙ BᵀGA`` is from white, for gradients that no trial is made with."""
+        self._check(Gs, Gs)
+        with torch.no_grad():
+            return self._bound.energies(Gs)
 
     def _check(
         self,

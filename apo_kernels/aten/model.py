@@ -21,7 +21,7 @@ from apo_kernels.aten.squares import Pick, SquareBank
 from apo_kernels.aten.tiles import TileClass, classes_of
 from apo_kernels.aten.writing import WeightUpdate
 from apo_kernels.blocks import is_stack
-from apo_kernels.slopes import ModelSlopes, Parts
+from apo_kernels.slopes import ModelEnergies, ModelSlopes, Parts
 
 __all__ = ["AtenModel"]
 
@@ -115,7 +115,7 @@ class AtenModel:
         self._layers = [layer for works in self._works for work in works for layer in work.layers]
         device = self._like.device
         self._layer_of_tile = torch.tensor(self._layers, dtype=torch.int64, device=device)
-        self._by_layer = self._layer_of_tile.argsort(stable=True)
+        self._in_layers = self._layer_of_tile.argsort(stable=True)
         self._tiles_of_layer = self._layer_of_tile.bincount(minlength=len(self._Ss))
         self._shares: tuple[tuple[float, ...], Tensor] = ((), self._like)
         self._layer_of_square = {}
@@ -282,10 +282,9 @@ class AtenModel:
         # one after the other: the second is taken while the first is held
         slopes_S = self._scalings.on(self._pool.take(), kept.present)
         sizes_S = self._scalings.on(self._pool.take(), kept.present)
-        found = BlockSlopes(self._banks)
-        self._add_diagonals(found)
+        found = self._block_slopes()
         stacks = self._stacks()
-        inner = []
+        inner, sizes = [], []
         length = self._lengths(lengths)
         first = 0
         for works, S_views, M in zip(self._works, self._S_views, kept.M, strict=True):
@@ -295,55 +294,69 @@ class AtenModel:
                 if isinstance(own, Tensor):
                     own = own[self._layer_of_tile[first : first + count], None, None]
                 first += count
-                inner.append(_slopes(work, Vs, views, stacks, M[work.here], own, found, (slopes_S, sizes_S)))
-        tiles = torch.cat(inner) if inner else self._like
-        # layer by layer in the order of its tiles, so that it doesn't depend on other layers
-        sums = torch.segment_reduce(tiles[self._by_layer], "sum", lengths=self._tiles_of_layer, unsafe=True)
-        return self._collect(found, slopes_S, sizes_S, kept.present, length, sums)
+                product, size = _slopes(work, Vs, views, stacks, M[work.here], own, found, (slopes_S, sizes_S))
+                inner.append(product)
+                sizes.append(size)
+        for bank in self._banks:
+            if isinstance(length, float):
+                found.flat[bank].mul_(-length)
+            else:
+                found.squares[bank].mul_(-length[self._layer_of_square[bank], None, None])
+        A, B = self._collect(found, kept.present, 0)
+        size_A, size_B = self._collect(found, kept.present, 1)
+        S, size_S = (self._of_present(x, kept.present) for x in (slopes_S, sizes_S))
+        return ModelSlopes(A, B, S, size_A, size_B, size_S, self._by_layer(inner), self._by_layer(sizes))
+
+    def energies(self, Gs: Parts) -> ModelEnergies:
+        present = _present(Gs)
+        energies_S = self._scalings.on(self._pool.take(), present)
+        found, stacks = self._block_slopes(), self._stacks()
+        for works, S_views in zip(self._works, self._S_views, strict=True):
+            for work, views in zip(works, S_views, strict=True):
+                _energies(work, Gs, views, stacks, found, energies_S)
+        return ModelEnergies(*self._collect(found, present, 0), self._of_present(energies_S, present))
+
+    def _by_layer(self, tiles: Sequence[Tensor]) -> Tensor:
+        """The sum of each layer's tiles, in their order, so that it doesn't depend on other layers."""
+        numbers = torch.cat(list(tiles)) if tiles else self._like
+        return torch.segment_reduce(numbers[self._in_layers], "sum", lengths=self._tiles_of_layer, unsafe=True)
 
     def _lengths(self, lengths: Sequence[float]) -> float | Tensor:
         if len(set(lengths)) == 1:
             return float(lengths[0])
         return torch.tensor(lengths, dtype=self._dtype, device=self._like.device)
 
-    def _add_diagonals(self, found: BlockSlopes) -> None:
-        """Sums for the diagonals that are learned."""
+    def _block_slopes(self) -> BlockSlopes:
+        """Sums for the squares, and for the diagonals that are learned."""
+        found = BlockSlopes(self._banks)
         for side, blocks in (("A", self._As), ("B", self._Bs)):
             for i, block in enumerate(blocks):
                 if side in self._learned[i] and (i, side) not in self._of_block:
                     shape = block.shape[:-2] if block.numel() else block.shape[:-1]
                     found.diagonals[side, i] = self._like.new_zeros(shape), self._like.new_zeros(shape)
+        return found
 
     def _collect(
-        self,
-        found: BlockSlopes,
-        slopes_S: Sequence[Tensor],
-        sizes_S: Sequence[Tensor],
-        present: Sequence[int],
-        length: float | Tensor,
-        inner: Tensor,
-    ) -> ModelSlopes:
-        for bank in self._banks:
-            if isinstance(length, float):
-                found.flat[bank].mul_(-length)
-            else:
-                found.squares[bank].mul_(-length[self._layer_of_square[bank], None, None])
-        results: list[list[Tensor | None]] = [[None] * len(self._Ss) for _ in range(6)]
+        self, found: BlockSlopes, present: Sequence[int], which: int
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """The slopes (0) or the sizes (1) of the As and of the Bs."""
+        results: dict[str, list[Tensor | None]] = {side: [None] * len(self._Ss) for side in "AB"}
         for i in present:
-            results[2][i], results[5][i] = slopes_S[i], sizes_S[i]
-            for at, side in ((0, "A"), (1, "B")):
+            for side, blocks in (("A", self._As), ("B", self._Bs)):
                 if side not in self._learned[i]:
                     continue
                 if (i, side) in self._of_block:
                     bank, k = self._of_block[i, side]
-                    own = bank.apart(found.flat[bank], found.sizes[bank], k)
+                    own = bank.apart(found.flat[bank], found.sizes[bank], k)[which]
                 else:
-                    slope, size = found.diagonals[side, i]
-                    block = (self._As, self._Bs)[at][i]
-                    own = slope.reshape(block.shape), size.reshape(block.shape[:-1])
-                results[at][i], results[3 + at][i] = own
-        A, B, S, size_A, size_B, size_S = results
-        return ModelSlopes(A, B, S, size_A, size_B, size_S, inner)
+                    shape = blocks[i].shape
+                    own = found.diagonals[side, i][which].reshape(shape[:-1] if which else shape)
+                results[side][i] = own
+        return results["A"], results["B"]
+
+    def _of_present(self, tensors: Sequence[Tensor], present: Sequence[int]) -> list[Tensor | None]:
+        there = set(present)
+        return [x if i in there else None for i, x in enumerate(tensors)]
 
 
 def _present(Gs: Parts) -> list[int]:
@@ -384,8 +397,8 @@ def _slopes(
     length: float | Tensor,
     found: BlockSlopes,
     of_S: tuple[Sequence[Tensor], Sequence[Tensor]],
-) -> Tensor:
-    """The derivatives and sizes of a piece into their places. Returns ``ΣS²MN`` of each tile."""
+) -> tuple[Tensor, Tensor]:
+    """The derivatives and sizes of a piece into their places. Returns ``ΣS²MN`` and ``length·ΣS²M²`` of each tile."""
     X0, X1, X2, X3 = work.scratch(stacks)
     V = work.load_parts(Vs, X0)
     N = work.inward(V, stacks, X2, X3)
@@ -396,10 +409,26 @@ def _slopes(
     size = torch.mul(M, TM, out=spare).mul_(2 * length)
     work.unload(size, of_S[1])
     work.add_sizes(found, size)
+    total = size.sum((1, 2)).mul_(0.5)
     slope = torch.mul(N, TM, out=spare)
     inner = slope.sum((1, 2))
     work.unload(slope.mul_(-2 * length), of_S[0])
     work.add_diagonal_slopes(found, slope)
     TN = torch.mul(N, S2, out=spare)
-    work.add_block_slopes(found, N, M, TM, TN)
-    return inner
+    work.add_block_slopes(found, (N, TM), (M, TN))
+    return inner, total
+
+
+def _energies(
+    work: Work, Gs: Parts, S_views: list[Tensor], stacks: Stacks, found: BlockSlopes, of_S: Sequence[Tensor]
+) -> None:
+    """The energies of a piece into their places."""
+    X0, X1, X2, X3 = work.scratch(stacks)
+    G = work.load_parts(Gs, X0)
+    M = work.inward(G, stacks, X2, X3)
+    S = work.load_S(S_views, X1, stacks)
+    T = torch.mul(torch.mul(S, S, out=X1), M, out=X2)
+    work.add_block_slopes(found, (M, T))
+    energy = T.mul_(M)
+    work.unload(energy, of_S)
+    work.add_diagonal_slopes(found, energy)

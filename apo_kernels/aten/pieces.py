@@ -246,29 +246,31 @@ class Work:
         known = self._panels.get(id(X))
         return known if known is not None else X.view(-1, self._tall * self.each.rows, self.each.columns)
 
-    def add_block_slopes(self, found: BlockSlopes, N: Tensor, M: Tensor, TM: Tensor, TN: Tensor) -> None:
-        """``Nᵀ T + …`` of the right squares and ``N Tᵀ + …`` of the left ones, summed over the tiles of a square."""
+    def add_block_slopes(self, found: BlockSlopes, *pairs: tuple[Tensor, Tensor]) -> None:
+        """``Σ Xᵀ Y`` of the right squares and ``Σ X Yᵀ`` of the left ones over one or two pairs of X and Y, summed over
+        the tiles of a square."""
         r, c = self.each.rows, self.each.columns
         for run, (left, right) in zip(self.runs, self.places, strict=True):
             here = slice(run.first, run.first + run.total)
             if self.each.learned[1] and right is not None:
                 tall = run.grids * run.panels, run.tiles * r, c
-                n, m, tm, tn = (x[here].view(tall) for x in (N, M, TM, TN))
-                right.add(found.squares[self._bank_of(1)][:, :c, :c], self._sum(n.mT, tm, m.mT, tn))
+                sums = self._sum([(X[here].view(tall).mT, Y[here].view(tall)) for X, Y in pairs])
+                right.add(found.squares[self._bank_of(1)][:, :c, :c], sums)
             if self.each.learned[0] and left is not None:
-                n, m, tm, tn = (x[here] for x in (N, M, TM, TN))
-                sums = self._sum(n, tm.mT, m, tn.mT)
+                sums = self._sum([(X[here], Y[here].mT) for X, Y in pairs])
                 if run.panels > 1:
                     sums = sums.view(run.grids, run.panels, run.tiles, r, r).sum(1).view(-1, r, r)
                 left.add(found.squares[self._bank_of(0)][:, :r, :r], sums)
 
-    def _sum(self, X: Tensor, Y: Tensor, X2: Tensor, Y2: Tensor) -> Tensor:
+    def _sum(self, products: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        (X, Y), *others = products
         shape = X.shape[0], X.shape[1], Y.shape[2]
         out = aligned_empty(shape, X.dtype, X.device) if self.each.large else X.new_empty(shape)
-        if X.shape[2] == 1:  # BLAS rounds a sum of outer products otherwise for one tile than for several
-            return torch.addcmul(torch.mul(X, Y, out=out), X2, Y2, out=out)
-        torch.bmm(X, Y, out=out)
-        return torch.baddbmm(out, X2, Y2, out=out)
+        outer = X.shape[2] == 1  # BLAS rounds a sum of outer products otherwise for one tile than for several
+        (torch.mul if outer else torch.bmm)(X, Y, out=out)
+        for X, Y in others:
+            (torch.addcmul if outer else torch.baddbmm)(out, X, Y, out=out)
+        return out
 
     def add_sizes(self, found: BlockSlopes, E: Tensor) -> None:
         """Sums of columns and of rows, over the tiles of a square."""

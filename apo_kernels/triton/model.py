@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apo_kernels.slopes import ModelSlopes, Parts
+from apo_kernels.slopes import ModelEnergies, ModelSlopes, Parts
 from apo_kernels.triton import config
 from apo_kernels.triton import plan as plans
 from apo_kernels.triton.errors import Interrupted, Unserved
@@ -300,7 +300,19 @@ class TritonModel:
                     found[slot][i] = x
                 inner[i] = product_
         A, B, S, size_A, size_B, size_S = found
-        return ModelSlopes(A, B, S, size_A, size_B, size_S, inner)
+        return ModelSlopes(A, B, S, size_A, size_B, size_S, inner, self._halves(size_S))
+
+    def _halves(self, sizes: Sequence[Tensor | None]) -> Tensor:
+        """Half of the sum of each, which are >= 0; 0 for one that isn't there."""
+        there = [x for x in sizes if x is not None]
+        sums = iter(torch._foreach_norm(there, ord=1) if there else ())
+        nothing = torch.zeros((), dtype=torch.float32, device=self.planner.device)
+        halves = [nothing if x is None else next(sums) for x in sizes]
+        return torch.stack(halves).mul_(0.5) if halves else nothing.new_empty(0)
+
+    def energies(self, Gs: Parts) -> ModelEnergies:
+        found = self.slopes(Gs, self.keep(Gs), [-0.5] * len(self.planner.Ss))
+        return ModelEnergies(found.A, found.B, found.S)
 
     def _empty_slopes(self, found: list[list[Tensor | None]], i: int) -> None:
         for slot, letter, x in (

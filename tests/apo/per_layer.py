@@ -101,7 +101,7 @@ class PerLayer:
         self.discrepancy, self.fsd_weight, self.wsd_weight = discrepancy, fsd_weight, wsd_weight
         self.interval, self.warmup, self.method = interval, warmup, method
         self.most_promised, self.mean_loss = math.inf, math.nan
-        self.looked: tuple[float, float] | None = None
+        self.looked: tuple[float, float, float | None] | None = None
         self.noise: dict[str, Any] = dict(NoiseFactor.NUMBERS)
         self.steps = 0
         self.failed: list[int] = []
@@ -142,16 +142,21 @@ class PerLayer:
         self.looked = None
         if not (self.method.look_back and moved and any(layer.updates for layer in self.layers)):
             return
-        theta = {p: p.detach().clone() for p in self.parameters}
-        with torch.no_grad():
-            for layer in moved:
-                _write(layer, g, 1.0, -layer.v)
-        before = self._matrices(self._gradients(loss()))
-        with torch.no_grad():
-            for p in self.parameters:
-                p.copy_(theta[p])
-        both = [sum((G[layer] * layer.v).sum().item() for layer in moved if layer in G) for G in (before, Gs)]
-        self.looked = both[0], both[1]
+
+        def slope(G: dict[Layer, Tensor]) -> float:
+            return sum((G[layer] * layer.v).sum().item() for layer in moved if layer in G)
+
+        before = None
+        if NoiseFactor.sees_cost(self.noise):
+            theta = {p: p.detach().clone() for p in self.parameters}
+            with torch.no_grad():
+                for layer in moved:
+                    _write(layer, g, 1.0, -layer.v)
+            before = slope(self._matrices(self._gradients(loss())))
+            with torch.no_grad():
+                for p in self.parameters:
+                    p.copy_(theta[p])
+        self.looked = slope(Gs), sum(layer.v.square().sum().item() for layer in moved), before
 
     def _note_noise(self, size: float) -> None:
         if self.looked is not None and size > 0:

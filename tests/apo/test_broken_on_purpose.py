@@ -126,7 +126,7 @@ def other_random_numbers_at_a_look(patch: Patch) -> None:
 
 
 def look_test(patch: Patch) -> None:
-    test_noise_factor.test_what_is_compared_is_the_slope_before_the_last_step_and_after(patch)
+    test_noise_factor.test_what_is_compared_is_the_slope_before_the_last_step_and_after(0, patch)
 
 
 def look_mask_test(patch: Patch) -> None:

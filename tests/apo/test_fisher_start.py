@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import apo
 from apo.arena import Arena
-from apo.fisher_start import FisherStart, _energies_of_noise
+from apo.fisher_start import FisherStart, _noise
 from apo.preconditioner import PreconditionedLayer
 from apo.proximal import hessian
 from tests.apo.helpers import apo_of, closure_of, mlp, objective, precondition, same, weights
@@ -133,7 +133,10 @@ def test_energies_of_noise_are_those_expected(settings: dict[str, Any]) -> None:
     if settings["block_size"] and rest and "A" in layer.learned:  # what sticks out stays the identity
         layer.A[-1, rest:] = layer.A[-1, :, rest:] = 0
         layer.A[-1, rest:, rest:] = torch.eye(len(layer.A[-1]) - rest).double()
-    (expected,) = _energies_of_noise([layer])
+    (noise,) = _noise([layer])
+    assert noise is not None
+    expected = {**noise.of_block, "S": layer.S**2 * noise.a * noise.b}
+    assert noise.total.isclose(expected["S"].sum())
     arena, start = Arena(), FisherStart(1)
     arena.take_in([layer])
     start.BETA = 1 - 1e-9  # the mean of all that is seen

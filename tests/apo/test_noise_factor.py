@@ -27,7 +27,8 @@ def path(
     held: dict[str, Any] = {**NoiseFactor.NUMBERS, "apo_noise_step": first - 10}
     found = []
     for step in range(first, last, 10):
-        held = NoiseFactor().look(held, ratio * size, (ratio - 1) * size, 3 * size, step=step, loss=loss(step))
+        before = ratio * size if NoiseFactor.sees_cost(held) else None
+        held = NoiseFactor().look(held, (ratio - 1) * size, 2.0, before, 3 * size, step=step, loss=loss(step))
         found.append(held["apo_noise_factor"])
     return found
 
@@ -46,7 +47,7 @@ def test_it_stays_where_fresh_examples_gain_or_noise_does_not_add_up(ratio: floa
 def test_it_rises_again_but_not_above_1() -> None:
     held = {**NoiseFactor.NUMBERS, "apo_noise_factor": 0.1, "apo_noise_looks": 9, "apo_noise_step": 100}
     for step in range(110, 3000, 10):
-        held = NoiseFactor().look(held, 2.0, 1.0, 1.0, step=step, loss=1.0)
+        held = NoiseFactor().look(held, 1.0, 1.0, 2.0, 1.0, step=step, loss=1.0)
     assert held["apo_noise_factor"] == 1
 
 
@@ -68,8 +69,17 @@ def test_it_has_no_scale(size: float, ratio: float) -> None:
 
 def test_one_look_counts_for_little() -> None:
     held = {**NoiseFactor.NUMBERS, "apo_noise_looks": 9}
-    held = NoiseFactor().look(held, 0.5, -0.5, 1.0, step=10**6, loss=1.0)
+    held = NoiseFactor().look(held, -0.5, 1.0, 0.5, 1.0, step=10**6, loss=1.0)
     assert held["apo_noise_factor"] > 0.8
+
+
+def test_between_two_looks_at_the_cost_it_is_that_of_as_long_a_step() -> None:
+    held = {**NoiseFactor.NUMBERS, "apo_noise_looks": 9}
+    assert NoiseFactor.sees_cost(held)
+    held = NoiseFactor().look(held, -0.5, 1.0, 0.5, 1.0, step=100, loss=1.0)
+    assert not NoiseFactor.sees_cost(held)
+    seen = NoiseFactor().look(held, -0.1, 0.2, 0.1, 1.0, step=110, loss=1.0)  # as much for its square
+    assert NoiseFactor().look(held, -0.1, 0.2, None, 1.0, step=110, loss=1.0) == pytest.approx(seen)
 
 
 class Noisy:
@@ -189,15 +199,18 @@ def test_a_look_repeats_the_batch_in_train_mode_with_the_same_random_numbers() -
     assert not any(mask.any() for mask in trials)
 
 
-def test_what_is_compared_is_the_slope_before_the_last_step_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("further", [0, 1])
+def test_what_is_compared_is_the_slope_before_the_last_step_and_after(
+    further: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     true = NoiseFactor.look
     monkeypatch.setattr(
-        NoiseFactor, "look", lambda self, held, *both, **k: (seen.append(both), true(self, held, *both, **k))[1]
+        NoiseFactor, "look", lambda self, held, *found, **k: (seen.append(found), true(self, held, *found, **k))[1]
     )
     model, x, t, other = mlp()
     opt = apo.APO(model, objective(model, other), interval=1)
-    for _ in range(4):
+    for _ in range(NoiseFactor.FEWEST + further):
         opt.step(closure_of(opt, model, x, t))
     former = copy.deepcopy(model)
     with torch.no_grad():
@@ -209,8 +222,13 @@ def test_what_is_compared_is_the_slope_before_the_last_step_and_after(monkeypatc
     for each in (former, model):
         G = torch.autograd.grad(F.cross_entropy(each(x), t), list(each.parameters()))
         expected.append(sum(float((g * s).sum()) for g, s in zip(G, steps, strict=True)))
+    sees_cost = NoiseFactor.sees_cost(opt.param_groups[0])
     opt.step(closure_of(opt, model, x, t))
-    assert seen[-1][:2] == pytest.approx(expected, rel=1e-9)
+    after, square, before, _ = seen[-1]
+    assert after == pytest.approx(expected[1], rel=1e-9)
+    assert square == pytest.approx(sum(float(s.square().sum()) for s in steps), rel=1e-9)
+    assert sees_cost == (before is not None) == (further == 0)
+    assert before is None or before == pytest.approx(expected[0], rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,8 @@ def test_sizes_are_what_the_derivatives_are_where_the_gradient_stays(block_size:
     gradients = opt._arena.parts([torch.randn_like(p) for p in opt.parameters], opt.parameters)
     operator = opt._arena.operator
     slopes = operator.slopes(gradients, operator.keep(gradients), lengths=[1.0] * len(opt.layers))
-    derivatives, sizes = opt._arena.by_name(slopes)
+    derivatives = opt._arena.of_phi(slopes.A, slopes.B, slopes.S)
+    sizes = opt._arena.of_phi(slopes.size_A, slopes.size_B, slopes.size_S)
     names = [(layer, name) for layer in opt.layers for name in layer.learned]
     for (layer, name), size, found in zip(names, sizes, derivatives, strict=True):
         assert size is not None

@@ -224,7 +224,7 @@ def check_trial(model: Model, alike: bool, tolerance: float = 1e-11) -> None:
     found = bound.slopes(Vs, kept, lengths=lengths)
     check_slopes(model, Gs, Vs, lengths, found, tolerance)
     again = bound.slopes(Vs, bound.keep(Gs), lengths=lengths)
-    for name in found._fields[:-1]:
+    for name in found._fields[:6]:
         for x, y in zip(getattr(found, name), getattr(again, name), strict=True):
             assert (x is None and y is None) or torch.equal(x, y)
 
@@ -235,13 +235,14 @@ def check_slopes(
     for i in range(len(model.Ss)):
         G, V = model.joined(Gs, i), model.joined(Vs, i)
         if G is None:
-            assert all(getattr(found, name)[i] is None for name in found._fields[:-1])
-            assert found.inner[i] == 0
+            assert all(getattr(found, name)[i] is None for name in found._fields[:6])
+            assert found.inner[i] == found.size[i] == 0
             continue
         V = torch.zeros_like(G) if V is None else V
         A, B, S = model.operands(i)
         P = reference.precondition(G, A, B, S)
-        assert_close(found.inner[i], (V * P).sum(), max(tolerance, 1e-4 if tolerance > 1e-5 else 0))
+        for own, product in ((found.inner[i], (V * P).sum()), (found.size[i], lengths[i] * (G * P).sum())):
+            assert_close(own, product, max(tolerance, 1e-4 if tolerance > 1e-5 else 0))
         for cotangent, sign, prefix in ((V, -1, ""), (G, 1, "size_")):
             _, dA, dB, dS = reference.precondition_vjp(G, A, B, S, cotangent, relative=True)
             for letter, d in (("A", dA), ("B", dB), ("S", S * dS)):
@@ -252,6 +253,28 @@ def check_slopes(
                 d = d.diagonal(dim1=-2, dim2=-1) if prefix and letter != "S" else d
                 assert own.dtype is model.wide
                 assert_close(own, sign * lengths[i] * d, tolerance)
+
+
+def check_energies(model: Model, tolerance: float = 1e-11) -> None:
+    Gs = leave_out(model, model.parts(missing=0.15))
+    found = model.bind().energies(Gs)
+    for i in range(len(model.Ss)):
+        G = model.joined(Gs, i)
+        if G is None:
+            assert all(each[i] is None for each in found)
+            continue
+        A, B, S = model.operands(i)
+        _, dA, dB, dS = reference.precondition_vjp(G, A, B, S, G, relative=True)
+        for letter, d in (("A", dA), ("B", dB), ("S", S * dS)):
+            own = getattr(found, letter)[i]
+            assert (own is None) == (letter not in model.learned[i])
+            if own is not None:
+                assert_close(own, d / 2, tolerance)
+
+
+@given(models())
+def test_energies(model: Model) -> None:
+    check_energies(model)
 
 
 @given(models(), st.booleans())
@@ -271,6 +294,7 @@ def test_in_pieces(model: Model, alike: bool) -> None:
         patch.setattr(tiles, "DIAGONAL", 4)
         check_step(model, alike, bounded=True)
         check_trial(model, alike)
+        check_energies(model)
 
 
 @pytest.mark.parametrize(
@@ -313,6 +337,7 @@ def test_large_layers() -> None:
     model.add(1, 5000, 1, 1, learned="S")
     check_step(model, True, bounded=True)
     check_trial(model, False)
+    check_energies(model)
 
 
 def in_one_storage(model: Model) -> None:
