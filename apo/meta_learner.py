@@ -26,7 +26,7 @@ from apo.accumulated import GradientsBefore
 from apo.distributed import Ranks
 from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
-from apo.inner_products import norms
+from apo.inner_products import inner_products, norms
 from apo.objective import Anchor, Closure, Evaluation, ProximalObjective, check_trained
 from apo.rates import get_rate
 from apo.sharding import Shards, is_placed
@@ -51,7 +51,7 @@ HUGE = 1e18
 
 _CHANGING = {"accepted", "in_trial"}
 
-_COUNTS = {"apo_steps": 0, "apo_failed_trials": 0, "apo_skipped_steps": 0}
+_NUMBERS = {"apo_steps": 0, "apo_failed_trials": 0, "apo_skipped_steps": 0, "apo_begun": False}
 
 Elsewhere = Callable[[Callable[[], None]], AbstractContextManager[float]]
 """At the weights that a function writes, the gradients of the batch at hand, and what they are scaled by."""
@@ -119,7 +119,8 @@ class MetaLearner(Optimizer):
 
     @property
     def failed_trials(self) -> int:
-        """How many trials were refused: Q not finite, or above ``J(θ) + |J(θ)| + 1``."""
+        """How many trials were refused: Q not finite, or above ``J(θ) + |J(θ)| + 1``; before the first step also those
+        where Q rises along it, unless the objective has a ``loss``."""
         return int(self.param_groups[0]["apo_failed_trials"])
 
     @property
@@ -129,11 +130,12 @@ class MetaLearner(Optimizer):
 
     @property
     def meta_due(self) -> bool:
-        """Whether the next step evaluates a trial and updates φ. Not where every rate is 0."""
+        """Whether the next step evaluates a trial and updates φ. Always until a first one has passed; not where every
+        rate is 0."""
         spacing = self.interval
         if self.steps < self.warmup:
             spacing = max(1, self.steps * self.interval // self.warmup)
-        due = self.interval > 0 and self.steps % spacing == 0
+        due = self.interval > 0 and (self.steps % spacing == 0 or not self._begun)
         return due and any(get_rate(group) for group in self.param_groups)
 
     @property
@@ -289,7 +291,7 @@ class MetaLearner(Optimizer):
                 proposal = self._propose(lookahead, undo)
                 forget_casts(self._gathering)
                 trial = self._evaluate(closure, loss, lookahead.start, anchor, autocast, scaling, undisturbed)
-            self.accepted = self._verdict(trial)
+            self.accepted = self._verdict(trial) and not (move and not self._begun and self._rises_along(trial))
             if self.accepted and move:
                 learned = self._learn(proposal, trial)
                 self._move(proposal, trial)
@@ -298,6 +300,8 @@ class MetaLearner(Optimizer):
             learned = self._learn(proposal, trial)
         if not self.accepted:
             self._shrink()
+        elif move and not self._begun:
+            self._note("apo_begun", True)
         if not (self.accepted and learned):
             self._count("apo_failed_trials")
 
@@ -385,6 +389,21 @@ class MetaLearner(Optimizer):
         """
         base = self._sign() * trial.evaluation.base
         return trial.evaluation.objective <= base + abs(base) + 1  # False where Q is NaN
+
+    def _rises_along(self, trial: Trial) -> bool:
+        """Whether Q rises along the step there, on the batch that the step was made of: a shorter one won't.
+
+        Before any step the rate is too large then, and steps at it may do what later ones can't undo.
+        """
+        if self.objective.loss is not None:
+            return False
+        slopes = inner_products(trial.V, trial.steps).double()
+        return not float(self._shards.sum(slopes).sum()) <= 0
+
+    @property
+    def _begun(self) -> bool:
+        """Whether a step was taken by a trial that passed."""
+        return bool(self.param_groups[0]["apo_begun"])
 
     @property
     def _goes_back(self) -> bool:
@@ -512,7 +531,7 @@ class MetaLearner(Optimizer):
     def _prepare_group(self, group: dict[str, Any]) -> None:
         """Put what is remembered beside the rates into a new group: what the first one has, or the start."""
         first = self.param_groups[0]
-        for name, start in (_COUNTS | self.NUMBERS).items():
+        for name, start in (_NUMBERS | self.NUMBERS).items():
             group[name] = first.get(name, start)
         group["apo_settings"] = self._settings_text()
 

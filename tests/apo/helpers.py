@@ -104,6 +104,11 @@ def closure_of(
     return closure
 
 
+def begun(opt: Any) -> None:
+    """As after a first step: trials may rise along their step."""
+    opt._note("apo_begun", True)
+
+
 def weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 

@@ -103,7 +103,7 @@ class PerLayer:
         self.most_promised, self.mean_loss = math.inf, math.nan
         self.looked: tuple[float, float, float | None] | None = None
         self.noise: dict[str, Any] = dict(NoiseFactor.NUMBERS)
-        self.steps = 0
+        self.steps, self.begun = 0, False
         self.failed: list[int] = []
         self.bounded: list[int] = []
 
@@ -115,7 +115,7 @@ class PerLayer:
         spacing = self.interval
         if self.steps < self.warmup:
             spacing = max(1, self.steps * self.interval // self.warmup)
-        due = self.steps % spacing == 0
+        due = self.steps % spacing == 0 or not self.begun
         if due and own_loss is None:
             self._look_back(g, Gs, loss)
         if not due or self._meta_update(g, Gs, J.item(), loss, outputs, own_loss):
@@ -205,17 +205,19 @@ class PerLayer:
         Q = J_there + self.fsd_weight * self.discrepancy(new, old)
         found = torch.autograd.grad(Q, self.parameters, allow_unused=True)
         V: dict[Tensor, Part] = {}
-        q = Q.item()
+        q, slope = Q.item(), 0.0
         with torch.no_grad():
             for p, v in zip(self.parameters, found, strict=True):
                 q += self.wsd_weight / 2 * (p - theta[p]).square().sum().item()
                 V[p] = (torch.zeros_like(p) if v is None else v) + self.wsd_weight * (p - theta[p])
+                slope += (V[p] * (p - theta[p])).sum().item()
                 V[p] = None if g[p] is None else V[p]
                 p.copy_(theta[p])
-            if not q <= base + abs(base) + 1:
+            if not q <= base + abs(base) + 1 or (not self.begun and own_loss is None and slope > 0):
                 self.failed.append(self.steps)
                 self._shrink()
                 return False
+            self.begun = True
             most = max(abs(J_there.item()), abs(base))
             self.mean_loss = most if math.isnan(self.mean_loss) else 0.9 * self.mean_loss + 0.1 * most
             self.most_promised = preconditioned.MOST_PROMISED * max(most, self.mean_loss)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import apo
 from apo.linearity import check_linear
-from tests.apo.helpers import closure_of, mlp, objective, same, weights
+from tests.apo.helpers import begun, closure_of, mlp, objective, same, weights
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -259,6 +259,7 @@ def test_a_shorter_reach_doesnt_let_the_whole_step_leap() -> None:
         with torch.no_grad():
             model.weight.fill_(0.1)
         opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=lr), goal, meta_lr=0, reach=0.5)
+        begun(opt)
         opt.step(closure_of(opt, model, torch.ones(1, 1).double(), None, lambda y, _: y.square().sum() / 2))
         assert opt.failed_trials == failed
         assert model.weight.item() == pytest.approx(0.1 if failed else -1.3)

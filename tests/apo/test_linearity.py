@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 import apo
 from apo.linearity import check_linear
 from apo.rates import set_rate
-from tests.apo.helpers import closure_of, mlp, objective, same, weights
+from tests.apo.helpers import begun, closure_of, mlp, objective, same, weights
 
 Base = torch.optim.Optimizer
 
@@ -276,6 +276,7 @@ def test_steps_are_the_bases_own_at_the_learned_rates(name: str) -> None:
     """To the bit, with the same random numbers, state and gradients, at every step, trials or none."""
     (model, x, t, other), (twin, *_) = mlp(dtype=torch.float32), mlp(dtype=torch.float32)
     opt = apo.AdaptiveLR(BASES[name](model.parameters()), objective(model, other), interval=2, warmup=4)
+    begun(opt)
     plain = BASES[name](twin.parameters())
     for _ in range(9):
         seed()
@@ -319,6 +320,7 @@ def test_what_is_no_step_leaves_no_trace(name: str, after: int, what: str) -> No
     """The check, a meta_step, a refused trial, an exception in one: only rates and counts may differ afterwards."""
     model, x, t, other = mlp(dtype=torch.float32)
     opt = apo.AdaptiveLR(BASES[name](model.parameters()), objective(model, other), interval=1)
+    begun(opt)
     for _ in range(after):
         opt.step(closure_of(opt, model, x, t))
     closure_of(opt, model, x, t)()
@@ -521,6 +523,7 @@ def test_what_hooks_make_of_gradients_and_weights_counts(interval: int) -> None:
     base.register_step_pre_hook(noisy)
     base.register_step_post_hook(positive)
     opt = apo.AdaptiveLR(base, objective(model, other), interval=interval)
+    begun(opt)
     for step in range(3):
         before = weights(model)
         opt.step(closure_of(opt, model, x, t))

@@ -16,7 +16,7 @@ from tests.apo import sharded_worker
 from tests.apo.helpers import played_by_forks
 from tests.apo.sharded_worker import CASES, Case, title
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
 def joined(result: dict[str, Any]) -> torch.Tensor:

@@ -1,0 +1,105 @@
+"""Before the first step, a rate at which the trial overshoots is made smaller, and no step is taken at it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import apo
+from tests.apo.helpers import closure_of
+
+CURVATURE = 3.0
+
+
+class Valley:
+    """``½ · 3 w²`` from w = 1: a trial of rate ``lr`` rises along its step where ``lr · reach > ⅓``.
+
+    Args:
+        own_loss: whether the objective has it as a loss of its own, on B′.
+    """
+
+    def __init__(self, front_end: str, lr: float, interval: int = 1, *, own_loss: bool = False) -> None:
+        self.model = nn.Linear(1, 1, bias=False).double()
+        nn.init.ones_(self.model.weight)
+        self.x = torch.ones(1, 1).double()
+        loss = {"loss": lambda y, _: self.loss(y)} if own_loss else {}
+        batches = [(self.x, self.x)] if own_loss else [self.x]
+        goal = apo.ProximalObjective(self.model, batches, "mse", fsd_weight=0.0, wsd_weight=0.0, **loss)
+        settings: dict[str, Any] = {"interval": interval, "warmup": 0}
+        self.opt: apo.APO | apo.AdaptiveLR
+        if front_end == "APO":
+            self.opt, self.reach = apo.APO(self.model, goal, lr=lr, momentum=0.5, **settings), 2.0
+        else:
+            base = torch.optim.SGD(self.model.parameters(), lr=lr)
+            self.opt, self.reach = apo.AdaptiveLR(base, goal, **settings), 1.0
+
+    @staticmethod
+    def loss(y: Tensor) -> Tensor:
+        return CURVATURE / 2 * y.square().sum()
+
+    @property
+    def weight(self) -> float:
+        return self.model.weight.item()
+
+    def step(self) -> None:
+        self.opt.step(closure_of(self.opt, self.model, self.x, None, lambda y, _: self.loss(y)))
+
+    def meta_step(self) -> None:
+        self.opt.meta_step(closure_of(self.opt, self.model, self.x, None, lambda y, _: self.loss(y)))
+
+
+@pytest.mark.parametrize("interval", [1, 5])
+@pytest.mark.parametrize("front_end", ["APO", "AdaptiveLR"])
+def test_the_rate_falls_until_a_trial_ends_before_the_minimum(front_end: str, interval: int) -> None:
+    own = Valley(front_end, 5.0, interval)
+    while own.weight == 1.0:
+        assert own.opt.meta_due
+        own.step()
+    refused = own.opt.failed_trials
+    length = 5.0 * own.reach * math.exp(-refused)
+    assert length <= 1 / CURVATURE < length * math.e
+    assert own.opt.steps == refused + 1
+    assert 0 <= own.weight < 1
+    assert own.opt.meta_due == (own.opt.steps % interval == 0)
+
+
+@pytest.mark.parametrize("front_end", ["APO", "AdaptiveLR"])
+def test_later_trials_may_rise_along_their_step(front_end: str) -> None:
+    own = Valley(front_end, 0.1)
+    own.step()
+    for group in own.opt.param_groups:
+        group["lr"] = 0.5 / own.reach
+    own.step()
+    assert own.opt.failed_trials == 0
+
+
+@pytest.mark.parametrize("front_end", ["APO", "AdaptiveLR"])
+def test_so_may_those_of_a_meta_step_which_moves_nothing(front_end: str) -> None:
+    own = Valley(front_end, 0.5 if front_end == "AdaptiveLR" else 0.25)
+    own.meta_step()
+    assert own.opt.failed_trials == 0
+    own.step()
+    assert own.opt.failed_trials == 1
+
+
+@pytest.mark.parametrize("front_end", ["APO", "AdaptiveLR"])
+def test_so_may_those_that_are_judged_on_other_examples(front_end: str) -> None:
+    """These may rise whatever the rate."""
+    own = Valley(front_end, 0.5 if front_end == "AdaptiveLR" else 0.25, own_loss=True)
+    own.step()
+    assert own.opt.failed_trials == 0
+
+
+@pytest.mark.parametrize("front_end", ["APO", "AdaptiveLR"])
+def test_a_checkpoint_knows_that_training_has_begun(front_end: str) -> None:
+    own, fresh = Valley(front_end, 0.1), Valley(front_end, 0.1)
+    own.step()
+    fresh.opt.load_state_dict(own.opt.state_dict())
+    for group in fresh.opt.param_groups:
+        group["lr"] = 0.5 / own.reach
+    fresh.step()
+    assert fresh.opt.failed_trials == 0
