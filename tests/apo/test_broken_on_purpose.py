@@ -14,7 +14,7 @@ import torch
 
 import apo_kernels as ak
 from apo import adaptive_lr, arena, meta_learner, objective, preconditioned, snapshot, trial
-from tests.apo import test_adaptive_lr, test_meta_gradient, test_noise_factor, test_trial
+from tests.apo import test_adaptive_lr, test_first_trials, test_meta_gradient, test_noise_factor, test_trial
 from tests.apo.helpers import mlp
 
 Patch = pytest.MonkeyPatch
@@ -106,6 +106,15 @@ def momentum_outside_the_lookahead(patch: Patch) -> None:
 
 def failed_trials_learned_from(patch: Patch) -> None:
     patch.setattr(meta_learner.MetaLearner, "_verdict", lambda self, trial: True)
+    first_trials_may_overshoot(patch)
+
+
+def first_trials_may_overshoot(patch: Patch) -> None:
+    patch.setattr(meta_learner.MetaLearner, "_rises_along", lambda self, trial: False)
+
+
+def first_trials_test(patch: Patch) -> None:
+    test_first_trials.test_the_rate_falls_until_a_trial_ends_before_the_minimum("AdaptiveLR", 1)
 
 
 def rate_ascends(patch: Patch) -> None:
@@ -198,6 +207,7 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], Callable[[Patch], None]]] = {
     "B and B' the same batch": (the_same_batch_twice, terms_test),
     "a non-finite trial let into BatchNorm's statistics": (undisturbed_but(buffers=True), batch_norm_test),
     "a failed trial learned from": (failed_trials_learned_from, failure_test),
+    "a first trial that overshoots": (first_trials_may_overshoot, first_trials_test),
     "weights not restored": (weights_not_restored, exception_test),
     "the optimizer's state not restored": (optimizer_state_not_restored, exception_test),
     "a dropout mask for each evaluation of B'": (one_mask_each, mask_test),
