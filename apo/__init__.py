@@ -15,6 +15,7 @@ from apo.full_preconditioner import FullPreconditioner
 from apo.method import Method
 from apo.objective import Evaluation, ProximalObjective
 from apo.preconditioned import APO
+from apo.spectrum import Spectrum
 from apo_kernels import __version__
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "GaussianKL",
     "Method",
     "ProximalObjective",
+    "Spectrum",
     "SquaredError",
     "__version__",
     "proximal",

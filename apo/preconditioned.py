@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 import apo_kernels as ak
 from apo import checks
 from apo.arena import Arena, Parts
-from apo.fisher_start import FisherStart
+from apo.fisher_start import FisherStart, send_sample_back
 from apo.held_parameters import HeldParameters
 from apo.inner_products import inner_products, norms
 from apo.matrix_view import matrix_views
@@ -39,7 +39,8 @@ from apo.schedules import Schedules
 from apo.sharded_views import local_views
 from apo.sharding import any_over, is_placed, local, local_grad, over, sum_over
 from apo.shared_storage import matrices_of_one
-from apo.trial import Lookahead, without_autocast
+from apo.spectrum import Spectrum, sampled_gradients, spectrum_of
+from apo.trial import Lookahead, Undisturbed
 
 __all__ = ["APO"]
 
@@ -242,6 +243,37 @@ class APO(MetaLearner):
         extras = {"starts": self._starts, "looks": self._may_look_back}
         return plan_of(self.model, self.layers, self.param_groups, self.meta.name, **extras)
 
+    def spectrum(self, batch: Any = None, *, samples: int = 32) -> Spectrum:
+        """How P compares with the inverse of the Fisher matrix, by layer and decade of curvature. ``print`` it.
+
+        It takes eigenvectors of the sides and keeps all samples, each as large as the weights: a diagnosis, not a part
+        of training, which it leaves as it is.
+
+        Args:
+            batch: inputs B′; None: the objective's next.
+            samples: of the Fisher matrix, 2 or more. Each takes a backward pass.
+
+        Raises:
+            ValueError: λ_FSD is 0, the discrepancy can't be sampled, or layers are shared out over ranks.
+        """
+        checks.integer("samples", samples, least=2)
+        if not self.objective.fsd_weight:
+            raise ValueError("objective must have an fsd_weight above 0 for a spectrum, but it is 0")
+        if any(layer.view.over for layer in self.layers):
+            raise ValueError("spectrum needs whole layers on each rank, but they are sharded or have owners")
+        found: list[list[Tensor | None]] = []
+
+        def sample(outputs: Any) -> None:
+            for grads in sampled_gradients(self.objective, outputs, self.parameters, samples):
+                Ws = zip(self.layers, self._arena.parts(grads, self.parameters), strict=True)
+                found.append([None if W is None else layer.view.joined(W).clone() for layer, W in Ws])
+
+        drawn = self.objective.checked_draw() if batch is None else batch
+        with Undisturbed(self._models, self.parameters), torch.enable_grad():
+            self.objective.anchor(drawn, sample)
+        delta = (self.objective.wsd_weight or 0.0) / self.objective.fsd_weight
+        return spectrum_of(self.layers, found, self._each(get_rate), delta)
+
     def metrics(self) -> dict[str, float]:
         """As :meth:`MetaLearner.metrics`, and the factors by which the last step was shortened: ``noise_factor``
         against noise, and the safeguard's ``promise_factor``."""
@@ -364,14 +396,10 @@ class APO(MetaLearner):
         # a generator of its own, the same for a run that was resumed
         generator = torch.Generator(tensors[0].device)
         generator.manual_seed((self._ranks.rank * count + place) * 2**32 + self._updates)
-        cotangents = self.objective.fisher_sample(outputs, generator)
-        if cotangents is None:
-            return
-        with without_autocast(tensors[0]):
-            torch.autograd.backward(tensors, [c.to(t.dtype) for c, t in zip(cotangents, tensors, strict=True)])
-        self._sampled = self._shards.grads()
-        for p in self.parameters:
-            p.grad = None
+        if send_sample_back(self.objective, outputs, generator):
+            self._sampled = self._shards.grads()
+            for p in self.parameters:
+                p.grad = None
 
     def _take_sample(self) -> list[PreconditionedLayer]:
         """Let the start see the sampled gradient, if there is one and it is finite. Which layers it has seen.
