@@ -11,37 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import apo_kernels as ak
 from apo.arena import Arena, Parts
-from apo.objective import ProximalObjective
 from apo.preconditioner import PreconditionedLayer
 from apo.sharding import sum_over, sum_over_
-from apo.trial import without_autocast
 
-__all__ = ["FisherStart", "send_sample_back"]
+__all__ = ["FisherStart"]
 
 AT_A_TIME = 2**16
 """Entries of S on a CPU."""
-
-
-def send_sample_back(
-    objective: ProximalObjective, outputs: Any, generator: torch.Generator, *, again: bool = False
-) -> bool:
-    """Add ``Jᵀ`` times a sample of the outputs' Fisher matrix to ``.grad``; ``again``: the graph is kept. False where
-    the discrepancy has none."""
-    tensors = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-    cotangents = objective.fisher_sample(outputs, generator)
-    if cotangents is None:
-        return False
-    with without_autocast(tensors[0]):
-        each = [c.to(t.dtype) for c, t in zip(cotangents, tensors, strict=True)]
-        torch.autograd.backward(tensors, each, retain_graph=again)
-    return True
 
 
 class FisherStart:

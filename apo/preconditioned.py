@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 import apo_kernels as ak
 from apo import checks
 from apo.arena import Arena, Parts
-from apo.fisher_start import FisherStart, send_sample_back
+from apo.fisher_sample import FisherSample
+from apo.fisher_start import FisherStart
 from apo.held_parameters import HeldParameters
 from apo.inner_products import inner_products, norms
 from apo.matrix_view import matrix_views
@@ -135,8 +136,7 @@ class APO(MetaLearner):
             raise TypeError(f"method must be an apo.Method, but got {method!r}")
         self.method = method
         self.meta = _meta_optimizer(method)
-        self._sampled: list[Tensor | None] | None = None
-        self._samples = 1
+        self._sample = FisherSample()
         self._looked: tuple[float, float, float | None] | None = None
         self._promise: Tensor | float = 1.0
         self._process_group = process_group
@@ -382,40 +382,18 @@ class APO(MetaLearner):
             self._show_state()
 
     def _look_at(self, outputs: Any) -> None:
-        """Send a sample of the outputs' Fisher matrix back through the model, in the first meta-updates."""
-        self._sampled = None
-        if not self._starts:
-            return
-        tensors = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-        if not all(isinstance(x, Tensor) and x.requires_grad for x in tensors):
-            return  # the discrepancy says what is wrong
-        if any(map(is_placed, tensors)):
-            return  # samples are drawn of whole outputs
-        place, count = self._shards.batches(tensors)
-        self._samples = self._ranks.count * count
-        # a generator of its own, the same for a run that was resumed
-        generator = torch.Generator(tensors[0].device)
-        generator.manual_seed((self._ranks.rank * count + place) * 2**32 + self._updates)
-        if send_sample_back(self.objective, outputs, generator):
-            self._sampled = self._shards.grads()
-            for p in self.parameters:
-                p.grad = None
+        """Draw a sample of the outputs' Fisher matrix, in the first meta-updates."""
+        number = self._updates if self._starts else None
+        self._sample.draw(self.objective, outputs, self._shards, self._ranks, number=number)
 
     def _take_sample(self) -> list[PreconditionedLayer]:
-        """Let the start see the sampled gradient, if there is one and it is finite. Which layers it has seen.
+        """Let the start see the sample, if there is one. Which layers it has seen.
 
         Not those of which a part is frozen: what has no gradient has no energy either, and its P would grow.
         """
-        sampled, self._sampled = self._sampled, None
+        sampled = self._sample.take(self._shards, self._ranks)
         if sampled is None:
             return []
-        pairs = [(p, w) for p, w in zip(self.parameters, sampled, strict=True) if w is not None]
-        held = [w for _, w in pairs]
-        self._ranks.average_(held)
-        self._shards.mean_([w for p, w in pairs if not is_placed(p)])  # the others have been averaged
-        if not held or self._shards.any(not bool(norms(held).isfinite().all())):
-            return []
-        torch._foreach_mul_(held, math.sqrt(self._samples))  # a sum over n examples of each rank, over √n
         missing = {p for p, w in zip(self.parameters, sampled, strict=True) if w is None}
         Ws = [
             W if missing.isdisjoint(layer.view.parameters) else None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import apo_kernels as ak
-from apo.fisher_start import send_sample_back
+from apo.fisher_sample import send_sample_back
 from apo.objective import ProximalObjective
 from apo.preconditioner import PreconditionedLayer
 
