@@ -120,7 +120,7 @@ class MetaLearner(Optimizer):
     @property
     def failed_trials(self) -> int:
         """How many trials were refused: Q not finite, or above ``J(θ) + |J(θ)| + 1``; before the first step also those
-        where Q rises along it, unless the objective has a ``loss``."""
+        that overshoot."""
         return int(self.param_groups[0]["apo_failed_trials"])
 
     @property
@@ -391,14 +391,17 @@ class MetaLearner(Optimizer):
         return trial.evaluation.objective <= base + abs(base) + 1  # False where Q is NaN
 
     def _rises_along(self, trial: Trial) -> bool:
-        """Whether Q rises along the step there, on the batch that the step was made of: a shorter one won't.
+        """Whether Q rises along the step there, and would fall along a shorter one.
 
-        Before any step the rate is too large then, and steps at it may do what later ones can't undo.
+        Before any step the rate is too large then, and steps at it may do what later ones can't undo. Other examples
+        than the step was made of may speak against any length: then a parabola through Q there, its slope there and the
+        loss at θ rises from the start.
         """
-        if self.objective.loss is not None:
-            return False
-        slopes = inner_products(trial.V, trial.steps).double()
-        return not float(self._shards.sum(slopes).sum()) <= 0
+        slope = float(self._shards.sum(inner_products(trial.V, trial.steps).double()).sum())
+        if slope <= 0 or self.objective.loss is None:
+            return not slope <= 0
+        gain = trial.evaluation.objective - self._sign() * trial.evaluation.base
+        return 2 * gain < slope
 
     @property
     def _begun(self) -> bool:

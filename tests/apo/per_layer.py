@@ -213,7 +213,9 @@ class PerLayer:
                 slope += (V[p] * (p - theta[p])).sum().item()
                 V[p] = None if g[p] is None else V[p]
                 p.copy_(theta[p])
-            if not q <= base + abs(base) + 1 or (not self.begun and own_loss is None and slope > 0):
+            if not q <= base + abs(base) + 1 or (
+                not self.begun and slope > 0 and (own_loss is None or 2 * (q - base) < slope)
+            ):
                 self.failed.append(self.steps)
                 self._shrink()
                 return False

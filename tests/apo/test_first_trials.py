@@ -19,15 +19,15 @@ class Valley:
     """``½ · 3 w²`` from w = 1: a trial of rate ``lr`` rises along its step where ``lr · reach > ⅓``.
 
     Args:
-        own_loss: whether the objective has it as a loss of its own, on B′.
+        other: the objective has a loss on B′, ``½ 3 (w − 1 + other)²``; None: it has none.
     """
 
-    def __init__(self, front_end: str, lr: float, interval: int = 1, *, own_loss: bool = False) -> None:
+    def __init__(self, front_end: str, lr: float, interval: int = 1, *, other: float | None = None) -> None:
         self.model = nn.Linear(1, 1, bias=False).double()
         nn.init.ones_(self.model.weight)
         self.x = torch.ones(1, 1).double()
-        loss = {"loss": lambda y, _: self.loss(y)} if own_loss else {}
-        batches = [(self.x, self.x)] if own_loss else [self.x]
+        loss = {} if other is None else {"loss": lambda y, _: self.loss(y - 1 + other)}
+        batches = [self.x] if other is None else [(self.x, self.x)]
         goal = apo.ProximalObjective(self.model, batches, "mse", fsd_weight=0.0, wsd_weight=0.0, **loss)
         settings: dict[str, Any] = {"interval": interval, "warmup": 0}
         self.opt: apo.APO | apo.AdaptiveLR
@@ -87,11 +87,14 @@ def test_so_may_those_of_a_meta_step_which_moves_nothing(front_end: str) -> None
 
 
 @pytest.mark.parametrize("front_end", ["APO", "AdaptiveLR"])
-def test_so_may_those_that_are_judged_on_other_examples(front_end: str) -> None:
-    """These may rise whatever the rate."""
-    own = Valley(front_end, 0.5 if front_end == "AdaptiveLR" else 0.25, own_loss=True)
-    own.step()
-    assert own.opt.failed_trials == 0
+def test_a_loss_on_other_examples_is_taken_to_be_a_parabola(front_end: str) -> None:
+    """Where it falls at first, a shorter step will do; where it rises from the start, none will."""
+    along = Valley(front_end, 0.5 if front_end == "AdaptiveLR" else 0.25, other=1.0)
+    along.step()
+    assert along.opt.failed_trials == 1
+    against = Valley(front_end, 0.1, other=-1.0)
+    against.step()
+    assert against.opt.failed_trials == 0
 
 
 @pytest.mark.parametrize("front_end", ["APO", "AdaptiveLR"])
