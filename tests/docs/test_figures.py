@@ -45,6 +45,9 @@ def test_what_readme_says_of_todays_defaults() -> None:
     small = ", ".join(f"{tasks[name][0]:.1e}" for name in ("ill-conditioned", "diabetes"))
     text = " ".join((ROOT / "README.md").read_text().split())
     assert f"{small}, {tasks['digits'][0]:.1e} and {tasks['digits-autoencoder'][0]:.1f} on the first four" in text
+    told = (DOCS / "experiments.md").read_text()
+    for name in ("diabetes", "digits"):
+        assert f"| {name} | {tasks[name][0]:.2e} (" in told
 
 
 def test_what_readme_says_of_who_is_ahead() -> None:
@@ -76,18 +79,23 @@ def test_what_is_said_of_the_peers() -> None:
         for base in ("adamw", "sgdm"):
             pairs = zip(finals["apo"], finals[base], strict=True)
             losses[path.stem]["apo"][base] = mean(peers.after_seconds(a, b["seconds"][-1]) for a, b in pairs)
-    assert losses.keys() == {"gpt", "cifar10-lenet", "mnist-autoencoder", "protein", "pinn"}
+    assert losses.keys() == {"gpt", "cifar10-cnn", "cifar10-lenet", "mnist-autoencoder", "protein", "pinn"}
+    lower: dict[str, set[str]] = {}
     for task, own in losses.items():
-        apo, end = own["apo"], {name: each["end"] for name, each in own.items() if "apo" not in name}
+        apo, end = own["apo"], {name: own[name]["end"] for name in RATES if name in own}
         for base in ("adamw", "sgdm"):
             assert apo["early"] < own[base]["early"]
-            assert apo["end"] < own[base]["end"]
-        assert (apo["end"] < min(end.values())) == (task in ("gpt", "mnist-autoencoder", "pinn"))
-        assert apo["adamw"] > end["adamw"]
-        assert (apo["sgdm"] < end["sgdm"]) == (task in ("gpt", "cifar10-lenet", "pinn"))
-    lenet, protein = losses["cifar10-lenet"], losses["protein"]
-    assert {name for name in RATES if lenet[name]["end"] < lenet["apo"]["end"]} == {"muon", "soap"}
-    assert {name for name in RATES if protein[name]["end"] < protein["apo"]["end"]} == {"soap"}
+            assert apo["end"] < end[base]
+        lower[task] = {name for name in end if end[name] < apo["end"]}
+        assert (apo["adamw"] < end["adamw"]) == (task in ("cifar10-lenet", "mnist-autoencoder", "pinn"))
+        assert (apo["sgdm"] < end["sgdm"]) == (task in ("gpt", "cifar10-lenet", "mnist-autoencoder", "pinn"))
+        assert own["apo-lr:adamw"]["end"] < 1.03 * end["adamw"]
+    assert {task for task, names in lower.items() if not names} == {"gpt", "mnist-autoencoder", "pinn"}
+    assert {"muon", "soap"} <= lower["cifar10-cnn"] & lower["cifar10-lenet"]
+    protein = losses["protein"]
+    assert protein["apo"]["end"] / protein["soap"]["end"] == pytest.approx(1.03, abs=0.005)
+    for task in ("cifar10-lenet", "mnist-autoencoder"):
+        assert 0.965 < losses[task]["apo"]["adamw"] / losses[task]["adamw"]["end"] < 0.995
 
 
 def test_what_the_experiments_say_of_the_study() -> None:
