@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apo
-from tests.apo.helpers import closure_of, mlp, objective
+from tests.apo.helpers import begun, closure_of, mlp, objective
 
 FRONT_ENDS: dict[str, Any] = {
     "AdaptiveLR": lambda model, goal: apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.1), goal),
@@ -159,6 +159,7 @@ def test_a_loss_of_its_own_is_taken_on_the_other_batch_without_the_closure() -> 
     for fsd_weight in (0, 0.7):
         goal = objective(model, [(other, targets)], loss=F.cross_entropy, fsd_weight=fsd_weight)
         opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.5), goal, meta_lr=0)
+        begun(opt)
         closure, calls = closure_of(opt, model, x, t), []
         old = model(other).detach()
         opt.step(lambda closure=closure, calls=calls: (calls.append(0), closure())[1])
