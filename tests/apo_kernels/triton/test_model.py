@@ -244,6 +244,7 @@ def test_trials_and_slopes(dtype: torch.dtype, A: int | None, B: int | None, pad
         kept = bound.keep(own.Gs)
     assert names == ["model_keep"]
     check_slopes(own, bound, kept, dtype, learned)
+    check_energies(own, bound, dtype, learned)
 
 
 def check_trial(own: Layers, bound: ak.ModelPreconditioner, dtype: torch.dtype) -> object:
@@ -285,7 +286,7 @@ def check_slopes(
     for i in range(len(own.Ss)):
         if i not in own.present():
             assert all(each[i] is None for each in found[:6])
-            assert found.inner[i] == 0
+            assert found.inner[i] == found.size[i] == 0
             continue
         expected = expected_slopes(own, i)
         for slot, (letter, name) in enumerate(zip("ABSABS", found._fields, strict=False)):
@@ -299,6 +300,24 @@ def check_slopes(
             assert_close(x.double(), truth.reshape(x.shape), dtype, f"{name} of {i}", terms=[truth * 2])
         P, V = own.P(i), own.joined(own.Vs, i)
         assert abs(found.inner[i].item() - (P * V).sum().item()) <= 2 * assert_size(dtype) * (P.norm() * V.norm())
+        G = own.joined(own.Gs, i)
+        product = own.lr[i] * (P * G).sum().item()
+        assert abs(found.size[i].item() - product) <= 2 * assert_size(dtype) * own.lr[i] * (P.norm() * G.norm())
+
+
+def check_energies(own: Layers, bound: ak.ModelPreconditioner, dtype: torch.dtype, learned: Sequence[str]) -> None:
+    found = bound.energies(own.Gs)
+    for i in range(len(own.Ss)):
+        if i not in own.present():
+            assert all(each[i] is None for each in found)
+            continue
+        A, B, S = own.exact(i)
+        G = own.joined(own.Gs, i)
+        _, dA, dB, dS = reference.precondition_vjp(G, A, B, S, G, relative=True)
+        for letter, x, truth in zip("ABS", (each[i] for each in found), (dA / 2, dB / 2, S * dS / 2), strict=True):
+            assert (x is None) == (letter not in learned[i])
+            if x is not None:
+                assert_close(x.double(), truth.reshape(x.shape), dtype, f"{letter} of {i}", terms=[truth * 2])
 
 
 def assert_size(dtype: torch.dtype) -> float:
