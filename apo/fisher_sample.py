@@ -40,9 +40,7 @@ class FisherSample:
             return  # samples are drawn of whole outputs
         place, count = shards.batches(tensors)
         self._places = ranks.count * count
-        generator = torch.Generator(tensors[0].device)  # of its own, lest training's random numbers change
-        generator.manual_seed((ranks.rank * count + place) * 2**32 + number)
-        if send_sample_back(objective, outputs, generator):
+        if send_sample_back(objective, outputs, (ranks.rank * count + place) * 2**32 + number):
             self._grads = shards.grads()
             for p in shards.parameters:
                 p.grad = None
@@ -63,12 +61,12 @@ class FisherSample:
         return grads
 
 
-def send_sample_back(
-    objective: ProximalObjective, outputs: Any, generator: torch.Generator, *, again: bool = False
-) -> bool:
+def send_sample_back(objective: ProximalObjective, outputs: Any, seed: int, *, again: bool = False) -> bool:
     """Add ``Jᵀ`` times a sample of the outputs' Fisher matrix to ``.grad``; ``again``: the graph is kept. False where
     the discrepancy has none."""
     tensors = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    # of its own, lest training's random numbers change
+    generator = torch.Generator(tensors[0].device).manual_seed(seed)
     cotangents = objective.fisher_sample(outputs, generator)
     if cotangents is None:
         return False

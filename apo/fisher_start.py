@@ -162,8 +162,7 @@ class FisherStart:
             if noise is not None:
                 a, b = noise.squares(part)
                 mean.addcmul_(own.square().mul_(a), b * delta)
-            # (e − τ)/(e + τ) = 1 − 2τ/(e + τ)
-            factor = mean.add_(tau).reciprocal_().mul_(2 * rate * tau).sub_(rate).exp_()
+            factor = mean.sub(tau).div_(mean.add_(tau)).mul_(-rate).exp_()
             own.mul_(factor)
             seen.mul_(factor.square_())
 

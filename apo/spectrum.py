@@ -82,12 +82,10 @@ def sampled_gradients(
     objective: ProximalObjective, outputs: Any, parameters: Sequence[Tensor], count: int
 ) -> Iterator[list[Tensor | None]]:
     """``.grad`` of the parameters for each of some samples of the Fisher matrix; the next one begins anew."""
-    tensors = outputs if isinstance(outputs, (tuple, list)) else [outputs]
     for seed in range(count):
         for p in parameters:
             p.grad = None
-        generator = torch.Generator(tensors[0].device).manual_seed(seed)
-        if not send_sample_back(objective, outputs, generator, again=seed < count - 1):
+        if not send_sample_back(objective, outputs, seed, again=seed < count - 1):
             kind = type(objective.discrepancy).__name__
             raise ValueError(f"discrepancy must have a fisher_sample for a spectrum, but {kind} has none")
         yield [p.grad for p in parameters]
