@@ -7,6 +7,7 @@ from benchmarks.common.console import console, progress, wrote
 from benchmarks.common.tables import Table
 from benchmarks.paper.report.searches import HEADER, found
 from benchmarks.paper.training.command_options import Request, add_shared, for_each_task
+from benchmarks.paper.training.optimizers import method
 from benchmarks.paper.training.run_spec import RunSpec
 from benchmarks.paper.training.search import Search
 
@@ -29,6 +30,9 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def _search(asked: Request, options: argparse.Namespace) -> dict[str, Any]:
     task = asked.task
     alike = asked.epochs, options.steps, asked.precision, options.device
+    fixed = [name for name in asked.optimizers if not method(name).ranges]
+    if fixed:
+        raise ValueError(f"--optimizer must be ones that have something to search, but got {', '.join(fixed)}")
     # all of them, to refuse what is wrong before one runs
     likes = [RunSpec(task.name, name, asked.settings[name], "given", 0, *alike) for name in asked.optimizers]
     trials = options.trials or (2 if options.quick else 8)

@@ -23,6 +23,7 @@ COLOURS = {
     "ekfac": "#CC79A7",
     "shampoo": "#F0E442",
     "apo": "#0072B2",
+    "apo-defaults": "#000000",
 }
 """Okabe and Ito's, which every kind of eye tells apart. Learned and scheduled forms share that of their base."""
 

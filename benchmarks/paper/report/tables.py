@@ -13,6 +13,9 @@ from benchmarks.paper.training.optimizers import METHODS
 SMALLER = {"multi30k": "iwslt14", "multi30k-narrow": "iwslt14"}
 """Tasks that stand in Table 2 below the one of the paper that they are a smaller form of."""
 
+FORMS = {"apo": ("apo-defaults", "apo")}
+"""Names under which one of the paper's optimizers may have been run."""
+
 
 def table_2(found: Found) -> Table:
     """Test accuracy, or BLEU, of the preconditioners."""
@@ -24,8 +27,9 @@ def table_2(found: Found) -> Table:
         if not runs and task in SMALLER:
             continue
         theirs = published.TABLE_2.get(task, {})
-        also = ("adamw", "adamw+warmup-decay") if task in ("iwslt14", *SMALLER) else ()
-        cells = [_pair(_ours(runs, (name, *(also if name == "adam" else ()))), theirs.get(name)) for name in optimizers]
+        also = {"adam": ("adam", "adamw", "adamw+warmup-decay")} if task in ("iwslt14", *SMALLER) else {}
+        forms = [(FORMS | also).get(name, (name,)) for name in optimizers]
+        cells = [_pair(_ours(runs, each), theirs.get(name)) for each, name in zip(forms, optimizers, strict=True)]
         rows.append([_title(task), *cells, described(runs) if runs else "not run"])
     return Table("Table 2: test accuracy in %, BLEU for translation", header, rows)
 
@@ -41,7 +45,7 @@ def table_3(found: Found) -> Table:
         for precision in sorted({run["precision"] for run in ran}) or ["16 bits"]:
             runs = [run for run in ran if run["precision"] == precision]
             damping = sorted({f"{run['hyper']['damping']:g}" for run in runs if run["optimizer"] == "kfac"})
-            cells = [_pair(_ours(runs, (name,)), theirs[name]) for name in optimizers]
+            cells = [_pair(_ours(runs, FORMS.get(name, (name,))), theirs[name]) for name in optimizers]
             where = described(runs) if runs else "not run"
             rows.append([_title(task), precision, *cells, ", ".join(damping) or "–", where])
     return Table("Table 3: test accuracy in % of 16-bit networks", header, rows)

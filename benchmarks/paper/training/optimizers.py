@@ -1,7 +1,8 @@
 """Optimizers by name, each with the hyperparameters it has, their defaults and the ranges a search draws from.
 
 ``sgdm`` is an optimizer at a fixed rate, ``sgdm+step`` the same with a manual schedule of ``schedules.py``.
-``apo-lr:adam`` learns its rate (``apo-lr`` alone: SGDm's). ``apo`` learns a preconditioner.
+``apo-lr:adam`` learns its rate (``apo-lr`` alone: SGDm's). ``apo`` learns a preconditioner; of ``apo-defaults`` nothing
+is searched.
 """
 
 import inspect
@@ -105,7 +106,7 @@ def _apo() -> NamedOptimizer:
         "APO-Precond",
         make,
         {**own, **_defaults(apo.Method, "meta_lr", "lr_meta_lr"), "fsd_weight": None, "wsd_weight": None},
-        {"fsd_weight": Range(0.1, 30.0), "wsd_weight": Range(choices=(0.0, 1e-3))},
+        {"fsd_weight": Range(0.1, 30.0), "wsd_weight": Range(choices=(0.0, 1e-4)), "interval": Range(choices=(10, 50))},
     )
 
 
@@ -132,6 +133,7 @@ METHODS: dict[str, NamedOptimizer] = {
     "muon": _package("Muon", muon, 0.02),
     "soap": _package("SOAP", soap, 3e-3),
     "schedule-free": _package("schedule-free AdamW", schedule_free, 2.5e-3),
+    "apo-defaults": replace(_apo(), label="APO, defaults", ranges={}),
     "apo": _apo(),
 }
 """The optimizers at a fixed rate, and APO. :func:`method` knows their other forms too."""
@@ -153,7 +155,7 @@ def method(name: str) -> NamedOptimizer:
         return _adaptive(inner or "sgdm")
     if base in METHODS and not plus:
         return METHODS[base]
-    if base in METHODS and schedule in SCHEDULES and base != "apo":
+    if base in METHODS and schedule in SCHEDULES and not base.startswith("apo"):
         return _scheduled(METHODS[base], schedule)
     raise ValueError(
         f"optimizer must be one of {', '.join(names())}, or one that learns no rate followed by "

@@ -17,7 +17,7 @@ from benchmarks.paper.training.run_spec import RunSpec
 from benchmarks.paper.training.search import Search, drawn
 from benchmarks.paper.training.search_files import best, found
 
-OPTIMIZERS = [*METHODS, "apo-lr", "sgdm+step"]
+OPTIMIZERS = [*(name for name, each in METHODS.items() if each.ranges), "apo-lr", "sgdm+step"]
 
 
 def test_trials_are_even_over_each_range_and_longer_searches_go_on() -> None:
@@ -40,6 +40,14 @@ def test_trials_are_even_over_each_range_and_longer_searches_go_on() -> None:
 def test_every_range_is_of_a_hyperparameter_that_there_is() -> None:
     for name in OPTIMIZERS:
         assert method(name).ranges.keys() <= method(name).defaults.keys()
+
+
+def test_what_has_nothing_to_search_is_refused(tmp_path: Path) -> None:
+    assert not method("apo-defaults").ranges
+    assert method("apo-defaults").defaults == method("apo").defaults
+    with pytest.raises(SystemExit, match="must be ones that have something to search, but got apo-defaults"):
+        main(["search", "digits", "--optimizer", "sgdm,apo-defaults", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
