@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +22,7 @@ from apo.fisher_sample import FisherSample
 from apo.fisher_start import FisherStart
 from apo.held_parameters import HeldParameters
 from apo.inner_products import inner_products, norms
+from apo.look_back import LookBack
 from apo.matrix_view import matrix_views
 from apo.meta_learner import Elsewhere, MetaLearner, Trial, apart
 from apo.meta_optimizer import MetaOptimizer
@@ -137,7 +137,7 @@ class APO(MetaLearner):
         self.method = method
         self.meta = _meta_optimizer(method)
         self._sample = FisherSample()
-        self._looked: tuple[float, float, float | None] | None = None
+        self._look = LookBack()
         self._promise: Tensor | float = 1.0
         self._process_group = process_group
         defaults = {
@@ -420,30 +420,9 @@ class APO(MetaLearner):
         return self._looks_back and NoiseFactor.sees_cost(self.param_groups[0])
 
     def _look_back(self, elsewhere: Elsewhere | None) -> None:
-        self._looked = None
-        if not self._looks_back or self._gradient_scale != 1:
-            return
-        Gs = self._gradients()
-        if all(G is None for G in Gs):
-            return
-        found = self._arena.along_momentum(Gs)
-        if elsewhere is not None:
-            with elsewhere(partial(self._arena.step_back, Gs)) as scale:
-                before = self._arena.along_momentum(self._gradients())[:1] / scale
-            found = torch.cat([found, before])
-        self._ranks.average_([found])
-        after, square, *rest = found.tolist()
-        if all(map(math.isfinite, (after, *rest))) and 0 < square < math.inf:
-            self._looked = after, square, rest[0] if rest else None
-
-    def _note_noise(self, size: float) -> None:
-        """Take what was seen at the last step into the factor, in units of what this step promises."""
-        looked, self._looked = self._looked, None
-        if looked is not None and 0 < size < math.inf:
-            group = self.param_groups[0]
-            seen = NoiseFactor().look(group, *looked, size, step=self.steps, loss=group["apo_mean_loss"])
-            for name, value in seen.items():
-                self._note(name, value)
+        self._look.forget()
+        if self._looks_back and self._gradient_scale == 1:
+            self._look.look(self._arena, self._gradients, elsewhere, self._ranks)
 
     def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Proposal:
         Gs = self._gradients()
@@ -478,7 +457,8 @@ class APO(MetaLearner):
         done, started = self._updates, self._take_sample()
         if not self._step_phi(derivatives, sizes, by_group, magnitudes):
             return False
-        self._note_noise(sum(magnitudes))
+        for name, value in self._look.taken_up(self.param_groups[0], sum(magnitudes), step=self.steps).items():
+            self._note(name, value)
         if started:
             delta = (self.objective.wsd_weight or 0.0) / (self.objective.fsd_weight or 1.0)
             self._start.step(started, delta, done)
