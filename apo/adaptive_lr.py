@@ -243,10 +243,20 @@ class AdaptiveLR(MetaLearner):
         proposal.rehearsal.start_over()  # some optimizers hook the model's passes
         now = self.steps + 1
         share = max(1, now - self.param_groups[0]["apo_last_update"]) / now
-        proposal.factors = self.rates.update(self.param_groups, by_group, sizes, share)
+        proposal.factors = self.rates.update(
+            self.param_groups, by_group, sizes, share, self._worth(trial, sum(by_group))
+        )
         self._note("apo_last_update", now)
         self._note("apo_clipped_by", clipped_by)
         return True
+
+    def _worth(self, trial: Trial, slope: float) -> tuple[float, float] | None:
+        """What the step gains at first on B′, and what curvature costs it there: of the parabola through Q at θ and at
+        θ′ with this slope at θ′. None where the loss isn't on B′."""
+        if self.objective.loss is None:
+            return None
+        rise = trial.evaluation.objective - self._sign() * trial.evaluation.base
+        return slope - 2 * rise, 2 * (slope - rise)
 
     def _clipped_by(self, ours: float, theirs: float) -> float:
         """How many times as long V is as G, of these squared lengths, where that lasts: the closure clips. Otherwise 1.

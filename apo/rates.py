@@ -146,6 +146,7 @@ class LogRates:
         slopes: Sequence[float],
         sizes: Sequence[float] | None = None,
         share: float = 1.0,
+        worth: tuple[float, float] | None = None,
     ) -> list[float]:
         """Descend ``dQ/d log lr``.
 
@@ -153,20 +154,25 @@ class LogRates:
             slopes: one per group, ``⟨V, Δ⟩``.
             sizes: their magnitudes if V equalled G, ``|⟨G, Δ⟩|``; of relative and steady steps.
             share: of the training so far, what has passed since the last update; of steady steps.
+            worth: the gain and the cost of the whole step on fresh examples; of steady steps.
 
         Returns:
             Each group's new rate over its old one.
         """
+        whole = sum(sizes or ())
         if self.shared_lr:
             slopes = [sum(slopes)] * len(groups)
             sizes = None if sizes is None else [sum(sizes)] * len(groups)
         if sizes is None:
             changes = [self._step(group, slope) for group, slope in zip(groups, slopes, strict=True)]
         else:
-            change = self._relative_step
-            if self._steady is not None:
+            each = [*zip(groups, slopes, sizes, strict=True)]
+            if self._steady is None:
+                changes = [self._relative_step(*own) for own in each]
+            else:  # the whole step's worth, by the groups' sizes
                 change = partial(self._steady.change, share=share, meta_lr=self.meta_lr)
-            changes = [change(*each) for each in zip(groups, slopes, sizes, strict=True)]
+                parts = [(None, None) if worth is None or not whole else _times(worth, own / whole) for own in sizes]
+                changes = [change(*own, *part) for own, part in zip(each, parts, strict=True)]
         return [self._change(group, change) for group, change in zip(groups, changes, strict=True)]
 
     def shrink(self, groups: Sequence[Group]) -> None:
@@ -215,3 +221,7 @@ class LogRates:
 
     def _within(self, rate: float) -> float:
         return min(max(rate, self.bounds[0]), self.bounds[1])
+
+
+def _times(pair: tuple[float, float], factor: float) -> tuple[float, float]:
+    return pair[0] * factor, pair[1] * factor

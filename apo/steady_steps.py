@@ -21,6 +21,14 @@ class SteadySteps:
     - is nearly held while it is between 0 and 1: where noise balances progress, it falls as about t^(−0.1);
     - falls by ``log r`` above 1, about as far as a Newton step along Δ goes; above 1.5 already by a short mean.
 
+    A loss on B′ says more. On these examples a step gains ``g = −⟨∇Q(θ), Δ⟩`` at first, in which the noise of its own
+    batch has no part, and curvature costs it ``c = ⟨V, Δ⟩ + g``. Of short means, the rate
+
+    - rises too while c is clearly below ½ g;
+    - doesn't rise at trials that went past the minimum;
+    - falls to the minimum at ``g/c`` once, but by no more than it has risen, where c is above g after a rise. Later
+      noise balances progress at c = 2g, whatever the rate.
+
     A loss on B, which the step was fitted to, lowers r by about a half. It then rises below −0.5.
 
     Changes are in proportion to the share of training that has passed since the last one, so that the rate can change
@@ -30,8 +38,12 @@ class SteadySteps:
         fitted: whether the loss is on B.
     """
 
-    MEAN, SHORT, SIZES = 0.9, 0.7, 0.8
-    """Of the running means: of r, of r for falls, of sizes."""
+    MEAN, SHORT, SIZES, BRIEF = 0.9, 0.7, 0.8, 0.7
+    """Of the running means: of r, of r for falls, of sizes, of g and c."""
+    DOUBT = 0.1
+    """Share of g's variance in that of its mean."""
+    FEWEST = 2
+    """Trials before g and c count."""
     EARLY = 20
     """Steps in which each update counts as much as the first."""
 
@@ -41,20 +53,55 @@ class SteadySteps:
     def prepare(self, group: Group) -> None:
         """Put what is remembered into a new group. The mean begins where a right rate would have it."""
         group.setdefault("apo_ratio_mean", self.expected)
-        group.setdefault("apo_ratio_short", 0.0)
-        group.setdefault("apo_size_mean", 0.0)
+        for name in ("ratio_short", "size_mean", "rising", "risen", "gain_mean", "gain_square", "cost_mean"):
+            group.setdefault(f"apo_{name}", 0.0)
         group.setdefault("apo_ratios", 0)
-        group.setdefault("apo_rising", 0.0)
 
-    def change(self, group: Group, slope: float, size: float, *, share: float, meta_lr: float) -> float:
+    def change(
+        self,
+        group: Group,
+        slope: float,
+        size: float,
+        gain: float | None = None,
+        cost: float | None = None,
+        *,
+        share: float,
+        meta_lr: float,
+    ) -> float:
         """The change of a group's ``log lr``.
 
         Args:
             slope: ``⟨V, Δ⟩``.
             size: ``|⟨G, Δ⟩|``.
+            gain, cost: g and c, of a loss on B′.
             share: of the training so far, what has passed since the last update.
             meta_lr: the most that ``log lr`` rises by.
         """
+        mean, short, size_mean = self._ratios(group, slope, size)
+        leaps = short > 1.5
+        how_far = min(max(0.0, self.rises_below - mean) / (1 + self.rises_below), 1.0)
+        passed, best = False, math.inf
+        if gain is not None and cost is not None and size_mean > 0:
+            spare, best = self._weigh(group, gain / size_mean, cost / size_mean)
+            passed = slope > 0
+            how_far = max(how_far, spare if spare > 0.5 and not passed else 0.0)
+        early, change = min(1.0, self.EARLY * share), 0.0
+        if how_far > 0 and not leaps:
+            if not passed:
+                group["apo_rising"] += how_far
+                change = meta_lr * early * min(1.0, 1 / 12 + group["apo_rising"] / 45) * how_far
+        else:
+            group["apo_rising"] = 0.0
+            change = -meta_lr * early * mean / 15
+            if leaps or mean > 1:
+                change = -early * math.log(short if leaps else mean) if meta_lr else 0.0
+            change = min(change, self._taken_back(group, best, leaps=leaps))
+        group["apo_risen"] += max(change, 0.0)
+        group["apo_cost_mean"] *= math.exp(change)  # as c/g goes with the rate
+        return change
+
+    def _ratios(self, group: Group, slope: float, size: float) -> tuple[float, float, float]:
+        """The means of r, the short one unbiased, and that of sizes."""
         count = group["apo_ratios"] = group["apo_ratios"] + 1
         size_mean = group["apo_size_mean"] = self.SIZES * group["apo_size_mean"] + (1 - self.SIZES) * size
         size_mean /= 1 - self.SIZES**count
@@ -62,15 +109,24 @@ class SteadySteps:
         mean: float = self.MEAN * group["apo_ratio_mean"] + (1 - self.MEAN) * ratio
         short: float = self.SHORT * group["apo_ratio_short"] + (1 - self.SHORT) * ratio
         group["apo_ratio_mean"], group["apo_ratio_short"] = mean, short
-        short /= 1 - self.SHORT**count
-        leaps = short > 1.5
-        rises = mean < self.rises_below and not leaps
-        how_far = min(max(0.0, self.rises_below - mean) / (1 + self.rises_below), 1.0)
-        rising: float = group["apo_rising"] + how_far if rises else 0.0
-        group["apo_rising"] = rising
-        early = min(1.0, self.EARLY * share)
-        if rises:
-            return meta_lr * early * min(1.0, 1 / 12 + rising / 45) * how_far
-        if leaps or mean > 1:
-            return -early * math.log(short if leaps else mean) if meta_lr else 0.0
-        return -meta_lr * early * mean / 15
+        return mean, short / (1 - self.SHORT**count), size_mean
+
+    def _weigh(self, group: Group, gain: float, cost: float) -> tuple[float, float]:
+        """Of the means of g and c: ``1 − c/g`` and ``g/c``; 0 and infinite where g is in doubt."""
+        for name, value in (("gain_mean", gain), ("gain_square", gain * gain), ("cost_mean", cost)):
+            group[f"apo_{name}"] = self.BRIEF * group[f"apo_{name}"] + (1 - self.BRIEF) * value
+        seen = 1 - self.BRIEF ** group["apo_ratios"]
+        g, c = group["apo_gain_mean"] / seen, group["apo_cost_mean"] / seen
+        variance = max(group["apo_gain_square"] / seen - g * g, 0.0)
+        if group["apo_ratios"] <= self.FEWEST or g <= math.sqrt(self.DOUBT * variance):
+            return 0.0, math.inf
+        return 1 - max(c, 0.0) / g, g / c if c > 0 else math.inf
+
+    @staticmethod
+    def _taken_back(group: Group, best: float, *, leaps: bool) -> float:
+        """The change of ``log lr`` after a rise that went past the minimum, which is at ``best`` times the rate."""
+        risen = group["apo_risen"]
+        past = risen > 0.5 and best < 0.8 and group["apo_ratio_mean"] > 0.1
+        if past or leaps:
+            group["apo_risen"] = 0.0
+        return max(math.log(max(best, 0.2)), -risen) if past else math.inf

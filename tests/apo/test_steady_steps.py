@@ -20,12 +20,21 @@ from apo.steady_steps import SteadySteps
 EARLY = 1 / 20
 
 
-def path(ratio: Callable[[int], float], updates: int, *, fitted: bool = False, size: float = 1.0) -> list[float]:
-    """``log lr`` after each update of early training, where the slope is ``ratio`` times the size."""
+def path(
+    ratio: Callable[[int], float],
+    updates: int,
+    *,
+    fitted: bool = False,
+    size: float = 1.0,
+    gain: Callable[[int], float] | None = None,
+) -> list[float]:
+    """``log lr`` after each update of early training, where slope and gain are in units of the size."""
     rule, group, log = SteadySteps(fitted=fitted), dict[str, Any](), [0.0]
     rule.prepare(group)
     for i in range(updates):
-        log.append(log[-1] + rule.change(group, ratio(i) * size, size, share=EARLY, meta_lr=0.3))
+        slope = ratio(i) * size
+        worth = () if gain is None else (gain(i) * size, gain(i) * size + slope)
+        log.append(log[-1] + rule.change(group, slope, size, *worth, share=EARLY, meta_lr=0.3))
     return log
 
 
@@ -56,12 +65,76 @@ def test_a_loss_that_the_step_was_fitted_to_raises_no_rate_by_that() -> None:
     assert path(lambda _: -0.4, 66, fitted=False)[-1] > 1.5
 
 
+def test_a_gain_that_curvature_hardly_costs_raises_a_rate_through_noise() -> None:
+    """The slope is a tenth of what the step gained on its own batch, for the rest is noise, as of single slopes."""
+    torch.manual_seed(0)
+    noise = (0.1 * torch.randn(66)).tolist()
+    slopes = [-0.1 + x for x in noise]
+    without = path(slopes.__getitem__, 66)[-1]
+    with_gain = path(slopes.__getitem__, 66, gain=lambda i: 0.01 - slopes[i])[-1]
+    assert without < 0.2 * with_gain
+    assert with_gain > math.log(10)
+
+
+def test_no_rate_rises_at_a_trial_that_went_past_the_minimum() -> None:
+    """Though the mean of slopes still says so."""
+    log = path(lambda i: -1.0 if i < 20 else 0.2, 24, gain=lambda _: 1.0)
+    assert log[20] > log[19]
+    assert all(b <= a for a, b in pairwise(log[20:]))
+
+
+def test_a_rise_that_went_too_far_is_taken_back_once() -> None:
+    log = path(lambda i: -0.98 if i < 25 else 0.8, 60, gain=lambda _: 1.0)
+    changes = [b - a for a, b in pairwise(log)]
+    falls = [change for change in changes if change < -0.1]
+    assert len(falls) == 1
+    assert falls[0] == pytest.approx(-math.log(1.8), rel=0.1)  # the minimum is at 1/1.8 of the way
+    assert abs(sum(changes[changes.index(falls[0]) + 1 :])) < 0.5
+
+
+def test_no_more_is_taken_back_than_was_risen() -> None:
+    log = path(lambda i: -0.98 if i < 16 else 1.4, 30, gain=lambda _: 0.2 if _ >= 16 else 1.0)
+    assert 0.5 < max(log) < 1.5
+    assert min(log[16:]) > -0.3
+
+
 @given(size=st.floats(1e-12, 1e12), seed=st.integers(0, 100))
 @settings(max_examples=20, deadline=None)
 def test_the_unit_of_the_loss_does_not_matter(size: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     ratios = torch.randn(30, generator=generator).tolist()
-    assert path(ratios.__getitem__, 30, size=size) == pytest.approx(path(ratios.__getitem__, 30))
+    for gain in (None, lambda i: 0.5 - ratios[i] / 2):
+        assert path(ratios.__getitem__, 30, size=size, gain=gain) == pytest.approx(
+            path(ratios.__getitem__, 30, gain=gain)
+        )
+
+
+def test_gain_and_cost_are_those_of_the_loss_on_other_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a quadratic they follow from Q at θ and θ′ and the slope at θ′ alone, to the bit of rounding."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2).double()
+    B, other = ((torch.randn(8, 5).double(), torch.randn(8, 2).double()) for _ in range(2))
+    objective = apo.ProximalObjective(model, [other], "mse", loss=F.mse_loss, fsd_weight=0.3, wsd_weight=0.1)
+    opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), 0.05), objective)
+    seen = []
+    taken = opt.rates.update
+    monkeypatch.setattr(opt.rates, "update", lambda *all: (seen.append(all[-1]), taken(*all))[1])
+    F.mse_loss(model(other[0]), other[1]).backward()  # type: ignore[no-untyped-call]
+    there = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    start = [p.detach().clone() for p in model.parameters()]
+    F.mse_loss(model(B[0]), B[1]).backward()  # type: ignore[no-untyped-call]
+    steps = [-0.05 * p.grad for p in model.parameters() if p.grad is not None]
+    opt.step()
+    ((gain, cost),) = seen
+    assert gain == pytest.approx(-sum(float((g * d).sum()) for g, d in zip(there, steps, strict=True)), rel=1e-9)
+    with torch.no_grad():
+        moved = [x + d for x, d in zip(start, steps, strict=True)]
+        outputs = [other[0] @ W.T + b for W, b in (start, moved)]
+        curved = F.mse_loss(outputs[1], outputs[0])  # its own curvature, the loss's, and half of it: the discrepancy's
+        wsd = sum(float((d * d).sum()) for d in steps)
+    rho = apo.ProximalObjective(model, [other], "mse").discrepancy(outputs[1], outputs[0])
+    assert cost == pytest.approx(2 * float(curved) + 2 * 0.3 * float(rho) + 0.1 * wsd, rel=1e-9)
 
 
 def test_later_changes_are_in_proportion_to_the_time_between_them() -> None:
