@@ -102,7 +102,10 @@ def test_what_is_said_of_the_peers() -> None:
         lower[task] = {name for name in end if end[name] < apo["end"]}
         assert (apo["adamw"] < end["adamw"]) == (task in ("cifar10-lenet", "mnist-autoencoder", "pinn"))
         assert (apo["sgdm"] < end["sgdm"]) == (task in ("gpt", "cifar10-lenet", "mnist-autoencoder", "pinn"))
-        assert own["apo-lr:adamw"]["end"] < 1.03 * end["adamw"]
+        assert own["apo-lr:adamw"]["end"] < 1.02 * end["adamw"]
+        assert {"gpt": 1.02, "cifar10-cnn": 1.06, "cifar10-lenet": 1.02, "mnist-autoencoder": 1.135}.get(
+            task, 1.0
+        ) > own["apo-lr:sgdm"]["end"] / end["sgdm"]
     assert {task for task, names in lower.items() if not names} == {"gpt", "mnist-autoencoder", "pinn"}
     assert {"muon", "soap"} <= lower["cifar10-cnn"] & lower["cifar10-lenet"]
     protein = losses["protein"]
