@@ -228,6 +228,7 @@ CASES: dict[int, list[Case]] = {
         ("APO", "gpt", "tp", torch.float64, {"fisher_start": 12}),
         ("APO", "mlp", "fsdp", torch.float64, {"meta_optimizer": "adam", "own_loss": True}),
         ("AdamW", "even mlp", "tp", torch.float32, {"own_loss": True}),
+        ("AdamW", "even mlp", "tp", torch.float64, {"own_loss": True}),
         ("RMSprop", "conv", "fsdp", torch.float64, {}),
     ],
     4: [

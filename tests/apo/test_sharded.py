@@ -49,9 +49,11 @@ def test_sharded_training_is_one_process(ranks: int, case: Case, found: dict[int
     assert first["counts"] == expected["counts"] == [0, 0, sharded_worker.STEPS]
     assert expected["losses"][-1] < expected["losses"][0]
     held, wanted = joined(first), joined(expected)
-    assert (held - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
+    # a step's gain on B′ is a difference of two losses, of which float32 leaves four digits
+    tolerance = TOLERANCE[dtype] * (25 if settings.get("own_loss") and kind != "APO" else 1)
+    assert (held - wanted).norm() <= tolerance * wanted.norm()
     assert all(torch.equal(held, joined(other)) for other in others)
-    torch.testing.assert_close(first["numbers"], expected["numbers"], rtol=20 * TOLERANCE[dtype], atol=0)
+    torch.testing.assert_close(first["numbers"], expected["numbers"], rtol=20 * tolerance, atol=0)
     assert all(torch.equal(first["numbers"], other["numbers"]) for other in others)
     if layout in ("fsdp", "hsdp"):
         alike = [block for block in first["blocks"] if block.endswith(" A")]
