@@ -250,14 +250,6 @@ class AdaptiveLR(MetaLearner):
         self._note("apo_clipped_by", clipped_by)
         return True
 
-    def _worth(self, trial: Trial, slope: float) -> tuple[float, float] | None:
-        """What the step gains at first on B′, and what curvature costs it there: of the parabola through Q at θ and at
-        θ′ with this slope at θ′. None where the loss isn't on B′."""
-        if self.objective.loss is None:
-            return None
-        rise = trial.evaluation.objective - self._sign() * trial.evaluation.base
-        return slope - 2 * rise, 2 * (slope - rise)
-
     def _clipped_by(self, ours: float, theirs: float) -> float:
         """How many times as long V is as G, of these squared lengths, where that lasts: the closure clips. Otherwise 1.
 

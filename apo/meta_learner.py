@@ -394,14 +394,19 @@ class MetaLearner(Optimizer):
         """Whether Q rises along the step there, and would fall along a shorter one.
 
         Before any step the rate is too large then, and steps at it may do what later ones can't undo. Other examples
-        than the step was made of may speak against any length: then a parabola through Q there, its slope there and the
-        loss at θ rises from the start.
+        than the step was made of may speak against any length: then it gains nothing on them at first.
         """
         slope = float(self._shards.sum(inner_products(trial.V, trial.steps).double()).sum())
-        if slope <= 0 or self.objective.loss is None:
-            return not slope <= 0
-        gain = trial.evaluation.objective - self._sign() * trial.evaluation.base
-        return 2 * gain < slope
+        worth = self._worth(trial, slope)
+        return not slope <= 0 and (worth is None or worth[0] > 0)
+
+    def _worth(self, trial: Trial, slope: float) -> tuple[float, float] | None:
+        """What the step gains at first on B′, and what curvature costs it there: of the parabola through Q at θ and at
+        θ′ with this slope at θ′. None where the loss isn't on B′."""
+        if self.objective.loss is None:
+            return None
+        rise = trial.evaluation.objective - self._sign() * trial.evaluation.base
+        return slope - 2 * rise, 2 * (slope - rise)
 
     @property
     def _begun(self) -> bool:

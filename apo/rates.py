@@ -154,7 +154,8 @@ class LogRates:
             slopes: one per group, ``⟨V, Δ⟩``.
             sizes: their magnitudes if V equalled G, ``|⟨G, Δ⟩|``; of relative and steady steps.
             share: of the training so far, what has passed since the last update; of steady steps.
-            worth: the gain and the cost of the whole step on fresh examples; of steady steps.
+            worth: the gain and the cost of the whole step on fresh examples, of which each group has a part by its
+                size; of steady steps.
 
         Returns:
             Each group's new rate over its old one.
@@ -162,17 +163,17 @@ class LogRates:
         whole = sum(sizes or ())
         if self.shared_lr:
             slopes = [sum(slopes)] * len(groups)
-            sizes = None if sizes is None else [sum(sizes)] * len(groups)
+            sizes = None if sizes is None else [whole] * len(groups)
         if sizes is None:
             changes = [self._step(group, slope) for group, slope in zip(groups, slopes, strict=True)]
+        elif self._steady is None:
+            changes = [self._relative_step(*each) for each in zip(groups, slopes, sizes, strict=True)]
         else:
-            each = [*zip(groups, slopes, sizes, strict=True)]
-            if self._steady is None:
-                changes = [self._relative_step(*own) for own in each]
-            else:  # the whole step's worth, by the groups' sizes
-                change = partial(self._steady.change, share=share, meta_lr=self.meta_lr)
-                parts = [(None, None) if worth is None or not whole else _times(worth, own / whole) for own in sizes]
-                changes = [change(*own, *part) for own, part in zip(each, parts, strict=True)]
+            change = partial(self._steady.change, share=share, meta_lr=self.meta_lr)
+            changes = []
+            for group, slope, size in zip(groups, slopes, sizes, strict=True):
+                own = () if worth is None or not whole else [x * (size / whole) for x in worth]
+                changes.append(change(group, slope, size, *own))
         return [self._change(group, change) for group, change in zip(groups, changes, strict=True)]
 
     def shrink(self, groups: Sequence[Group]) -> None:
@@ -221,7 +222,3 @@ class LogRates:
 
     def _within(self, rate: float) -> float:
         return min(max(rate, self.bounds[0]), self.bounds[1])
-
-
-def _times(pair: tuple[float, float], factor: float) -> tuple[float, float]:
-    return pair[0] * factor, pair[1] * factor

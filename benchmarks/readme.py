@@ -205,8 +205,8 @@ def _summary() -> str:
     """README's one table: the losses, and what a step of APO costs."""
     rows = []
     for task, groups, losses in _searched_tasks():
-        adam, defaults = groups[1].step_ms, groups[4].step_ms
-        rows.append([task, *losses, f"{defaults / adam:.1f}×"])
+        of = dict(zip(COMPARED, groups, strict=True))
+        rows.append([task, *losses, f"{of['apo-defaults'].step_ms / of['adam'].step_ms:.1f}×"])
     labels = [METHODS[name].label for name in COMPARED[:-1]]
     return markdown(["task", *labels, "APO, searched", "a step of APO ÷ Adam's"], rows, numbers=True)
 

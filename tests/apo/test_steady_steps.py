@@ -93,7 +93,7 @@ def test_a_rise_that_went_too_far_is_taken_back_once() -> None:
 
 
 def test_no_more_is_taken_back_than_was_risen() -> None:
-    log = path(lambda i: -0.98 if i < 16 else 1.4, 30, gain=lambda _: 0.2 if _ >= 16 else 1.0)
+    log = path(lambda i: -0.98 if i < 16 else 1.4, 30, gain=lambda i: 1.0 if i < 16 else 0.2)
     assert 0.5 < max(log) < 1.5
     assert min(log[16:]) > -0.3
 
@@ -110,7 +110,7 @@ def test_the_unit_of_the_loss_does_not_matter(size: float, seed: int) -> None:
 
 
 def test_gain_and_cost_are_those_of_the_loss_on_other_examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a quadratic they follow from Q at θ and θ′ and the slope at θ′ alone, to the bit of rounding."""
+    """On a quadratic they follow from Q at θ and θ′ and the slope at θ′ alone, to rounding."""
     torch.manual_seed(0)
     model = nn.Linear(5, 2).double()
     B, other = ((torch.randn(8, 5).double(), torch.randn(8, 2).double()) for _ in range(2))
@@ -118,7 +118,7 @@ def test_gain_and_cost_are_those_of_the_loss_on_other_examples(monkeypatch: pyte
     opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), 0.05), objective)
     seen = []
     taken = opt.rates.update
-    monkeypatch.setattr(opt.rates, "update", lambda *all: (seen.append(all[-1]), taken(*all))[1])
+    monkeypatch.setattr(opt.rates, "update", lambda *each: (seen.append(each[-1]), taken(*each))[1])
     F.mse_loss(model(other[0]), other[1]).backward()  # type: ignore[no-untyped-call]
     there = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()

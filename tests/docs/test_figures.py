@@ -50,6 +50,8 @@ def test_what_the_prose_says_of_a_steps_cost() -> None:
         assert f"1.3 to 1.5 {times} " in text
         assert "(AdamW: 1.0 to 1.4)" in text
         assert "1.1 to 1.3 " in text
+        assert f"2.9 {times}" in text
+        assert "5 to 6 plain steps' time" in text or "takes 5 to 6 times as long as one without" in text
         assert f"; 5 to 17 {times} in the first 40 steps" in text
 
 
