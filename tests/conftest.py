@@ -1,4 +1,4 @@
-"""What all tests share: one thread, a seed, and small examples."""
+"""What all tests share: one thread, a seed, small examples, and what needs a GPU."""
 
 from __future__ import annotations
 
@@ -14,3 +14,9 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
