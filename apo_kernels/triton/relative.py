@@ -64,17 +64,19 @@ def step_squares(
     offset = r[:, None] * b + r[None, :]
     old = tl.load(slope + q * apart_slope + offset, mask=inside, other=0)
     found = averaged(old, tl.load(new_slope + q * apart_new + offset, mask=inside, other=0), weight_slope)
-    tl.store(slope + q * apart_slope + offset, found, mask=inside & takes_part)
-    change = tl.where(takes_part, found, old)
     mean = tl.load(size + q * apart_size + r, mask=r < b, other=0)
     found_mean = averaged(mean, tl.load(new_size + q * apart_new_size + r, mask=r < b, other=0), weight_size)
+    x = tl.load(X + q * apart + offset, mask=inside, other=0)
+    # What is used in several layouts the compiler loads once for each: no warp may write before all have read.
+    tl.debug_barrier()
+    tl.store(slope + q * apart_slope + offset, found, mask=inside & takes_part)
     tl.store(size + q * apart_size + r, found_mean, mask=(r < b) & takes_part)
+    change = tl.where(takes_part, found, old)
     mean = tl.where(takes_part, found_mean, mean)
     scale = tl.where(r < b, tl.rsqrt(mean + (floor * (tl.sum(mean) / b) + eps)), 0.0)
     change = (change + tl.trans(change)) * scale[:, None] * scale[None, :] * (correction / 2)
     length = tl.sqrt(tl.sum(change * change))
     change *= rate * longest / tl.maximum(length, longest, propagate_nan=tl.PropagateNan.ALL)
-    x = tl.load(X + q * apart + offset, mask=inside, other=0)
     tl.store(X + q * apart + offset, x - tl.dot(x, change, input_precision=PRECISION), mask=inside & takes_part)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from apo_kernels.aten import relative_steps as on_aten
 from apo_kernels.aten.relative_steps import EPS
+from apo_kernels.targets import Target
 from apo_kernels.triton import plan as plans
 from apo_kernels.triton.errors import Interrupted
 from apo_kernels.triton.graphs import keep_for_graph
@@ -26,6 +27,7 @@ __all__ = [
     "relative_step_squares_",
     "scalings_constants",
     "squares_constants",
+    "squares_warps",
 ]
 
 Numbers = float | Tensor
@@ -35,7 +37,11 @@ DIAGONALS = 1024
 CHUNK = 4096
 LANES = 1024
 WARPS = 8
-"""But for squares below 64: fewer have too few registers."""
+
+
+def squares_warps(target: Target, side: int) -> int:
+    """4 are too few registers for squares of 64 on sm_80; 8 are too many for their rows on sm_90."""
+    return WARPS if side == WIDEST and target.name != "sm_90" else 4
 
 
 def squares_constants(b: int, each: bool, wide: bool, precision: str) -> dict[str, Any]:
@@ -191,10 +197,11 @@ def _squares(
         kernel, programs = step_diagonals, -(-count // DIAGONALS)
         constants, warps = diagonals_constants(each), WARPS
     else:
-        chosen = plans.target_of(device).precision(precision, torch.float32)
+        target = plans.target_of(device)
+        chosen = target.precision(precision, torch.float32)
         kernel, programs = step_squares, count
         constants = squares_constants(b, each, wide, chosen)
-        warps = WARPS if constants["SIDE"] == WIDEST else 4
+        warps = squares_warps(target, constants["SIDE"])
     launch = _Launch("relative_squares", kernel, programs, (table,), constants, warps, 1)
     launch.host = host
     return launch

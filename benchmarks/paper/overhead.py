@@ -11,8 +11,9 @@ import ctypes
 import gc
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from itertools import cycle, islice
 from math import ceil
@@ -98,7 +99,11 @@ def _measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     options = argparse.Namespace(**vars(options) | own)
     makes = _contestants(options)
     with cpu_threads(options.threads), progress() as bar:
-        peaks = {name: _in_a_process(name, options) for name in bar.track(makes, description="memory")}
+        # on a GPU each process has its own count, and most of what it takes is its start
+        at_once = 1 if torch.device(options.device).type == "cpu" else len(os.sched_getaffinity(0)) // 2
+        with ThreadPoolExecutor(max(at_once, 1)) as pool:
+            measured = pool.map(lambda name: _in_a_process(name, options), makes)
+            peaks = dict(zip(makes, bar.track(measured, total=len(makes), description="memory"), strict=True))
         task = bar.add_task("time", total=1.0)
         samples = interleave(
             {
@@ -190,9 +195,9 @@ def _periods(make: Make, options: argparse.Namespace, width: float, steps: int) 
         yield weights
 
 
-def _in_a_process(*arguments: Any) -> float | None:
+def _in_a_process(contestant: str, options: argparse.Namespace) -> float | None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(peak_memory, *arguments).result()
+        return pool.submit(peak_memory, contestant, options).result()
 
 
 def peak_memory(contestant: str, options: argparse.Namespace) -> float | None:

@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,14 @@ from apo_kernels.triton.model_plan import forward_constants as model_constants
 from apo_kernels.triton.pack import pack
 from apo_kernels.triton.plan_builder import TYPES, Operation
 from apo_kernels.triton.relative import average_scalings, step_diagonals, step_scalings, step_squares
-from apo_kernels.triton.relative_steps import LANES, WARPS, diagonals_constants, scalings_constants, squares_constants
+from apo_kernels.triton.relative_steps import (
+    LANES,
+    WARPS,
+    diagonals_constants,
+    scalings_constants,
+    squares_constants,
+    squares_warps,
+)
 from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
 from apo_kernels.triton.tile_model import model_apply, model_forward, model_slopes, model_sums
 from apo_kernels.triton.tile_part import SUM_CHUNK, backward_constants, forward_constants
@@ -91,6 +98,7 @@ class Report:
         tensor: columns of tensor memory, which sm_100 has.
         matrix: matrix instructions by name.
         instructions: all instructions: a kernel of a few has been miscompiled to a trap.
+        astray: products that read beyond their operand, in words (:func:`_astray`).
     """
 
     registers: int
@@ -99,6 +107,7 @@ class Report:
     tensor: int
     matrix: dict[str, int]
     instructions: int
+    astray: str = ""
 
     def faults(self, case: KernelCase, target: Target) -> list[str]:
         """Why this must not be a default, in words; empty if it may be."""
@@ -113,6 +122,8 @@ class Report:
             found.append("no matrix instruction")
         if self.instructions < 50:
             found.append(f"only {self.instructions} instructions")
+        if self.astray:
+            found.append(self.astray)
         return found
 
 
@@ -155,7 +166,7 @@ def cases(target: Target, dtype: torch.dtype, precision: str | None = None) -> I
             yield KernelCase(name, dtype, precision, size, grouped_gemm, constants, gemm.warps, gemm.stages, multiplies)
     yield from _model_cases(target, dtype, precision, multiplies)
     if dtype == torch.float32:
-        yield from _step_cases(precision, multiplies)
+        yield from _step_cases(target, precision, multiplies)
     yield KernelCase("pack", dtype, precision, "-", pack, pack_constants(compute), 4, 1, multiplies=False)
     yield KernelCase(
         "sum_parts", torch.float32, precision, "-", sum_parts, {"CHUNK": SUM_CHUNK}, 4, 1, multiplies=False
@@ -182,7 +193,7 @@ def _model_cases(target: Target, dtype: torch.dtype, precision: str, multiplies:
     yield KernelCase("model_sums", wide, precision, "-", model_sums, sums_constants(), 4, 1, multiplies=False)
 
 
-def _step_cases(precision: str, multiplies: bool) -> Iterator[KernelCase]:
+def _step_cases(target: Target, precision: str, multiplies: bool) -> Iterator[KernelCase]:
     """The kernels of relative steps: of numbers for all tensors, and of each (``each``)."""
     wide = torch.float32
     for each in (False, True):
@@ -197,7 +208,7 @@ def _step_cases(precision: str, multiplies: bool) -> Iterator[KernelCase]:
                 size,
                 step_squares,
                 constants,
-                WARPS if side == 64 else 4,
+                squares_warps(target, side),
                 1,
                 multiplies,
             )
@@ -267,7 +278,19 @@ def compile_case(case: KernelCase, target: Target) -> Report:
     shared = int(compiled.metadata.shared)
     if target.backend == "hip":
         return _amd_report(compiled.asm["amdgcn"], shared, target)
-    return _nvidia_report(compiled.asm["cubin"], shared, int(compiled.metadata.tmem_size or 0), target)
+    report = _nvidia_report(compiled.asm["cubin"], shared, int(compiled.metadata.tmem_size or 0), target)
+    return replace(report, astray=_astray(compiled.asm["ttgir"]))
+
+
+def _astray(layouts: str) -> str:
+    """The first of Hopper's products that has more warps along the rows than rows for them. With a left operand of 16
+    bits, or in shared memory, those in excess gave wrong results or a fault on an H100."""
+    warps = dict(re.findall(r"(#mma\d*) = #ttg\.nvidia_mma<\{versionMajor = 3.*?warpsPerCTA = \[(\d+)", layouts))
+    product = r"warp_group_dot .*? : (!ttg\.memdesc|tensor)<\d+x\d+x(\w+),.*-> tensor<(\d+)x\d+xf32, (#mma\d*)>"
+    for place, dtype, rows, layout in re.findall(product, layouts):
+        if 16 * int(warps[layout]) > int(rows) and (place != "tensor" or dtype != "f32"):
+            return f"{warps[layout]} warps along {rows} rows of a {dtype} operand"
+    return ""
 
 
 def _nvidia_report(cubin: bytes, shared: int, tensor: int, target: Target) -> Report:

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,17 @@ from benchmarks.common.timing import Sample, cpu_threads, interleave
 from benchmarks.kernels import launch_costs, machine_peaks
 from benchmarks.kernels.shapes import MODELS, QUICK_MODELS
 from benchmarks.kernels.throughput import plots, tables
-from benchmarks.kernels.throughput.contestants import CHAIN, NAMES, OPERATIONS, OURS, Workload, contestants, estimate
+from benchmarks.kernels.throughput.contestants import (
+    CHAIN,
+    COMPILED,
+    EIGEN,
+    NAMES,
+    OPERATIONS,
+    OURS,
+    Workload,
+    contestants,
+    estimate,
+)
 
 Row = dict[str, Any]
 
@@ -33,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     account = "time nothing: print the FLOPs, bytes and regime of every launch of the kernels on an H100"
     parser.add_argument("--account", action="store_true", help=account)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    bases = "leave KFAC's eigenbases out, which take a GPU many seconds"
+    graphs = "time replays of captured graphs on a GPU: its own time, without the host's (throughput-graphs.json)"
+    parser.add_argument("--graphs", action="store_true", help=graphs)
+    parser.add_argument("--no-eigenbases", action="store_true", help=bases)
 
 
 @dataclass(frozen=True)
@@ -45,11 +60,14 @@ class Bench:
     bandwidth: float
     seconds: float
     limit: float
-    compiled: bool
+    left_out: tuple[str, ...]
+    graphs: bool
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, show, and write ``throughput.json`` and the plots into ``options.out``."""
+    if options.graphs and torch.device(options.device).type != "cuda":
+        sys.exit(f"python -m benchmarks throughput: --graphs needs a GPU, --device cuda, but got {options.device!r}")
     models = options.models or list(QUICK_MODELS if options.quick else MODELS)
     dtypes = options.dtypes or list(DTYPES)
     if options.account:
@@ -63,7 +81,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         bandwidth = machine_peaks.copy_bandwidth(options.device, seconds=min(seconds, 1.0))
         bar.remove_task(task)
         console.print(tables.machine(device_name(options.device), options.threads, rates, bandwidth))
-        bench = Bench(bar, options.device, rates, bandwidth, seconds, limit, not options.no_compile)
+        left_out = COMPILED * options.no_compile, EIGEN * options.no_eigenbases
+        bench = Bench(bar, options.device, rates, bandwidth, seconds, limit, left_out, options.graphs)
         rows: list[Row] = []
         for model in models:
             work = {name: Workload(MODELS[model], DTYPES[name], options.device) for name in dtypes}
@@ -73,6 +92,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         by_shape = _shapes(bench, models)
     payload: dict[str, Any] = {
         "device_name": device_name(options.device),
+        "graphs": options.graphs,
         "threads": options.threads,
         "matmul_flops_per_s": {name: rates[dtype] for name, dtype in DTYPES.items()},
         "copy_bytes_per_s": bandwidth,
@@ -81,8 +101,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "ratios": tables.ratios(rows),
     }
     console.print(tables.ratio_table(payload["ratios"]))
-    path = results.write(options.out, "throughput", options.device, payload)
-    wrote(*plots.draw(payload, options.out), path)
+    path = results.write(options.out, "throughput" + "-graphs" * options.graphs, options.device, payload)
+    wrote(*([] if options.graphs else plots.draw(payload, options.out)), path)
     return payload
 
 
@@ -92,7 +112,7 @@ def _measure(bench: Bench, model: str, operation: str, work: dict[str, Workload]
     torch._dynamo.reset()
     task = bar.add_task(f"{model}: {operation}, preparing", total=len(work) * len(NAMES))
     for dtype, operands in work.items():
-        for name, contestant in contestants(operation, operands, compiled=bench.compiled):
+        for name, contestant in contestants(operation, operands, bench.left_out):
             bar.update(task, description=f"{model}: {operation}, preparing {name} in {dtype}", advance=1)
             row: Row = {"model": model, "operation": operation, "dtype": dtype, "contestant": name}
             row["gflop"] = None if contestant.flops is None else contestant.flops / 1e9
@@ -102,10 +122,11 @@ def _measure(bench: Bench, model: str, operation: str, work: dict[str, Workload]
             if expected > bench.limit:
                 row["note"] = f"not run: expected to take over {bench.limit:g} s a call (--limit)"
                 row["expected_s"] = expected
-            elif (failure := _failure(name, contestant.call)) is not None:
-                row["note"] = failure
             else:
-                ready[f"{name} in {dtype}"] = contestant.call
+                call, failure = _callable(name, contestant.call, bench.graphs)
+                row |= {} if failure is None else {"note": failure}
+                if call is not None:
+                    ready[f"{name} in {dtype}"] = call
     bar.update(task, description=f"{model}: {operation}, timing", total=1.0, completed=0)
     samples = interleave(ready, seconds=bench.seconds, warm=True, advance=lambda x: bar.update(task, completed=x))
     bar.remove_task(task)
@@ -123,23 +144,37 @@ def _shapes(bench: Bench, models: list[str]) -> list[Row]:
     rows: list[Row] = []
     for m, n in bench.bar.track(shapes, description="single layers"):
         work = Workload([(m, n)], torch.float32, bench.device)
-        ready = {name: c for name, c in contestants("apply", work, compiled=False) if name in (*OURS, CHAIN)}
-        samples = interleave({name: c.call for name, c in ready.items()}, seconds=bench.seconds / 8)
+        ready = {name: c for name, c in contestants("apply", work, (COMPILED,)) if name in (*OURS, CHAIN)}
+        calls = {name: _replay(c.call) if bench.graphs else c.call for name, c in ready.items()}
+        samples = interleave(calls, seconds=bench.seconds / 8)
         for name, sample in samples.items():
             row: Row = {"m": m, "n": n, "contestant": name, "gflop": (ready[name].flops or 0) / 1e9}
             rows.append(row | _figures(row, sample, bench.rates[torch.float32], None))
     return rows
 
 
-def _failure(name: str, call: Callable[[], object]) -> str | None:
-    """Why a contestant can't be run here. Where one of torch's own can't, that is a result; ours must not."""
+def _callable(name: str, call: Callable[[], object], graphs: bool) -> tuple[Callable[[], object] | None, str | None]:
+    """What is timed, or why a contestant can't be run here. Where one of torch's own can't, that is a result; ours
+    must not."""
     try:
         call()
+        return _replay(call) if graphs else call, None
     except Exception as error:
         if name in OURS:
             raise
-        return f"{name} failed: {type(error).__name__}"
-    return None
+        return None, f"{name} failed: {type(error).__name__}"
+
+
+def _replay(call: Callable[[], object]) -> Callable[[], object]:
+    """What a call launches, captured."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay
 
 
 def _figures(row: Row, sample: Sample, roof: float, bandwidth: float | None) -> Row:

@@ -54,7 +54,7 @@ def test_precisions_of_float32(precision: str, side: int | None) -> None:
     found = ak.foreach_precondition(*layers.operands, backend=f"triton:{precision}")
     for Y, expected in zip(found, layers.expected(), strict=True):
         error = ((Y.double() - expected).norm() / expected.norm()).item()
-        assert error <= (2e-3 if precision == "tf32" else TOLERANCE[torch.float32])
+        assert error <= (4e-3 if precision == "tf32" else TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -46,13 +46,13 @@ def test_same_contestants_in_every_operation(work: Workload) -> None:
 
 
 def test_apply_agrees_with_the_chain(work: Workload) -> None:
-    found: dict[str, Any] = {name: c.call() for name, c in contestants("apply", work, compiled=False)}
+    found: dict[str, Any] = {name: c.call() for name, c in contestants("apply", work, (COMPILED,))}
     for ours, chain in zip(found[FULL], found[CHAIN], strict=True):
         torch.testing.assert_close(ours, chain, rtol=1e-4, atol=1e-6)
 
 
 def test_refresh_agrees_with_autograd(work: Workload) -> None:
-    found: dict[str, Any] = {name: c.call() for name, c in contestants("refresh", work, compiled=False)}
+    found: dict[str, Any] = {name: c.call() for name, c in contestants("refresh", work, (COMPILED,))}
     by_operand = zip(*found[FULL], strict=True)  # dA, dB, dS of each layer, as autograd orders them
     for ours, chain in zip([x for each in by_operand for x in each], found[CHAIN], strict=True):
         torch.testing.assert_close(ours, chain, rtol=1e-4, atol=1e-5)
@@ -62,7 +62,7 @@ def test_step_agrees_with_the_chain() -> None:
     ends = []
     for contestant in (FULL, CHAIN):
         work = Workload(LAYERS, torch.float32, "cpu")
-        call = dict(contestants("step", work, compiled=False))[contestant].call
+        call = dict(contestants("step", work, (COMPILED,)))[contestant].call
         call()
         call()
         ends.append(work.thetas)
@@ -89,7 +89,7 @@ def test_kfac_inverts_its_damped_factors() -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_flops_are_those_that_are_counted(work: Workload, operation: str) -> None:
-    for name, contestant in contestants(operation, work, compiled=False):
+    for name, contestant in contestants(operation, work, (COMPILED,)):
         if contestant.flops is not None:
             contestant.call()  # what it makes for itself, once
             with FlopCounterMode(display=False) as counter:

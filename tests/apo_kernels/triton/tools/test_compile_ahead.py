@@ -68,17 +68,23 @@ def test_sm_80s_fit_consumer_gpus(name: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
 
 
-def test_the_check_sees_faults() -> None:
-    """The same check, on tiles that are far too large and warps that are far too few."""
-    code = CHECK.replace(
-        "for case in cases(target, dtype):",
-        "from apo_kernels.triton import config\n"
-        "large = {'rows': 128, 'cols': 256, 'warps': 4}\n"
-        "with config.override(pair=large):\n"
-        "    chosen = [case for case in cases(target, dtype) if case.stage == 'pair']\n"
-        "for case in chosen:",
-    )
-    result = run(code, "sm_90", "bfloat16")
+CHOSEN = """from apo_kernels.triton import config
+with config.override(**{stage!r: {changes!r}}):
+    chosen = [case for case in cases(target, dtype) if case.stage == {stage!r}]
+for case in chosen:"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "fault"),
+    [
+        ("pair", {"rows": 128, "cols": 256, "warps": 4}, "spills"),
+        ("pair", {"rows": 128, "cols": 256, "stages": 6}, "shared memory"),
+        ("tile_backward", {"slab": 16, "warps": 8}, "8 warps along 64 rows"),
+    ],
+)
+def test_the_check_sees_faults(stage: str, changes: dict[str, int], fault: str) -> None:
+    """The same check, on tiles that are far too large, warps that are far too few, and too many."""
+    chosen = CHOSEN.replace("{stage!r}", repr(stage)).replace("{changes!r}", repr(changes))
+    result = run(CHECK.replace("for case in cases(target, dtype):", chosen), "sm_90", "float16")
     assert result.returncode == 1, result.stderr[-2000:]
-    assert "spills" in result.stdout
-    assert "shared memory" in run(code.replace("'warps': 4", "'stages': 6"), "sm_90", "bfloat16").stdout
+    assert fault in result.stdout
