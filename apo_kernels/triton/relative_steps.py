@@ -40,7 +40,7 @@ WARPS = 8
 
 
 def squares_warps(target: Target, side: int) -> int:
-    """4 are too few registers for squares of 64 on sm_80; 8 are too many for their rows on sm_90."""
+    """8 where 4 have too few registers for squares of 64; not on sm_90."""
     return WARPS if side == WIDEST and target.name != "sm_90" else 4
 
 

@@ -98,7 +98,7 @@ class Report:
         tensor: columns of tensor memory, which sm_100 has.
         matrix: matrix instructions by name.
         instructions: all instructions: a kernel of a few has been miscompiled to a trap.
-        astray: products that read beyond their operand, in words (:func:`_astray`).
+        astray: a product that may read beyond its operand, in words (:func:`_astray`).
     """
 
     registers: int
@@ -283,14 +283,12 @@ def compile_case(case: KernelCase, target: Target) -> Report:
 
 
 def _astray(layouts: str) -> str:
-    """The first of Hopper's products that has more warps along the rows than rows for them. With a left operand of 16
-    bits, or in shared memory, those in excess gave wrong results or a fault on an H100."""
-    warps = dict(re.findall(r"(#mma\d*) = #ttg\.nvidia_mma<\{versionMajor = 3.*?warpsPerCTA = \[(\d+)", layouts))
-    product = r"warp_group_dot .*? : (!ttg\.memdesc|tensor)<\d+x\d+x(\w+),.*-> tensor<(\d+)x\d+xf32, (#mma\d*)>"
-    for place, dtype, rows, layout in re.findall(product, layouts):
-        if 16 * int(warps[layout]) > int(rows) and (place != "tensor" or dtype != "f32"):
-            return f"{warps[layout]} warps along {rows} rows of a {dtype} operand"
-    return ""
+    """The first of Hopper's products whose right operand lies in shared memory by rows of less than 128 bytes. Of 16
+    bits such products gave wrong results or a fault on an H100."""
+    shared = r"(#shared\d*) = #ttg\.nvmma_shared<\{swizzlingByteWidth = (\d+), transposed = false"
+    narrow = {name for name, width in re.findall(shared, layouts) if int(width) < 128}
+    product = r"warp_group_dot .*? \* !ttg\.memdesc<(\d+x\d+x\w+), (#shared\d*)"
+    return next((f"reads a {what} by rows" for what, name in re.findall(product, layouts) if name in narrow), "")
 
 
 def _nvidia_report(cubin: bytes, shared: int, tensor: int, target: Target) -> Report:

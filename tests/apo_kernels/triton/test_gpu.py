@@ -17,6 +17,7 @@ import torch
 
 import apo_kernels as ak
 from apo_kernels import reference
+from apo_kernels.aten import foreach_precondition_keep
 from tests.apo_kernels.triton import test_model
 from tests.apo_kernels.triton.examples import DTYPES, EVEN, ODD, TOLERANCE, Model, assert_close, model
 
@@ -45,6 +46,20 @@ def test_against_float64(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype
     for shape, each, expected_each in zip(shapes, found, layers.expected_vjp(), strict=True):
         for letter, x in zip("GABS", each, strict=True):
             assert_close(x, expected_each[letter], dtype, f"d{letter} of {shape}")
+
+
+@pytest.mark.parametrize("shapes", [ODD, EVEN], ids=["odd", "even"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", [None, 64, 16])
+def test_what_a_forward_keeps(side: int | None, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]) -> None:
+    layers = model(shapes, dtype, A=side, B=side, device="cuda")
+    Ys, kept = ak.foreach_precondition(*layers.operands, keep=True, backend="triton")
+    _, expected = foreach_precondition_keep(*([x.double() for x in tensors] for tensors in layers.operands))
+    for Y, Y_expected in zip(Ys, layers.expected(), strict=True):
+        assert_close(Y, Y_expected, dtype)
+    for shape, each, each_expected in zip(shapes, kept, expected, strict=True):
+        for name, x, x_expected in zip("UMW", each, each_expected, strict=True):
+            assert_close(x, x_expected, dtype, f"{name} of {shape}")
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])

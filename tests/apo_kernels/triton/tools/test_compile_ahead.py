@@ -79,11 +79,11 @@ for case in chosen:"""
     [
         ("pair", {"rows": 128, "cols": 256, "warps": 4}, "spills"),
         ("pair", {"rows": 128, "cols": 256, "stages": 6}, "shared memory"),
-        ("tile_backward", {"slab": 16, "warps": 8}, "8 warps along 64 rows"),
+        ("model_slopes", {"slab": 16, "warps": 4}, "reads a 64x16xf16 by rows"),
     ],
 )
 def test_the_check_sees_faults(stage: str, changes: dict[str, int], fault: str) -> None:
-    """The same check, on tiles that are far too large, warps that are far too few, and too many."""
+    """The same check, on tiles that are far too large, warps that are far too few, and slabs that are too narrow."""
     chosen = CHOSEN.replace("{stage!r}", repr(stage)).replace("{changes!r}", repr(changes))
     result = run(CHECK.replace("for case in cases(target, dtype):", chosen), "sm_90", "float16")
     assert result.returncode == 1, result.stderr[-2000:]
