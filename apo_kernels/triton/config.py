@@ -112,7 +112,6 @@ _MODEL: tuple[tuple[dict[str, Any], tuple[int, int, int]], ...] = (
     ({"side": _SMALL, "dtype": "float32"}, (16, 4, 0)),
     ({"side": 32, "target": "sm_90", "stage": "model_update"}, (0, 8, 0)),
     ({"side": _SMALL}, (0, 4, 0)),
-    ({"dtype": "float32", "target": "sm_90", "stage": "model_slopes", "way": _ALL}, (16, 8, 1)),
     ({"dtype": "float32", "target": "sm_90", "stage": "model_slopes"}, (16, 4, 1)),
     ({"dtype": "float32", "target": "sm_90"}, (16, 4, 0)),
     ({"dtype": "float32", "stage": "model_slopes"}, (16, 8, 1)),

@@ -399,7 +399,7 @@ def model_slopes(
             inner += tl.sum(ds, axis=1)
             ds *= -2 * length
             store_own(results, operands, layer, _DS, row0, at, rows, here, ds, SIDE, SLAB, WIDE_MATRICES)
-            db += product_sum(n, s * m, m, s * n, COMPUTE, PRECISION)
+            db = plus_products(db, n, s * m, m, s * n, COMPUTE, PRECISION)
         reach_b = tl.minimum(tl.load(shape + _GROUP_B), tl.load(shape + _COUNT_B) - first_B) * side_B
         store_sizes(results, own_part(operands, layer, _SIZE_B, j), first_B * side_B, reach_b, size_b, SIDE)
         store_own_squares(results, operands, layer, _DB, j, side_B, first_B, reach_b, -length * db, SIDE, WIDE_SQUARES)
@@ -416,19 +416,23 @@ def model_slopes(
             m = tl.trans(load_own(kept, operands, layer, _KEPT, top, col0, below, cols, SLAB, SIDE, WIDE_MATRICES))
             s = tl.trans(load_split(ps, sr, sc, top, col0, below, cols, part, True, SLAB, SIDE, WIDE_MATRICES))
             s *= s
-            da += product_sum(n, s * m, m, s * n, COMPUTE, PRECISION)
+            da = plus_products(da, n, s * m, m, s * n, COMPUTE, PRECISION)
         store_own_squares(results, operands, layer, _DA, i, side_A, first_A, reach, -length * da, SIDE, WIDE_SQUARES)
 
 
 @triton.jit
-def product_sum(n, tm, m, tn, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
-    """``N Tᵀ + M T_Nᵀ``."""
+def plus_products(found, n, tm, m, tn, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
+    """``found + N Tᵀ + M T_Nᵀ``."""
     n_, c_n = narrowed(n, COMPUTE)
     tm_, c_tm = narrowed(tm, COMPUTE)
-    found = tl.dot(n_, tl.trans(tm_), input_precision=PRECISION) * (c_n * c_tm)
     m_, c_m = narrowed(m, COMPUTE)
     tn_, c_tn = narrowed(tn, COMPUTE)
-    return found + tl.dot(m_, tl.trans(tn_), input_precision=PRECISION) * (c_m * c_tn)
+    if COMPUTE == tl.float16:  # with powers of two to multiply by
+        found += tl.dot(n_, tl.trans(tm_), input_precision=PRECISION) * (c_n * c_tm)
+        return found + tl.dot(m_, tl.trans(tn_), input_precision=PRECISION) * (c_m * c_tn)
+    else:
+        found = tl.dot(n_, tl.trans(tm_), found, input_precision=PRECISION)
+        return tl.dot(m_, tl.trans(tn_), found, input_precision=PRECISION)
 
 
 @triton.jit

@@ -215,11 +215,12 @@ def test_slopes_of_a_whole_model(dtype: torch.dtype, A: int | None, B: int | Non
         assert all(torch.equal(one, other) for one, other in zip(x, y, strict=True) if one is not None)
 
 
-def test_a_whole_models_tiles_are_many() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_whole_models_tiles_are_many(dtype: torch.dtype) -> None:
     """Those that lie well have a launch apart."""
-    own = test_model.layers([(512, 1024), (300, 500), (1024, 2048)], torch.bfloat16, pad=True).to("cuda")
-    test_model.check_step(own, torch.bfloat16, 0.25)
-    test_model.check_slopes(own, own.bind(), own.bind().keep(own.Gs), torch.bfloat16, ["ABS"] * 3, 5)
+    own = test_model.layers([(512, 1024), (300, 500), (1024, 2048)], dtype, pad=True).to("cuda")
+    test_model.check_step(own, dtype, 0.25)
+    test_model.check_slopes(own, own.bind(), own.bind().keep(own.Gs), dtype, ["ABS"] * 3, 5)
 
 
 @pytest.mark.parametrize("same_stream", [True, False])
