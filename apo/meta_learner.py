@@ -126,6 +126,7 @@ class MetaLearner(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were left out because their gradients weren't finite."""
+        self._settle()
         return int(self.param_groups[0]["apo_skipped_steps"])
 
     @property
@@ -209,6 +210,7 @@ class MetaLearner(Optimizer):
         return found | {name: float(count) for name, count in counts.items()}
 
     def _take(self, closure: Closure | None, *, move: bool) -> Any:
+        self._settle()
         forget_casts(self._gathering)  # gathered weights would stand in the parameters' places
         self._renew()
         self._shards = Shards(self.parameters)
@@ -237,7 +239,7 @@ class MetaLearner(Optimizer):
         with autocast.lifted():
             scaling.unscale()
             forget_casts(self._gathering)
-            if not self._gradients_are_finite(scaling):
+            if not (move and not meta and self._judged_late(scaling)) and not self._gradients_are_finite(scaling):
                 if move:
                     self._skip(meta, scaling)
                 return loss
@@ -516,6 +518,14 @@ class MetaLearner(Optimizer):
         self._gradient_scale = most if most > HUGE else 1.0
         return math.isfinite(most)
 
+    def _judged_late(self, scaling: Scaling) -> bool:
+        """Whether the coming step leaves itself out, on the device, where its gradients aren't finite, and
+        :meth:`_settle` learns of it afterwards: so that nothing waits for the device."""
+        return False
+
+    def _settle(self) -> None:
+        """Count the last step as skipped, if it was."""
+
     def _skip(self, meta: bool, scaling: Scaling) -> None:
         """Leave out a step whose gradients aren't finite. A GradScaler's overflows say nothing of φ."""
         self._count("apo_skipped_steps")
@@ -564,6 +574,7 @@ class MetaLearner(Optimizer):
 
         B′ is not part of it: an iterable begins anew, a callable goes on from whatever it draws from.
         """
+        self._settle()
         found: dict[str, Any] = tree_map(apart, super().state_dict())
         return found
 
@@ -600,6 +611,7 @@ class MetaLearner(Optimizer):
         """Refuse a state that doesn't fit, before anything is loaded."""
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         return {
             name: value
             for name, value in self.__dict__.items()

@@ -20,8 +20,10 @@ from apo import checks
 from apo.arena import Arena, Parts
 from apo.fisher_sample import FisherSample
 from apo.fisher_start import FisherStart
+from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
 from apo.inner_products import inner_products, norms
+from apo.late_verdict import LateVerdict
 from apo.look_back import LookBack
 from apo.matrix_view import matrix_views
 from apo.meta_learner import Elsewhere, MetaLearner, Trial, apart
@@ -45,6 +47,8 @@ from apo.trial import Lookahead, Undisturbed
 
 __all__ = ["APO"]
 
+JUDGED_AT_ONCE = 100
+"""Steps after one that left itself out: huge gradients, which are divided first, may be what there is."""
 MOVED_EVERY = 10
 """Meta-updates between two moves of P's scale to the rates."""
 
@@ -101,6 +105,8 @@ class APO(MetaLearner):
         TypeError, ValueError: an argument isn't as above; at a step: a sparse gradient, by its parameter's name.
     """
 
+    JUDGED_LATE: ClassVar = frozenset({"cuda"})
+    """Kinds of devices where to look at the gradients would be to wait for them."""
     NUMBERS: ClassVar = {
         "apo_most_promised": math.inf,
         "apo_mean_loss": math.nan,
@@ -139,6 +145,8 @@ class APO(MetaLearner):
         self._sample = FisherSample()
         self._look = LookBack()
         self._promise: Tensor | float = 1.0
+        self._verdict_to_come: LateVerdict | None = None
+        self._late, self._judged_at_once = False, 0
         self._process_group = process_group
         defaults = {
             "lr": lr,
@@ -348,6 +356,24 @@ class APO(MetaLearner):
             most=self.param_groups[0]["apo_most_promised"],
             shares=self._each(lambda group: taken * get_rate(group) * _carried(group) * promise),
         )
+        if self._late:
+            self._verdict_to_come = LateVerdict(self._promise)
+
+    def _judged_late(self, scaling: Scaling) -> bool:
+        self._gradient_scale = 1.0
+        promised = self.param_groups[0]["apo_most_promised"]
+        self._judged_at_once = max(0, self._judged_at_once - 1)
+        device = self.layers[0].S.device.type if self.layers else "cpu"
+        self._late = (
+            device in self.JUDGED_LATE and promised < math.inf and not scaling.active and not self._judged_at_once
+        )
+        return self._late
+
+    def _settle(self) -> None:
+        self._late, verdict, self._verdict_to_come = False, self._verdict_to_come, None
+        if verdict is not None and not verdict.taken:
+            self._count("apo_skipped_steps")
+            self._promise, self._judged_at_once = 1.0, JUDGED_AT_ONCE
 
     @staticmethod
     def _start_momentum(layers: Sequence[PreconditionedLayer]) -> None:

@@ -72,7 +72,8 @@ class ModelPreconditioner:
             v ← momentum · v + lr · f · P(G)
             θ ← (1 − lr · weight_decay) θ − v
 
-        where ``f <= 1`` keeps ``Σ share · ⟨G, P(G)⟩`` at ``most``, if that is finite.
+        where ``f <= 1`` keeps ``Σ share · ⟨G, P(G)⟩`` at ``most``, if that is finite. Where the sum itself isn't, for a
+        gradient that has an infinite entry or NaN, nothing is written, and f is NaN.
 
         Args:
             thetas: the weights, in parts like ``Gs``; written where the part of G isn't None.

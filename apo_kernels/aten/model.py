@@ -144,13 +144,15 @@ class AtenModel:
         Ys: list[Tensor] = []
         if present:
             Ys, _ = self._directions(Gs, norms=norms)
+        rates: Sequence[float] | None = lr
         if norms is None:
-            f, rates = self._like.new_ones(()), lr
+            f = self._like.new_ones(())
         elif self._like.is_cpu:
             f, rates = self._bounded(norms, shares or (), total, most, lr)
         else:
-            f, rates = self._scaled(norms, self._share(shares or (), present), total, most, Ys), lr
-        if not present:
+            f = self._scaled(norms, self._share(shares or (), present), total, most, Ys)
+            rates = None if bool(f.isnan()) else lr
+        if not present or rates is None:
             return f
         shrink = [1 - rate * decay for rate, decay in zip(lr, weight_decay, strict=True)]
         self._update(thetas, Gs, present, momentum_buffers, Ys, rates, momentum, shrink, carry=True)
@@ -163,16 +165,19 @@ class AtenModel:
         total: Callable[[Tensor], None] | None,
         most: float,
         lr: Sequence[float],
-    ) -> tuple[Tensor, Sequence[float]]:
-        """What keeps the promise at ``most``, and the rates times it. It is added up layer by layer, so that it is the
-        same to the bit wherever the layers are."""
+    ) -> tuple[Tensor, Sequence[float] | None]:
+        """What keeps the promise at ``most``, and the rates times it; NaN and None where it isn't finite. It is added
+        up layer by layer, so that it is the same to the bit wherever the layers are."""
         terms = [0.0] * len(self._Ss)
         for layer, norm in zip(self._layers, torch.cat(list(norms)).tolist() if norms else (), strict=bool(norms)):
             terms[layer] += shares[layer] * norm * norm
         if total is not None:
             total(of_all := torch.tensor(terms, dtype=torch.float64))
             terms = of_all.tolist()
-        bound = max(sum(terms), most)
+        promised = sum(terms)
+        if not math.isfinite(promised):
+            return self._like.new_full((), math.nan), None
+        bound = max(promised, most)
         factor = most / bound if bound else 1.0
         return self._like.new_full((), factor), [rate * factor for rate in lr] if factor != 1 else lr
 
@@ -189,7 +194,7 @@ class AtenModel:
         promised = squares.sum().mul_(share) if isinstance(share, float) else torch.dot(squares, share)
         if total is not None:
             total(promised)
-        f = torch.where(promised <= most, 1.0, most / promised)
+        f = torch.where(promised <= most, 1.0, most / promised) + (promised - promised)  # NaN where that isn't finite
         for Y in Ys:
             Y.mul_(f)
         return f

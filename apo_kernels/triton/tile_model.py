@@ -319,13 +319,24 @@ def model_apply(
 ):
     """``v ← μ v + lr · f · P(G)``, ``θ ← shrink θ − v`` for ``ROWS × COLS`` of a layer.
 
-    ``f = most / max(sum, most)``, from the sum of the promises in ``sums[0]``; it goes to ``sums[1]``.
+    ``f = most / max(sum, most)``, from the sum of the promises in ``sums[0]``; it goes to ``sums[1]``. Where the sum
+    isn't finite, f is NaN, and nothing else is written.
     """
     entry = tiles + tl.program_id(0) * 4
     layer, row0, col0 = tl.load(entry).to(tl.int64), tl.load(entry + 1).to(tl.int64), tl.load(entry + 2).to(tl.int64)
     most = tl.load(numbers + tl.load(entry + 3) * _NUMBERS)
-    f = most / tl.maximum(tl.load(sums), most, propagate_nan=tl.PropagateNan.ALL)
+    promised = tl.load(sums)
+    f = most / tl.maximum(promised, most, propagate_nan=tl.PropagateNan.ALL) + (promised - promised)
     tl.store(sums + 1, f, mask=tl.program_id(0) == 0)
+    if f == f:
+        applied(f, layers, operands, numbers, workspace, layer, row0, col0, TYPE_THETA, TYPE_THETA_BIAS, ROWS, COLS)
+
+
+@triton.jit
+def applied(
+    f, layers, operands, numbers, workspace, layer, row0, col0,
+    TYPE_THETA: tl.constexpr, TYPE_THETA_BIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     shape = layers + layer * LAYER_FIELDS
     rows = tl.minimum(tl.load(shape + _M) - row0, ROWS).to(tl.int32)
     cols = tl.minimum(tl.load(shape + _N) - col0, COLS).to(tl.int32)

@@ -13,6 +13,13 @@ from torch import Tensor, nn
 import apo
 from tests.apo.helpers import closure_of, mlp, same, weights
 
+
+class JudgedLate(apo.APO):
+    """As on a GPU: its plain steps don't wait for the gradients."""
+
+    JUDGED_LATE = frozenset({"cpu"})
+
+
 FRONT_ENDS: dict[str, Callable[..., Any]] = {
     "AdaptiveLR": lambda model, goal: apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), goal),
     "AdaptiveLR of AdamW": lambda model, goal: apo.AdaptiveLR(torch.optim.AdamW(model.parameters(), lr=1e-2), goal),
@@ -25,7 +32,7 @@ each_front_end = pytest.mark.parametrize("front_end", FRONT_ENDS)
 def trained(front_end: str, dtype: torch.dtype = torch.float32) -> tuple[Any, nn.Module, Callable[[], Tensor]]:
     """Three steps on, so that there is a state; only plain steps follow."""
     model, x, t, other = mlp(dtype=dtype)
-    opt = FRONT_ENDS[front_end](model, apo.ProximalObjective(model, [other]))
+    opt = {**FRONT_ENDS, "judged late": JudgedLate}[front_end](model, apo.ProximalObjective(model, [other]))
     closure = closure_of(opt, model, x, t)
     for _ in range(3):
         opt.step(closure)
@@ -37,7 +44,7 @@ def spoil(parameter: Tensor, change: Callable[[Tensor], Tensor]) -> Any:
     return parameter.register_hook(change)
 
 
-@each_front_end
+@pytest.mark.parametrize("front_end", [*FRONT_ENDS, "judged late"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("trial", [False, True])
 def test_left_out_and_counted_with_weights_and_state_intact(front_end: str, value: float, trial: bool) -> None:
@@ -62,7 +69,7 @@ def test_left_out_and_counted_with_weights_and_state_intact(front_end: str, valu
     assert opt.skipped_steps == 1
 
 
-@pytest.mark.parametrize("front_end", ["AdaptiveLR", "APO"])
+@pytest.mark.parametrize("front_end", ["AdaptiveLR", "APO", "judged late"])
 def test_bfloat16_gradients(front_end: str) -> None:
     opt, model, closure = trained(front_end, torch.bfloat16)
     before = weights(model)
@@ -100,6 +107,37 @@ def test_the_largest_finite_gradients_are_not_taken_for_infinite(front_end: str,
         handle.remove()
     assert opt.skipped_steps == 0
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_where_steps_are_judged_late_huge_gradients_cost_one() -> None:
+    """Then they are looked at first, and divided."""
+    opt, model, closure = trained("judged late")
+    handles = [spoil(p, lambda g: torch.full_like(g, 3.3e38)) for p in model.parameters()]
+    before = weights(model)
+    opt.step(closure)
+    assert same(weights(model), before)
+    opt.step(closure)
+    for handle in handles:
+        handle.remove()
+    assert opt.skipped_steps == 1
+    assert not same(weights(model), before)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_judged_late_or_at_once_steps_are_the_same() -> None:
+    """To the bit, and a copy made between a step and its verdict knows it."""
+    found = []
+    for front_end in ("APO", "judged late"):
+        opt, model, closure = trained(front_end)
+        for i in range(6):
+            handle = spoil(model[0].weight, lambda g, i=i: g * float("nan") if i == 3 else g)
+            opt.step(closure)
+            handle.remove()
+            if i == 3:
+                assert copy.deepcopy(opt).param_groups[0]["apo_skipped_steps"] == 1
+        assert opt.state_dict()["param_groups"][0]["apo_skipped_steps"] == 1
+        found.append(weights(model))
+    assert same(*found)
 
 
 def test_a_large_step_of_the_preconditioner_goes_where_the_gradient_points() -> None:

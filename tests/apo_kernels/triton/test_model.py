@@ -509,10 +509,15 @@ def test_a_process_without_gradients_adds_its_part_to_the_sum() -> None:
     assert step(own, own.bind(), 3.0).item() == 1
 
 
-def test_a_promise_that_isnt_a_number_stops_the_step() -> None:
-    own = layers([(7, 12)], torch.float32)
-    own.Gs[0][0][0, 0] = torch.nan  # type: ignore[index]
+@pytest.mark.parametrize("entry", [torch.nan, torch.inf, 1e30])
+def test_a_promise_that_isnt_a_number_stops_the_step(entry: float) -> None:
+    """Of all layers: nothing is written."""
+    own = layers([(7, 12), (9, 30)], torch.float32)
+    own.Gs[0][0][0, 0] = entry  # type: ignore[index]
+    before = [x.clone() for parts in (*own.thetas, own.buffers) for x in parts if x is not None]
     assert step(own, own.bind(), 1.0).isnan()
+    after = [x for parts in (*own.thetas, own.buffers) for x in parts if x is not None]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("most", [math.inf, 3.0])
