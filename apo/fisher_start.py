@@ -9,8 +9,9 @@ where P can represent it, is Theorem 1's ``(F + δI)⁻¹``, up to scale. Q goes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,15 +102,23 @@ class FisherStart:
         energies = arena.of_phi(*arena.operator.energies(Ws))
         arena.sum_blocks_(energies)
         each = iter(energies)
-        means, found, weights = [], [], []
+        means, weights = [], []
+        found: list[Tensor] = []
+        sizes: dict[int, float] = {}
         for layer, W in zip(arena.layers, Ws, strict=True):
             whole = layer.view.whole or layer.view
             for name, part, energy in zip(layer.learned, layer.phi, each, strict=False):
                 if energy is not None:
+                    if name != "S":
+                        sizes[len(found)] = float(whole.m if name == "A" else whole.n)
                     means.append(part.buffers[self.ENERGY])
-                    found.append(energy if name == "S" else energy / (whole.m if name == "A" else whole.n))
+                    found.append(energy)
             if W is not None:
                 weights.append(layer.parts["S"].buffers[self.WEIGHT])
+        if sizes:
+            divided = torch._foreach_div([found[at] for at in sizes], list(sizes.values()))
+            for at, energy in zip(sizes, divided, strict=True):
+                found[at] = energy
         if means:
             torch._foreach_lerp_(means, found, 1 - self.BETA)
         if weights:
@@ -127,55 +136,111 @@ class FisherStart:
             return
         noises = _noise(layers) if delta else [None] * len(layers)
         weights = [layer.parts["S"].buffers[self.WEIGHT].item() for layer in layers]
-        sums = []
-        for layer, noise, weight in zip(layers, noises, weights, strict=True):
-            own = layer.parts["S"].buffers[self.ENERGY].sum() / weight
-            sums.append(own if noise is None else own.add_(noise.total, alpha=delta))
-        whole = sum_over(torch.stack(sums), [layer.view.over for layer in layers])
-        tau = whole.sum() / sum(layer.view.entries for layer in layers)
+        tau = self._mean_energy(layers, noises, weights, delta)
         if not bool(tau > 0):
             return
         rate = self.RATE * max(0.0, 1 - done / self.updates)
+        scalings: list[_Scaling] = []
+        alike: dict[tuple[int, torch.dtype], list[_Block]] = {}
         for layer, noise, weight in zip(layers, noises, weights, strict=True):
             if not layer.view.held:
                 continue
             for name, part in zip(layer.learned, layer.phi, strict=True):
                 energy = part.buffers[self.ENERGY]
                 if name == "S":
-                    self._step_scaling(part.tensor, energy, weight, noise, delta, tau, rate)
+                    for piece in _pieces(part.tensor):
+                        at = () if noise is None else noise.squares(piece)
+                        scalings.append(_Scaling(part.tensor[piece], energy[piece], weight, at))
                     continue
-                mean = energy / weight
-                if noise is not None:
-                    mean.add_(noise.of_block[name], alpha=delta)
-                R = self._relative(mean, tau, layer.view.n if name == "A" else layer.view.m).mul_(rate)
-                part.tensor.sub_(part.tensor @ R)
-                energy.sub_(R @ energy)
-                energy.sub_(energy @ R)
+                length = layer.view.n if name == "A" else layer.view.m
+                own = _Block(part.tensor, energy, weight, None if noise is None else noise.of_side[name], length)
+                alike.setdefault((part.tensor.shape[-1], part.tensor.dtype), []).append(own)
+        for pieces in _cached(scalings):
+            self._step_scalings(pieces, delta, tau, rate)
+        for blocks in alike.values():
+            self._step_blocks(blocks, delta, tau, rate)
 
-    @staticmethod
-    def _step_scaling(
-        S: Tensor, energy: Tensor, weight: float, noise: Noise | None, delta: float, tau: Tensor, rate: float
-    ) -> None:
-        for part in _pieces(S):
-            own, seen = S[part], energy[part]
-            mean = seen / weight
-            if noise is not None:
-                a, b = noise.squares(part)
-                mean.addcmul_(own.square().mul_(a), b * delta)
-            factor = mean.sub(tau).div_(mean.add_(tau)).mul_(-rate).exp_()
-            own.mul_(factor)
-            seen.mul_(factor.square_())
+    def _mean_energy(
+        self, layers: Sequence[PreconditionedLayer], noises: Sequence[Noise | None], weights: list[float], delta: float
+    ) -> Tensor:
+        """τ."""
+        seen = [layer.parts["S"].buffers[self.ENERGY] for layer in layers]
+        sums = torch.stack([x.sum() for x in seen]).div_(torch.tensor(weights, device=seen[0].device))
+        totals = [noise.total if noise is not None else seen[0].new_zeros(()) for noise in noises]
+        if delta:
+            sums.add_(torch.stack(totals), alpha=delta)
+        whole = sum_over(sums, [layer.view.over for layer in layers])
+        return whole.sum() / sum(layer.view.entries for layer in layers)
 
-    def _relative(self, a: Tensor, tau: Tensor, length: int) -> Tensor:
+    def _step_blocks(self, blocks: Sequence[_Block], delta: float, tau: Tensor, rate: float) -> None:
+        """All blocks of one side at once."""
+        tensors, energies = [own.tensor for own in blocks], [own.energy for own in blocks]
+        X, energy = (torch.cat([_squares(x) for x in each]) for each in (tensors, energies))
+        counts = [own.tensor.numel() // X[0].numel() for own in blocks]
+        if alone := len(X) == 1:  # torch multiplies one square by other operations than several, and so to other bits
+            X, energy = X.expand(2, -1, -1), energy.expand(2, -1, -1)
+        a = energy / _of_squares([own.weight for own in blocks], counts, X)
+        if delta:
+            of_side = torch.cat([_rows(own) for own in blocks])
+            a.addcmul_(torch.bmm(X.mT, X), of_side.unsqueeze(-2), value=delta)
+        R = self._relative(a, tau, zip(blocks, counts, strict=True)).mul_(rate)
+        X, energy = X - torch.bmm(X, R), energy - torch.bmm(R, energy)
+        energy -= torch.bmm(energy, R)
+        for targets, found in ((tensors, X), (energies, energy)):
+            parts = torch.split(found[: len(found) - alone], counts)
+            torch._foreach_copy_(targets, [x.view(to.shape) for x, to in zip(parts, targets, strict=True)])
+
+    def _relative(self, a: Tensor, tau: Tensor, blocks: Iterable[tuple[_Block, int]]) -> Tensor:
         """R of each square, kept to its greatest norm."""
         scale = (a.diagonal(dim1=-2, dim2=-1) + tau).rsqrt()
         a.diagonal(dim1=-2, dim2=-1).sub_(tau)
-        rest = length % a.shape[-1]
-        if rest:  # of the last square, what sticks out has no energies
-            a.diagonal(dim1=-2, dim2=-1).select(-2, -1)[..., rest:] = 0
+        first = 0
+        for own, count in blocks:
+            rest = own.length % a.shape[-1]
+            if rest:  # of the last square, what sticks out has no energies
+                last = a[first : first + count].view(own.tensor.shape)[..., -1, :, :]
+                last.diagonal(dim1=-2, dim2=-1)[..., rest:] = 0
+            first += count
         R = a.mul_(scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2))
         norm = torch.linalg.vector_norm(R, dim=(-2, -1), keepdim=True)
         return R.mul_(self.LONGEST / norm.clamp_min_(self.LONGEST))
+
+    @staticmethod
+    def _step_scalings(pieces: Sequence[_Scaling], delta: float, tau: Tensor, rate: float) -> None:
+        own, seen = [x.tensor for x in pieces], [x.energy for x in pieces]
+        means = torch._foreach_div(seen, [x.weight for x in pieces])
+        if delta:
+            noise = torch._foreach_mul(own, own)
+            torch._foreach_mul_(noise, [x.squares[0] for x in pieces])
+            torch._foreach_addcmul_(means, noise, [x.squares[1] for x in pieces], delta)
+            del noise
+        factors = torch._foreach_add(means, tau, alpha=-1)
+        torch._foreach_add_(means, tau)
+        torch._foreach_div_(factors, means)
+        torch._foreach_mul_(factors, -rate)
+        torch._foreach_exp_(factors)
+        torch._foreach_mul_(own, factors)
+        torch._foreach_mul_(seen, factors)
+        torch._foreach_mul_(seen, factors)
+
+
+class _Scaling(NamedTuple):
+    """A piece of S with its energies, their weight, and the columns' squares of A and of B, if there is noise."""
+
+    tensor: Tensor
+    energy: Tensor
+    weight: float
+    squares: tuple[Tensor, ...]
+
+
+class _Block(NamedTuple):
+    """A block with its energies, their weight, what noise gives each column of its side, and the side's length."""
+
+    tensor: Tensor
+    energy: Tensor
+    weight: float
+    of_side: Tensor | None
+    length: int
 
 
 @dataclass
@@ -186,13 +251,14 @@ class Noise:
         a, b: the squared norms of the columns of A and of B, ``(*batch, 1, n)`` and ``(*batch, m, 1)``: S's energies
             are ``S² ⊙ b a``.
         total: their sum.
-        of_block: those of A and of B, where these are learned.
+        of_side: where A is learned, ``Σ_i S_ij² ‖B_:i‖² / m``, by which the columns of ``AᵀA`` give those of A; for B
+            likewise.
     """
 
     a: Tensor
     b: Tensor
     total: Tensor
-    of_block: dict[str, Tensor] = field(default_factory=dict)
+    of_side: dict[str, Tensor] = field(default_factory=dict)
 
     def squares(self, part: slice) -> tuple[Tensor, Tensor]:
         """``a`` and ``b`` of a piece of S."""
@@ -203,32 +269,60 @@ def _noise(layers: Sequence[PreconditionedLayer]) -> list[Noise | None]:
     """None for layers that others own."""
     found: list[Noise | None] = []
     sums: dict[str, list[tuple[PreconditionedLayer, Noise, Tensor]]] = {"A": [], "B": []}
+    held = [layer for layer in layers if layer.view.held]
+    squares = _column_squares([x for layer in held for x in (layer.A, layer.B)])
+    of_columns, sides = [], []
     for layer in layers:
         if not layer.view.held:
             found.append(None)
             continue
-        a, b = _column_squares(layer.A, layer.S, -1).unsqueeze(-2), _column_squares(layer.B, layer.S, -2).unsqueeze(-1)
-        own = Noise(a, b, a.new_zeros(()))
-        of_rows, of_columns = [], []
-        for part in _pieces(layer.S):
-            S2, (a_here, b_here) = layer.S[part].square(), own.squares(part)
-            of_rows.append((S2 @ a_here.mT).squeeze(-1))
-            of_columns.append((b_here.mT @ S2).squeeze(-2))
-        columns = torch.stack(of_columns).sum(0) if layer.S.ndim == 2 else torch.cat(of_columns)
-        own.total = (columns * a.squeeze(-2)).sum()
-        for side, x in (("A", columns), ("B", torch.cat(of_rows))):
+        S = layer.S
+        a, b = _along(next(squares), layer.A, S, -1).unsqueeze(-2), _along(next(squares), layer.B, S, -2).unsqueeze(-1)
+        own = Noise(a, b, a)
+        rows, columns = [], []
+        for part in _pieces(S):
+            S2, (a_here, b_here) = S[part].square(), own.squares(part)
+            rows.append((S2 @ a_here.mT).squeeze(-1))
+            columns.append((b_here.mT @ S2).squeeze(-2))
+        in_all = columns[0] if len(columns) == 1 else torch.stack(columns).sum(0) if S.ndim == 2 else torch.cat(columns)
+        of_columns.append(in_all)
+        sides.append(a.squeeze(-2))
+        for side, x in (("A", in_all), ("B", rows[0] if len(rows) == 1 else torch.cat(rows))):
             if side in layer.learned:
                 sums[side].append((layer, own, x))
         found.append(own)
+    totals = iter(torch._foreach_norm(torch._foreach_mul(of_columns, sides), ord=1) if held else ())  # all >= 0
+    for noise in found:
+        if noise is not None:
+            noise.total = next(totals)
     # summed over the ranks that hold other rows, or other columns
     pairs = [(x, layer.parts[side].alike) for side, each in sums.items() for layer, _, x in each]
     sum_over_([x for x, _ in pairs], [alike for _, alike in pairs])
-    for side, each in sums.items():
-        for layer, own, x in each:
-            block, whole = layer.parts[side].tensor, layer.view.whole or layer.view
-            x.div_(whole.m if side == "A" else whole.n)
-            own.of_block[side] = block.mT @ block * ak.by_square(x, block).unsqueeze(-2)
+    each = [(side, own, x, layer.view.whole or layer.view) for side, of in sums.items() for layer, own, x in of]
+    sizes = [float(whole.m if side == "A" else whole.n) for side, *_, whole in each]
+    means = torch._foreach_div([x for *_, x, _ in each], sizes) if each else ()
+    for (side, own, *_), mean in zip(each, means, strict=True):
+        own.of_side[side] = mean
     return found
+
+
+def _squares(block: Tensor) -> Tensor:
+    """A full block or a stack, in batches or not, as squares one after the other."""
+    return block.reshape(-1, *block.shape[-2:])
+
+
+def _rows(own: _Block) -> Tensor:
+    """What noise gives each column of a block, square by square."""
+    assert own.of_side is not None
+    return ak.by_square(own.of_side, own.tensor).reshape(-1, own.tensor.shape[-1])
+
+
+def _of_squares(values: list[float], counts: list[int], like: Tensor) -> float | Tensor:
+    """A number of each block's: one, where it is the same, or one for each square."""
+    if len(set(values)) == 1:
+        return values[0]
+    each = torch.tensor(values, dtype=like.dtype).repeat_interleave(torch.tensor(counts))
+    return each.to(like.device, non_blocking=True)[:, None, None]
 
 
 def _pieces(S: Tensor) -> list[slice]:
@@ -238,7 +332,33 @@ def _pieces(S: Tensor) -> list[slice]:
     return [slice(first, first + step) for first in range(0, max(count, 1), step)]
 
 
-def _column_squares(block: Tensor, S: Tensor, dim: int) -> Tensor:
-    """The squared norm of each column of a full block or a stack of squares, along a side of S."""
-    squares = block.square().sum(-2)
+def _cached(pieces: Sequence[_Scaling]) -> Iterator[list[_Scaling]]:
+    """As many at a time as stay in a CPU's cache; elsewhere all."""
+    found: list[_Scaling] = []
+    entries = 0
+    for piece in pieces:
+        if found and piece.tensor.device.type == "cpu" and entries + piece.tensor.numel() > AT_A_TIME:
+            yield found
+            found, entries = [], 0
+        found.append(piece)
+        entries += piece.tensor.numel()
+    if found:
+        yield found
+
+
+def _column_squares(blocks: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The squared norm of each column, in the shape of ``block[..., 0]``; those of one side at once."""
+    alike: dict[tuple[int, torch.dtype], list[int]] = {}
+    for i, block in enumerate(blocks):
+        alike.setdefault((block.shape[-1], block.dtype), []).append(i)
+    found: dict[int, Tensor] = {}
+    for places in alike.values():
+        sums = torch.cat([_squares(blocks[i]) for i in places]).square_().sum(-2)
+        parts = torch.split(sums, [blocks[i][..., 0].numel() // sums.shape[-1] for i in places])
+        found |= {i: part.view(blocks[i].shape[:-1]) for i, part in zip(places, parts, strict=True)}
+    return (found[i] for i in range(len(blocks)))
+
+
+def _along(squares: Tensor, block: Tensor, S: Tensor, dim: int) -> Tensor:
+    """What there is for each column of a block, along a side of S."""
     return squares if block.ndim == S.ndim else squares.flatten(-2)[..., : S.shape[dim]]

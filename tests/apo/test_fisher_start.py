@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import apo
+import apo_kernels as ak
 from apo.arena import Arena
 from apo.fisher_start import FisherStart, _noise
 from apo.preconditioner import PreconditionedLayer
@@ -135,7 +136,9 @@ def test_energies_of_noise_are_those_expected(settings: dict[str, Any]) -> None:
         layer.A[-1, rest:, rest:] = torch.eye(len(layer.A[-1]) - rest).double()
     (noise,) = _noise([layer])
     assert noise is not None
-    expected = {**noise.of_block, "S": layer.S**2 * noise.a * noise.b}
+    blocks = {name: layer.parts[name].tensor for name in noise.of_side}
+    expected = {name: x.mT @ x * ak.by_square(noise.of_side[name], x).unsqueeze(-2) for name, x in blocks.items()}
+    expected["S"] = layer.S**2 * noise.a * noise.b
     assert noise.total.isclose(expected["S"].sum())
     arena, start = Arena(), FisherStart(1)
     arena.take_in([layer])

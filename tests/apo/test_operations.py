@@ -29,6 +29,8 @@ FREE = (
 
 PLAIN, META = 25, 200
 """Most operations of a step; measured: 18 and 189."""
+START = 12
+"""Most operations of the start for each layer; measured: 8."""
 
 
 class Operations(TorchDispatchMode):
@@ -70,12 +72,14 @@ class Chain(nn.Module):
 Take = Callable[[], Any]
 
 
-def trained(layers: int, operations: Operations, patch: pytest.MonkeyPatch, *, meta: bool) -> tuple[apo.APO, Take]:
+def trained(
+    layers: int, operations: Operations, patch: pytest.MonkeyPatch, *, meta: bool, start: int = 0
+) -> tuple[apo.APO, Take]:
     """An optimizer that has taken a few steps, and what takes one more."""
     torch.manual_seed(0)
     model = Chain(layers, operations)
     x, t, other = torch.randn(16, 32), torch.randint(32, (16,)), torch.randn(16, 32)
-    opt = apo.APO(model, apo.ProximalObjective(model, [other]), interval=1, method=apo.Method(fisher_start=0))
+    opt = apo.APO(model, apo.ProximalObjective(model, [other]), interval=1, method=apo.Method(fisher_start=start))
     backward = Tensor.backward
 
     def uncounted(*args: Any, **kwargs: Any) -> None:
@@ -114,6 +118,19 @@ def test_a_step_takes_as_many_operations_for_many_layers_as_for_few(
         found.append(operations.counts)
     assert found[0] == found[1] == found[2]
     assert 0 < found[0].total() <= most
+
+
+def test_the_start_takes_few_operations_for_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a meta-step's, and the sample's backward pass."""
+    found = []
+    for layers in (9, 33):
+        operations = Operations()
+        with monkeypatch.context() as patch:
+            _, take = trained(layers, operations, patch, meta=True, start=100)
+            with operations:
+                take()
+        found.append(operations.counts.total())
+    assert found[1] - found[0] <= START * 24
 
 
 @pytest.mark.parametrize(
