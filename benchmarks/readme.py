@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.common import results
 from benchmarks.common.tables import markdown, short
-from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, FULL, NAMES
+from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, FULL, INVERSE, NAMES
 from benchmarks.paper import overhead
 from benchmarks.paper.report import peers
 from benchmarks.paper.report.runs import SeedGroup, collect, grouped
@@ -23,6 +23,7 @@ from benchmarks.paper.training.search_files import COMMITTED
 ROOT = Path(__file__).parent.parent
 RESULTS = COMMITTED / "amd-epyc"
 STEP_RESULTS = COMMITTED / "intel-xeon"
+GPU_RESULTS = COMMITTED / "nvidia-h100"
 COMPILED_RESULTS = COMMITTED / "triton-3.7.1"
 TITLES = {
     "mlp": "MLP 784-1000-1000-10",
@@ -138,14 +139,42 @@ def _by_rate(outcomes: list[dict[str, Any]]) -> dict[float, tuple[float, float]]
 
 
 def _overhead() -> str:
-    """A table for each model and machine, the MLP's first."""
-    tables = []
-    for path in sorted(COMMITTED.glob("*/overhead*.json"), key=lambda path: (path.stem, path)):
-        content = results.load(path)
-        title = content.get("title", "MLP 784-1000-1000-10, batch 100, interval 10, threads 1, width 1")
-        rows = overhead.rows(content["contestants"])
-        tables += [f"{title}, {content['environment']['device']}:", markdown(overhead.COLUMNS, rows, numbers=True)]
-    return "\n\n".join(tables)
+    """A table for each model and CPU, the MLP's first."""
+    found = (path for path in COMMITTED.glob("*/overhead*.json") if path.parent != GPU_RESULTS)
+    return "\n\n".join(map(_step_costs, sorted(found, key=lambda path: (path.stem, path))))
+
+
+def _gpu_overhead() -> str:
+    return "\n\n".join(map(_step_costs, sorted(GPU_RESULTS.glob("overhead*.json"))))
+
+
+def _step_costs(path: Path) -> str:
+    content = results.load(path)
+    title = content.get("title", "MLP 784-1000-1000-10, batch 100, interval 10, threads 1, width 1")
+    table = markdown(overhead.COLUMNS, overhead.rows(content["contestants"]), numbers=True)
+    return f"{title}, {content['environment']['device']}:\n\n{table}"
+
+
+def _gpu() -> str:
+    """The machine in a line, and the kernels' times in every dtype."""
+    content = results.load(GPU_RESULTS / "throughput-graphs.json")
+    environment = content["environment"]
+    versions = "torch {torch}, Triton {triton}".format(**environment["packages"])
+    rates = ", ".join(f"{x / 1e12:.0f} TFLOP/s in {name}" for name, x in content["matmul_flops_per_s"].items())
+    machine = (
+        f"Measured on {content['device_name']}, {versions}, Python {environment['python']}, "
+        f"whose matrix products reach {rates}, and whose copies reach {content['copy_bytes_per_s'] / 1e9:,.0f} GB/s."
+    )
+    cells: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in content["rows"]:
+        cells.setdefault((TITLES[row["model"]], row["operation"], row["dtype"]), {})[row["contestant"]] = row
+    names = (FULL, BLOCKS, CHAIN, INVERSE)
+    rows = [
+        [*what, *(_milliseconds(own[name]) for name in names), f"{own[BLOCKS]['share_of_copy']:.0%}"]
+        for what, own in cells.items()
+    ]
+    header = ["ms", "", "", *names, f"{BLOCKS}: share of copy bandwidth"]
+    return f"{machine}\n\n{markdown(header, rows, numbers=True)}"
 
 
 KERNELS = {
@@ -266,6 +295,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "stability": _stability,
     "learning rates": _learning_rates,
     "overhead": _overhead,
+    "gpu": _gpu,
+    "gpu_overhead": _gpu_overhead,
     "targets": _targets,
     "study": _study,
     "tasks": _tasks,

@@ -11,7 +11,7 @@ PACKAGES = ("apo_kernels", "apo", "benchmarks")
 
 LONGEST_FUNCTION, LONGEST_KERNEL = 80, 120
 MOST_PARAMETERS = 14
-MOST_LINES_OF_BENCHMARKS = 8000
+MOST_LINES_OF_BENCHMARKS = 8_100
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from statistics import mean
 
 import pytest
 
 from benchmarks import readme
 from benchmarks.common import results
+from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, FULL, INVERSE
 from benchmarks.paper.overhead import AT_FIRST, BY_DEFAULT, FIRST_STEPS
 from benchmarks.paper.peers import RATES
 from benchmarks.paper.report import peers
 from benchmarks.paper.studies.tables import summary
 from tests.docs.pages import DOCS, ROOT
+
+README = ROOT / "README.md"
+BETWEEN = "APO, blocks of 64, after one meta-update"
+
+
+def words_of(page: Path) -> str:
+    """A page's text, without its line breaks."""
+    return " ".join(page.read_text().split())
+
+
+def spread(found: Iterable[float], form: str = ".1f") -> str:
+    found = list(found)
+    return f"{min(found):{form}} to {max(found):{form}}"
 
 
 @pytest.mark.parametrize("page", readme.PAGES)
@@ -32,21 +47,17 @@ def test_what_the_prose_says_of_a_steps_cost() -> None:
     }
     assert ratios.keys() == {"", "lenet", "resnet18", "transformer"}  # the MLP's name is left out
     each = ratios.values()
-
-    def spread(*found: float) -> str:
-        return " to ".join(f"{x:.1f}" if x < 4 else f"{x:.0f}" for x in (min(found), max(found)))
-
     mlp, *others = sorted((own[BY_DEFAULT] for own in each), reverse=True)
     assert mlp == ratios[""][BY_DEFAULT]
-    assert spread(*others) == "1.1 to 1.3"
+    assert spread(others) == "1.1 to 1.3"
     assert f"{mlp:.1f}" == "2.9"
-    assert spread(*(own[AT_FIRST] for own in each)) == "5 to 17"
-    assert spread(*(own[AT_FIRST] / own["APO, blocks of 64, after one meta-update"] for own in each)) == "5 to 6"
-    assert spread(*(own["AdaptiveLR on SGDm"] for own in each)) == "1.3 to 1.5"
-    assert spread(*(own[name] for own in each for name in ("AdamW, foreach", "AdamW, fused"))) == "1.0 to 1.4"
+    assert spread((own[AT_FIRST] for own in each), ".0f") == "5 to 17"
+    assert spread((own[AT_FIRST] / own[BETWEEN] for own in each), ".0f") == "5 to 6"
+    assert spread(own["AdaptiveLR on SGDm"] for own in each) == "1.3 to 1.5"
+    assert spread(own[name] for own in each for name in ("AdamW, foreach", "AdamW, fused")) == "1.0 to 1.4"
     assert FIRST_STEPS == 40
-    for page, times in ((ROOT / "README.md", "times"), (DOCS / "choosing.md", "×")):
-        text = " ".join(page.read_text().split())
+    for page, times in ((README, "times"), (DOCS / "choosing.md", "×")):
+        text = words_of(page)
         assert f"1.3 to 1.5 {times} " in text
         assert "(AdamW: 1.0 to 1.4)" in text
         assert "1.1 to 1.3 " in text
@@ -120,7 +131,7 @@ def test_what_the_experiments_say_of_the_study() -> None:
     runs = results.load(readme.COMMITTED / "studies" / "meta-update.json")["runs"]
     losses = {name: {task: cell[0] for task, cell in row.items()} for name, row in summary(runs).items()}
     size, length, bare = losses["default"], losses["by length + WSD"], losses["λ_WSD 0"]
-    text = " ".join((DOCS / "experiments.md").read_text().split())
+    text = words_of(DOCS / "experiments.md")
     for said in (
         f"{size['digits-autoencoder']:.1f} against {length['digits-autoencoder']:.1f} on the autoencoder",
         f"{size['diabetes']:.1e} against {length['diabetes']:.1e} on diabetes",
@@ -129,3 +140,109 @@ def test_what_the_experiments_say_of_the_study() -> None:
         f"on diabetes {losses['warm-up 50']['diabetes']:.3g} if only",
     ):
         assert said in text, said
+
+
+def test_what_is_said_of_the_kernels_on_a_gpu() -> None:
+    content = results.load(readme.GPU_RESULTS / "throughput-graphs.json")
+    rows = {(row["model"], row["operation"], row["dtype"], row["contestant"]): row for row in content["rows"]}
+    timed = [(model, operation) for model in ("mlp", "resnet18", "transformer") for operation in ("apply", "step")]
+    assert {key[:2] for key in rows} == set(timed)
+
+    def of(contestant: str, *dtypes: str, key: str = "median_ms") -> list[float]:
+        return [rows[(*each, dtype, contestant)][key] for each in timed for dtype in dtypes]
+
+    def ratios(over: str, under: str, *dtypes: str) -> list[float]:
+        return [x / y for x, y in zip(of(over, *dtypes), of(under, *dtypes), strict=True)]
+
+    def shares(contestant: str, *dtypes: str) -> str:
+        return spread((100 * x for x in of(contestant, *dtypes, key="share_of_matmul")), ".0f")
+
+    three = "fp32", "bf16", "fp16"
+    off = [abs(row[side] / row["median_ms"] - 1) for row in rows.values() for side in ("low_ms", "high_ms")]
+    work = [x / y for x, y in zip(of(FULL, "fp32", key="gflop"), of(BLOCKS, "fp32", key="gflop"), strict=True)]
+    halved = [x / y for x, y in zip(of(BLOCKS, "bf16"), of(BLOCKS, "fp32"), strict=True)]
+    copied = [100 * x for x in of(BLOCKS, *three, key="share_of_copy")]
+    in_bf16 = {each: f"{x:.1f}" for each, x in zip(timed, ratios(CHAIN, BLOCKS, "bf16"), strict=True)}
+    full = {each: f"{x:.1f}" for each, x in zip(timed, ratios(CHAIN, FULL, "bf16"), strict=True)}
+    applied, stepped = ([in_bf16[m, how] for m in ("resnet18", "transformer", "mlp")] for how in ("apply", "step"))
+    text = words_of(DOCS / "benchmarks.md")
+    for sentence in (
+        f"the median of {spread((row['rounds'] for row in rows.values()), 'd')} rounds",
+        f"whose quartiles lie within {100 * max(off):.0f}% of it",
+        f"In bf16 full blocks are {spread(ratios(CHAIN, FULL, 'bf16'))} times as fast",
+        f"in fp16 {spread(ratios(CHAIN, FULL, 'fp16'))} times.",
+        f"In fp32 there is no gain: they take {spread(ratios(FULL, CHAIN, 'fp32'), '.2f')} times the chain's time.",
+        f"In 16 bits the chain reaches {shares(CHAIN, 'bf16', 'fp16')}% on these layers",
+        f"and full blocks {shares(FULL, 'bf16', 'fp16')}%. In fp32 the chain reaches {shares(CHAIN, 'fp32')}%",
+        f"and full blocks {shares(FULL, 'fp32')}%.",
+        f"They take {spread(work, '.0f')} times fewer operations. In bf16 an apply is {applied[0]} times as fast on",
+        f"ResNet-18, {applied[1]} times on the Transformer and {applied[2]} times on the MLP;",
+        "a step {}, {} and {} times.".format(*stepped),
+        f"In fp32 full blocks take {spread(ratios(FULL, INVERSE, 'fp32'))} times as long",
+        f"in bf16 {spread(ratios(FULL, INVERSE, 'bf16'), '.2f')} times.",
+        f"Blocks of 64 are {spread(ratios(INVERSE, BLOCKS, *three))} times as fast as the inverses.",
+        f"They use {spread(copied, '.0f')}% of the copy bandwidth. In bf16, with half the bytes, they take",
+        f"{spread(halved, '.2f')} of fp32's time.",
+    ):
+        assert sentence in text, sentence
+    text = words_of(README)
+    for sentence in (
+        f"is {full['resnet18', 'step']} times as fast as in plain torch for ResNet-18's layers",
+        f"and {full['transformer', 'step']} times for a Transformer's.",
+        f"With blocks of 64 it is {stepped[0]} and {stepped[1]} times as fast as plain torch with full ones.",
+        f"blocks of 64 use {spread(copied, '.0f')}% of the H100's copy bandwidth.",
+    ):
+        assert sentence in text, sentence
+
+
+def test_what_is_said_of_single_layers_on_a_gpu() -> None:
+    content = results.load(readme.GPU_RESULTS / "throughput-graphs.json")
+    times = {(row["m"], row["n"], row["contestant"]): row["median_ms"] for row in content["by_shape"]}
+    shapes = {key[:2] for key in times}
+    assert [n % 2 for _, n in shapes].count(0) == 1
+    full, blocks = ([times[(*shape, name)] / times[(*shape, CHAIN)] for shape in shapes] for name in (FULL, BLOCKS))
+    slower, behind = ([x for x in each if x > 1] for each in (full, blocks))
+    assert len(behind) == 4
+    text = words_of(DOCS / "benchmarks.md")
+    assert f"on {len(slower)} of {len(shapes)} shapes they take {spread(slower)} times the chain's time." in text
+    assert f"Blocks of 64 take up to {max(behind):.1f} times the chain's time on four small shapes." in text
+
+
+def test_what_is_said_of_a_training_step_on_a_gpu() -> None:
+    found = results.load(readme.GPU_RESULTS / "overhead-resnet18.json")["contestants"]
+    at = {name: row["ratio"] for name, row in found.items()}
+    on_cpu = {
+        name: row["ratio"]
+        for name, row in results.load(readme.STEP_RESULTS / "overhead-resnet18.json")["contestants"].items()
+    }
+    off = {name: max(abs(x / row["step_seconds"] - 1) for x in row["spread"]) for name, row in found.items()}
+    peak = {name: f"{row['peak_memory']:.1f}" for name, row in found.items()}
+    rates, fused = at["AdaptiveLR on SGDm"], at["AdamW, fused"]
+    assert max(off, key=lambda name: off[name]) == "AdamW, fused"
+    text = words_of(DOCS / "benchmarks.md")
+    for sentence in (
+        f"There are {spread((row['periods'] for row in found.values()), 'd')} samples of each.",
+        f"SGDm's quartiles lie up to {off['SGDm']:.0%} from the median",
+        f"and fused AdamW's up to {max(off.values()):.0%}, so ratios are rough.",
+        f"costs {at[BY_DEFAULT]:.2f} SGDm steps after the warm-up, and {at[BETWEEN]:.2f} between two meta-updates.",
+        f"these are {on_cpu[BY_DEFAULT]:.2f} and {on_cpu[BETWEEN]:.2f}.",
+        f"In its first 40 steps it costs {at[AT_FIRST]:.1f} SGDm steps",
+        f"and {at[AT_FIRST] / at[BETWEEN]:.1f} times as much as between meta-updates.",
+        f"On the CPU these are {on_cpu[AT_FIRST]:.1f} and {on_cpu[AT_FIRST] / on_cpu[BETWEEN]:.1f}.",
+        f"costs {at['APO, blocks of 64']:.1f} SGDm steps, KFAC {at['KFAC']:.1f} and SOAP {at['SOAP']:.1f}.",
+        f"`AdaptiveLR` costs {rates:.2f}, Muon {at['Muon']:.2f} and fused AdamW {fused:.2f}.",
+        f"{peak[BY_DEFAULT]} times the weights, SGDm's {peak['SGDm']} times and KFAC's {peak['KFAC']} times.",
+    ):
+        assert sentence in text, sentence
+    assert spread((at["AdamW, foreach"], fused)) == "1.1 to 1.1"
+    default, first = f"{at[BY_DEFAULT]:.1f}", f"{at[AT_FIRST]:.0f}"
+    longer = f"{at[AT_FIRST] / at[BETWEEN]:.0f}"
+    text = words_of(README)
+    assert (
+        f"| {rates:.1f} times SGD's time (AdamW: 1.1) | {default} times; {first} times in the first 40 steps |" in text
+    )
+    assert f"5 to 6 plain steps' time, on the H100 {longer}." in text
+    text = words_of(DOCS / "choosing.md")
+    assert f"| on an H100 | {rates:.1f} × (AdamW: 1.1) | {default} ×; {first} × in the first 40 steps |" in text
+    assert f"on an H100 {longer} times." in text
+    assert f"costs {at[BY_DEFAULT]:.2f} SGDm steps on an H100, against {on_cpu[BY_DEFAULT]:.2f} on a CPU" in text
