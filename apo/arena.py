@@ -36,10 +36,12 @@ class Arena:
         self.owners = owners or Owners()
         self.layers: list[PreconditionedLayer] = []
         self._operator: ak.ModelPreconditioner | None = None
+        self._thetas: dict[int, tuple[list[Any], list[Tensor | None]]] = {}
 
     def renew(self) -> None:
         """Notice that layers were added, or that their tensors were replaced."""
         self._operator = None
+        self._thetas = {}
 
     @property
     def operator(self) -> ak.ModelPreconditioner:
@@ -119,11 +121,18 @@ class Arena:
         for i, layer in enumerate(self.layers):
             if Gs[i] is None:
                 continue
-            own = thetas[i] = layer.view.matrices(map(local, layer.view.parameters))
-            weight, matrix = local(layer.view.weight), own[0]
-            assert matrix is not None
-            if layer.view.held and matrix.data_ptr() != weight.data_ptr():
-                copies.append((weight.transpose(0, 1) if layer.view.transposed else weight, matrix))
+            weights = [local(p) for p in layer.view.parameters]
+            places = [(x.data_ptr(), x.stride()) for x in weights]
+            if i in self._thetas and self._thetas[i][0] == places:  # they are views of the weights, still
+                thetas[i] = self._thetas[i][1]
+                continue
+            own = thetas[i] = layer.view.matrices(weights)
+            assert own[0] is not None
+            if layer.view.held and own[0].data_ptr() != weights[0].data_ptr():
+                weight = weights[0]
+                copies.append((weight.transpose(0, 1) if layer.view.transposed else weight, own[0]))
+            elif layer.view.held:
+                self._thetas[i] = places, own
         found = write(thetas)
         for weight, matrix in copies:
             weight.copy_(matrix.view(weight.shape))
@@ -195,4 +204,5 @@ class Arena:
         return {"layers": self.layers, "owners": self.owners}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layers, self.owners, self._operator = state["layers"], state["owners"], None
+        self.layers, self.owners = state["layers"], state["owners"]
+        self.renew()

@@ -41,13 +41,14 @@ class HeldParameters:
                 found.append((full, p, now))
         return found
 
-    def check(self) -> None:
+    @staticmethod
+    def refuse(replaced: Sequence[tuple[str, Tensor, Tensor]]) -> None:
         """Refuse to go on with parameters that aren't the model's any more.
 
         Raises:
             ValueError: some were replaced, by name.
         """
-        for name, held, now in self.replaced():
+        for name, held, now in replaced:
             raise ValueError(
                 f"the optimizer must be built after the model's parameters are final, but {name} was replaced since: "
                 f"a {type(held).__name__} of {held.dtype} on {held.device} by a {type(now).__name__} of {now.dtype} "

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -111,9 +112,9 @@ class MatrixView:
     owner: int | None = None
     held: bool = True
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+    @cached_property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,21 +136,26 @@ class MatrixView:
         rows = side(self.m, block_size, max_dim) if self.mixes_rows else Side(self.m, 1)
         return side(self.n, block_size, max_dim), rows
 
-    @property
+    @cached_property
     def widths(self) -> tuple[int, ...]:
         """Of the matrices of :attr:`parameters`, which lie side by side."""
         return (self.n,) if self.bias is None or not self.held else (self.n - 1, 1)
 
+    @cached_property
+    def _shapes(self) -> list[torch.Size]:
+        return [torch.Size((*self.batch, self.m, width)) for width in self.widths]
+
     def matrices(self, parts: Iterable[Tensor | None]) -> list[Tensor | None]:
         """Tensors in the shapes of :attr:`parameters`, of DTensors this rank's parts, as matrices
         ``(*batch, m, width)`` that lie side by side. Views where they can be."""
-        weight, *biases = parts
         if not self.held:
             return [local(self.weight).new_empty(self.shape)]
-        if weight is not None:
-            weight = weight.transpose(0, 1) if self.transposed else weight
-            weight = weight.reshape(*self.batch, self.m, self.widths[0])
-        return [weight, *(None if x is None else x.reshape(*self.batch, self.m, 1) for x in biases)]
+        found: list[Tensor | None] = []
+        for x, shape in zip(parts, self._shapes, strict=True):
+            if x is not None and self.transposed and not found:
+                x = x.transpose(0, 1)
+            found.append(x if x is None or x.shape == shape else x.reshape(shape))
+        return found
 
     def joined(self, matrices: Sequence[Tensor | None] | None) -> Tensor:
         """The matrix ``(*batch, m, n)`` of :meth:`matrices`; None counts as zeros."""

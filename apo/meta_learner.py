@@ -482,7 +482,7 @@ class MetaLearner(Optimizer):
 
     def _renew(self) -> None:
         """Take up what was changed since the last step: groups, the parameters' dtype and device, the rates."""
-        self._held.check()
+        self._held.refuse(self._held.replaced())
 
     def _sign(self) -> float:
         """1 where the loss is minimized, −1 where it is maximized."""

@@ -294,9 +294,11 @@ class APO(MetaLearner):
             for _, held, now in replaced
         ):
             self._adopt({id(held): now for _, held, now in replaced})
-        super()._renew()
-        held = {id(p) for layer in self.layers for p in layer.view.parameters}
-        if held != {id(p) for p in self.parameters if p.numel()}:
+            replaced = self._held.replaced()
+        self._held.refuse(replaced)
+        given = [id(p) for p in self.parameters if p.numel()]
+        held = [id(p) for layer in self.layers for p in layer.view.parameters]
+        if len(given) != len(held) or set(given) != set(held):
             raise ValueError(
                 "param_groups must hold the parameters that they were given, but something replaced them: build the "
                 "optimizer after fully_shard or accelerate's prepare"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from operator import is_
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from apo.trial.random_state import generator_state, is_generator, restore_generator
 from apo.trial.restoring import set_version
 
-__all__ = ["Attributes", "Content", "place"]
+__all__ = ["Attributes", "Content", "place", "restored"]
 
 
 class Content:
@@ -22,6 +23,9 @@ class Content:
     A tensor may be expanded, overlap itself, be read-only, or have been made under inference mode.
     """
 
+    LOOKED_AT: ClassVar = frozenset({"cpu"})
+    """Kinds of devices where it is free to look whether a tensor changed: elsewhere it is a synchronisation."""
+
     def __init__(self, tensor: Tensor) -> None:
         self._held = tensor
         self._inference = tensor.is_inference()
@@ -29,21 +33,33 @@ class Content:
         self._memory = tensor.detach()
         self._content = self._part(self._memory).clone()
 
-    def restore(self) -> None:
+    def restore(self, later: list[Content]) -> None:
+        """Put it back, or note in ``later`` that its memory is to be written, together with others'."""
         held, memory = self._held, self._memory
         with torch.inference_mode() if self._inference else torch.no_grad():
             if place(held) != place(memory):
                 held.data = memory
             part = self._part(memory)
-            if self._changed(part):
+            plain = part.layout == torch.strided and type(part) is Tensor
+            if plain and not self._inference and part.device.type not in self.LOOKED_AT:
+                later.append(self)
+                return
+            if not (plain and part.device.type in self.LOOKED_AT and torch.equal(part, self._content)):
                 part.copy_(self._content)
-        if self._version is not None and held._version != self._version:
-            set_version(held, self._version)
+        self._settle()
 
-    def _changed(self, part: Tensor) -> bool:
-        # to look is free on the CPU, and a synchronisation elsewhere
-        compared = part.device.type == "cpu" and part.layout == torch.strided and type(part) is Tensor
-        return not (compared and torch.equal(part, self._content))
+    @classmethod
+    def write(cls, later: list[Content]) -> None:
+        """Write the memory of those noted."""
+        if later:
+            with torch.no_grad():
+                torch._foreach_copy_([x._part(x._memory) for x in later], [x._content for x in later])
+            for x in later:
+                x._settle()
+
+    def _settle(self) -> None:
+        if self._version is not None and self._held._version != self._version:
+            set_version(self._held, self._version)
 
     @staticmethod
     def _part(tensor: Tensor) -> Tensor:
@@ -114,7 +130,7 @@ class Attributes:
             for item in value:
                 self._save(item)
 
-    def restore(self) -> None:
+    def restore(self, later: list[Content]) -> None:
         own = self._module.__dict__
         if len(own) != len(self._all) or not all(map(is_, own.values(), self._all)):
             self._put_back(own)
@@ -123,7 +139,7 @@ class Attributes:
             buffers.clear()
             buffers.update(self._buffers)
         for value, content in self._contents.values():
-            _restore_content(value, content)
+            _restore_content(value, content, later)
 
     def _put_back(self, own: dict[str, Any]) -> None:
         for name, value in self._values.items():
@@ -135,9 +151,17 @@ class Attributes:
                 del own[name]
 
 
-def _restore_content(value: Any, content: Any) -> None:
+def restored(contents: Iterable[Content | Attributes]) -> None:
+    """Put all of it back."""
+    later: list[Content] = []
+    for each in contents:
+        each.restore(later)
+    Content.write(later)
+
+
+def _restore_content(value: Any, content: Any, later: list[Content]) -> None:
     if isinstance(content, Content):
-        content.restore()
+        content.restore(later)
     elif isinstance(value, np.ndarray):
         if not np.array_equal(value, content):
             value[...] = content

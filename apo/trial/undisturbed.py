@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from apo.sharding import local
-from apo.trial.contents import Attributes, Content
+from apo.trial.contents import Attributes, Content, restored
 from apo.trial.random_state import random_state, restore_random_state
 from apo.trial.restoring import surely
 from apo.trial.walk import modules_of
@@ -91,8 +91,7 @@ class Undisturbed:
 
         Gradients stay.
         """
-        for content in self._contents:
-            content.restore()
+        restored(self._contents)
         for module, flag in self._flags:
             _set_flag(module, flag if self._train or isinstance(module, nn.RNNBase) else False)
 
@@ -158,8 +157,7 @@ class Undisturbed:
             tensor.grad = None
 
     def _restore(self) -> None:
-        for held in self._contents:
-            held.restore()
+        restored(self._contents)
         for owner, train in self._own_train.items():
             owner.train = train  # type: ignore[attr-defined]
         for hooks, former in self._hooks:

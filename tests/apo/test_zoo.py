@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import apo
+from apo.trial.contents import Content
 
 WIDTH, CLASSES = 8, 3
 
@@ -460,7 +461,13 @@ def test_an_exception_leaves_all_as_the_closure_did(kind: str, front_end: str, c
 
 @each_kind
 @each_front_end
-def test_a_refused_trial_leaves_all_as_the_closure_did(kind: str, front_end: str) -> None:
+@pytest.mark.parametrize("looked_at", [True, False])
+def test_a_refused_trial_leaves_all_as_the_closure_did(
+    kind: str, front_end: str, looked_at: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nobody looks whether a tensor changed, as on a GPU: then all are written at once."""
+    if not looked_at:
+        monkeypatch.setattr(Content, "LOOKED_AT", frozenset())
     expected, refused = (Run(kind, front_end, lr=1e30) for _ in range(2))
     seed(1)
     expected.closure()
