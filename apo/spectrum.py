@@ -24,6 +24,10 @@ from apo.preconditioner import PreconditionedLayer
 __all__ = ["Spectrum", "SpectrumRow", "sampled_gradients", "spectrum_of"]
 
 
+MOST_NAMED = 12
+"""Lines of a picture that are named."""
+
+
 @dataclass(frozen=True)
 class SpectrumRow:
     """The directions of a layer whose curvature is in one decade; of all layers together ``layer`` is ``"all"``.
@@ -46,7 +50,7 @@ class SpectrumRow:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """``print`` it for a table.
+    """``print`` it for a table, or :meth:`draw` it.
 
     Attributes:
         rows: layer by layer and then all layers together, from the largest curvature down.
@@ -61,6 +65,20 @@ class Spectrum:
     def of(self, layer: str = "all") -> tuple[SpectrumRow, ...]:
         """The rows of a layer, or of all of them together."""
         return tuple(row for row in self.rows if row.layer == layer)
+
+    def draw(self, axes: Any) -> None:
+        """Draw the shares over the curvatures on axes of matplotlib's: a line for each layer, and one for all together.
+
+        Where P is the inverse the lines are level; under SGD they rise as the curvature does.
+        """
+        layers = list(dict.fromkeys(row.layer for row in self.rows))
+        for layer in layers:
+            rows = self.of(layer)
+            style = {"color": "black", "linewidth": 2.5} if layer == "all" else {"linewidth": 1.0}
+            axes.plot([row.curvature for row in rows], [row.share for row in rows], marker="o", label=layer, **style)
+        axes.set(xscale="log", yscale="log", xlabel="curvature f", ylabel="share of a Newton step, lr·p·(f + δ)")
+        if 0 < len(layers) <= MOST_NAMED:
+            axes.legend()
 
     def __str__(self) -> str:
         lines = [("layer", "curvature", "directions", "lr·p", "lr·p·(f + δ)")]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import apo
 import apo_kernels as ak
-from apo.spectrum import _along_basis
+from apo.spectrum import SpectrumRow, _along_basis
 from tests.apo.helpers import apo_of, closure_of, convnet, mlp, objective, weights
 
 
@@ -33,6 +33,23 @@ def test_sgd_steps_as_far_in_all_directions() -> None:
     assert decades == sorted(decades, reverse=True)
     assert decades[0] - decades[-1] >= 3
     assert sum(row.directions for row in found.of()) + found.flat == 20
+
+
+@pytest.mark.parametrize("layers", [1, 2, 20])
+def test_a_picture_has_a_line_for_each_layer(layers: int) -> None:
+    """Through what the rows say; level where P is the inverse. Only a few lines are named."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    names = [*(f"{i}.weight" for i in range(layers)), "all"]
+    rows = [SpectrumRow(name, decade, 3, 10.0**decade, 0.1, 2.0) for name in names for decade in (0, -1, -3)]
+    axes = figure.subplots()
+    apo.Spectrum(tuple(rows), samples=32, flat=0).draw(axes)
+    assert [line.get_label() for line in axes.lines] == names
+    for line in axes.lines:
+        assert list(line.get_xdata()) == [1.0, 0.1, 1e-3]
+        assert list(line.get_ydata()) == [2.0] * 3
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert (axes.get_legend() is None) == (layers == 20)
+    figure.canvas.draw()
 
 
 def test_curvatures_are_those_of_the_fisher_matrix() -> None:
