@@ -21,13 +21,19 @@ _FIELDS = tl.constexpr(len(PackField))
 
 @triton.jit
 def load_widened(address, code, base, offset, mask):
-    """Entries at ``base + offset`` of a float32 (``code`` 0), float16 (1) or bfloat16 (2) matrix, in float32."""
+    """Entries at ``base + offset`` of a float32 (``code`` 0), float16 (1) or bfloat16 (2) matrix, in float32.
+
+    Of the columns the compiler is told what it is told in :mod:`~apo_kernels.triton.primitives`.
+    """
     if code == 0:
-        x = tl.load(address.to(tl.pointer_type(tl.float32)) + base + offset, mask=mask, other=0)
+        wide = address.to(tl.pointer_type(tl.float32)) + base + offset
+        x = tl.load(tl.max_contiguous(wide, [1, 2]), mask=mask, other=0)
     elif code == 1:
-        x = tl.load(address.to(tl.pointer_type(tl.float16)) + base + offset, mask=mask, other=0).to(tl.float32)
+        half = address.to(tl.pointer_type(tl.float16)) + base + offset
+        x = tl.load(tl.max_contiguous(half, [1, 2]), mask=mask, other=0).to(tl.float32)
     else:
-        x = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + base + offset, mask=mask, other=0).to(tl.float32)
+        brain = address.to(tl.pointer_type(tl.bfloat16)) + base + offset
+        x = tl.load(tl.max_contiguous(brain, [1, 2]), mask=mask, other=0).to(tl.float32)
     return x
 
 

@@ -86,7 +86,10 @@ def field(table, row, FIELD: tl.constexpr, FIELDS: tl.constexpr):
 
 
 # ``WIDE`` in what follows: a matrix's columns are adjacent, and its address and row stride such that the compiler can
-# move 16 bytes at a time.
+# move 16 bytes at a time. Elsewhere it is told that neighbouring columns are adjacent, as they mostly are
+# (``max_contiguous``, where the addresses arise: of a function's argument it would go unseen), so that it gives them to
+# neighbouring threads. Triton 3.6 by itself gives these neighbouring rows, in a tenth of the bandwidth of an H100. One
+# entry at a time is moved for all that, for alignment is unknown.
 
 
 @triton.jit
@@ -125,14 +128,6 @@ def packed(operands, layer, role, TYPE: tl.constexpr):
 
 
 @triton.jit
-def along_rows(offset):
-    """``offset``, of which the compiler takes columns for adjacent, as they mostly are: so neighbouring threads get
-    neighbouring columns. By itself it would give them neighbouring rows: a tenth of the bandwidth of an H100. It
-    doesn't move more than an entry at a time for that, because of the addresses nothing is known."""
-    return tl.max_contiguous(offset, [1, 2])
-
-
-@triton.jit
 def tile_offsets(row_stride, col_stride, row0, col0, R: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr):
     """Where a tile's corner lies in its matrix (int64), and its entries from there on (int32)."""
     down = tl.arange(0, R)[:, None] * row_stride.to(tl.int32)
@@ -140,7 +135,7 @@ def tile_offsets(row_stride, col_stride, row0, col0, R: tl.constexpr, C: tl.cons
         return row0 * row_stride + col0, down + tl.arange(0, C)[None, :]
     else:
         corner = row0 * row_stride + col0 * col_stride
-        return corner, along_rows(down + tl.arange(0, C)[None, :] * col_stride.to(tl.int32))
+        return corner, down + tl.arange(0, C)[None, :] * col_stride.to(tl.int32)
 
 
 @triton.jit
@@ -153,7 +148,10 @@ def load_tile(
     """
     inside = (tl.arange(0, R) < rows)[:, None] & (tl.arange(0, C) < cols)[None, :]
     corner, offset = tile_offsets(row_stride, col_stride, row0, col0, R, C, WIDE)
-    return tl.load(pointer + corner + offset, mask=inside, other=0)
+    if WIDE:
+        return tl.load(pointer + corner + offset, mask=inside, other=0)
+    else:
+        return tl.load(tl.max_contiguous(pointer + corner + offset, [1, 2]), mask=inside, other=0)
 
 
 @triton.jit
@@ -174,7 +172,10 @@ def store_tile(
     """``x`` into ``X[row0 :, col0 :]``, as far as ``rows`` and ``cols`` (counted in the tile)."""
     inside = (tl.arange(0, R) < rows)[:, None] & (tl.arange(0, C) < cols)[None, :]
     corner, offset = tile_offsets(row_stride, col_stride, row0, col0, R, C, WIDE)
-    tl.store(pointer + corner + offset, storable(x, TYPE), mask=inside)
+    if WIDE:
+        tl.store(pointer + corner + offset, storable(x, TYPE), mask=inside)
+    else:
+        tl.store(tl.max_contiguous(pointer + corner + offset, [1, 2]), storable(x, TYPE), mask=inside)
 
 
 @triton.jit
@@ -187,7 +188,7 @@ def diagonal_offsets(r, c, row_stride, col_stride, square_stride, side):
     square = r // side
     down = square * square_stride.to(tl.int32) + (r - square * side) * row_stride.to(tl.int32)
     across = c % side * col_stride.to(tl.int32)
-    return along_rows(down[:, None] + across[None, :]), square[:, None] == (c // side)[None, :]
+    return down[:, None] + across[None, :], square[:, None] == (c // side)[None, :]
 
 
 @triton.jit
@@ -214,7 +215,11 @@ def load_squares(
     else:
         r, c = tl.arange(0, R), col0 + tl.arange(0, C)
         offset, on_diagonal = diagonal_offsets(r, c, row_stride, col_stride, square_stride, side)
-        x = tl.load(pointer + offset, mask=on_diagonal & (r < limit)[:, None] & (c < limit)[None, :], other=0)
+        x = tl.load(
+            tl.max_contiguous(pointer + offset, [1, 2]),
+            mask=on_diagonal & (r < limit)[:, None] & (c < limit)[None, :],
+            other=0,
+        )
     return x
 
 
@@ -242,7 +247,11 @@ def store_squares(
     else:
         r, c = row0 + tl.arange(0, R), col0 + tl.arange(0, C)
         offset, on_diagonal = diagonal_offsets(r, c, row_stride, col_stride, square_stride, side)
-        tl.store(pointer + offset, storable(x, TYPE), mask=on_diagonal & (r < limit)[:, None] & (c < limit)[None, :])
+        tl.store(
+            tl.max_contiguous(pointer + offset, [1, 2]),
+            storable(x, TYPE),
+            mask=on_diagonal & (r < limit)[:, None] & (c < limit)[None, :],
+        )
 
 
 @triton.jit

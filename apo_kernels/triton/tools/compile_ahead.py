@@ -99,6 +99,7 @@ class Report:
         matrix: matrix instructions by name.
         instructions: all instructions: a kernel of a few has been miscompiled to a trap.
         astray: a product that may read beyond its operand, in words (:func:`_astray`).
+        scattered: how many loads and stores give neighbouring threads neighbouring rows.
     """
 
     registers: int
@@ -108,6 +109,7 @@ class Report:
     matrix: dict[str, int]
     instructions: int
     astray: str = ""
+    scattered: int = 0
 
     def faults(self, case: KernelCase, target: Target) -> list[str]:
         """Why this must not be a default, in words; empty if it may be."""
@@ -124,6 +126,8 @@ class Report:
             found.append(f"only {self.instructions} instructions")
         if self.astray:
             found.append(self.astray)
+        if self.scattered:
+            found.append(f"{self.scattered} loads and stores down the columns")
         return found
 
 
@@ -276,10 +280,18 @@ def compile_case(case: KernelCase, target: Target) -> Report:
         options={"num_warps": case.warps, "num_stages": case.stages},
     )
     shared = int(compiled.metadata.shared)
+    layouts = compiled.asm["ttgir"]
     if target.backend == "hip":
-        return _amd_report(compiled.asm["amdgcn"], shared, target)
-    report = _nvidia_report(compiled.asm["cubin"], shared, int(compiled.metadata.tmem_size or 0), target)
-    return replace(report, astray=_astray(compiled.asm["ttgir"]))
+        report = _amd_report(compiled.asm["amdgcn"], shared, target)
+    else:
+        report = _nvidia_report(compiled.asm["cubin"], shared, int(compiled.metadata.tmem_size or 0), target)
+    return replace(report, astray=_astray(layouts), scattered=_scattered(layouts))
+
+
+def _scattered(layouts: str) -> int:
+    down = set(re.findall(r"(#blocked\d*) = #ttg\.blocked<\{.*order = \[0, 1\]", layouts))
+    moved = re.findall(r"tt\.(?:load|store) .*tensor<\d+x\d+x!tt\.ptr<\w+>, (#blocked\d*)>", layouts)
+    return sum(layout in down for layout in moved)
 
 
 def _astray(layouts: str) -> str:

@@ -86,3 +86,16 @@ def test_the_check_sees_faults(stage: str, changes: dict[str, int], fault: str) 
     result = run(CHECK, "sm_90", "float16", stage, json.dumps(changes))
     assert result.returncode == 1, result.stderr[-2000:]
     assert fault in result.stdout
+
+
+def test_loads_down_the_columns_are_seen() -> None:
+    from apo_kernels.triton.tools.compile_ahead import _scattered
+
+    text = """
+    #blocked = #ttg.blocked<{sizePerThread = [1, 1], threadsPerWarp = [32, 1], warpsPerCTA = [2, 2], order = [0, 1]}>
+    #blocked1 = #ttg.blocked<{sizePerThread = [1, 8], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1], order = [1, 0]}>
+    %g = tt.load %p, %mask, %zero : tensor<64x64x!tt.ptr<bf16>, #blocked>
+    %b = tt.load %q, %mask, %zero : tensor<64x64x!tt.ptr<bf16>, #blocked1>
+    tt.store %r, %y, %mask : tensor<64x64x!tt.ptr<f32>, #blocked>
+    """
+    assert _scattered(text) == 2
