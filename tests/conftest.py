@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
@@ -20,3 +24,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A GPU that has faulted is of no more use to its process: a worker of xdist's ends there, and another goes on."""
+    on_gpu = item.get_closest_marker("gpu") is not None
+    try:
+        yield
+        if on_gpu:
+            torch.cuda.synchronize()  # so that the test that did it is the one that fails
+    except RuntimeError as error:
+        if on_gpu and "CUDA error" in str(error) and "PYTEST_XDIST_WORKER" in os.environ:
+            print(f"{item.nodeid}: {error}", file=sys.stderr, flush=True)
+            os._exit(3)
+        raise
