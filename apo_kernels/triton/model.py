@@ -370,7 +370,7 @@ class TritonModel:
 def _factor(most: float, total: Callable[[Tensor], None], like: Tensor) -> Tensor:
     """What keeps the promise at ``most`` where this process has none: the others wait for its part of the sum."""
     total(promise := torch.zeros_like(like))
-    return most / promise.clamp_min_(most)
+    return most / promise.clamp_min(most) + (promise - promise)  # NaN where it isn't finite
 
 
 def _places(tensors: Sequence[Tensor | None]) -> list[int]:

@@ -506,6 +506,7 @@ def test_a_process_without_gradients_adds_its_part_to_the_sum() -> None:
     own = layers([(7, 12), (9, 30)], torch.float32)
     own.Gs = [None, None]
     assert step(own, own.bind(), 3.0, total=lambda x: x.add_(12)).item() == pytest.approx(0.25)
+    assert step(own, own.bind(), 3.0, total=lambda x: x.add_(torch.inf)).isnan()
     assert step(own, own.bind(), 3.0).item() == 1
 
 
