@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import Optimizer
+from torch.optim import Optimizer, RMSprop
 
 from apo import checks
 from apo.grad_scaler import Scaling
@@ -215,9 +215,26 @@ class AdaptiveLR(MetaLearner):
 
     def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Attempt:
         assert self._rehearsal is not None
-        attempt, self._rehearsal = _Attempt(self._rehearsal, lookahead), None
-        attempt.rehearsal.rehearse(self.reach)
+        attempt, self._rehearsal = _Attempt(self._rehearsal, lookahead, self.reach / self._lengthened()), None
+        attempt.rehearsal.rehearse(attempt.reach)
         return attempt
+
+    def _lengthened(self) -> float:
+        """How many times as long as later ones, at the same rate, the coming step is.
+
+        RMSprop's first ones are up to 1/√(1 − α) times as long, for it has no bias correction. Trials go as far as
+        later steps will: by the first ones the rate would fall, and where noise balances progress it wouldn't rise
+        again.
+        """
+        if self.rates.meta_optimizer != "steady":
+            return 1.0
+        found = 1.0
+        for optimizer in with_wrapped(self.optimizer):
+            for group in optimizer.param_groups if isinstance(optimizer, RMSprop) else ():
+                steps = [optimizer.state[p].get("step", 0) for p in group["params"] if p in optimizer.state]
+                share = 1 - group["alpha"] ** (1 + max(map(float, steps), default=0.0))
+                found = max(found, share**-0.5 if share > 0 else 1.0)
+        return found
 
     def _verdict(self, trial: Trial) -> bool:
         passed = super()._verdict(trial)
@@ -261,7 +278,7 @@ class AdaptiveLR(MetaLearner):
     def _without_constant(self, attempt: _Attempt, trial: Trial) -> list[Tensor]:
         """``lr · d`` where ``θ′ − θ = c + lr · d``: twice what the step at half the rate falls short by."""
         with attempt.lookahead:
-            attempt.rehearsal.rehearse(self.reach / 2)
+            attempt.rehearsal.rehearse(attempt.reach / 2)
             return [
                 2 * (whole - (p - start))
                 for whole, p, start in zip(trial.steps, self._shards.parts, attempt.lookahead.start, strict=True)
@@ -282,7 +299,7 @@ class AdaptiveLR(MetaLearner):
         if not self._proportional or proposal.factors is None:
             return
         sizes = [len(group["params"]) for group in self.param_groups]
-        factors = [f / self.reach for f, size in zip(proposal.factors, sizes, strict=True) for _ in range(size)]
+        factors = [f / proposal.reach for f, size in zip(proposal.factors, sizes, strict=True) for _ in range(size)]
         # Steps may cease to be proportional later, as where weights are drawn to an average of theirs now and then.
         if not is_proportional(proposal.lookahead.start, trial.steps, self._shards, factors):
             self._note("apo_proportional", False)
@@ -313,10 +330,12 @@ class AdaptiveLR(MetaLearner):
 
 @dataclass
 class _Attempt:
-    """A trial's step: what takes it again, the weights at θ, and each group's new rate over its old one."""
+    """A trial's step: what takes it again, the weights at θ, how much of the step the trial is, and each group's new
+    rate over its old one."""
 
     rehearsal: Rehearsal
     lookahead: Lookahead
+    reach: float
     factors: list[float] | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -214,6 +215,23 @@ def test_larger_fsd_weight_is_more_cautious() -> None:
             opt.step(closure_of(opt, model, x, t))
         rates.append(opt.param_groups[0]["lr"])
     assert rates[0] > 5 * rates[1]
+
+
+@pytest.mark.parametrize("meta_optimizer", ["steady", "rmsprop"])
+def test_trials_of_rmsprop_go_as_far_as_its_later_steps(meta_optimizer: str) -> None:
+    """Its first ones are ten times as long. The step that is taken is its own, all the same."""
+    model, x, t, other = mlp()
+    plain = copy.deepcopy(model)
+    base = torch.optim.RMSprop(model.parameters(), lr=1e-3, eps=1e-30)
+    opt = apo.AdaptiveLR(base, objective(model, other), interval=1, meta_lr=0.0, meta_optimizer=meta_optimizer)
+    opt.step(closure_of(opt, model, x, t))
+    entries = sum(p.numel() for p in model.parameters())
+    length = 1e-3 * math.sqrt(entries) * (1 if meta_optimizer == "steady" else 10)
+    assert opt.metrics()["step_norm"] == pytest.approx(length, rel=1e-6)
+    expected = torch.optim.RMSprop(plain.parameters(), lr=1e-3, eps=1e-30)
+    expected.step(closure_of(expected, plain, x, t))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=0)
 
 
 def test_the_interval_grows_from_1_over_the_warmup() -> None:
