@@ -10,7 +10,8 @@ The defaults are what compiles without a spill, within shared memory and to matr
   within a tile cost 700 spills where int32 ones cost none.
 * Two accumulators of 64 × 64 (``pair``) want 8 warps; ``update``, which reads two matrices more, 128 × 64.
 * A second store of a tile of 128 × 128, of what a forward keeps, spills on all NVIDIA targets.
-* A tile of which nothing can be moved 16 bytes at a time has an address for each entry: but on sm_90 it wants 8 warps.
+* A tile of which nothing can be moved 16 bytes at a time has an address for each entry. It wants 8 warps, but not on
+  sm_90.
 * In the tile kernel ``tf32x3`` keeps its split operands in shared memory over the slabs. Loading them in each slab anew
   moves them to registers: 28 spills became 1,400.
 * On gfx942, a tile of 64 by 4 warps takes the compiler 40 s, by 8 warps 2 s, in fewer registers.

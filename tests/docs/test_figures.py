@@ -27,6 +27,17 @@ def words_of(page: Path) -> str:
     return " ".join(page.read_text().split())
 
 
+def assert_said(page: Path, *sentences: str) -> None:
+    text = words_of(page)
+    for sentence in sentences:
+        assert sentence in text, sentence
+
+
+def step_ratios(path: Path) -> dict[str, float]:
+    """Of a step's time to a plain step's, of each contestant."""
+    return {name: row["ratio"] for name, row in results.load(path)["contestants"].items()}
+
+
 def spread(found: Iterable[float], form: str = ".1f") -> str:
     found = list(found)
     return f"{min(found):{form}} to {max(found):{form}}"
@@ -40,9 +51,7 @@ def test_tables_are_those_of_the_results_files(page: str) -> None:
 
 def test_what_the_prose_says_of_a_steps_cost() -> None:
     ratios = {
-        path.stem.removeprefix("overhead").lstrip("-"): {
-            name: row["ratio"] for name, row in results.load(path)["contestants"].items()
-        }
+        path.stem.removeprefix("overhead").lstrip("-"): step_ratios(path)
         for path in readme.STEP_RESULTS.glob("overhead*.json")
     }
     assert ratios.keys() == {"", "lenet", "resnet18", "transformer"}  # the MLP's name is left out
@@ -131,15 +140,14 @@ def test_what_the_experiments_say_of_the_study() -> None:
     runs = results.load(readme.COMMITTED / "studies" / "meta-update.json")["runs"]
     losses = {name: {task: cell[0] for task, cell in row.items()} for name, row in summary(runs).items()}
     size, length, bare = losses["default"], losses["by length + WSD"], losses["λ_WSD 0"]
-    text = words_of(DOCS / "experiments.md")
-    for said in (
+    assert_said(
+        DOCS / "experiments.md",
         f"{size['digits-autoencoder']:.1f} against {length['digits-autoencoder']:.1f} on the autoencoder",
         f"{size['diabetes']:.1e} against {length['diabetes']:.1e} on diabetes",
         f"({bare['digits']:.2g} against {size['digits']:.2g})",
         f"diabetes ends at {losses['step']['diabetes']:.1e}",
         f"on diabetes {losses['warm-up 50']['diabetes']:.3g} if only",
-    ):
-        assert said in text, said
+    )
 
 
 def test_what_is_said_of_the_kernels_on_a_gpu() -> None:
@@ -165,8 +173,8 @@ def test_what_is_said_of_the_kernels_on_a_gpu() -> None:
     in_bf16 = {each: f"{x:.1f}" for each, x in zip(timed, ratios(CHAIN, BLOCKS, "bf16"), strict=True)}
     full = {each: f"{x:.1f}" for each, x in zip(timed, ratios(CHAIN, FULL, "bf16"), strict=True)}
     applied, stepped = ([in_bf16[m, how] for m in ("resnet18", "transformer", "mlp")] for how in ("apply", "step"))
-    text = words_of(DOCS / "benchmarks.md")
-    for sentence in (
+    assert_said(
+        DOCS / "benchmarks.md",
         f"the median of {spread((row['rounds'] for row in rows.values()), 'd')} rounds",
         f"whose quartiles lie within {100 * max(off):.0f}% of it",
         f"In bf16 full blocks are {spread(ratios(CHAIN, FULL, 'bf16'))} times as fast",
@@ -183,16 +191,14 @@ def test_what_is_said_of_the_kernels_on_a_gpu() -> None:
         f"Blocks of 64 are {spread(ratios(INVERSE, BLOCKS, *three))} times as fast as the inverses.",
         f"They use {spread(copied, '.0f')}% of the copy bandwidth. In bf16, with half the bytes, they take",
         f"{spread(halved, '.2f')} of fp32's time.",
-    ):
-        assert sentence in text, sentence
-    text = words_of(README)
-    for sentence in (
+    )
+    assert_said(
+        README,
         f"is {full['resnet18', 'step']} times as fast as in plain torch for ResNet-18's layers",
         f"and {full['transformer', 'step']} times for a Transformer's.",
         f"With blocks of 64 it is {stepped[0]} and {stepped[1]} times as fast as plain torch with full ones.",
         f"blocks of 64 use {spread(copied, '.0f')}% of the H100's copy bandwidth.",
-    ):
-        assert sentence in text, sentence
+    )
 
 
 def test_what_is_said_of_single_layers_on_a_gpu() -> None:
@@ -210,17 +216,13 @@ def test_what_is_said_of_single_layers_on_a_gpu() -> None:
 
 def test_what_is_said_of_a_training_step_on_a_gpu() -> None:
     found = results.load(readme.GPU_RESULTS / "overhead-resnet18.json")["contestants"]
-    at = {name: row["ratio"] for name, row in found.items()}
-    on_cpu = {
-        name: row["ratio"]
-        for name, row in results.load(readme.STEP_RESULTS / "overhead-resnet18.json")["contestants"].items()
-    }
+    at, on_cpu = (step_ratios(each / "overhead-resnet18.json") for each in (readme.GPU_RESULTS, readme.STEP_RESULTS))
     off = {name: max(abs(x / row["step_seconds"] - 1) for x in row["spread"]) for name, row in found.items()}
     peak = {name: f"{row['peak_memory']:.1f}" for name, row in found.items()}
     rates, fused = at["AdaptiveLR on SGDm"], at["AdamW, fused"]
     assert max(off, key=lambda name: off[name]) == "AdamW, fused"
-    text = words_of(DOCS / "benchmarks.md")
-    for sentence in (
+    assert_said(
+        DOCS / "benchmarks.md",
         f"There are {spread((row['periods'] for row in found.values()), 'd')} samples of each.",
         f"SGDm's quartiles lie up to {off['SGDm']:.0%} from the median",
         f"and fused AdamW's up to {max(off.values()):.0%}, so ratios are rough.",
@@ -232,8 +234,7 @@ def test_what_is_said_of_a_training_step_on_a_gpu() -> None:
         f"costs {at['APO, blocks of 64']:.1f} SGDm steps, KFAC {at['KFAC']:.1f} and SOAP {at['SOAP']:.1f}.",
         f"`AdaptiveLR` costs {rates:.2f}, Muon {at['Muon']:.2f} and fused AdamW {fused:.2f}.",
         f"{peak[BY_DEFAULT]} times the weights, SGDm's {peak['SGDm']} times and KFAC's {peak['KFAC']} times.",
-    ):
-        assert sentence in text, sentence
+    )
     assert spread((at["AdamW, foreach"], fused)) == "1.1 to 1.1"
     default, first = f"{at[BY_DEFAULT]:.1f}", f"{at[AT_FIRST]:.0f}"
     longer = f"{at[AT_FIRST] / at[BETWEEN]:.0f}"

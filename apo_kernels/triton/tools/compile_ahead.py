@@ -289,6 +289,7 @@ def compile_case(case: KernelCase, target: Target) -> Report:
 
 
 def _scattered(layouts: str) -> int:
+    """How many loads and stores of tiles go down their columns, where neighbours in memory are those of a row."""
     down = set(re.findall(r"(#blocked\d*) = #ttg\.blocked<\{.*order = \[0, 1\]", layouts))
     moved = re.findall(r"tt\.(?:load|store) .*tensor<\d+x\d+x!tt\.ptr<\w+>, (#blocked\d*)>", layouts)
     return sum(layout in down for layout in moved)
