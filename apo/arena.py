@@ -36,12 +36,13 @@ class Arena:
         self.owners = owners or Owners()
         self.layers: list[PreconditionedLayer] = []
         self._operator: ak.ModelPreconditioner | None = None
-        self._thetas: dict[int, tuple[list[Any], list[Tensor | None]]] = {}
+        self._places: object = None
+        self._thetas: dict[int, list[Tensor | None]] = {}
 
     def renew(self) -> None:
         """Notice that layers were added, or that their tensors were replaced."""
         self._operator = None
-        self._thetas = {}
+        self._places, self._thetas = None, {}
 
     @property
     def operator(self) -> ak.ModelPreconditioner:
@@ -59,11 +60,11 @@ class Arena:
 
     def parts(self, tensors: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Parts:
         """What was found for each of ``parameters``, layer by layer; None for a layer for which there is nothing."""
-        found = dict(zip(parameters, tensors, strict=True))
+        found = dict(zip(map(id, parameters), tensors, strict=True))  # a tensor's own hash takes longer
         parts: Parts = []
         for layer in self.layers:
-            own = [found[p] for p in layer.view.parameters]
-            parts.append(None if all(x is None for x in own) else layer.view.matrices(own))
+            own = [found[at] for at in layer.view.ids]
+            parts.append(None if own[0] is None and own[-1] is None else layer.view.matrices(own))
         return parts
 
     def step(self, Gs: Parts, **numbers: Any) -> Tensor:
@@ -116,23 +117,26 @@ class Arena:
 
     def _written(self, Gs: Parts, write: Callable[[Parts], Any]) -> Any:
         """Let the weights' matrices be written; those that can't be views of the weights are copied back."""
+        flat = [local(p) for layer in self.layers for p in layer.view.parameters]
+        places = [*map(Tensor.data_ptr, flat)], [*map(Tensor.stride, flat)]
+        if places != self._places:
+            self._places, self._thetas = places, {}
         thetas: Parts = [None] * len(Gs)
         copies: list[tuple[Tensor, Tensor]] = []
         for i, layer in enumerate(self.layers):
             if Gs[i] is None:
                 continue
-            weights = [local(p) for p in layer.view.parameters]
-            places = [(x.data_ptr(), x.stride()) for x in weights]
-            if i in self._thetas and self._thetas[i][0] == places:  # they are views of the weights, still
-                thetas[i] = self._thetas[i][1]
+            if i in self._thetas:  # they are views of the weights, still
+                thetas[i] = self._thetas[i]
                 continue
+            weights = [local(p) for p in layer.view.parameters]
             own = thetas[i] = layer.view.matrices(weights)
             assert own[0] is not None
             if layer.view.held and own[0].data_ptr() != weights[0].data_ptr():
                 weight = weights[0]
                 copies.append((weight.transpose(0, 1) if layer.view.transposed else weight, own[0]))
             elif layer.view.held:
-                self._thetas[i] = places, own
+                self._thetas[i] = own
         found = write(thetas)
         for weight, matrix in copies:
             weight.copy_(matrix.view(weight.shape))

@@ -117,6 +117,11 @@ class MatrixView:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
+    def ids(self) -> list[int]:
+        """Of :attr:`parameters`, which are held here."""
+        return [*map(id, self.parameters)]
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """``(*batch, m, n)``."""
         return (*self.batch, self.m, self.n)
@@ -154,7 +159,7 @@ class MatrixView:
         for x, shape in zip(parts, self._shapes, strict=True):
             if x is not None and self.transposed and not found:
                 x = x.transpose(0, 1)
-            found.append(x if x is None or x.shape == shape else x.reshape(shape))
+            found.append(x if x is None or x.shape == shape else x.reshape(*shape))  # a whole Size takes twice as long
         return found
 
     def joined(self, matrices: Sequence[Tensor | None] | None) -> Tensor:

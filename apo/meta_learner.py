@@ -210,13 +210,12 @@ class MetaLearner(Optimizer):
         return found | {name: float(count) for name, count in counts.items()}
 
     def _take(self, closure: Closure | None, *, move: bool) -> Any:
-        self._settle()
         forget_casts(self._gathering)  # gathered weights would stand in the parameters' places
         self._renew()
         self._shards = Shards(self.parameters)
         meta = self.meta_due or not move
         self._check_closure(closure, meta=meta)
-        autocast = CallersAutocast({p.device.type for p in self.parameters})
+        autocast = CallersAutocast({device.type for device in {p.device for p in self.parameters}})
         scaling = self._scaling()
         with scaling.one_step(move=move):
             return self._take_with(closure, autocast, scaling, meta=meta, move=move)
@@ -236,6 +235,7 @@ class MetaLearner(Optimizer):
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._settle()  # not before the closure: a GPU that has its passes to do lets nothing wait
         with autocast.lifted():
             scaling.unscale()
             forget_casts(self._gathering)

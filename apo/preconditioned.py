@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -40,12 +41,14 @@ from apo.rates import LogRates, get_rate
 from apo.relative_steps import RelativeSteps
 from apo.schedules import Schedules
 from apo.sharded_views import local_views
-from apo.sharding import any_over, is_placed, local, local_grad, over, sum_over
+from apo.sharding import any_over, is_placed, local, over, sum_over
 from apo.shared_storage import matrices_of_one
 from apo.spectrum import Spectrum, sampled_gradients, spectrum_of
 from apo.trial import Lookahead, Undisturbed
 
 __all__ = ["APO"]
+
+_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 JUDGED_AT_ONCE = 100
 """Steps after one that left itself out: huge gradients, which are divided first, may be what there is."""
@@ -147,6 +150,7 @@ class APO(MetaLearner):
         self._promise: Tensor | float = 1.0
         self._verdict_to_come: LateVerdict | None = None
         self._late, self._judged_at_once = False, 0
+        self._known_form: object = None
         self._process_group = process_group
         defaults = {
             "lr": lr,
@@ -296,6 +300,15 @@ class APO(MetaLearner):
             self._adopt({id(held): now for _, held, now in replaced})
             replaced = self._held.replaced()
         self._held.refuse(replaced)
+        form = _form(self.parameters)
+        if form != self._known_form:
+            self._renew_layers()
+            self._known_form = form
+        if self.rates.notice(self.param_groups, self._schedules):
+            self._note("apo_overwritten", True)
+
+    def _renew_layers(self) -> None:
+        """Where the parameters aren't those, or not of the form, that the layers were made for."""
         given = [id(p) for p in self.parameters if p.numel()]
         held = [id(p) for layer in self.layers for p in layer.view.parameters]
         if len(given) != len(held) or set(given) != set(held):
@@ -305,8 +318,6 @@ class APO(MetaLearner):
             )
         if any(layer.outdated for layer in self.layers):
             self._rebuild()
-        if self.rates.notice(self.param_groups, self._schedules):
-            self._note("apo_overwritten", True)
 
     def _adopt(self, now: dict[int, Tensor]) -> None:
         """Take the parameters that a model on meta was materialised to."""
@@ -329,6 +340,8 @@ class APO(MetaLearner):
         self._show_state()
 
     def _check_gradients(self) -> None:
+        if all(grad is None or grad.layout is torch.strided for grad in self._shards.grads()):
+            return
         for layer in self.layers:
             for p in layer.view.parameters:
                 if p.grad is not None and p.grad.layout != torch.strided:
@@ -550,11 +563,15 @@ class APO(MetaLearner):
 
     def _gradients(self) -> Parts:
         """The gradients' matrices, with L2 decay, of the layers that have any."""
-        found: list[Tensor | None] = []
-        for group in self.param_groups:
-            decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
-            grads = ((local(p), local_grad(p)) for p in group["params"])
-            found += [g if g is None or not decay else g.add(p, alpha=decay) for p, g in grads]
+        found, parts = self._shards.grads(), self._shards.parts
+        decays = [
+            0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+            for group in self.param_groups
+            for _ in group["params"]
+        ]
+        if any(decays):
+            each = zip(found, parts, decays, strict=True)
+            found = [g if g is None or not decay else g.add(p, alpha=decay) for g, p, decay in each]
         return self._arena.parts(found, self.parameters)
 
     def _trial_factor(self, group: dict[str, Any]) -> float:
@@ -652,6 +669,12 @@ class _Proposal:
     Gs: Parts
     kept: object
     lengths: list[float]
+
+
+def _form(parameters: Sequence[Tensor]) -> object:
+    """What there is to notice when parameters are replaced, cast, moved or emptied."""
+    ps = parameters
+    return [*map(id, ps)], [*map(_DTYPE, ps)], [*map(_DEVICE, ps)], [*map(Tensor.numel, ps)]
 
 
 def _meta_optimizer(method: Method) -> MetaOptimizer | RelativeSteps:

@@ -127,7 +127,8 @@ class PreconditionedLayer:
     def momentum_parts(self) -> tuple[Tensor, ...]:
         """The momentum buffer as matrices side by side, like :meth:`~apo.matrix_view.MatrixView.matrices`."""
         assert self.momentum is not None
-        return torch.split(self.momentum, list(self.view.widths), -1)
+        widths = self.view.widths
+        return (self.momentum,) if len(widths) == 1 else torch.split(self.momentum, list(widths), -1)
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -157,19 +157,19 @@ class Shards:
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.parameters = list(parameters)
-        self.parts = [local(p) for p in self.parameters]
-        self.overs = [over(p) for p in self.parameters]
-        self.placed = any(is_placed(p) for p in self.parameters)
+        self.placed = any(map(is_placed, self.parameters))
+        self.parts = [local(p) for p in self.parameters] if self.placed else list(self.parameters)
+        self.overs = [over(p) if self.placed else () for p in self.parameters]
         found: dict[str, None] = {}
         for p in self.parameters:
-            if is_placed(p):
+            if self.placed and is_placed(p):
                 mesh: Any = p.device_mesh  # type: ignore[attr-defined]
                 found |= dict.fromkeys(known(mesh.get_group(i)) for i in range(mesh.ndim) if mesh.size(i) > 1)
         self.groups: Over = tuple(found)
 
     def grads(self) -> list[Tensor | None]:
         """This rank's part of each gradient."""
-        return [local_grad(p) for p in self.parameters]
+        return [local_grad(p) if self.placed else p.grad for p in self.parameters]
 
     def sum(self, values: Tensor) -> Tensor:
         """One number for each parameter, or several times as many, summed over its parts."""

@@ -15,6 +15,7 @@ from apo_kernels.blocks import block_count
 from apo_kernels.slopes import Parts
 
 __all__ = [
+    "addresses",
     "buffers",
     "foreach_operands",
     "kept_list",
@@ -286,10 +287,16 @@ def buffers(tensors: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]],
         raise ValueError(
             f"momentum_buffers must be a list with an entry for each of {len(shapes)} layers, but is {_size(tensors)}"
         )
+    on_cpu, index = like.is_cpu, like.get_device()
     for i, (v, shape) in enumerate(zip(tensors, shapes, strict=True)):
         if v is None:
             continue
-        if not isinstance(v, Tensor) or v.shape != shape or v.dtype is not dtype or v.device != like.device:
+        if not (
+            isinstance(v, Tensor)
+            and v.shape == shape
+            and v.dtype is dtype
+            and (v.is_cpu if on_cpu else v.get_device() == index and v.device == like.device)
+        ):
             raise ValueError(
                 f"momentum_buffers[{i}] must be a {dtype} tensor of shape {tuple(shape)} on {like.device}, "
                 f"but got {_description(v)}"
@@ -317,6 +324,14 @@ def watched(*lists: Tensors) -> bool:
                 if x.requires_grad:
                     return True
     return False
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where tensors lie; 0 for what isn't there."""
+    try:
+        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:
+        return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def no_graph(reason: str, **lists: Tensors) -> None:

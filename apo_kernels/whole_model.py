@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class ModelPreconditioner:
         self._like = Ss[0] if Ss else torch.empty(0)
         self._bound = serving(backend, Ss).bind_model(As, Bs, Ss, own, list(learned))
         self._knows = getattr(self._bound, "knows", None)
+        self._buffers: tuple[list[Tensor | None], list[int]] = [], []
 
     def step_(
         self,
@@ -148,5 +150,13 @@ class ModelPreconditioner:
         if self._knows is None or not self._knows(thetas, Gs):
             checks.parts(thetas, Gs, self._parts, self._like)
         checks.numbers(len(self._shapes), **lists)
-        if momentum_buffers is not None:
+        if momentum_buffers is not None and not self._knows_buffers(momentum_buffers):
             checks.buffers(momentum_buffers, self._shapes, self._like)
+            self._buffers = list(momentum_buffers), checks.addresses(momentum_buffers)
+
+    def _knows_buffers(self, momentum_buffers: Sequence[Tensor | None]) -> bool:
+        """Whether they are those of the last call, where they were."""
+        known, places = self._buffers
+        if type(momentum_buffers) is not list or len(momentum_buffers) != len(known):
+            return False
+        return all(map(is_, momentum_buffers, known)) and checks.addresses(momentum_buffers) == places

@@ -34,26 +34,36 @@ class Content:
         self._content = self._part(self._memory).clone()
 
     def restore(self, later: list[Content]) -> None:
-        """Put it back, or note in ``later`` that its memory is to be written, together with others'."""
-        held, memory = self._held, self._memory
-        with torch.inference_mode() if self._inference else torch.no_grad():
-            if place(held) != place(memory):
-                held.data = memory
-            part = self._part(memory)
-            plain = part.layout == torch.strided and type(part) is Tensor
-            if plain and not self._inference and part.device.type not in self.LOOKED_AT:
-                later.append(self)
-                return
-            if not (plain and part.device.type in self.LOOKED_AT and torch.equal(part, self._content)):
-                part.copy_(self._content)
+        """Put it back, without gradients, or note in ``later`` that its memory is to be written, together with
+        others'."""
+        if self._inference:
+            with torch.inference_mode():
+                self._put_back()
+        elif type(self._memory) is Tensor and self._memory.layout is torch.strided and not self._looks:
+            if not _in_one_place(self._held, self._memory):
+                self._held.data = self._memory
+            later.append(self)
+        else:
+            self._put_back()
+
+    @property
+    def _looks(self) -> bool:
+        return self._memory.device.type in self.LOOKED_AT
+
+    def _put_back(self) -> None:
+        if not _in_one_place(self._held, self._memory):
+            self._held.data = self._memory
+        part = self._part(self._memory)
+        plain = part.layout is torch.strided and type(part) is Tensor
+        if not (plain and self._looks and torch.equal(part, self._content)):
+            part.copy_(self._content)
         self._settle()
 
     @classmethod
     def write(cls, later: list[Content]) -> None:
         """Write the memory of those noted."""
         if later:
-            with torch.no_grad():
-                torch._foreach_copy_([x._part(x._memory) for x in later], [x._content for x in later])
+            torch._foreach_copy_([x._part(x._memory) for x in later], [x._content for x in later])
             for x in later:
                 x._settle()
 
@@ -64,7 +74,7 @@ class Content:
     @staticmethod
     def _part(tensor: Tensor) -> Tensor:
         """Its memory, where several of its elements are one there."""
-        if tensor.layout != torch.strided or not _overlaps(tensor):
+        if tensor.layout is not torch.strided or tensor.is_contiguous() or not _overlaps(tensor):
             return tensor
         extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         return tensor.as_strided((extent,), (1,))
@@ -74,6 +84,12 @@ def place(tensor: Tensor) -> Any:
     if tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
         return None
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _in_one_place(a: Tensor, b: Tensor) -> bool:
+    """Whether :func:`place` says the same of both, in a tenth of its time."""
+    alike = a.layout is b.layout is torch.strided and a.dtype is b.dtype and a.device == b.device
+    return (alike and a.is_set_to(b)) or place(a) == place(b)
 
 
 def _overlaps(tensor: Tensor) -> bool:
@@ -154,9 +170,10 @@ class Attributes:
 def restored(contents: Iterable[Content | Attributes]) -> None:
     """Put all of it back."""
     later: list[Content] = []
-    for each in contents:
-        each.restore(later)
-    Content.write(later)
+    with torch.no_grad():
+        for each in contents:
+            each.restore(later)
+        Content.write(later)
 
 
 def _restore_content(value: Any, content: Any, later: list[Content]) -> None:

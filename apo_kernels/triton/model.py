@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from apo_kernels.checks import addresses
 from apo_kernels.slopes import ModelEnergies, ModelSlopes, Parts
 from apo_kernels.triton import config
 from apo_kernels.triton import plan as plans
@@ -43,6 +44,8 @@ RunOperation = Callable[[Operation, Operands], None]
 
 PLANS = 32
 """Of one preconditioner, for as many forms of operands."""
+TABLES = 4
+"""Of a plan: gradients that are made anew in every step lie at a few places in turn."""
 _NO_BOUND = float(np.finfo(np.float32).max)
 
 
@@ -92,25 +95,26 @@ class TritonModel:
         self._plans: dict[object, ModelPlan] = {}
         self._last = {name: _Last() for name in ("step", "update", "trial", "keep", "slopes")}
         self._one: Tensor | None = None
-        self._checked: dict[bool, Given] = {}
-        self._looked: tuple[object, object, Given] | None = None
+        self._checked: dict[bool, tuple[Given, object]] = {}
+        self._looked: tuple[object, object, Given, object] | None = None
 
     def knows(self, written: Parts, read: Parts) -> bool:
-        """Whether parts of this form were checked before, at these places."""
-        given, known = self._parts(written, read), self._checked.get(written is read)
-        found = known is not None and known.same(given)
-        if found:
-            assert known is not None
-            given = known._replace(tensors=given.tensors)
-        self._looked = written, read, given
-        return found
+        """Whether such parts were checked before: at these places, or others of the same kinds."""
+        given = self._parts(written, read)
+        known, kinds = self._checked.get(written is read, (None, None))
+        if known is not None and known.same(given):
+            self._looked = written, read, known._replace(tensors=given.tensors), kinds
+            return True
+        own = [len(parts) for parts in read if parts is not None], given.kinds()
+        self._looked = written, read, given, own
+        return known is not None and known.layers == given.layers and kinds == own
 
     def _look(self, written: Parts, read: Parts) -> Given:
         """The parts of a call, which have been checked."""
         looked, self._looked = self._looked, None
         if looked is None or looked[0] is not written or looked[1] is not read:
             return self._parts(written, read)
-        self._checked[written is read] = looked[2].forget()
+        self._checked[written is read] = looked[2].forget(), looked[3]
         return looked[2]
 
     def _parts(self, written: Parts, read: Parts) -> Given:
@@ -126,7 +130,7 @@ class TritonModel:
         if written is not read:
             roles = (ModelRole.G, ModelRole.THETA)
             tensors += [x for i in layers for x in written[i] or ()]
-        return Given(layers, tensors, roles, _places(tensors), forms)
+        return Given(layers, tensors, roles, addresses(tensors), forms)
 
     def _ready(
         self,
@@ -145,7 +149,7 @@ class TritonModel:
         """
         last = self._last[name]
         stream, overrides = current_stream(self.planner.device), config.overrides_key()
-        places = None if buffers is None else _places([buffers[i] for i in given.layers])
+        places = None if buffers is None else addresses([buffers[i] for i in given.layers])
         known = last.given
         if (
             known is None or last.buffers != places or last.also != also or last.stream != stream
@@ -174,8 +178,10 @@ class TritonModel:
         if any(given.forms[2]):
             raise Unserved("parts are lazily negated")
         tensors = given.tensors if buffers is None else given.tensors + [buffers[i] for i in given.layers]
-        form = [None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors]
-        key = (name, tuple(given.layers), given.roles, also, tuple(form), config.overrides_key(), last.stream)
+        form = [None if x is None else (x.stride(), x.dtype) for x in tensors]
+        at = tuple(given.places + (places or []) or [0])
+        ends = tuple([place % 16 for place in at])
+        key = (name, tuple(given.layers), given.roles, also, tuple(form), ends, config.overrides_key(), last.stream)
         plan = self._plans.get(key)
         if plan is None:
             plan = self.planner.plan(name, given, buffers, also)
@@ -183,10 +189,15 @@ class TritonModel:
                 if len(self._plans) >= PLANS:
                     self._plans.clear()
                 self._plans[key] = plan
-        host, table = to_device(plan.table(given.places + (places or []) or [0]), self.planner.device)
-        last.plan, last.operands = plan, table
+        found = plan.tables.get(at)
+        if found is None or plans._capturing(self.planner.device):
+            found = to_device(plan.table(at), self.planner.device)
+            if len(plan.tables) >= TABLES:
+                plan.tables.clear()
+            plan.tables[at] = found
+        last.plan, last.operands = plan, found[1]
         last.given, last.buffers, last.also = given.forget(), places, also
-        last.hosts = host, last.hosts[1]
+        last.hosts = found[0], last.hosts[1]
 
     def _numbers(self, single: float, *each: Sequence[float]) -> NDArray[np.float32]:
         numbers = np.zeros((len(self.planner.matrices) + 1, len(Number)), np.float32)
@@ -292,23 +303,16 @@ class TritonModel:
         for i in kept.layers:
             if not self.planner.of_layer[i]:
                 self._empty_slopes(found, i)
-        inner = results[last.plan.inner : last.plan.inner + len(self.planner.Ss)]
+        count = len(self.planner.Ss)
+        inner, size = results[last.plan.inner : last.plan.inner + 2 * count].view(2, count)
         if last.plan.wide:
             Ms = [self.planner.views(i, kept.flat) for i in last.plan.wide]
-            for i, each, product_ in self.wide.slopes(last.plan.wide, Vs, Ms, lengths):
+            for i, each, *both in self.wide.slopes(last.plan.wide, Vs, Ms, lengths):
                 for slot, x in enumerate(each):
                     found[slot][i] = x
-                inner[i] = product_
+                inner[i], size[i] = both
         A, B, S, size_A, size_B, size_S = found
-        return ModelSlopes(A, B, S, size_A, size_B, size_S, inner, self._halves(size_S))
-
-    def _halves(self, sizes: Sequence[Tensor | None]) -> Tensor:
-        """Half of the sum of each, which are >= 0; 0 for one that isn't there."""
-        there = [x for x in sizes if x is not None]
-        sums = iter(torch._foreach_norm(there, ord=1) if there else ())
-        nothing = torch.zeros((), dtype=torch.float32, device=self.planner.device)
-        halves = [nothing if x is None else next(sums) for x in sizes]
-        return torch.stack(halves).mul_(0.5) if halves else nothing.new_empty(0)
+        return ModelSlopes(A, B, S, size_A, size_B, size_S, inner, size)
 
     def energies(self, Gs: Parts) -> ModelEnergies:
         found = self.slopes(Gs, self.keep(Gs), [-0.5] * len(self.planner.Ss))
@@ -371,14 +375,6 @@ def _factor(most: float, total: Callable[[Tensor], None], like: Tensor) -> Tenso
     """What keeps the promise at ``most`` where this process has none: the others wait for its part of the sum."""
     total(promise := torch.zeros_like(like))
     return most / promise.clamp_min(most) + (promise - promise)  # NaN where it isn't finite
-
-
-def _places(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Addresses; 0 for what isn't there."""
-    try:
-        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
-    except TypeError:
-        return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def _as_they_are(*lists: Sequence[float]) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ APPLY_TILE = (16, 128)
 SUM_CHUNK = (128, 8, 1024)
 """Of :func:`model_sums`: entries of a result, parts that are added at a time, and parts of one entry."""
 
+_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 _OPERANDS, _NUMBERS, _WORKSPACE, _KEPT, _SUMS, _RESULTS = range(6)
 
 
@@ -82,6 +84,12 @@ class Given(NamedTuple):
     def same(self, other: Given) -> bool:
         return self is other or (self[0] == other[0] and self[2:] == other[2:])
 
+    def kinds(self) -> object:
+        """All that there is to check of the parts: it doesn't depend on where they lie."""
+        there = [x for x in self.tensors if x is not None]
+        own = [[*map(of, there)] for of in (Tensor.size, Tensor.stride, _DTYPE, _DEVICE, Tensor.is_neg)]
+        return [*map(type, self.tensors)], own
+
     def forget(self) -> Given:
         """Without the tensors: these may go."""
         return self._replace(tensors=[])
@@ -105,7 +113,10 @@ class ModelPlan:
     results: list[tuple[int, int, tuple[int, ...], tuple[int, ...], int]] = field(default_factory=list)
     """Of a slope: which of :class:`ModelSlopes`, its layer, shape, strides and offset."""
     inner: int = 0
+    """Where in them the inner products begin, and behind these the sizes."""
     hosts: list[Tensor] = field(default_factory=list)
+    tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Filled in: the host's copy and the device's, by addresses."""
 
     def table(self, places: Sequence[int]) -> NDArray[np.int64]:
         filled = self.values.copy()
@@ -264,14 +275,14 @@ class ModelPlanner(ModelLayers):
     ) -> None:
         layout = Layout()
         jobs: list[tuple[int, ...]] = []
-        plan.inner = layout.take(len(self.Ss))
-        partials = dict.fromkeys(range(len(self.Ss)), 0)
+        plan.inner = layout.take(2 * len(self.Ss))
+        partials: dict[int, list[int]] = {}
         tiled = [i for i in plan.given if i not in self.wide]
         for i in tiled:  # first: their places are counted in 32 bits
             tiles = sum(self.matrices[at].B.groups * self.matrices[at].A.groups for at in self.of_layer[i])
-            partials[i] = layout.take(tiles)
-            jobs.append((partials[i], plan.inner + i, 0, 1, tiles))
-        jobs += [(0, plan.inner + i, 0, 1, 0) for i in range(len(self.Ss)) if i not in tiled]
+            partials[i] = [layout.take(tiles) for _ in "12"]
+            totals = plan.inner + i, plan.inner + len(self.Ss) + i
+            jobs += [(own, total, 0, 1, tiles) for own, total in zip(partials[i], totals, strict=True)]
         for role, slot in ((ModelRole.DS, 2), (ModelRole.SIZE_S, 5)):
             for i in tiled:
                 for at in self.of_layer[i]:
@@ -287,7 +298,8 @@ class ModelPlanner(ModelLayers):
         self._lay_blocks(plan, layout, jobs)
         for types, group in groups.items():
             plan.launches += self._slopes(types, group, views, partials)
-        plan.launches.append(self._sums(jobs, (_RESULTS, _RESULTS)))
+        if jobs:
+            plan.launches.append(self._sums(jobs, (_RESULTS, _RESULTS)))
         plan.sizes["results"] = layout.size
 
     def _lay_blocks(self, plan: ModelPlan, layout: Layout, jobs: list[tuple[int, ...]]) -> None:
@@ -324,7 +336,7 @@ class ModelPlanner(ModelLayers):
         types: tuple[Any, ...],
         matrices: Sequence[int],
         views: dict[int, dict[ModelRole, View]],
-        partials: dict[int, int],
+        partials: dict[int, list[int]],
     ) -> list[ModelLaunch]:
         compute = _promoted(types[:4])
         _, chosen = self._config("model_slopes", compute, matrices, (True, True))
@@ -334,8 +346,8 @@ class ModelPlanner(ModelLayers):
             rows = []
             for tile in tiles:
                 layer = self.matrices[tile[0]].layer
-                rows.append((*tile, partials[layer]))
-                partials[layer] += 1
+                rows.append((*tile, *partials[layer]))
+                partials[layer] = [place + 1 for place in partials[layer]]
             table = self.table(rows, np.int32)
             every = slopes_constants(chosen, types=types[:5], compute=compute, precision=precision, way=way)
             launches += [

@@ -88,8 +88,9 @@ class WideLayers:
 
     def slopes(
         self, layers: Sequence[int], Vs: Parts, Ms: Tensors, lengths: Sequence[float]
-    ) -> Iterator[tuple[int, list[Tensor | None], Tensor]]:
-        """Of each layer: what :class:`apo_kernels.ModelSlopes` has of it, in that order, and the inner product."""
+    ) -> Iterator[tuple[int, list[Tensor | None], Tensor, Tensor]]:
+        """Of each layer: what :class:`apo_kernels.ModelSlopes` has of it, in that order, the inner product and the
+        size."""
         Ns = [torch.empty(self.Ss[i].shape, dtype=torch.float32, device=self.Ss[i].device) for i in layers]
         self.directions(layers, Vs, [torch.empty_like(N) for N in Ns], Ns)
         for i, M, N in zip(layers, Ms, Ns, strict=True):
@@ -104,4 +105,4 @@ class WideLayers:
             if "B" in self.learned[i]:
                 found[1] = sum_of_products(N, T.mT, M, TN.mT, like=B).mul_(-length)
                 found[4] = by_square(size.sum(-1), B)
-            yield i, found, (T * N).sum()
+            yield i, found, (T * N).sum(), size.sum() / 2

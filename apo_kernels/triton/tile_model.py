@@ -371,9 +371,13 @@ def model_slopes(
     WIDE_MATRICES: tl.constexpr,
     WIDE_SQUARES: tl.constexpr,
 ):
-    """The slopes and sizes of a tile, into ``results``: of S as they are, of A, B and the inner product as parts of
-    sums, where the layer learns them."""
-    entry = tiles + tl.program_id(0) * 4
+    """The slopes and sizes of a tile, into ``results``: of S as they are, of A, B and the two inner products as parts of
+    sums, where the layer learns them.
+
+    ``tiles`` ``[programs, 5]`` (int32): layer, row and column of the tile, where its parts of ``⟨V, P(G)⟩`` and of
+    ``length ⟨G, P(G)⟩`` go.
+    """
+    entry = tiles + tl.program_id(0) * 5
     layer, i, j = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
     first_B, first_A, side_B, side_A, row0, col0, rows, cols, part = tile_of(
         layers, layer, i, j, WIDE_MATRICES, WIDE_SQUARES
@@ -415,6 +419,7 @@ def model_slopes(
         store_sizes(results, own_part(operands, layer, _SIZE_B, j), first_B * side_B, reach_b, size_b, SIDE)
         store_own_squares(results, operands, layer, _DB, j, side_B, first_B, reach_b, -length * db, SIDE, WIDE_SQUARES)
         tl.store(results + tl.load(entry + 3), tl.sum(inner))
+        tl.store(results + tl.load(entry + 4), tl.sum(size_b) / 2)
 
     if WANT_A and part_a >= 0:  # the same of the transposed tile, A and B in each other's place
         whole = operand(load_diagonal(pa, ar, ac, aq, side_A, first_A, 0, cols, SIDE, SIDE, WIDE_SQUARES), COMPUTE)
