@@ -371,7 +371,7 @@ def model_slopes(
     WIDE_MATRICES: tl.constexpr,
     WIDE_SQUARES: tl.constexpr,
 ):
-    """The slopes and sizes of a tile, into ``results``: of S as they are, of A, B and the two inner products as parts of
+    """The slopes and sizes of a tile, into ``results``: of S as they are, of A, B and both inner products as parts of
     sums, where the layer learns them.
 
     ``tiles`` ``[programs, 5]`` (int32): layer, row and column of the tile, where its parts of ``⟨V, P(G)⟩`` and of
