@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import apo
+from apo.late_verdict import LateVerdict
 from tests.apo.helpers import closure_of, mlp, same, weights
 
 
@@ -138,6 +139,16 @@ def test_judged_late_or_at_once_steps_are_the_same() -> None:
         assert opt.state_dict()["param_groups"][0]["apo_skipped_steps"] == 1
         found.append(weights(model))
     assert same(*found)
+
+
+def test_the_verdict_on_a_step_is_asked_for_after_the_next_closure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a GPU has the closure's passes to do: asked before, it would run dry."""
+    opt, _, closure = trained("judged late")
+    opt.step(closure)
+    order: list[str] = []
+    monkeypatch.setattr(LateVerdict, "taken", property(lambda _: order.append("verdict") is None))
+    opt.step(lambda: (order.append("closure"), closure())[1])
+    assert order == ["closure", "verdict"]
 
 
 def test_a_large_step_of_the_preconditioner_goes_where_the_gradient_points() -> None:

@@ -432,6 +432,18 @@ def test_buffers_are_overwritten_without_momentum() -> None:
     assert_close(v, model.directions(Gs)[0], 1e-12)
 
 
+def test_a_buffer_that_was_moved_is_looked_at_again() -> None:
+    model = Model(random.Random(0))
+    model.add(5, 4, 2, None)
+    bound, v = model.bind(), torch.zeros(5, 4, dtype=torch.float64)
+    numbers = {"lr": [1.0], "momentum": [0.9], "weight_decay": [0.0]}
+    for _ in range(2):
+        bound.step_(model.parts(), model.parts(), [v], **numbers)
+    v.data = v.float()
+    with pytest.raises(ValueError, match=r"momentum_buffers\[0\] must be a torch.float64 tensor"):
+        bound.step_(model.parts(), model.parts(), [v], **numbers)
+
+
 def test_garbage_in_scratch_is_harmless() -> None:
     """Non-finite gradients of one step don't reach the layers of the next."""
     model = Model(random.Random(0))

@@ -579,6 +579,36 @@ def test_tensors_that_moved_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made == []
 
 
+def test_gradients_that_lie_at_two_places_in_turn_are_prepared_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those that every backward pass makes anew."""
+    own = layers([(7, 12), (33, 65)], torch.float32)
+    bound = own.bind()
+    both = [own.Gs, [[x.clone() * 2 for x in each] for each in own.Gs]]  # type: ignore[union-attr]
+    for own.Gs in both:
+        step(own, bound, 0.1)
+    made: list[str] = []
+    for module, name in ((checks, "parts"), (checks, "buffers"), (model, "to_device"), (model.ModelPlanner, "plan")):
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: made.append(name))
+    for own.Gs in both * 2:
+        thetas, _ = expected_step(own, 0.1 / own.promise())
+        step(own, bound, 0.1)
+        check_weights(own, thetas, torch.float32)
+    assert made == []
+
+
+def test_parts_at_known_places_but_of_another_kind_are_refused() -> None:
+    own = layers([(7, 12)], torch.float32)
+    bound = own.bind()
+    step(own, bound)
+    good, bias = own.Gs[0]  # type: ignore[misc]
+    own.Gs[0] = [good.clone()[:, :11], bias]  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"Gs\[0\]\[0\] must be a tensor of shape"):
+        step(own, bound)
+    own.Gs[0] = [good]
+    with pytest.raises(ValueError, match=r"Gs\[0\] must be a list of"):
+        step(own, bound)
+
+
 def test_parts_that_dont_fit_are_refused_again_and_again() -> None:
     own = layers([(7, 12)], torch.float32)
     bound = own.bind()
