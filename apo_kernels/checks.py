@@ -242,7 +242,9 @@ def _plain_parts(written: Parts, read: Parts, shapes: Sequence[Sequence[tuple[in
     for thetas, Gs, own in zip(written, read, shapes, strict=True):
         if Gs is None:
             continue
-        if thetas is None or len(Gs) != len(own) or len(thetas) != len(own):
+        if thetas is None or type(Gs) not in _LISTS or type(thetas) not in _LISTS:
+            return False
+        if not len(Gs) == len(thetas) == len(own):
             return False
         for theta, G, shape in zip(thetas, Gs, own, strict=True):
             if G is None:

@@ -115,6 +115,7 @@ def note_written(tensors: Iterable[Tensor | None]) -> None:
     """Tell autograd that a kernel writes to these. A graph that saved one refuses to be used, as after any operation in
     place."""
     there = [x for x in tensors if x is not None]
-    if any(map(Tensor.is_inference, there)):  # these have no version
-        there = [x for x in there if not x.is_inference()]
-    torch.autograd.graph.increment_version(there)
+    try:
+        torch.autograd.graph.increment_version(there)
+    except RuntimeError:  # what was made under inference mode has no version, in some releases
+        torch.autograd.graph.increment_version([x for x in there if not x.is_inference()])

@@ -100,12 +100,16 @@ class TritonModel:
 
     def knows(self, written: Parts, read: Parts) -> bool:
         """Whether such parts were checked before: at these places, or others of the same kinds."""
-        given = self._parts(written, read)
+        try:
+            given = self._parts(written, read)
+        except (AttributeError, IndexError, TypeError):  # no parts at all: the checks say what they are
+            self._looked = None
+            return False
         known, kinds = self._checked.get(written is read, (None, None))
         if known is not None and known.same(given):
             self._looked = written, read, known._replace(tensors=given.tensors), kinds
             return True
-        own = [len(parts) for parts in read if parts is not None], given.kinds()
+        own = [[len(each[i] or ()) for i in given.layers] for each in (written, read)], given.kinds()
         self._looked = written, read, given, own
         return known is not None and known.layers == given.layers and kinds == own
 
@@ -182,19 +186,21 @@ class TritonModel:
         at = tuple(given.places + (places or []) or [0])
         ends = tuple([place % 16 for place in at])
         key = (name, tuple(given.layers), given.roles, also, tuple(form), ends, config.overrides_key(), last.stream)
+        capturing = plans._capturing(self.planner.device)
         plan = self._plans.get(key)
         if plan is None:
             plan = self.planner.plan(name, given, buffers, also)
-            if not plans._capturing(self.planner.device):
+            if not capturing:
                 if len(self._plans) >= PLANS:
                     self._plans.clear()
                 self._plans[key] = plan
-        found = plan.tables.get(at)
-        if found is None or plans._capturing(self.planner.device):
+        found = None if capturing else plan.tables.get(at)
+        if found is None:
             found = to_device(plan.table(at), self.planner.device)
-            if len(plan.tables) >= TABLES:
-                plan.tables.clear()
-            plan.tables[at] = found
+            if not capturing:  # else it lies in the graph's memory
+                if len(plan.tables) >= TABLES:
+                    plan.tables.clear()
+                plan.tables[at] = found
         last.plan, last.operands = plan, found[1]
         last.given, last.buffers, last.also = given.forget(), places, also
         last.hosts = found[0], last.hosts[1]

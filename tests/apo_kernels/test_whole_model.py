@@ -673,6 +673,7 @@ def small() -> tuple[ak.ModelPreconditioner, Model]:
         (lambda Gs, thetas: Gs.pop(), "Gs must be a list with an entry for each of 2 layers, but is a list of 1"),
         (lambda Gs, thetas: thetas.pop(), "thetas must be a list with an entry for each of 2 layers"),
         (lambda Gs, thetas: Gs[0].pop(), r"Gs\[0\] must be a list of 2 parts"),
+        (lambda Gs, thetas: Gs.__setitem__(0, 1), r"Gs\[0\] must be a list of 2 parts"),
         (lambda Gs, thetas: thetas.__setitem__(1, None), r"thetas\[1\] must be a list of 1 parts"),
         (lambda Gs, thetas: Gs[0].__setitem__(1, torch.zeros(4)), r"Gs\[0\]\[1\] must be a tensor of shape \(4, 1\)"),
         (lambda Gs, thetas: Gs[0].__setitem__(1, 3.0), r"Gs\[0\]\[1\] must be a torch.Tensor"),

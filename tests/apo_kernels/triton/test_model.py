@@ -596,6 +596,40 @@ def test_gradients_that_lie_at_two_places_in_turn_are_prepared_once_each(monkeyp
     assert made == []
 
 
+def test_a_captured_call_leaves_no_table_to_those_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies in the graph's memory, which others may overwrite."""
+    own = layers([(7, 12)], torch.float32)
+    bound, here = own.bind(), own.Gs
+    step(own, bound, 0.1)
+    with monkeypatch.context() as capture:
+        capture.setattr(model.plans, "_capturing", lambda _: True)
+        capture.setattr(model, "keep_for_graph", lambda *_: None)
+        own.Gs = [[x.clone() for x in each] for each in here]  # type: ignore[union-attr]
+        step(own, bound, 0.1)
+    made: list[str] = []
+    made_on_device = model.to_device
+    monkeypatch.setattr(model, "to_device", lambda *args: made.append("table") or made_on_device(*args))
+    step(own, bound, 0.1)
+    assert made
+
+
+@pytest.mark.parametrize(
+    ("Gs", "match"),
+    [
+        (None, r"Gs must be a list with an entry for each of 1 layers"),
+        ([1], r"Gs\[0\] must be a list of 2 parts"),
+        ([[1, 2]], r"Gs\[0\]\[0\] must be a torch.Tensor"),
+        ([], r"Gs must be a list with an entry for each of 1 layers"),
+    ],
+)
+def test_what_are_no_parts_is_refused(Gs: Any, match: str) -> None:
+    own = layers([(7, 12)], torch.float32)
+    bound = own.bind()
+    own.Gs = Gs
+    with pytest.raises((TypeError, ValueError), match=match):
+        step(own, bound)
+
+
 def test_parts_at_known_places_but_of_another_kind_are_refused() -> None:
     own = layers([(7, 12)], torch.float32)
     bound = own.bind()
