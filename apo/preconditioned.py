@@ -24,7 +24,7 @@ from apo.fisher_start import FisherStart
 from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
 from apo.inner_products import inner_products, norms
-from apo.late_verdict import LateVerdict
+from apo.late_verdict import LateVerdicts
 from apo.look_back import LookBack
 from apo.matrix_view import matrix_views
 from apo.meta_learner import Elsewhere, MetaLearner, Trial, apart
@@ -50,8 +50,6 @@ __all__ = ["APO"]
 
 _DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
-JUDGED_AT_ONCE = 100
-"""Steps after one that left itself out: huge gradients, which are divided first, may be what there is."""
 MOVED_EVERY = 10
 """Meta-updates between two moves of P's scale to the rates."""
 
@@ -148,8 +146,7 @@ class APO(MetaLearner):
         self._sample = FisherSample()
         self._look = LookBack()
         self._promise: Tensor | float = 1.0
-        self._verdict_to_come: LateVerdict | None = None
-        self._late, self._judged_at_once = False, 0
+        self._late = LateVerdicts()
         self._known_form: object = None
         self._process_group = process_group
         defaults = {
@@ -371,24 +368,18 @@ class APO(MetaLearner):
             most=self.param_groups[0]["apo_most_promised"],
             shares=self._each(lambda group: taken * get_rate(group) * _carried(group) * promise),
         )
-        if self._late:
-            self._verdict_to_come = LateVerdict(self._promise)
+        self._late.await_verdict(self._promise)
 
     def _judged_late(self, scaling: Scaling) -> bool:
         self._gradient_scale = 1.0
-        promised = self.param_groups[0]["apo_most_promised"]
-        self._judged_at_once = max(0, self._judged_at_once - 1)
+        bounded = self.param_groups[0]["apo_most_promised"] < math.inf
         device = self.layers[0].S.device.type if self.layers else "cpu"
-        self._late = (
-            device in self.JUDGED_LATE and promised < math.inf and not scaling.active and not self._judged_at_once
-        )
-        return self._late
+        return self._late.allowed(device in self.JUDGED_LATE and bounded and not scaling.active)
 
     def _settle(self) -> None:
-        self._late, verdict, self._verdict_to_come = False, self._verdict_to_come, None
-        if verdict is not None and not verdict.taken:
+        if self._late.left_out():
             self._count("apo_skipped_steps")
-            self._promise, self._judged_at_once = 1.0, JUDGED_AT_ONCE
+            self._promise = 1.0
 
     @staticmethod
     def _start_momentum(layers: Sequence[PreconditionedLayer]) -> None:
