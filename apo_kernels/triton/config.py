@@ -100,9 +100,10 @@ _TILE: tuple[tuple[dict[str, Any], tuple[int, int, int]], ...] = (
     ({"backward": True, "target": "sm_80"}, (32, 8, 0)),
     ({"backward": True}, (0, 8, 0)),
     ({"target": "gfx942"}, (0, 8, 0)),
+    ({"way": _NOTHING, "target": "sm_100"}, (32, 8, 0)),
     ({"way": _NOTHING}, (0, 8, 0)),
     ({"target": "sm_80", "keep": True}, (0, 8, 0)),
-    ({"target": "sm_80"}, (32, 4, 0)),
+    ({"target": "sm_80"}, (16, 4, 0)),
     ({}, (0, 4, 0)),
 )
 """Conditions, then the slab (0: the whole side), warps and split of a :class:`TileConfig`. The first row that fits."""
@@ -112,12 +113,13 @@ _MODEL: tuple[tuple[dict[str, Any], tuple[int, int, int]], ...] = (
     ({"side": 32, "target": "sm_80", "stage": "model_trial", "dtype": "float32", "way": (True, False)}, (16, 8, 0)),
     ({"side": _SMALL, "dtype": "float32"}, (16, 4, 0)),
     ({"side": 32, "target": "sm_90", "stage": "model_update"}, (0, 8, 0)),
+    ({"side": 32, "target": "sm_100", "stage": "model_direction"}, (0, 8, 0)),
     ({"side": _SMALL}, (0, 4, 0)),
     ({"dtype": "float32", "target": "sm_90", "stage": "model_slopes"}, (16, 4, 1)),
     ({"dtype": "float32", "target": "sm_90"}, (16, 4, 0)),
     ({"dtype": "float32", "stage": "model_slopes"}, (16, 8, 1)),
     ({"dtype": "float32"}, (16, 8, 0)),
-    ({"stage": "model_slopes", "target": "gfx942"}, (16, 8, 0)),
+    ({"stage": "model_slopes", "target": {"sm_80", "gfx942"}}, (16, 8, 0)),
     ({"stage": "model_slopes", "target": "sm_90"}, (0, 8, 1)),
     ({"target": "sm_90"}, (0, 4, 0)),
     ({"stage": "model_slopes"}, (32, 8, 0)),
@@ -131,13 +133,15 @@ _GEMM: tuple[tuple[dict[str, Any], tuple[int, int, int, int]], ...] = (
     ({"stage": "pair", "target": "sm_100", "dtype": "float16"}, (64, 64, 64, 8)),
     ({"stage": "pair"}, (64, 64, 128, 8)),  # two accumulators
     ({"narrow": True, "target": "sm_100", "stage": "left_dB"}, (64, 64, 128, 4)),
+    ({"narrow": True, "target": "sm_100", "stage": "update", "dtype": "float32"}, (64, 64, 64, 8)),
     ({"narrow": True, "target": "sm_100"}, (64, 64, 128, 8)),
     ({"narrow": True}, (64, 64, 128, 4)),
     ({"stage": "update"}, (128, 64, 128, 8)),
     ({"stage": "dA_dG", "dtype": "float32"}, (128, 64, 128, 8)),
+    ({"stage": "dA_dG", "target": "sm_100"}, (128, 64, 128, 8)),
     ({"target": "sm_80", "dtype": "float32"}, (128, 64, 128, 8)),
     ({"target": "sm_100", "dtype": "float32", "stage": "scale"}, (128, 64, 128, 8)),
-    ({"target": "sm_100", "dtype": "float16", "stage": "left_dB"}, (128, 64, 128, 8)),
+    ({"target": "sm_100", "dtype": {"float16", "float32"}, "stage": "left_dB"}, (128, 64, 128, 8)),
     ({}, (128, 128, 128, 8)),
 )
 """Conditions, then rows, columns, depth in bytes, and warps of a :class:`GemmConfig`."""

@@ -9,6 +9,7 @@ from statistics import mean
 
 import pytest
 
+from apo_kernels.targets import TARGETS
 from benchmarks import readme
 from benchmarks.common import results
 from benchmarks.kernels.throughput.contestants import BLOCKS, CHAIN, FULL, INVERSE
@@ -147,6 +148,20 @@ def test_what_the_experiments_say_of_the_study() -> None:
         f"({bare['digits']:.2g} against {size['digits']:.2g})",
         f"diabetes ends at {losses['step']['diabetes']:.1e}",
         f"on diabetes {losses['warm-up 50']['diabetes']:.3g} if only",
+    )
+
+
+def test_what_is_said_of_spills() -> None:
+    found = {name: results.load(readme.COMMITTED / name / "targets.json") for name in ("triton-3.7.1", "triton-3.6.0")}
+    assert {name: len(content["kernels"]) for name, content in found.items()} == dict.fromkeys(found, 988)
+    assert {row["target"] for content in found.values() for row in content["kernels"]} == set(TARGETS)
+    spilled = [row for content in found.values() for row in content["kernels"] if row["spills"]]
+    assert [(row["target"], row["dtype"], row["stage"], row["size"]) for row in spilled] == [
+        ("sm_90", "float32", "model_slopes", "64")
+    ]
+    assert_said(
+        DOCS / "benchmarks.md",
+        f"spills in one of its 988 kernels, with {spilled[0]['spills']} instructions: in sm_90's slopes in float32",
     )
 
 
