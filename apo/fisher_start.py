@@ -271,7 +271,8 @@ def _noise(layers: Sequence[PreconditionedLayer]) -> list[Noise | None]:
     sums: dict[str, list[tuple[PreconditionedLayer, Noise, Tensor]]] = {"A": [], "B": []}
     held = [layer for layer in layers if layer.view.held]
     squares = _column_squares([x for layer in held for x in (layer.A, layer.B)])
-    of_columns, sides, summed, scaled = [], [], [], []
+    summed: list[tuple[Noise, Tensor, Tensor]] = []
+    scaled: list[tuple[Noise, Tensor]] = []
     for layer in layers:
         if not layer.view.held:
             found.append(None)
@@ -279,9 +280,9 @@ def _noise(layers: Sequence[PreconditionedLayer]) -> list[Noise | None]:
         S = layer.S
         a, b = _along(next(squares), layer.A, S, -1).unsqueeze(-2), _along(next(squares), layer.B, S, -2).unsqueeze(-1)
         own = Noise(a, b, a)
+        found.append(own)
         if layer.learned == "S":  # A and B are ones
-            scaled.append(own)
-            found.append(own)
+            scaled.append((own, S))
             continue
         rows, columns = [], []
         for part in _pieces(S):
@@ -289,19 +290,17 @@ def _noise(layers: Sequence[PreconditionedLayer]) -> list[Noise | None]:
             rows.append((S2 @ a_here.mT).squeeze(-1))
             columns.append((b_here.mT @ S2).squeeze(-2))
         in_all = columns[0] if len(columns) == 1 else torch.stack(columns).sum(0) if S.ndim == 2 else torch.cat(columns)
-        of_columns.append(in_all)
-        sides.append(a.squeeze(-2))
-        summed.append(own)
+        summed.append((own, in_all, a.squeeze(-2)))
         for side, x in (("A", in_all), ("B", rows[0] if len(rows) == 1 else torch.cat(rows))):
             if side in layer.learned:
                 sums[side].append((layer, own, x))
-        found.append(own)
     if summed:
-        for own, total in zip(summed, torch._foreach_norm(torch._foreach_mul(of_columns, sides), ord=1), strict=True):
+        products = torch._foreach_mul([x for _, x, _ in summed], [side for *_, side in summed])
+        for (own, *_), total in zip(summed, torch._foreach_norm(products, ord=1), strict=True):
             own.total = total  # all that it sums is >= 0
     if scaled:
-        lengths = torch._foreach_norm([layer.S for layer in held if layer.learned == "S"])
-        for own, total in zip(scaled, torch._foreach_mul(lengths, lengths), strict=True):
+        lengths = torch._foreach_norm([S for _, S in scaled])
+        for (own, _), total in zip(scaled, torch._foreach_mul(lengths, lengths), strict=True):
             own.total = total
     # summed over the ranks that hold other rows, or other columns
     pairs = [(x, layer.parts[side].alike) for side, each in sums.items() for layer, _, x in each]

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from operator import attrgetter, is_
 
 from torch import Tensor, nn
 
 __all__ = ["HeldParameters"]
-
-
-_PARAMETERS = attrgetter("_parameters")
 
 
 class HeldParameters:
@@ -30,18 +26,13 @@ class HeldParameters:
             for name, p in module._parameters.items()
             if p is not None and id(p) in wanted
         ]
-        self._modules = [module for _, module, _, _ in self._places]
-        self._names = [name for *_, name, _ in self._places]
-        self._held = [p for *_, p in self._places]
 
     def replaced(self) -> list[tuple[str, Tensor, Tensor]]:
         """The name, the parameter that was held and what stands there now, of each that was replaced.
 
         A parameter that moved within its module (parametrizations, pruning) or that was deleted wasn't replaced.
         """
-        found: list[tuple[str, Tensor, Tensor]] = []
-        if self._all_there():
-            return found
+        found = []
         for full, module, name, p in self._places:
             now = _parameter(module, name)
             if now is None and all(p is not each for each in module.parameters()):
@@ -49,13 +40,6 @@ class HeldParameters:
             if isinstance(now, Tensor) and now is not p:
                 found.append((full, p, now))
         return found
-
-    def _all_there(self) -> bool:
-        """Whether each parameter stands where it stood: asked before every step, and so in a tenth of the time."""
-        try:
-            return all(map(is_, map(dict.get, map(_PARAMETERS, self._modules), self._names), self._held))
-        except TypeError:  # a ScriptModule's parameters are no dict
-            return False
 
     @staticmethod
     def refuse(replaced: Sequence[tuple[str, Tensor, Tensor]]) -> None:

@@ -235,7 +235,7 @@ class MetaLearner(Optimizer):
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._settle()  # not before the closure: a GPU that has its passes to do lets nothing wait
+        self._settle()  # after the closure, so that a GPU has its passes to do while the host waits
         with autocast.lifted():
             scaling.unscale()
             forget_casts(self._gathering)

@@ -337,8 +337,6 @@ class APO(MetaLearner):
         self._show_state()
 
     def _check_gradients(self) -> None:
-        if all(grad is None or grad.layout is torch.strided for grad in self._shards.grads()):
-            return
         for layer in self.layers:
             for p in layer.view.parameters:
                 if p.grad is not None and p.grad.layout != torch.strided:

@@ -161,8 +161,8 @@ class Shards:
         self.parts = [local(p) for p in self.parameters] if self.placed else list(self.parameters)
         self.overs = [over(p) if self.placed else () for p in self.parameters]
         found: dict[str, None] = {}
-        for p in self.parameters:
-            if self.placed and is_placed(p):
+        for p in self.parameters if self.placed else ():
+            if is_placed(p):
                 mesh: Any = p.device_mesh  # type: ignore[attr-defined]
                 found |= dict.fromkeys(known(mesh.get_group(i)) for i in range(mesh.ndim) if mesh.size(i) > 1)
         self.groups: Over = tuple(found)

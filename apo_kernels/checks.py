@@ -289,16 +289,10 @@ def buffers(tensors: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]],
         raise ValueError(
             f"momentum_buffers must be a list with an entry for each of {len(shapes)} layers, but is {_size(tensors)}"
         )
-    on_cpu, index = like.is_cpu, like.get_device()
     for i, (v, shape) in enumerate(zip(tensors, shapes, strict=True)):
         if v is None:
             continue
-        if not (
-            isinstance(v, Tensor)
-            and v.shape == shape
-            and v.dtype is dtype
-            and (v.is_cpu if on_cpu else v.get_device() == index and v.device == like.device)
-        ):
+        if not isinstance(v, Tensor) or v.shape != shape or v.dtype is not dtype or v.device != like.device:
             raise ValueError(
                 f"momentum_buffers[{i}] must be a {dtype} tensor of shape {tuple(shape)} on {like.device}, "
                 f"but got {_description(v)}"

@@ -17,7 +17,6 @@ names the argument, its value and what it must be; nothing has been written then
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Literal, overload
 
 import torch
@@ -243,9 +242,6 @@ def foreach_precondition_step_(
         path.foreach_precondition_step_(thetas, Gs, As, Bs, Ss, momentum_buffers or [], lr, momentum, weight_decay)
 
 
-_REQUIRES_GRAD = attrgetter("requires_grad")
-
-
 class BoundStep:
     """:func:`foreach_precondition_step_` on the same tensors, step after step: checked and planned once.
 
@@ -281,8 +277,7 @@ class BoundStep:
         checks.step_scalars(Gs, self._buffers, lr, momentum, weight_decay)
         if list(map(Tensor.data_ptr, self._tensors)) != self._pointers:
             self._bind()
-        if any(map(_REQUIRES_GRAD, self._written)):
-            checks.no_graph("it is written in place", thetas=thetas, momentum_buffers=self._buffers or ())
+        checks.no_graph("it is written in place", thetas=thetas, momentum_buffers=self._buffers or ())
         with torch.no_grad():
             self._step(lr, momentum, weight_decay)
 
@@ -293,7 +288,6 @@ class BoundStep:
         checks.no_shared_memory(thetas, self._buffers, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
         checks.not_negated(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
         self._tensors = [x for tensors in (*self._operands, buffers) for x in tensors]
-        self._written = [*thetas, *buffers]
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
         self._step = serving(self._backend, Gs).bind_step(thetas, Gs, As, Bs, Ss, buffers)
 

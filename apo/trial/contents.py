@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from contextlib import nullcontext
 from operator import is_
 from typing import Any, ClassVar
 
@@ -39,27 +40,18 @@ class Content:
     def restore(self, later: list[Content]) -> None:
         """Put it back, without gradients, or note in ``later`` that its memory is to be written, together with
         others'."""
-        if self._inference:
-            with torch.inference_mode():
-                self._put_back()
-        elif type(self._memory) is Tensor and self._memory.layout is torch.strided and not self._looks:
-            if not _in_one_place(self._held, self._memory):
-                self._held.data = self._memory
-            later.append(self)
-        else:
-            self._put_back()
-
-    @property
-    def _looks(self) -> bool:
-        return self._memory.device.type in self.LOOKED_AT
-
-    def _put_back(self) -> None:
-        if not _in_one_place(self._held, self._memory):
-            self._held.data = self._memory
-        part = self._part(self._memory)
-        plain = part.layout is torch.strided and type(part) is Tensor
-        if not (plain and self._looks and torch.equal(part, self._content)):
-            part.copy_(self._content)
+        memory = self._memory
+        with torch.inference_mode() if self._inference else nullcontext():
+            if not _in_one_place(self._held, memory):
+                self._held.data = memory
+            plain = type(memory) is Tensor and memory.layout is torch.strided
+            looks = memory.device.type in self.LOOKED_AT
+            if plain and not looks and not self._inference:
+                later.append(self)
+                return
+            part = self._part(memory)
+            if not (plain and looks and torch.equal(part, self._content)):
+                part.copy_(self._content)
         self._settle()
 
     @classmethod
