@@ -106,6 +106,17 @@ class Arena:
                     sums[1, k] = (lengths if len(ways) == 1 else lengths[here]).square().sum()
         return sum_over(sums.flatten(), ways * 2).view(2, -1).sum(1)
 
+    @torch.no_grad()
+    def mean_square(self, Gs: Parts) -> float:
+        """Of the gradients' entries, over the ranks that hold them; one synchronisation."""
+        found = [(i, x) for i, own in enumerate(Gs) if own is not None for x in own if x is not None]
+        entries = sum(layer.view.entries for layer, own in zip(self.layers, Gs, strict=True) if own is not None)
+        sums = self.layers[0].S.new_zeros(len(self.layers), dtype=torch.float64)
+        if found:
+            places = torch.tensor([i for i, _ in found]).to(sums.device, non_blocking=True)
+            sums.index_add_(0, places, norms([x for _, x in found]).square_())
+        return float(sum_over(sums, [layer.view.over for layer in self.layers]).sum()) / max(entries, 1)
+
     def _beside_momentum(self, parts: Parts) -> tuple[list[int], list[Tensor], list[Tensor]]:
         """The parts that there are of layers with momentum: the layer of each, the part, and its momentum."""
         found: list[tuple[int, Tensor, Tensor]] = []

@@ -49,8 +49,8 @@ class FisherStart:
 
     RATE = 0.1
     """ε at the first update."""
-    BETA = 0.99
-    """Of the running means, which are unbiased by their own weight."""
+    BETA = 0.95
+    """Of the running means, which are unbiased by their own weight. F changes fast at first, so they are short."""
     LONGEST = 2.0
     """Greatest Frobenius norm of a square of R."""
     ENERGY = "energy"

@@ -49,6 +49,9 @@ _NOT_PICKLED = {"step", "_opt_called", "_zero_grad_profile_name"}
 HUGE = 1e18
 """Gradients from here on are divided by their largest entry before products are taken that would overflow."""
 
+HARDLY = 1e-3
+"""Share of the loss by which a trial has to change it to say anything of the rate before the first step."""
+
 _CHANGING = {"accepted", "in_trial"}
 
 _NUMBERS = {"apo_steps": 0, "apo_failed_trials": 0, "apo_skipped_steps": 0, "apo_begun": False}
@@ -396,11 +399,17 @@ class MetaLearner(Optimizer):
         """Whether Q rises along the step there, and would fall along a shorter one.
 
         Before any step the rate is too large then, and steps at it may do what later ones can't undo. Other examples
-        than the step was made of may speak against any length: then it gains nothing on them at first.
+        than the step was made of may speak against any length: then it gains nothing on them at first. Or they say
+        nothing, as where batch norm has seen no batch yet: then the loss on them hardly changes.
         """
         slope = float(self._shards.sum(inner_products(trial.V, trial.steps).double()).sum())
+        if slope <= 0:
+            return False
         worth = self._worth(trial, slope)
-        return not slope <= 0 and (worth is None or worth[0] > 0)
+        if worth is None:
+            return True
+        base = self._sign() * trial.evaluation.base
+        return worth[0] > 0 and abs(trial.evaluation.objective - base) > HARDLY * abs(base)
 
     def _worth(self, trial: Trial, slope: float) -> tuple[float, float] | None:
         """What the step gains at first on B′, and what curvature costs it there: of the parabola through Q at θ and at

@@ -30,6 +30,7 @@ from apo.matrix_view import matrix_views
 from apo.meta_learner import Elsewhere, MetaLearner, Trial, apart
 from apo.meta_optimizer import MetaOptimizer
 from apo.method import Method, check_sizes
+from apo.noise_damping import NoiseDamping
 from apo.noise_factor import NoiseFactor
 from apo.objective import Evaluation, ProximalObjective, check_objective
 from apo.owners import Owners
@@ -113,6 +114,7 @@ class APO(MetaLearner):
         "apo_mean_loss": math.nan,
         "apo_overwritten": False,
         **NoiseFactor.NUMBERS,
+        **NoiseDamping.NUMBERS,
     }
 
     def __init__(
@@ -480,6 +482,8 @@ class APO(MetaLearner):
             derivatives = self._arena.derivatives(proposal.Gs, Vs, proposal.lengths)
             sizes = [None] * len(sizes)
         self._arena.sum_blocks_(derivatives, sizes)
+        damped = NoiseDamping.wanted(self.param_groups[0]) and self._starts
+        square = self._arena.mean_square(proposal.Gs) if damped else math.nan
         proposal.kept = None
         del V, Vs, slopes
         trial.V.clear()
@@ -489,9 +493,11 @@ class APO(MetaLearner):
             return False
         for name, value in self._look.taken_up(self.param_groups[0], sum(magnitudes), step=self.steps).items():
             self._note(name, value)
+        if math.isfinite(square):
+            self._note("apo_gradient_square", NoiseDamping.mean(self.param_groups[0], square))
         if started:
             delta = (self.objective.wsd_weight or 0.0) / (self.objective.fsd_weight or 1.0)
-            self._start.step(started, delta, done)
+            self._start.step(started, max(delta, NoiseDamping.delta(self.param_groups[0])), done)
         self._end_start()
         self._arena.refresh()
         return True

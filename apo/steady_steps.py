@@ -18,8 +18,10 @@ class SteadySteps:
     says nothing of the rate. Therefore the rate
 
     - rises while the mean of r is below 0, the faster the longer that lasts;
-    - is nearly held while it is between 0 and 1: where noise balances progress, it falls as about t^(−0.1);
-    - falls by ``log r`` above 1, about as far as a Newton step along Δ goes; above 1.5 already by a short mean.
+    - is nearly held while it is between 0 and 1¼, where it falls as about t^(−0.1): so it is where noise balances
+      progress, and where steps bounce between the walls of a valley, which at a lower rate only grows steeper;
+    - falls above 1¼, the further the more, from ``r ≫ 1`` by about ``log r``, as far as a Newton step along Δ goes;
+      above 1½ already by a short mean. In the first trials it falls by ``log r`` above 1.
 
     A loss on B′ says more. On these examples a step gains ``g = −⟨∇Q(θ), Δ⟩`` at first, in which the noise of its own
     batch has no part, and curvature costs it ``c = ⟨V, Δ⟩ + g``. Of short means, the rate
@@ -40,6 +42,10 @@ class SteadySteps:
 
     MEAN, SHORT, SIZES, BRIEF = 0.9, 0.7, 0.8, 0.7
     """Of the running means: of r, of r for falls, of sizes, of g and c."""
+    BALANCED, PAST, LEAP = 0.3, 1.25, 1.5
+    """The most that a mean of r counts for while the rate is held; above which it falls; and by its short mean."""
+    FIRST = 40
+    """Trials in which the rate falls in full, as training may have begun far above the right one."""
     DOUBT = 0.1
     """Share of g's variance in that of its mean."""
     FEWEST = 2
@@ -78,7 +84,7 @@ class SteadySteps:
             meta_lr: the most that ``log lr`` rises by.
         """
         mean, short, size_mean = self._ratios(group, slope, size)
-        leaps = short > 1.5
+        leaps = short > self.LEAP
         how_far = min(max(0.0, self.rises_below - mean) / (1 + self.rises_below), 1.0)
         passed, best = False, math.inf
         if gain is not None and cost is not None and size_mean > 0:
@@ -92,13 +98,20 @@ class SteadySteps:
                 change = meta_lr * early * min(1.0, 1 / 12 + group["apo_rising"] / 45) * how_far
         else:
             group["apo_rising"] = 0.0
-            change = -meta_lr * early * mean / 15
-            if leaps or mean > 1:
-                change = -early * math.log(short if leaps else mean) if meta_lr else 0.0
+            change = -meta_lr * early * min(mean, self.BALANCED) / 15
+            fall = self._fall(mean, short, first=group["apo_ratios"] <= self.FIRST)
+            if fall > 0 and meta_lr:
+                change = min(change, -early * fall)
             change = min(change, self._taken_back(group, best, leaps=leaps))
         group["apo_risen"] += max(change, 0.0)
         group["apo_cost_mean"] *= math.exp(change)  # as c/g goes with the rate
         return change
+
+    def _fall(self, mean: float, short: float, *, first: bool) -> float:
+        """By how much ``log lr`` falls where trials go too far."""
+        if first:
+            return math.log(short if short > self.LEAP else max(mean, 1.0))
+        return math.log1p(max(mean - self.PAST, short - self.LEAP, 0.0))
 
     def _ratios(self, group: Group, slope: float, size: float) -> tuple[float, float, float]:
         """The means of r, the short one unbiased, and that of sizes."""

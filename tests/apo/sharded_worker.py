@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import sys
 import traceback
@@ -183,6 +184,8 @@ def train(
     if settings.get("fisher_start"):
         goal.fisher_sample = least_likely  # type: ignore[method-assign]
     opt = front_end(kind, model, goal, groups(model, name, structure or layout or ""), **settings)
+    if settings.get("fisher_start"):
+        opt.param_groups[0]["apo_noise_factor"] = 0.6  # so that P is damped by noise too
     losses = []
     for batch, targets in batches:
 
@@ -204,6 +207,8 @@ def whole(t: Tensor) -> Tensor:
 def outcome(opt: Any, model: nn.Module) -> dict[str, Any]:
     counts = [opt.failed_trials, opt.skipped_steps, opt.steps]
     numbers = [opt.param_groups[0]["lr"], opt.last.objective, opt.last.step_norm]
+    square = opt.param_groups[0].get("apo_gradient_square", math.nan)
+    numbers += [] if math.isnan(square) else [square]
     blocks = {
         f"{layer.view.name} {name}": part.tensor.clone()
         for layer in getattr(opt, "layers", [])

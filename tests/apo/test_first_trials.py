@@ -19,14 +19,16 @@ class Valley:
     """``½ · 3 w²`` from w = 1: a trial of rate ``lr`` rises along its step where ``lr · reach > ⅓``.
 
     Args:
-        other: the objective has a loss on B′, ``½ 3 (w − 1 + other)²``; None: it has none.
+        other: the objective has a loss on B′, ``½ 3 (w − 1 + other)² + level``; None: it has none.
     """
 
-    def __init__(self, front_end: str, lr: float, interval: int = 1, *, other: float | None = None) -> None:
+    def __init__(
+        self, front_end: str, lr: float, interval: int = 1, *, other: float | None = None, level: float = 0.0
+    ) -> None:
         self.model = nn.Linear(1, 1, bias=False).double()
         nn.init.ones_(self.model.weight)
         self.x = torch.ones(1, 1).double()
-        loss = {} if other is None else {"loss": lambda y, _: self.loss(y - 1 + other)}
+        loss = {} if other is None else {"loss": lambda y, _: self.loss(y - 1 + other) + level}
         batches = [self.x] if other is None else [(self.x, self.x)]
         goal = apo.ProximalObjective(self.model, batches, "mse", fsd_weight=0.0, wsd_weight=0.0, **loss)
         settings: dict[str, Any] = {"interval": interval, "warmup": 0}
@@ -95,6 +97,16 @@ def test_a_loss_on_other_examples_is_taken_to_be_a_parabola(front_end: str) -> N
     against = Valley(front_end, 0.1, other=-1.0)
     against.step()
     assert against.opt.failed_trials == 0
+
+
+@pytest.mark.parametrize(("level", "refused"), [(100.0, 1), (1e4, 0)])
+@pytest.mark.parametrize("front_end", ["APO", "AdaptiveLR"])
+def test_other_examples_that_hardly_notice_the_step_say_nothing_of_its_length(
+    front_end: str, level: float, refused: int
+) -> None:
+    own = Valley(front_end, 0.55 if front_end == "AdaptiveLR" else 0.275, other=1.0, level=level)
+    own.step()
+    assert own.opt.failed_trials == refused
 
 
 @pytest.mark.parametrize("front_end", ["APO", "AdaptiveLR"])

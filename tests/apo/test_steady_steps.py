@@ -47,9 +47,22 @@ def test_a_rate_far_too_small_rises_by_orders_and_the_faster_the_longer(fitted: 
     assert max(rises) <= 0.3 + 1e-12
 
 
-def test_a_rate_far_too_large_falls_at_once_as_a_newton_step_would() -> None:
-    log = path(lambda _: 9.0, 2)
-    assert log[1] == pytest.approx(-math.log(9))
+@pytest.mark.parametrize("ratio", [5.0, 9.0])
+def test_a_rate_far_too_large_falls_at_once_about_as_far_as_a_newton_step_goes(ratio: float) -> None:
+    assert path(lambda _: ratio, 1)[1] == pytest.approx(-math.log(ratio), rel=0.1)
+
+
+def test_trials_that_leap_a_little_take_little() -> None:
+    """At rates that are right, three in a row may."""
+    held = path(lambda _: 0.5, 80)[-1]
+    assert 0.05 < held - path(lambda i: 2.2 if 50 <= i <= 52 else 0.5, 80)[-1] < 0.3
+    assert held - path(lambda i: 2.2 if 20 <= i <= 22 else 0.5, 80)[-1] > 0.4  # a start that may be far too high
+
+
+@pytest.mark.parametrize("ratio", [0.9, 1.0])
+def test_where_steps_bounce_between_the_walls_of_a_valley_the_rate_is_held(ratio: float) -> None:
+    log = path(lambda _: ratio, 66)
+    assert -math.log(1.6) < log[-1] < 0
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5, 0.7])
