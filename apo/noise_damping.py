@@ -44,7 +44,7 @@ class NoiseDamping:
     def delta(cls, held: Mapping[str, Any]) -> float:
         """δ, of what is remembered and of the present κ and J."""
         square = held["apo_gradient_square"]
-        if math.isnan(square) or not cls.wanted(held):
+        if math.isnan(square):
             return 0.0
         gate = min(cls.RISE * (1 - held["apo_noise_factor"]), 1.0)
         return float(gate * cls.SHARE * square / (1 + held["apo_mean_loss"]))
