@@ -44,8 +44,9 @@ class AdaptiveLR(MetaLearner):
     exception or a failed trial can be undone.
 
     The one-step objective is short-sighted, and a step always fits the noise of its own batch. So the rate changes only
-    where slopes say so clearly (:class:`~apo.steady_steps.SteadySteps`), and a ``loss`` in the objective, which is
-    taken on B′, says it best. To let the rate decay by itself, give a ``loss`` and ``meta_optimizer="rmsprop"``.
+    where slopes say so clearly, or where noise keeps the loss from falling (:class:`~apo.steady_steps.SteadySteps`),
+    and a ``loss`` in the objective, which is taken on B′, says it best. To follow each slope, as the paper does, give a
+    ``loss`` and ``meta_optimizer="rmsprop"``.
 
     Step hooks of ``optimizer``, and of optimizers that it wraps, still run. Those before the step run once, in the
     trial, which needs the gradients as they leave them. Those after it run where the step is taken.
@@ -260,9 +261,8 @@ class AdaptiveLR(MetaLearner):
         proposal.rehearsal.start_over()  # some optimizers hook the model's passes
         now = self.steps + 1
         share = max(1, now - self.param_groups[0]["apo_last_update"]) / now
-        proposal.factors = self.rates.update(
-            self.param_groups, by_group, sizes, share, self._worth(trial, sum(by_group))
-        )
+        worth, loss = self._worth(trial, sum(by_group)), self._sign() * trial.evaluation.base
+        proposal.factors = self.rates.update(self.param_groups, by_group, sizes, share, worth, loss)
         self._note("apo_last_update", now)
         self._note("apo_clipped_by", clipped_by)
         return True

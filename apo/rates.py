@@ -147,6 +147,7 @@ class LogRates:
         sizes: Sequence[float] | None = None,
         share: float = 1.0,
         worth: tuple[float, float] | None = None,
+        loss: float = math.nan,
     ) -> list[float]:
         """Descend ``dQ/d log lr``.
 
@@ -156,6 +157,7 @@ class LogRates:
             share: of the training so far, what has passed since the last update; of steady steps.
             worth: the gain and the cost of the whole step on fresh examples, of which each group has a part by its
                 size; of steady steps.
+            loss: at present; of steady steps.
 
         Returns:
             Each group's new rate over its old one.
@@ -169,7 +171,7 @@ class LogRates:
         elif self._steady is None:
             changes = [self._relative_step(*each) for each in zip(groups, slopes, sizes, strict=True)]
         else:
-            change = partial(self._steady.change, share=share, meta_lr=self.meta_lr)
+            change = partial(self._steady.change, share=share, meta_lr=self.meta_lr, loss=loss)
             changes = []
             for group, slope, size in zip(groups, slopes, sizes, strict=True):
                 own = () if worth is None or not whole else [x * (size / whole) for x in worth]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 __all__ = ["SteadySteps"]
 
 Group = dict[str, Any]
@@ -18,8 +20,10 @@ class SteadySteps:
     says nothing of the rate. Therefore the rate
 
     - rises while the mean of r is below 0, the faster the longer that lasts;
-    - is nearly held while it is between 0 and 1¼, where it falls as about t^(−0.1): so it is where noise balances
-      progress, and where steps bounce between the walls of a valley, which at a lower rate only grows steeper;
+    - is held while it is between 0 and 1¼: about 1 is where steps bounce between the walls of a valley, which at a
+      lower rate only grows steeper;
+    - yet falls about 0.3 where the loss says that noise is in the way: as ``1/t`` where the loss stands still, and
+      less the faster it falls, until it falls as t^(−1/7);
     - falls above 1¼, the further the more, from ``r ≫ 1`` by about ``log r``, as far as a Newton step along Δ goes;
       above 1½ already by a short mean. In the first trials it falls by ``log r`` above 1.
 
@@ -31,7 +35,8 @@ class SteadySteps:
     - falls to the minimum at ``g/c`` once, but by no more than it has risen, where c is above g after a rise. Later
       noise balances progress at c = 2g, whatever the rate.
 
-    A loss on B, which the step was fitted to, lowers r by about a half. It then rises below −0.5.
+    A loss on B, which the step was fitted to, lowers r by about a half. The rate then rises below −0.5, and falls for
+    noise about −0.2.
 
     Changes are in proportion to the share of training that has passed since the last one, so that the rate can change
     by orders of magnitude at first, and not by accident later.
@@ -42,10 +47,18 @@ class SteadySteps:
 
     MEAN, SHORT, SIZES, BRIEF = 0.9, 0.7, 0.8, 0.7
     """Of the running means: of r, of r for falls, of sizes, of g and c."""
-    BALANCED, PAST, LEAP = 0.3, 1.25, 1.5
-    """The most that a mean of r counts for while the rate is held; above which it falls; and by its short mean."""
+    PAST, LEAP = 1.25, 1.5
+    """The mean of r, and the short mean, above which the rate falls."""
+    BALANCED = (0.0, 0.2, 0.6, 0.9)
+    """Means of r at which noise may balance progress: from the first to the last, in full between the middle ones."""
+    SLOW = 1 / 7
+    """Speed of a loss, ``−d log J/d log t``, below which noise is in the way."""
+    RECENT, BEFORE = 8.0, 2.0
+    """How fast a mean of log losses follows them, over the step's logarithm, and an earlier one this mean."""
     FIRST = 40
     """Trials in which the rate falls in full, as training may have begun far above the right one."""
+    UNTIL_NOISE = 60
+    """Trials before the loss says anything of noise."""
     DOUBT = 0.1
     """Share of g's variance in that of its mean."""
     FEWEST = 2
@@ -62,6 +75,8 @@ class SteadySteps:
         for name in ("ratio_short", "size_mean", "rising", "risen", "gain_mean", "gain_square", "cost_mean"):
             group.setdefault(f"apo_{name}", 0.0)
         group.setdefault("apo_ratios", 0)
+        for name in ("log_loss", "log_loss_before"):
+            group.setdefault(f"apo_{name}", math.nan)
 
     def change(
         self,
@@ -73,6 +88,7 @@ class SteadySteps:
         *,
         share: float,
         meta_lr: float,
+        loss: float,
     ) -> float:
         """The change of a group's ``log lr``.
 
@@ -82,8 +98,10 @@ class SteadySteps:
             gain, cost: g and c, of a loss on B′.
             share: of the training so far, what has passed since the last update.
             meta_lr: the most that ``log lr`` rises by.
+            loss: at present.
         """
         mean, short, size_mean = self._ratios(group, slope, size)
+        speed = self._speed(group, loss, share)
         leaps = short > self.LEAP
         how_far = min(max(0.0, self.rises_below - mean) / (1 + self.rises_below), 1.0)
         passed, best = False, math.inf
@@ -98,8 +116,10 @@ class SteadySteps:
                 change = meta_lr * early * min(1.0, 1 / 12 + group["apo_rising"] / 45) * how_far
         else:
             group["apo_rising"] = 0.0
-            change = -meta_lr * early * min(mean, self.BALANCED) / 15
-            fall = self._fall(mean, short, first=group["apo_ratios"] <= self.FIRST)
+            first = group["apo_ratios"] <= self.FIRST
+            noisy = self._noisy(mean, speed) if group["apo_ratios"] > self.UNTIL_NOISE else 0.0
+            change = -share * noisy if meta_lr else 0.0
+            fall = self._fall(mean, short, first=first)
             if fall > 0 and meta_lr:
                 change = min(change, -early * fall)
             change = min(change, self._taken_back(group, best, leaps=leaps))
@@ -113,12 +133,29 @@ class SteadySteps:
             return math.log(short if short > self.LEAP else max(mean, 1.0))
         return math.log1p(max(mean - self.PAST, short - self.LEAP, 0.0))
 
+    def _noisy(self, mean: float, speed: float) -> float:
+        """From 0 to 1, how far noise is in the way, as r and the loss's speed say."""
+        balanced = float(np.interp(mean - self.rises_below, self.BALANCED, (0.0, 1.0, 1.0, 0.0)))
+        return balanced * min(max(1 - speed / self.SLOW, 0.0), 1.0)
+
+    def _speed(self, group: Group, loss: float, share: float) -> float:
+        """How fast the loss falls, by an earlier and a recent mean of its logarithm; infinite where it has none."""
+        if not loss > 0:
+            return math.inf
+        now, recent, before = math.log(loss), group["apo_log_loss"], group["apo_log_loss_before"]
+        if math.isnan(recent):
+            recent = before = now
+        recent += min(self.RECENT * share, 1.0) * (now - recent)
+        before += min(self.BEFORE * share, 1.0) * (recent - before)
+        group["apo_log_loss"], group["apo_log_loss_before"] = recent, before
+        return float(self.BEFORE * (before - recent))
+
     def _ratios(self, group: Group, slope: float, size: float) -> tuple[float, float, float]:
         """The means of r, the short one unbiased, and that of sizes."""
         count = group["apo_ratios"] = group["apo_ratios"] + 1
         size_mean = group["apo_size_mean"] = self.SIZES * group["apo_size_mean"] + (1 - self.SIZES) * size
         size_mean /= 1 - self.SIZES**count
-        ratio = min(max(slope / size_mean, -10.0), 10.0) if size_mean > 0 else 0.0
+        ratio = min(max(slope / size_mean, -1.0), 10.0) if size_mean > 0 else 0.0
         mean: float = self.MEAN * group["apo_ratio_mean"] + (1 - self.MEAN) * ratio
         short: float = self.SHORT * group["apo_ratio_short"] + (1 - self.SHORT) * ratio
         group["apo_ratio_mean"], group["apo_ratio_short"] = mean, short

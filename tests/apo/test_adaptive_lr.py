@@ -96,7 +96,8 @@ def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
 def test_the_real_step_is_the_optimizers_own_at_the_new_rate() -> None:
     model, x, t, other = mlp()
     twin, *_ = mlp()
-    opt = apo.AdaptiveLR(torch.optim.Adam(model.parameters(), lr=1e-2), objective(model, other), interval=1)
+    base = torch.optim.Adam(model.parameters(), lr=1e-2)
+    opt = apo.AdaptiveLR(base, objective(model, other), interval=1, meta_optimizer="rmsprop")
     plain = torch.optim.Adam(twin.parameters(), lr=1e-2)
     for _ in range(5):
         opt.step(closure_of(opt, model, x, t))
@@ -112,7 +113,8 @@ def test_one_rate_a_group_or_one_factor_for_all() -> None:
     for shared in (False, True):
         model, x, t, other = mlp()
         groups = [{"params": model[0].parameters(), "lr": 0.4}, {"params": model[2].parameters()}]
-        opt = apo.AdaptiveLR(torch.optim.SGD(groups, lr=0.1), objective(model, other), shared_lr=shared)
+        base = torch.optim.SGD(groups, lr=0.1)
+        opt = apo.AdaptiveLR(base, objective(model, other), shared_lr=shared, meta_optimizer="rmsprop")
         for _ in range(10):
             opt.step(closure_of(opt, model, x, t))
         ratio = opt.param_groups[0]["lr"] / opt.param_groups[1]["lr"]
@@ -122,7 +124,8 @@ def test_one_rate_a_group_or_one_factor_for_all() -> None:
 
 def test_a_group_added_later_is_learned_too() -> None:
     model, x, t, other = mlp()
-    opt = apo.AdaptiveLR(torch.optim.SGD(model[2].parameters(), lr=0.1), objective(model, other), interval=1)
+    base = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    opt = apo.AdaptiveLR(base, objective(model, other), interval=1, meta_optimizer="rmsprop")
     closure = closure_of(opt, model, x, t)
     opt.step(closure)
     opt.add_param_group({"params": model[0].parameters(), "lr": 0.01})
@@ -145,7 +148,8 @@ def test_bounds_hold_and_a_rate_of_zero_stays() -> None:
 
 def test_schedulers_see_and_steer_the_learned_rate() -> None:
     model, x, t, other = mlp()
-    opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.1), objective(model, other), interval=1)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = apo.AdaptiveLR(base, objective(model, other), interval=1, meta_optimizer="rmsprop")
     scheduler = torch.optim.lr_scheduler.MultiplicativeLR(opt, lambda _: 0.5)
     opt.step(closure_of(opt, model, x, t))
     learned = opt.param_groups[0]["lr"]

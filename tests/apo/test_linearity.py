@@ -271,11 +271,13 @@ def randomness() -> str:
     return repr((torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()))  # noqa: NPY002
 
 
+@pytest.mark.parametrize("rule", ["rmsprop", "steady"])
 @each_base
-def test_steps_are_the_bases_own_at_the_learned_rates(name: str) -> None:
+def test_steps_are_the_bases_own_at_the_learned_rates(name: str, rule: Any) -> None:
     """To the bit, with the same random numbers, state and gradients, at every step, trials or none."""
     (model, x, t, other), (twin, *_) = mlp(dtype=torch.float32), mlp(dtype=torch.float32)
-    opt = apo.AdaptiveLR(BASES[name](model.parameters()), objective(model, other), interval=2, warmup=4)
+    base = BASES[name](model.parameters())
+    opt = apo.AdaptiveLR(base, objective(model, other), interval=2, warmup=4, meta_optimizer=rule)
     begun(opt)
     plain = BASES[name](twin.parameters())
     for _ in range(9):
@@ -292,7 +294,8 @@ def test_steps_are_the_bases_own_at_the_learned_rates(name: str) -> None:
         assert randomness() == drawn
         assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     assert opt.failed_trials == 0
-    assert float(opt.param_groups[0]["lr"]) != float(BASES[name](twin.parameters()).param_groups[0]["lr"])
+    changed = float(opt.param_groups[0]["lr"]) != float(BASES[name](twin.parameters()).param_groups[0]["lr"])
+    assert changed or rule == "steady"  # which may hold what it finds
 
 
 def test_what_hooks_of_the_base_see_in_a_trial_is_forgotten() -> None:
@@ -366,7 +369,8 @@ def test_the_slope_is_that_of_q_in_log_lr(name: str) -> None:
     slopes: list[float] = []
 
     def make() -> apo.AdaptiveLR:
-        return apo.AdaptiveLR(BASES[name](model.parameters()), objective(model, other), interval=1, meta_lr=0.0)
+        base = BASES[name](model.parameters())
+        return apo.AdaptiveLR(base, objective(model, other), interval=1, meta_lr=0.0, meta_optimizer="rmsprop")
 
     opt = make()
     taken = opt.rates.update
@@ -433,7 +437,7 @@ def test_rates_that_are_none_are_refused_by_name(rate: Any) -> None:
 def test_rates_of_other_types_are_taken(rate: Any) -> None:
     model, x, t, other = mlp()
     start, base = float(rate), RateInMomentum(model.parameters(), copy.deepcopy(rate))
-    opt = apo.AdaptiveLR(base, objective(model, other))
+    opt = apo.AdaptiveLR(base, objective(model, other), meta_optimizer="rmsprop")
     opt.step(closure_of(opt, model, x, t))
     assert type(base.param_groups[0]["lr"]) in (type(rate), float)
     assert float(base.param_groups[0]["lr"]) != start
@@ -446,7 +450,7 @@ def test_groups_that_share_one_tensor_as_their_rate_learn_their_own() -> None:
     for lr in (torch.tensor(0.01, dtype=torch.float64), 0.01):
         model.load_state_dict(mlp()[0].state_dict())
         groups = [{"params": [*model[0].parameters()]}, {"params": [*model[2].parameters()]}]
-        opt = apo.AdaptiveLR(torch.optim.Adam(groups, lr=lr), objective(model, other))
+        opt = apo.AdaptiveLR(torch.optim.Adam(groups, lr=lr), objective(model, other), meta_optimizer="rmsprop")
         for _ in range(5):
             opt.step(closure_of(opt, model, x, t))
         rates.append([float(g["lr"]) for g in opt.param_groups])
@@ -684,7 +688,7 @@ def test_groups_added_to_the_base_are_learned_from_the_next_step() -> None:
     before, updates = weights(model[0]), base.param_groups[0]["apo_ratios"]
     opt.step(closure_of(opt, model, x, t))
     assert not same(weights(model[0]), before)
-    assert base.param_groups[1]["lr"] != 0.01
+    assert base.param_groups[1]["apo_ratios"] == 1
     assert base.param_groups[0]["apo_ratios"] == updates + 1
     assert opt.steps == 2
 

@@ -27,14 +27,15 @@ def path(
     fitted: bool = False,
     size: float = 1.0,
     gain: Callable[[int], float] | None = None,
+    loss: Callable[[int], float] = lambda i: 0.9**i,
 ) -> list[float]:
-    """``log lr`` after each update of early training, where slope and gain are in units of the size."""
+    """``log lr`` after each update of early training, where slope and gain are in units of the size. The loss falls."""
     rule, group, log = SteadySteps(fitted=fitted), dict[str, Any](), [0.0]
     rule.prepare(group)
     for i in range(updates):
         slope = ratio(i) * size
         worth = () if gain is None else (gain(i) * size, gain(i) * size + slope)
-        log.append(log[-1] + rule.change(group, slope, size, *worth, share=EARLY, meta_lr=0.3))
+        log.append(log[-1] + rule.change(group, slope, size, *worth, share=EARLY, meta_lr=0.3, loss=loss(i)))
     return log
 
 
@@ -61,8 +62,8 @@ def test_trials_that_leap_a_little_take_little() -> None:
 
 @pytest.mark.parametrize("ratio", [0.9, 1.0])
 def test_where_steps_bounce_between_the_walls_of_a_valley_the_rate_is_held(ratio: float) -> None:
-    log = path(lambda _: ratio, 66)
-    assert -math.log(1.6) < log[-1] < 0
+    log = path(lambda _: ratio, 100, loss=lambda _: 1.0)
+    assert -math.log(1.6) < log[-1] <= 0
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5, 0.7])
@@ -71,6 +72,25 @@ def test_what_noise_looks_like_hardly_changes_a_rate(ratio: float) -> None:
     noise = (0.5 * torch.randn(66)).tolist()
     log = path(lambda i: ratio + noise[i], 66)
     assert -math.log(2.5) < log[-1] < math.log(1.5)
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize("speed", [0.0, 0.05, 0.2, 1.0])
+def test_a_rate_falls_where_noise_keeps_the_loss_from_falling(fitted: bool, speed: float) -> None:
+    """Late in training, of a loss that falls as ``t**-speed``: as 1/t where it stands still, not at all from 1/7 on."""
+    rule, group, log = SteadySteps(fitted=fitted), dict[str, Any](), []
+    rule.prepare(group)
+    for step in range(100, 10_000, 10):
+        slope, loss = 0.4 - 0.5 * fitted, 3 * step**-speed
+        log.append(rule.change(group, slope, 1.0, share=10 / step, meta_lr=0.3, loss=loss))
+    after = sum(log[290:])  # from step 3,000
+    assert after == pytest.approx(-math.log(10_000 / 3000) * max(1 - 7 * speed, 0), rel=0.1, abs=1e-9)
+
+
+def test_a_loss_without_a_logarithm_says_nothing_of_noise() -> None:
+    held = path(lambda _: 0.4, 100, loss=lambda _: -1.0)
+    assert held[-1] == held[60]
+    assert path(lambda _: 0.4, 100, loss=lambda _: 1.0)[-1] < held[-1] - 1
 
 
 def test_a_loss_that_the_step_was_fitted_to_raises_no_rate_by_that() -> None:
@@ -131,7 +151,7 @@ def test_gain_and_cost_are_those_of_the_loss_on_other_examples(monkeypatch: pyte
     opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), 0.05), objective)
     seen = []
     taken = opt.rates.update
-    monkeypatch.setattr(opt.rates, "update", lambda *each: (seen.append(each[-1]), taken(*each))[1])
+    monkeypatch.setattr(opt.rates, "update", lambda *each: (seen.append(each[-2]), taken(*each))[1])
     F.mse_loss(model(other[0]), other[1]).backward()  # type: ignore[no-untyped-call]
     there = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
@@ -154,18 +174,18 @@ def test_later_changes_are_in_proportion_to_the_time_between_them() -> None:
     """The same in ten updates a tenth apart as in one, once the means have settled."""
     found = []
     for every in (1, 10):
-        rule, group, log = SteadySteps(fitted=False), dict[str, Any](), 0.0
+        rule, group = SteadySteps(fitted=False), dict[str, Any]()
         rule.prepare(group)
-        for step in range(1000, 2000, every):
-            log += rule.change(group, 0.5, 1.0, share=every / step, meta_lr=0.3)
-        found.append(log)
+        steps = range(1000, 3000, every)
+        log = [rule.change(group, 0.5, 1.0, share=every / step, meta_lr=0.3, loss=1.0) for step in steps]
+        found.append(sum(log[-1000 // every :]))
     assert found[0] == pytest.approx(found[1], rel=0.05)
 
 
 def test_no_slope_no_change() -> None:
     rule, group = SteadySteps(fitted=True), dict[str, Any]()
     rule.prepare(group)
-    assert rule.change(group, 0.0, 0.0, share=1.0, meta_lr=0.3) == 0
+    assert rule.change(group, 0.0, 0.0, share=1.0, meta_lr=0.3, loss=1.0) == 0
 
 
 def regression(lr: float, clip: float | None, steps: int = 200) -> tuple[float, float]:
