@@ -67,7 +67,7 @@ class SteadySteps:
     """Steps in which each update counts as much as the first."""
 
     def __init__(self, *, fitted: bool) -> None:
-        self.rises_below, self.expected = (-0.5, 0.0) if fitted else (0.0, 0.3)
+        self.rises_below, self.expected, self.least = (-0.5, 0.0, -10.0) if fitted else (0.0, 0.3, -1.0)
 
     def prepare(self, group: Group) -> None:
         """Put what is remembered into a new group. The mean begins where a right rate would have it."""
@@ -155,7 +155,7 @@ class SteadySteps:
         count = group["apo_ratios"] = group["apo_ratios"] + 1
         size_mean = group["apo_size_mean"] = self.SIZES * group["apo_size_mean"] + (1 - self.SIZES) * size
         size_mean /= 1 - self.SIZES**count
-        ratio = min(max(slope / size_mean, -1.0), 10.0) if size_mean > 0 else 0.0
+        ratio = min(max(slope / size_mean, self.least), 10.0) if size_mean > 0 else 0.0
         mean: float = self.MEAN * group["apo_ratio_mean"] + (1 - self.MEAN) * ratio
         short: float = self.SHORT * group["apo_ratio_short"] + (1 - self.SHORT) * ratio
         group["apo_ratio_mean"], group["apo_ratio_short"] = mean, short

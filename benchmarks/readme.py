@@ -112,7 +112,7 @@ def _breakdowns(record: dict[str, Any]) -> str:
 
 def _learning_rates() -> str:
     rows = []
-    for name, each in results.load(STEP_RESULTS / "learning_rates.json")["optimizers"].items():
+    for name, each in results.load(RESULTS / "learning_rates.json")["optimizers"].items():
         fixed, learned, best = _by_rate(each["fixed"]), _by_rate(each["learned"]), each["best_fixed"]
         losses, accuracies = zip(*(learned[lr] for lr in learned if lr != 1000 * best), strict=True)
         cells = [

@@ -1,19 +1,23 @@
 """``python -m benchmarks peers``: APO and AdaptiveLR at their defaults beside the optimizers that people use.
 
 Each of these is run at five rates on one seed, and at the best of them on the other seeds. AdaptiveLR starts at the
-best rate of the optimizer that it is over, at 1e-4 and at 1. Each task has a file, ``peers/TASK.json``, written after
-every run. Runs that it holds aren't run again. Everything runs on one thread. On a CPU the seconds are the process's
-own, so several may run side by side.
+best rate of the optimizer that it is over, at 1e-4 and at 1. Times are taken of one run of each, made in one process by
+turns of 50 steps: they are the clock of all other runs, which may have been made side by side or elsewhere. Those whose
+steps cost the same from first to last, all but APO and AdaptiveLR, take a fifth of the steps there. Each task has a
+file, ``peers/TASK.json``, written after every run. What it holds isn't run again. Everything runs on one thread.
 """
 
 import argparse
 import math
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import results
+import numpy as np
+
+from benchmarks.common import machine, results
 from benchmarks.common.console import console
 from benchmarks.common.options import at_least_1, names_of
 from benchmarks.common.timing import cpu_threads
@@ -44,7 +48,8 @@ EVERY = 50
 JUDGED = 2000
 """The most training examples, and test examples, that a loss is taken on."""
 
-Runs = dict[str, dict[str, Any]]
+Run = dict[str, Any]
+Runs = dict[str, Run]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,25 +81,47 @@ def _on_task(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     content = _begun(options.out / "peers" / f"{task.name}.json", task, data, steps)
     runs: Runs = content["runs"]
 
-    def each_seed(optimizer: str, lr: float | None, seeds: int = seeds) -> None:
-        for key, seed in ((key_of(optimizer, lr, seed), seed) for seed in range(seeds)):
-            if key not in runs:
-                runs[key] = one_run(task, data, optimizer, lr, seed, steps, options.device)
-                results.write(options.out / "peers", task.name, options.device, content)
-                seconds = runs[key]["seconds"][-1]
-                console.print(f"{task.name} {key}: {loss_at(runs[key], steps):.4g}, {seconds:.1f} s", highlight=False)
+    def write() -> None:
+        results.write(options.out / "peers", task.name, options.device, content)
 
-    each_seed("apo", None)
+    def each_seed(optimizer: str, lr: float | None, seeds: Iterable[int] = range(seeds)) -> None:
+        for seed in seeds:
+            if (key := key_of(optimizer, lr, seed)) not in runs:
+                runs[key] = one_run(task, data, optimizer, lr, seed, steps, options.device)
+                write()
+                console.print(f"{task.name} {key}: {loss_at(runs[key], steps):.4g}", highlight=False)
+
     for optimizer, rates in RATES.items():
         for lr in rates:
-            each_seed(optimizer, lr, seeds=1)
+            each_seed(optimizer, lr, seeds=[0])
         for step in judged_at(steps):
             each_seed(optimizer, best_rate(runs, optimizer, step))
-    for optimizer, base in LEARNED.items():
-        each_seed(optimizer, best_rate(runs, base, steps))
+    for optimizer in LEARNED:
         for lr in STARTS:
-            each_seed(optimizer, lr, seeds=1)
+            each_seed(optimizer, lr, seeds=[0])
+    finals: dict[str, float | None] = {"apo": None}
+    finals |= {name: best_rate(runs, LEARNED.get(name, name), steps) for name in [*LEARNED, *RATES]}
+    if "clock" not in content:
+        lengths = {name: steps if name not in RATES else judged_at(steps)[0] for name in finals}
+        _take_times(content, finals, in_turn(task, data, finals, 0, lengths, options.device))
+        write()
+    for optimizer, rate in finals.items():
+        each_seed(optimizer, rate)
     return content
+
+
+def _take_times(content: dict[str, Any], rates: Mapping[str, float | None], taken: Runs) -> None:
+    """Put the seconds of runs that were taken in turn into the content, and those runs that went to the end."""
+    rows = taken["apo"]["step"]
+    seconds = {optimizer: _extended(run["step"], run.pop("seconds"), rows) for optimizer, run in taken.items()}
+    content["clock"] = {"device": taken["apo"]["device"], "step": rows, "seconds": seconds}
+    whole = {optimizer: run for optimizer, run in taken.items() if run["step"][-1] == rows[-1]}
+    content["runs"] |= {key_of(optimizer, rates[optimizer], 0): run for optimizer, run in whole.items()}
+
+
+def _extended(steps: Sequence[int], seconds: Sequence[float], rows: Sequence[int]) -> list[float]:
+    """The seconds at these rows; beyond the last step as they were on the mean."""
+    return [float(np.interp(row, steps, seconds)) * max(row / steps[-1], 1.0) for row in rows]
 
 
 def key_of(optimizer: str, lr: float | None, seed: int) -> str:
@@ -118,17 +145,41 @@ def _begun(path: Path, task: Task, data: Dataset, steps: int) -> dict[str, Any]:
 
 def one_run(
     task: Task, data: Dataset, optimizer: str, lr: float | None, seed: int, steps: int, device: str = "cpu"
-) -> dict[str, Any]:
-    """The curve of a run, a row every 50 steps, and how it ended. A rate of None is the optimizer's own."""
-    chosen = method(optimizer)
-    hyper = chosen.hyper({} if lr is None else {"lr": lr}, "fp32")
+) -> Run:
+    """A run on its own, whose seconds are of no use to others."""
+    run = in_turn(task, data, {optimizer: lr}, seed, {optimizer: steps}, device)[optimizer]
+    del run["seconds"]
+    return run
+
+
+def in_turn(
+    task: Task,
+    data: Dataset,
+    rates: Mapping[str, float | None],
+    seed: int,
+    lengths: Mapping[str, int],
+    device: str = "cpu",
+) -> Runs:
+    """Of each optimizer the curve of a run of so many steps, a row every 50, after which it is the next one's turn; and
+    how it ended. A rate of None is the optimizer's own."""
     data = replace(data, test=some(data.test, JUDGED))
-    training = Training(
-        task, data, lambda setting: chosen.make(setting, hyper), seed=seed, steps=steps, every=EVERY, device=device
-    )
-    training.train()
-    columns = ("step", "seconds", "loss", "test_loss", "metric", "rate")
-    return {"status": training.status, "hyper": hyper, **{column: training.curve[column] for column in columns}}
+
+    def begun(optimizer: str, lr: float | None) -> tuple[dict[str, Any], Training]:
+        chosen = method(optimizer)
+        hyper = chosen.hyper({} if lr is None else {"lr": lr}, "fp32")
+        make = lambda setting: chosen.make(setting, hyper)  # noqa: E731
+        return hyper, Training(task, data, make, seed=seed, steps=lengths[optimizer], every=EVERY, device=device)
+
+    trainings = {optimizer: begun(optimizer, lr) for optimizer, lr in rates.items()}
+    while left := [training for _, training in trainings.values() if training.status == "unfinished"]:
+        for training in left:
+            training.train(limit_steps=EVERY)
+    columns, place = ("step", "seconds", "loss", "test_loss", "metric", "rate"), machine.device_name(device)
+    return {
+        optimizer: {"status": training.status, "hyper": hyper, "device": place}
+        | {column: training.curve[column] for column in columns}
+        for optimizer, (hyper, training) in trainings.items()
+    }
 
 
 def judged_at(steps: int) -> tuple[int, ...]:
@@ -136,7 +187,7 @@ def judged_at(steps: int) -> tuple[int, ...]:
     return steps // 5, steps
 
 
-def loss_at(run: dict[str, Any], step: int) -> float:
+def loss_at(run: Run, step: int) -> float:
     """The training loss after a step, or at the first row from there on; infinite where there is none."""
     losses = (float(loss) for at, loss in zip(run["step"], run["loss"], strict=True) if at >= step)
     return next(filter(math.isfinite, losses), math.inf)

@@ -103,7 +103,6 @@ def test_what_is_said_of_the_peers() -> None:
         content = results.load(path)
         found = peers.complete(content["runs"])
         early, end = peers.judged_at(content["steps"])
-        finals = {name: peers.best(own, partial(peers.loss_at, step=end))[1] for name, own in found.items()}
         measures: dict[str, Callable[[peers.Run], float]] = {
             "early": partial(peers.loss_at, step=early),
             "end": partial(peers.loss_at, step=end),
@@ -113,8 +112,8 @@ def test_what_is_said_of_the_peers() -> None:
             for name, own in found.items()
         }
         for base in ("adamw", "sgdm"):
-            pairs = zip(finals["apo"], finals[base], strict=True)
-            losses[path.stem]["apo"][base] = mean(peers.after_seconds(a, b["seconds"][-1]) for a, b in pairs)
+            steps = peers.steps_in_time_of(base, "apo", content["clock"])
+            losses[path.stem]["apo"][base] = mean(peers.after_steps(run, steps) for run in found["apo"]["default"])
     assert losses.keys() == {"gpt", "cifar10-cnn", "cifar10-lenet", "mnist-autoencoder", "protein", "pinn"}
     lower: dict[str, set[str]] = {}
     for task, own in losses.items():
@@ -125,16 +124,15 @@ def test_what_is_said_of_the_peers() -> None:
         lower[task] = {name for name in end if end[name] < apo["end"]}
         assert (apo["adamw"] < end["adamw"]) == (task in ("cifar10-lenet", "mnist-autoencoder", "pinn"))
         assert (apo["sgdm"] < end["sgdm"]) == (task in ("gpt", "cifar10-lenet", "mnist-autoencoder", "pinn"))
-        assert own["apo-lr:adamw"]["end"] < 1.02 * end["adamw"]
-        assert {"gpt": 1.02, "cifar10-cnn": 1.06, "cifar10-lenet": 1.02, "mnist-autoencoder": 1.135}.get(
-            task, 1.0
-        ) > own["apo-lr:sgdm"]["end"] / end["sgdm"]
+        assert (own["apo-lr:adamw"]["end"] < 1.02 * end["adamw"]) == (task != "cifar10-cnn")
+        most = {"gpt": 1.02, "cifar10-cnn": 1.02, "cifar10-lenet": 1.035, "mnist-autoencoder": 1.035}
+        assert most.get(task, 1.0) > own["apo-lr:sgdm"]["end"] / end["sgdm"]
     assert {task for task, names in lower.items() if not names} == {"gpt", "mnist-autoencoder", "pinn"}
     assert {"muon", "soap"} <= lower["cifar10-cnn"] & lower["cifar10-lenet"]
     protein = losses["protein"]
     assert protein["apo"]["end"] / protein["soap"]["end"] == pytest.approx(1.03, abs=0.005)
     for task in ("cifar10-lenet", "mnist-autoencoder"):
-        assert 0.965 < losses[task]["apo"]["adamw"] / losses[task]["adamw"]["end"] < 0.995
+        assert 0.955 < losses[task]["apo"]["adamw"] / losses[task]["adamw"]["end"] < 0.995
 
 
 def test_what_the_experiments_say_of_the_study() -> None:

@@ -2,11 +2,13 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from benchmarks.common import results
 from benchmarks.common.tables import markdown, short
@@ -24,9 +26,7 @@ LABELS |= {name: METHODS[name].label for name in RATES}
 def tables(folder: Path) -> str:
     """Where the runs were made, then a table for each task that has a file."""
     contents = {name: results.load(path) for name in TASKS if (path := folder / f"{name}.json").is_file()}
-    places = (each["environment"] for each in contents.values())
-    machines = sorted({f"{e['device']}, torch {e['packages']['torch']}, Python {e['python']}" for e in places})
-    parts = [f"Measured on {'; '.join(machines)}; 1 thread." if machines else "Not run yet."]
+    parts = [_machines(contents.values()) if contents else "Not run yet."]
     for name, content in contents.items():
         network = f"{named(name).model_name}, {named(name).parameters():,} parameters"
         parts.append(f"{network}; {content['data']}, batches of {content['batch_size']}; {content['loss']}:")
@@ -34,21 +34,31 @@ def tables(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def _machines(contents: Collection[dict[str, Any]]) -> str:
+    """What the runs were made on, and what the times were taken on."""
+    places = (content["environment"] for content in contents)
+    versions = sorted({f"torch {e['packages']['torch']}, Python {e['python']}" for e in places})
+    runs = sorted({run["device"] for content in contents for run in content["runs"].values()})
+    clocks = sorted({content["clock"]["device"] for content in contents if "clock" in content})
+    taken = f"Times are from {'; '.join(clocks) or 'nowhere yet'}"
+    return f"Runs on {'; '.join(runs)}. {taken}, 1 thread, {'; '.join(versions)}."
+
+
 def table(task: str, content: dict[str, Any]) -> str:
-    """A row per optimizer whose runs are complete; none before AdamW's and SGDm's are."""
+    """A row per optimizer whose runs are complete; none before the clock was taken."""
     early, end = (partial(loss_at, step=step) for step in judged_at(content["steps"]))
     found = complete(content["runs"])
     finals = {name: best(own, end)[1] for name, own in found.items()}
-    step_time = {name: fmean(run["seconds"][-1] / run["step"][-1] for run in runs) for name, runs in finals.items()}
+    clock = content.get("clock", {})
     rows = []
-    for name, own in found.items() if finals.keys() >= {"adamw", "sgdm"} else ():
+    for name, own in found.items() if clock else ():
         at = [(_mean([*map(measure, runs)]), lr) for measure in (early, end) for lr, runs in [best(own, measure)]]
         starts = [lr for lr in map("{:g}".format, STARTS) if name in LEARNED and lr in own]
         cells = [LABELS[name], *(loss if lr == "default" else f"{loss} at {lr}" for loss, lr in at)]
         cells.append(", ".join([_spread(own, end), *(f"{_mean([end(own[lr][0])])} from {lr}" for lr in starts)]))
         cells.append(_mean([run["metric"][-1] for run in finals[name]]))
-        cells += [_in_time_of(finals[base], own) for base in ("adamw", "sgdm")]
-        rows.append([*cells, f"{step_time[name] / step_time['adamw']:.2f}"])
+        cells += [_in_time_of(base, name, clock, own) for base in ("adamw", "sgdm")]
+        rows.append([*cells, f"{clock['seconds'][name][-1] / clock['seconds']['adamw'][-1]:.2f}"])
     header = [task, *(f"loss at {step:,}" for step in judged_at(content["steps"])), "worst ÷ best"]
     header += [f"test {content['metric']}", "loss in AdamW's time", "in SGDm's time", "time ÷ AdamW's"]
     return markdown(header, rows, numbers=True)
@@ -70,20 +80,25 @@ def best(settings: Settings, measure: Callable[[Run], float]) -> tuple[str, list
     return min((each for each in settings.items() if len(each[1]) == most), key=lambda each: measure(each[1][0]))
 
 
-def after_seconds(run: Run, seconds: float) -> float:
-    """The loss after this time, evenly in log between two rows; the last one where the run was over before."""
-    times, losses = run["seconds"], run["loss"]
-    if (after := bisect_right(times, seconds)) == len(times):
+def steps_in_time_of(base: str, optimizer: str, clock: dict[str, Any]) -> float:
+    """How many steps an optimizer takes in the time of all of another one's; at most as many."""
+    times = clock["seconds"]
+    return float(np.interp(times[base][-1], times[optimizer], clock["step"]))
+
+
+def after_steps(run: Run, steps: float) -> float:
+    """The loss after so many steps, evenly in log between two rows; the last one where the run was over before."""
+    rows, losses = run["step"], run["loss"]
+    if (after := bisect_right(rows, steps)) == len(rows):
         return float(losses[-1])
-    share = (seconds - times[after - 1]) / (times[after] - times[after - 1])
+    share = (steps - rows[after - 1]) / (rows[after] - rows[after - 1])
     return float(losses[after - 1] ** (1 - share) * losses[after] ** share)
 
 
-def _in_time_of(others: Sequence[Run], settings: Settings) -> str:
-    """The loss after as many seconds as the same seed of ``others`` took, at the setting that is best then."""
-    budgets = [run["seconds"][-1] for run in others]
-    _, runs = best(settings, lambda run: after_seconds(run, budgets[0]))
-    return _mean([after_seconds(run, seconds) for run, seconds in zip(runs, budgets, strict=False)])
+def _in_time_of(base: str, optimizer: str, clock: dict[str, Any], settings: Settings) -> str:
+    """The loss in the time of ``base``, at the setting that is best then."""
+    of = partial(after_steps, steps=steps_in_time_of(base, optimizer, clock))
+    return _mean([*map(of, best(settings, of)[1])])
 
 
 def _spread(settings: Settings, end: Callable[[Run], float]) -> str:

@@ -16,16 +16,23 @@ from benchmarks.common import machine
 from benchmarks.common.results import load
 from benchmarks.paper import peers
 from benchmarks.paper.data import Dataset, Examples
-from benchmarks.paper.peers import LEARNED, RATES, best_rate, key_of, loss_at, one_run
+from benchmarks.paper.peers import LEARNED, RATES, best_rate, in_turn, key_of, loss_at
 from benchmarks.paper.tasks import named
+from benchmarks.paper.training.training import Training
 
 
-def made_up(task: Any, data: Any, optimizer: str, lr: float | None, seed: int, steps: int, device: str) -> Any:
+def made_up(
+    task: Any, data: Any, rates: dict[str, float | None], seed: int, lengths: dict[str, int], device: str
+) -> Any:
     """Without training: the greater the rate, the better early on; the second least is the best at the end."""
-    place = sorted(RATES[optimizer]).index(lr) if optimizer in RATES else 1
+    return {name: made_up_run(name, lr, lengths[name]) for name, lr in rates.items()}
+
+
+def made_up_run(optimizer: str, lr: float | None, steps: int) -> dict[str, Any]:
+    place = sorted(RATES[optimizer]).index(lr) if optimizer in RATES and lr is not None else 1
     losses = [9.0, 5.0 - place, 1.0 + abs(place - 1)]
-    status = {"status": "finished", "hyper": {"lr": lr}, "step": [0, steps // 5, steps], "seconds": [0.0, 1.0, 5.0]}
-    return {**status, **dict.fromkeys(("loss", "test_loss", "metric", "rate"), losses)}
+    run = {"status": "finished", "hyper": {"lr": lr}, "step": [0, steps // 5, steps], "seconds": [0.0, 0.1, 5.0]}
+    return {**run, "device": "a CPU", **dict.fromkeys(("loss", "test_loss", "metric", "rate"), losses)}
 
 
 def arguments(folder: Path, steps: int = 100) -> list[str]:
@@ -34,13 +41,14 @@ def arguments(folder: Path, steps: int = 100) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "one_run", made_up)
+    monkeypatch.setattr(peers, "in_turn", made_up)
     monkeypatch.setattr(machine, "describe", lambda device: {})
 
 
 def test_the_best_rates_alone_are_run_on_every_seed(tmp_path: Path) -> None:
     main(arguments(tmp_path))
-    runs = load(tmp_path / "peers" / "pinn.json")["runs"]
+    content = load(tmp_path / "peers" / "pinn.json")
+    runs = content["runs"]
     wanted = {key_of("apo", None, seed) for seed in (0, 1)}
     for optimizer, rates in RATES.items():
         wanted |= {key_of(optimizer, lr, 0) for lr in rates} | {key_of(optimizer, rates[i], 1) for i in (1, 4)}
@@ -48,6 +56,28 @@ def test_the_best_rates_alone_are_run_on_every_seed(tmp_path: Path) -> None:
         wanted |= {key_of(optimizer, RATES[base][1], seed) for seed in (0, 1)}
         wanted |= {key_of(optimizer, lr, 0) for lr in (1e-4, 1.0)}
     assert runs.keys() == wanted
+    assert all(run["step"][-1] == 100 for run in runs.values())
+    assert content["clock"]["step"] == [0, 20, 100]
+    seconds = content["clock"]["seconds"]
+    assert [seconds.pop(name) for name in RATES] == [[0.0, 5.0, 25.0]] * len(RATES)  # after a fifth, and beyond
+    assert seconds == {name: [0.0, 0.1, 5.0] for name in ("apo", *LEARNED)}
+    assert not any("seconds" in run for run in runs.values())  # which only those taken in turn can compare
+
+
+def test_they_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what slows the machine slows them all."""
+    turns: list[int] = []
+    train = Training.train
+
+    def noted(self: Training, **limits: Any) -> None:
+        train(self, **limits)
+        turns.append(self.step)
+
+    monkeypatch.setattr(Training, "train", noted)
+    runs = in_turn(named("pinn"), few("pinn"), {"adamw": 1e-3, "sgdm": 1e-4}, 0, {"adamw": 120, "sgdm": 60})
+    assert turns == [50, 50, 100, 60, 120]
+    assert [run["step"] for run in runs.values()] == [[0, 50, 100, 120], [0, 50, 60]]
+    assert all(run["seconds"] == sorted(run["seconds"]) for run in runs.values())
 
 
 def test_runs_are_kept_and_those_of_another_length_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,9 +85,9 @@ def test_runs_are_kept_and_those_of_another_length_refused(tmp_path: Path, monke
     file = tmp_path / "peers" / "pinn.json"
     first = load(file)["runs"]
     run_again: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(peers, "one_run", lambda *a: run_again.append(a[2:5]) or made_up(*a))
+    monkeypatch.setattr(peers, "in_turn", lambda *a: run_again.append(a[2:4]) or made_up(*a))
     main(arguments(tmp_path))  # a seed more
-    assert {seed for _, _, seed in run_again} == {1}
+    assert {seed for _, seed in run_again} == {1}
     assert load(file)["runs"].items() > first.items()
     with pytest.raises(SystemExit, match=r"pinn\.json holds runs whose steps is 100 and not 200: remove it"):
         main(arguments(tmp_path, steps=200))
@@ -88,7 +118,7 @@ def few(task: str) -> Dataset:
 )
 def test_new_tasks_learn_from_few_examples(task: str, optimizer: str, lr: float | None) -> None:
     """The GPT from Python's help texts."""
-    run = one_run(replace(named(task), batch_size=8), few(task), optimizer, lr, 0, steps=20)
+    run = in_turn(replace(named(task), batch_size=8), few(task), {optimizer: lr}, 0, {optimizer: 20})[optimizer]
     assert run["status"] == "finished"
     assert run["step"] == [0, 20]
     assert run["loss"][1] < run["loss"][0]
@@ -96,9 +126,9 @@ def test_new_tasks_learn_from_few_examples(task: str, optimizer: str, lr: float 
 
 def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def only_muon(*given: Any) -> Any:
-        return one_run(*given) if given[2] == "muon" else made_up(*given)
+        return (in_turn if "muon" in given[2] else made_up)(*given)
 
-    monkeypatch.setattr(peers, "one_run", only_muon)
+    monkeypatch.setattr(peers, "in_turn", only_muon)
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(SystemExit, match=r'peers: pytorch_optimizer is not installed; pip install -e "\.\[peers\]"'):
         main(arguments(tmp_path))

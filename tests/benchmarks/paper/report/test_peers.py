@@ -10,19 +10,20 @@ from typing import Any
 import pytest
 
 from benchmarks.paper.peers import LEARNED, RATES, key_of
-from benchmarks.paper.report.peers import after_seconds, best, table, tables
+from benchmarks.paper.report.peers import after_steps, best, steps_in_time_of, table, tables
+
+STEPS = [0, 200, 1000]
 
 
-def run(*losses: float, seconds: float = 10.0, status: str = "finished") -> dict[str, Any]:
+def run(*losses: float, status: str = "finished") -> dict[str, Any]:
     """The losses before, at 200 and at 1,000 steps."""
     shown = [*losses[:2], "inf" if status == "diverged" else losses[2]]
-    times = [0.0, seconds / 5, seconds]
-    return {"status": status, "step": [0, 200, 1000], "seconds": times, "loss": shown, "metric": [0.0, 0.0, 0.5]}
+    return {"status": status, "device": "a CPU", "step": STEPS, "loss": shown, "metric": [0.0, 0.0, 0.5]}
 
 
 def contents() -> dict[str, Any]:
     """Of every search the least rate is the best at 200 steps, and the next at 1,000. Two runs diverge."""
-    runs = {key_of("apo", None, seed): run(4.0, 2.0, 0.5 + seed, seconds=40.0) for seed in (0, 1)}
+    runs = {key_of("apo", None, seed): run(4.0, 2.0, 0.5 + seed) for seed in (0, 1)}
     for optimizer, rates in RATES.items():
         ends = {rates[0]: run(4.0, 1.0, 3.0), rates[1]: run(4.0, 2.0, 1.0)}
         rest = {lr: run(4.0, 3.0, 3.5) for lr in rates[2:]}
@@ -34,6 +35,7 @@ def contents() -> dict[str, Any]:
     runs[key_of("sgdm", RATES["sgdm"][4], 0)] = run(4.0, 4.0, 1e9, status="diverged")
     runs[key_of("muon", RATES["muon"][1], 1)] = run(4.0, 2.0, 9.0, status="diverged")
     packages = {"torch": "2.13", "numpy": "2"}
+    seconds = {name: [0.0, 2.0, 10.0] for name in [*RATES, *LEARNED]} | {"apo": [0.0, 8.0, 40.0]}
     return {
         "environment": {"device": "a CPU", "packages": packages, "python": "3.11"},
         "data": "some data (8 + 2)",
@@ -41,6 +43,7 @@ def contents() -> dict[str, Any]:
         "steps": 1000,
         "loss": "mean square",
         "metric": "residuals",
+        "clock": {"device": "another CPU", "step": STEPS, "seconds": seconds},
         "runs": runs,
     }
 
@@ -66,10 +69,13 @@ def test_the_table_says_what_the_runs_say() -> None:
 
 def test_the_loss_in_another_ones_time() -> None:
     """A slow optimizer's lies between two rows, a quick one's is the last."""
-    slow = {"status": "finished", "seconds": [0.0, 10.0, 20.0], "loss": [8.0, 2.0, 0.5]}
-    assert [after_seconds(slow, x) for x in (0, 5, 10, 15, 20, 99)] == pytest.approx([8, 4, 2, 1, 0.5, 0.5])
+    slow = {"status": "finished", "step": [0, 50, 100], "loss": [8.0, 2.0, 0.5]}
+    assert [after_steps(slow, x) for x in (0, 25, 50, 75, 100)] == pytest.approx([8, 4, 2, 1, 0.5])
     lost = {**slow, "loss": [8.0, 2.0, math.inf]}
-    assert [after_seconds(lost, x) for x in (5, 10, 15, 99)] == pytest.approx([4, 2, math.inf, math.inf])
+    assert [after_steps(lost, x) for x in (25, 50, 75, 100)] == pytest.approx([4, 2, math.inf, math.inf])
+    clock = {"step": [0, 50, 100], "seconds": {"quick": [0.0, 1.0, 2.0], "slow": [0.0, 3.0, 4.0]}}
+    found = [steps_in_time_of(base, other, clock) for base, other in (("quick", "slow"), ("slow", "quick"))]
+    assert found == pytest.approx([100 / 3, 100])
     shown = rows_of(table("pinn", contents()))["APO"][4:6]  # at 10 of its 40 seconds, 8 of which took it to 2
     seeds = [2 * (end / 2) ** (2 / 32) for end in (0.5, 1.5)]
     assert shown == [f"{sum(seeds) / 2:.3g}"] * 2
@@ -89,10 +95,15 @@ def test_who_is_not_through_has_no_row(missing: str) -> None:
     assert len(every) - len(left) == 1
 
 
+def test_there_are_no_rows_before_there_is_a_clock() -> None:
+    content = {key: value for key, value in contents().items() if key != "clock"}
+    assert set(rows_of(table("pinn", content))) == {"pinn", "---"}
+
+
 def test_the_section_is_valid_without_files_and_names_machine_and_data(tmp_path: Path) -> None:
     assert tables(tmp_path) == "Not run yet."
     (tmp_path / "pinn.json").write_text(json.dumps(contents()))
     first, second, third = tables(tmp_path).split("\n\n")
-    assert first == "Measured on a CPU, torch 2.13, Python 3.11; 1 thread."
+    assert first == "Runs on a CPU. Times are from another CPU, 1 thread, torch 2.13, Python 3.11."
     assert second == "PINN 1-32-32-1, 1,153 parameters; some data (8 + 2), batches of 64; mean square:"
     assert third == table("pinn", contents())
