@@ -116,10 +116,8 @@ class SteadySteps:
                 change = meta_lr * early * min(1.0, 1 / 12 + group["apo_rising"] / 45) * how_far
         else:
             group["apo_rising"] = 0.0
-            first = group["apo_ratios"] <= self.FIRST
-            noisy = self._noisy(mean, speed) if group["apo_ratios"] > self.UNTIL_NOISE else 0.0
-            change = -share * noisy if meta_lr else 0.0
-            fall = self._fall(mean, short, first=first)
+            change = -share * self._noisy(group, mean, speed) if meta_lr else 0.0
+            fall = self._fall(mean, short, first=group["apo_ratios"] <= self.FIRST)
             if fall > 0 and meta_lr:
                 change = min(change, -early * fall)
             change = min(change, self._taken_back(group, best, leaps=leaps))
@@ -133,8 +131,10 @@ class SteadySteps:
             return math.log(short if short > self.LEAP else max(mean, 1.0))
         return math.log1p(max(mean - self.PAST, short - self.LEAP, 0.0))
 
-    def _noisy(self, mean: float, speed: float) -> float:
+    def _noisy(self, group: Group, mean: float, speed: float) -> float:
         """From 0 to 1, how far noise is in the way, as r and the loss's speed say."""
+        if group["apo_ratios"] <= self.UNTIL_NOISE:
+            return 0.0
         balanced = float(np.interp(mean - self.rises_below, self.BALANCED, (0.0, 1.0, 1.0, 0.0)))
         return balanced * min(max(1 - speed / self.SLOW, 0.0), 1.0)
 

@@ -682,14 +682,14 @@ def test_every_third_party_optimizer_is_served_rightly_or_refused_by_name() -> N
 def test_groups_added_to_the_base_are_learned_from_the_next_step() -> None:
     model, x, t, other = mlp()
     base = torch.optim.SGD(model[2].parameters(), lr=0.1, momentum=0.9)
-    opt = apo.AdaptiveLR(base, objective(model, other), interval=1)
+    opt = apo.AdaptiveLR(base, objective(model, other), interval=1, meta_optimizer="rmsprop")
     opt.step(closure_of(opt, model, x, t))
     base.add_param_group({"params": [*model[0].parameters()], "lr": 0.01})
-    before, updates = weights(model[0]), base.param_groups[0]["apo_ratios"]
+    before, updates = weights(model[0]), base.param_groups[0]["apo_rate_updates"]
     opt.step(closure_of(opt, model, x, t))
     assert not same(weights(model[0]), before)
-    assert base.param_groups[1]["apo_ratios"] == 1
-    assert base.param_groups[0]["apo_ratios"] == updates + 1
+    assert base.param_groups[1]["lr"] != 0.01
+    assert base.param_groups[0]["apo_rate_updates"] == updates + 1
     assert opt.steps == 2
 
 
