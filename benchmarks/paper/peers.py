@@ -10,7 +10,7 @@ file, ``peers/TASK.json``, written after every run. What it holds isn't run agai
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ JUDGED = 2000
 
 Run = dict[str, Any]
 Runs = dict[str, Run]
+Rates = Mapping[str, float | None]
+"""By optimizer; None: its own."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +89,9 @@ def _on_task(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     def each_seed(optimizer: str, lr: float | None, seeds: Iterable[int] = range(seeds)) -> None:
         for seed in seeds:
             if (key := key_of(optimizer, lr, seed)) not in runs:
-                runs[key] = one_run(task, data, optimizer, lr, seed, steps, options.device)
+                alone = in_turn(task, data, {optimizer: lr}, seed, {optimizer: steps}, options.device)
+                runs[key] = alone[optimizer]
+                del runs[key]["seconds"]  # which nobody else's compare with
                 write()
                 console.print(f"{task.name} {key}: {loss_at(runs[key], steps):.4g}", highlight=False)
 
@@ -110,18 +114,16 @@ def _on_task(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     return content
 
 
-def _take_times(content: dict[str, Any], rates: Mapping[str, float | None], taken: Runs) -> None:
-    """Put the seconds of runs that were taken in turn into the content, and those runs that went to the end."""
-    rows = taken["apo"]["step"]
-    seconds = {optimizer: _extended(run["step"], run.pop("seconds"), rows) for optimizer, run in taken.items()}
+def _take_times(content: dict[str, Any], rates: Rates, taken: Runs) -> None:
+    """Put the seconds of runs that were taken in turn into the content, beyond a run's last step as they were on the
+    mean; and those runs that went to the end."""
+    rows, seconds = taken["apo"]["step"], {}
+    for optimizer, run in taken.items():
+        times = np.interp(rows, run["step"], run.pop("seconds"))
+        seconds[optimizer] = (times * np.maximum(1.0, np.array(rows) / run["step"][-1])).tolist()
     content["clock"] = {"device": taken["apo"]["device"], "step": rows, "seconds": seconds}
     whole = {optimizer: run for optimizer, run in taken.items() if run["step"][-1] == rows[-1]}
     content["runs"] |= {key_of(optimizer, rates[optimizer], 0): run for optimizer, run in whole.items()}
-
-
-def _extended(steps: Sequence[int], seconds: Sequence[float], rows: Sequence[int]) -> list[float]:
-    """The seconds at these rows; beyond the last step as they were on the mean."""
-    return [float(np.interp(row, steps, seconds)) * max(row / steps[-1], 1.0) for row in rows]
 
 
 def key_of(optimizer: str, lr: float | None, seed: int) -> str:
@@ -131,37 +133,16 @@ def key_of(optimizer: str, lr: float | None, seed: int) -> str:
 def _begun(path: Path, task: Task, data: Dataset, steps: int) -> dict[str, Any]:
     """What the file holds, or no runs yet; ValueError where its runs are of another length, or on other data."""
     loss = task.loss
-    settings = {
-        "data": data.label,
-        "batch_size": task.batch_size,
-        "steps": steps,
-        "loss": loss.name,
-        "metric": loss.metric,
-        "higher_is_better": loss.higher_is_better,
-        "packages": versions(),
-    }
+    settings: dict[str, Any] = {"loss": loss.name, "metric": loss.metric, "higher_is_better": loss.higher_is_better}
+    settings |= {"data": data.label, "batch_size": task.batch_size, "steps": steps, "packages": versions()}
     return {"runs": {}, **results.begun(path, settings, "runs")}
 
 
-def one_run(
-    task: Task, data: Dataset, optimizer: str, lr: float | None, seed: int, steps: int, device: str = "cpu"
-) -> Run:
-    """A run on its own, whose seconds are of no use to others."""
-    run = in_turn(task, data, {optimizer: lr}, seed, {optimizer: steps}, device)[optimizer]
-    del run["seconds"]
-    return run
-
-
 def in_turn(
-    task: Task,
-    data: Dataset,
-    rates: Mapping[str, float | None],
-    seed: int,
-    lengths: Mapping[str, int],
-    device: str = "cpu",
+    task: Task, data: Dataset, rates: Rates, seed: int, lengths: Mapping[str, int], device: str = "cpu"
 ) -> Runs:
     """Of each optimizer the curve of a run of so many steps, a row every 50, after which it is the next one's turn; and
-    how it ended. A rate of None is the optimizer's own."""
+    how it ended."""
     data = replace(data, test=some(data.test, JUDGED))
 
     def begun(optimizer: str, lr: float | None) -> tuple[dict[str, Any], Training]:

@@ -1,7 +1,6 @@
 """The tables of ``python -m benchmarks peers``, one per task, from its results files."""
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -88,11 +87,7 @@ def steps_in_time_of(base: str, optimizer: str, clock: dict[str, Any]) -> float:
 
 def after_steps(run: Run, steps: float) -> float:
     """The loss after so many steps, evenly in log between two rows; the last one where the run was over before."""
-    rows, losses = run["step"], run["loss"]
-    if (after := bisect_right(rows, steps)) == len(rows):
-        return float(losses[-1])
-    share = (steps - rows[after - 1]) / (rows[after] - rows[after - 1])
-    return float(losses[after - 1] ** (1 - share) * losses[after] ** share)
+    return math.exp(np.interp(steps, run["step"], np.log(run["loss"])))
 
 
 def _in_time_of(base: str, optimizer: str, clock: dict[str, Any], settings: Settings) -> str:
