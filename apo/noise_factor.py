@@ -27,8 +27,9 @@ class NoiseFactor:
     ``c`` is seen in every third look, and in the first few. In between it is taken to be as large for its ``‖Δ‖²`` as
     it was, so that these looks need no gradient but the one at hand.
 
-    ``log factor`` changes in proportion to ``log t`` of the step t. It doesn't fall while the loss falls faster than
-    ``1/t``, and less the faster it falls: then there is more to gain from steps than from less noise.
+    ``log factor`` changes in proportion to ``log t`` of the step t, and the means follow at least as fast. It doesn't
+    fall while the loss falls faster than ``1/t``, and less the faster it falls: then there is more to gain from steps
+    than from less noise.
     """
 
     NUMBERS: ClassVar[dict[str, Any]] = {
@@ -41,9 +42,9 @@ class NoiseFactor:
         "apo_noise_step": 0,
     }
     """What is remembered, and how it starts."""
-    BETA = 0.9
-    """Of the running means of g and c."""
-    SPEED = 1.5
+    BETA, MEAN_SPEED = 0.9, 2.0
+    """Of the running means of g and c: a look's share of them is 0.1, or this speed times its share of the training."""
+    SPEED = 1.2
     """Greatest change of the logarithm, over that of the step's."""
     LONGEST = 0.1
     """Greatest share of the training so far that one look counts for."""
@@ -86,9 +87,10 @@ class NoiseFactor:
         curvature = held["apo_noise_curvature"] if before is None else (before - after) / square
         before = after + curvature * square
         looks = held["apo_noise_looks"] + 1
-        gain = self.BETA * held["apo_noise_gain"] + (1 - self.BETA) * before / size
-        cost = self.BETA * held["apo_noise_cost"] + (1 - self.BETA) * (before - after) / size
         share = min((step - held["apo_noise_step"]) / max(step, 1), self.LONGEST)
+        beta = min(self.BETA, 1 - self.MEAN_SPEED * share)
+        gain = beta * held["apo_noise_gain"] + (1 - beta) * before / size
+        cost = beta * held["apo_noise_cost"] + (1 - beta) * (before - after) / size
         direction = float(np.interp(gain / cost if cost > 0 else math.inf, self.RATIOS, self.DIRECTIONS))
         log_loss = held["apo_noise_log_loss"]
         if loss > 0:

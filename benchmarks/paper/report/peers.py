@@ -81,8 +81,7 @@ def best(settings: Settings, measure: Callable[[Run], float]) -> tuple[str, list
 
 def steps_in_time_of(base: str, optimizer: str, clock: dict[str, Any]) -> float:
     """How many steps an optimizer takes in the time of all of another one's; at most as many."""
-    times = clock["seconds"]
-    return float(np.interp(times[base][-1], times[optimizer], clock["step"]))
+    return float(np.interp(clock["seconds"][base][-1], clock["seconds"][optimizer], clock["step"]))
 
 
 def after_steps(run: Run, steps: float) -> float:
@@ -111,8 +110,7 @@ def _read(run: Run) -> Run:
 
 
 def _mean(values: Sequence[float]) -> str:
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
+    if not (finite := [value for value in values if math.isfinite(value)]):
         return "diverged"
     lost = len(values) - len(finite)
     return short(fmean(finite)) + (f" ({lost} of {len(values)} diverged)" if lost else "")

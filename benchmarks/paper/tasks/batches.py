@@ -47,13 +47,13 @@ class Batches:
         self.latest = inputs
         return inputs, targets
 
-    def other(self) -> Inputs:
-        """The inputs of the next B′."""
-        return self.other_labelled()[0]
+    def other(self, most: int | None = None) -> Inputs:
+        """The inputs of the next B′, of as many examples as B has, or ``most``."""
+        return self.other_labelled(most)[0]
 
-    def other_labelled(self) -> tuple[Inputs, Tensor]:
+    def other_labelled(self, most: int | None = None) -> tuple[Inputs, Tensor]:
         """The next B′ with its targets."""
-        chosen = torch.randint(len(self.examples), (self.size,), generator=self._others)
+        chosen = torch.randint(len(self.examples), (min(self.size, most or self.size),), generator=self._others)
         inputs, targets = self.examples.batch(chosen.to(self.examples.targets.device))
         return (inputs if self.augment is None else self.augment(inputs, self._others)), targets
 

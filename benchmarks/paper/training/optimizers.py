@@ -8,6 +8,7 @@ is searched.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from benchmarks.paper.training.schedules import SCHEDULES
 from benchmarks.paper.training.training import Setting
 
 Hyper = dict[str, Any]
+_OPEN: Hyper = {"fsd_weight": None, "wsd_weight": None}
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,14 @@ def _apo() -> NamedOptimizer:
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
         own, terms = _split(hyper)
         own["method"] = apo.Method(meta_lr=own.pop("meta_lr"), lr_meta_lr=own.pop("lr_meta_lr"))
-        return apo.APO(setting.model, setting.task.objective(setting.model, setting.batches.other, **terms), **own)
+        other = partial(setting.batches.other, own.pop("other_size"))
+        return apo.APO(setting.model, setting.task.objective(setting.model, other, **terms), **own)
 
     own = _defaults(apo.APO, "lr", "momentum", "weight_decay", "block_size", "interval", "warmup")
     return NamedOptimizer(
         "APO-Precond",
         make,
-        {**own, **_defaults(apo.Method, "meta_lr", "lr_meta_lr"), "fsd_weight": None, "wsd_weight": None},
+        {**own, **_defaults(apo.Method, "meta_lr", "lr_meta_lr"), **_OPEN, "other_size": None},
         {"fsd_weight": Range(0.1, 30.0), "wsd_weight": Range(choices=(0.0, 1e-4)), "interval": Range(choices=(10, 50))},
     )
 
@@ -117,7 +120,7 @@ def _defaults(kind: Callable[..., Any], *names: str) -> Hyper:
 
 def _split(hyper: Hyper) -> tuple[Hyper, Hyper]:
     """The optimizer's hyperparameters, and the objective's. A λ of None is left to the front end."""
-    terms = {key: hyper[key] for key in ("fsd_weight", "wsd_weight")}
+    terms = {key: hyper[key] for key in _OPEN}
     return {key: value for key, value in hyper.items() if key not in terms}, terms
 
 
@@ -179,7 +182,7 @@ def _adaptive(base: str) -> NamedOptimizer:
         inner,
         label=f"{inner.label}-APO",
         make=make,
-        defaults={**inner.defaults, **meta, "fsd_weight": None, "wsd_weight": None},
+        defaults={**inner.defaults, **meta, **_OPEN},
         # At a short reach λ_WSD is what decays the rate: below 1e-3 it was measured to do too little.
         ranges={"fsd_weight": Range(3e-3, 1.0), "wsd_weight": Range(1e-4 if momentum else 1e-3, 0.1)},
     )

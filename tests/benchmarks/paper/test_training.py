@@ -104,6 +104,7 @@ def test_batches_follow_from_the_seed_and_the_step_alone() -> None:
     drawn = [a.other()[0] for _ in range(3)]
     b.load_state_dict(state)
     assert all(torch.equal(x, b.other()[0]) for x in drawn)
+    assert [len(a.other(most)[0]) for most in (None, 3, 20)] == [10, 3, 10]
     with pytest.raises(ValueError, match="size must be at most the 100 examples, but got 101"):
         Batches(examples, 101, 0)
 
