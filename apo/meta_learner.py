@@ -136,14 +136,11 @@ class MetaLearner(Optimizer):
     def meta_due(self) -> bool:
         """Whether the next step evaluates a trial and updates φ. Always until a first one has passed; not where every
         rate is 0."""
-        due = self.interval > 0 and (self._is_due() or not self._begun)
+        spacing = self.interval
+        if self.steps < self.warmup:
+            spacing = max(1, self.steps * self.interval // self.warmup)
+        due = self.interval > 0 and (self.steps % spacing == 0 or not self._begun)
         return due and any(get_rate(group) for group in self.param_groups)
-
-    def _is_due(self) -> bool:
-        return self.steps % self._interval_after(self.steps) == 0
-
-    def _interval_after(self, steps: int) -> int:
-        return max(1, steps * self.interval // self.warmup) if steps < self.warmup else self.interval
 
     @property
     def parameters(self) -> list[Tensor]:

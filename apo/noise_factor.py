@@ -44,7 +44,7 @@ class NoiseFactor:
     """What is remembered, and how it starts."""
     BETA, MEAN_SPEED = 0.9, 2.0
     """Of the running means of g and c: a look's share of them is 0.1, or this speed times its share of the training."""
-    SPEED = 1.2
+    SPEED = 1.0
     """Greatest change of the logarithm, over that of the step's."""
     LONGEST = 0.1
     """Greatest share of the training so far that one look counts for."""

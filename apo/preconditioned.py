@@ -96,8 +96,7 @@ class APO(MetaLearner):
             FLOPs per weight, with full blocks ``4 (m + n)``.
         interval: a meta-update every N steps (K of Algorithm 1). 0: never. A step with a meta-update takes four
             passes forward and three backward, every third one more of each, and of the first 300 one more backward.
-        warmup: over the first N steps the interval grows from 1, in proportion, to what it was set to; twice as fast
-            where κ < ½, as a trial tells little there.
+        warmup: over the first N steps the interval grows from 1, in proportion, to what it was set to.
         rescale_schedule, grad_scaler, process_group: as for :class:`~apo.AdaptiveLR`.
         method: how it learns (:class:`~apo.Method`): what seldom has to be set.
 
@@ -114,7 +113,6 @@ class APO(MetaLearner):
         "apo_most_promised": math.inf,
         "apo_mean_loss": math.nan,
         "apo_overwritten": False,
-        "apo_last_trial": 0,
         **NoiseFactor.NUMBERS,
         **NoiseDamping.NUMBERS,
     }
@@ -131,7 +129,7 @@ class APO(MetaLearner):
         decoupled_weight_decay: bool = True,
         block_size: int | None = 64,
         interval: int = 50,
-        warmup: int = 1000,
+        warmup: int = 500,
         rescale_schedule: bool = False,
         grad_scaler: GradScaler | None = None,
         process_group: Any = None,
@@ -440,11 +438,6 @@ class APO(MetaLearner):
     def _noise_factor(self) -> float:
         return float(self.param_groups[0]["apo_noise_factor"])
 
-    def _is_due(self) -> bool:
-        if self._noise_factor >= 0.5:
-            return super()._is_due()
-        return self.steps - self.param_groups[0]["apo_last_trial"] >= self._interval_after(2 * self.steps)
-
     @property
     def _may_look_back(self) -> bool:
         wanted = self.method.look_back and self.objective.loss is None
@@ -478,7 +471,6 @@ class APO(MetaLearner):
     def _learn(self, proposal: _Proposal, trial: Trial) -> bool:
         """Step φ down what ``⟨V, P(G)⟩`` and the rates' slopes say of Q, unless they aren't all finite."""
         self._note_loss(trial.evaluation)
-        self._note("apo_last_trial", self.steps)
         given = {p for p in self.parameters if p.grad is not None}
         V = [v if p in given else None for p, v in zip(self.parameters, trial.V, strict=True)]
         Vs = self._arena.parts(V, self.parameters)
@@ -605,7 +597,6 @@ class APO(MetaLearner):
 
     def _shrink(self) -> None:
         """Divide the step by e, what momentum adds to it included."""
-        self._note("apo_last_trial", self.steps)
         for layer in self.layers:
             if layer.momentum is not None:
                 layer.momentum.div_(math.e)

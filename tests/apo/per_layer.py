@@ -103,7 +103,7 @@ class PerLayer:
         self.most_promised, self.mean_loss = math.inf, math.nan
         self.looked: tuple[float, float, float | None] | None = None
         self.noise: dict[str, Any] = dict(NoiseFactor.NUMBERS)
-        self.steps, self.begun, self.last_trial = 0, False, 0
+        self.steps, self.begun = 0, False
         self.failed: list[int] = []
         self.bounded: list[int] = []
 
@@ -112,12 +112,10 @@ class PerLayer:
         J = loss()
         g = self._gradients(J)
         Gs = self._matrices(g)
-        noisy = self.noise["apo_noise_factor"] < 0.5
-        spacing, warmed = self.interval, self.steps * (2 if noisy else 1)
-        if warmed < self.warmup:
-            spacing = max(1, warmed * self.interval // self.warmup)
-        due = (self.steps - self.last_trial >= spacing if noisy else self.steps % spacing == 0) or not self.begun
-        self.last_trial = self.steps if due else self.last_trial
+        spacing = self.interval
+        if self.steps < self.warmup:
+            spacing = max(1, self.steps * self.interval // self.warmup)
+        due = self.steps % spacing == 0 or not self.begun
         if due and own_loss is None:
             self._look_back(g, Gs, loss)
         if not due or self._meta_update(g, Gs, J.item(), loss, outputs, own_loss):

@@ -85,24 +85,6 @@ def test_looks_are_forgotten_by_the_time_that_has_passed(spacing: int) -> None:
     assert looks <= min(10, math.ceil(400 * math.expm1(0.5) / spacing))
 
 
-def test_the_interval_grows_twice_as_fast_where_noise_adds_up() -> None:
-    def due(factor: float) -> list[int]:
-        model, x, t, other = mlp()
-        opt = apo.APO(model, objective(model, other), interval=8, warmup=64)
-        found = []
-        for step in range(90):
-            opt.param_groups[0]["apo_noise_factor"] = factor
-            found += [step] * opt.meta_due
-            opt.step(closure_of(opt, model, x, t))
-        return found
-
-    assert due(0.5) == [step for step in range(90) if step % min(max(1, step // 8), 8) == 0]
-    noisy = due(0.4)
-    assert noisy[0] == 0
-    for before, after in pairwise(noisy):  # the interval that there is when it has passed
-        assert after - before == min(max(1, after // 4), 8)
-
-
 def test_between_two_looks_at_the_cost_it_is_that_of_as_long_a_step() -> None:
     held = {**NoiseFactor.NUMBERS, "apo_noise_looks": 9}
     assert NoiseFactor.sees_cost(held)
