@@ -112,9 +112,9 @@ class PerLayer:
         J = loss()
         g = self._gradients(J)
         Gs = self._matrices(g)
-        spacing = self.interval
-        if self.steps < self.warmup:
-            spacing = max(1, self.steps * self.interval // self.warmup)
+        spacing, warmed = self.interval, self.steps * (2 if self.noise["apo_noise_factor"] < 0.5 else 1)
+        if warmed < self.warmup:
+            spacing = max(1, warmed * self.interval // self.warmup)
         due = self.steps % spacing == 0 or not self.begun
         if due and own_loss is None:
             self._look_back(g, Gs, loss)

@@ -85,6 +85,17 @@ def test_looks_are_forgotten_by_the_time_that_has_passed(spacing: int) -> None:
     assert looks <= min(10, math.ceil(400 * math.expm1(0.5) / spacing))
 
 
+def test_the_interval_grows_twice_as_fast_where_noise_more_than_halves_steps() -> None:
+    model, _, _, other = mlp()
+    opt = apo.APO(model, objective(model, other), interval=8, warmup=64)
+    opt.param_groups[0]["apo_begun"] = True
+    for factor, grows in ((0.5, 8), (0.4, 4)):
+        opt.param_groups[0]["apo_noise_factor"] = factor
+        for step in range(90):
+            opt.steps = step
+            assert opt.meta_due == (step % min(max(1, step // grows), 8) == 0)
+
+
 def test_between_two_looks_at_the_cost_it_is_that_of_as_long_a_step() -> None:
     held = {**NoiseFactor.NUMBERS, "apo_noise_looks": 9}
     assert NoiseFactor.sees_cost(held)
