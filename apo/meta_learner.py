@@ -136,16 +136,16 @@ class MetaLearner(Optimizer):
     def meta_due(self) -> bool:
         """Whether the next step evaluates a trial and updates φ. Always until a first one has passed; not where every
         rate is 0."""
-        spacing, warmed = self.interval, self.steps * self._haste
+        spacing, warmed = self.interval, self._warmed
         if warmed < self.warmup:
             spacing = max(1, warmed * self.interval // self.warmup)
         due = self.interval > 0 and (self.steps % spacing == 0 or not self._begun)
         return due and any(get_rate(group) for group in self.param_groups)
 
     @property
-    def _haste(self) -> int:
-        """How many times as fast as by ``warmup`` the interval grows."""
-        return 1
+    def _warmed(self) -> int:
+        """How many steps of the warm-up have passed."""
+        return self.steps
 
     @property
     def parameters(self) -> list[Tensor]:

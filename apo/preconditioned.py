@@ -58,6 +58,8 @@ FISHER_START = 300
 """Meta-updates that the Fisher start lasts by default."""
 MOST_PROMISED = 2.0
 """Greatest predicted decrease of a step, over the loss."""
+AGREE = 0.5
+"""Share of what a step promised to its own batch that it promises to the next one too, where there is little noise."""
 LOSS_BETA = 0.9
 """Of the running mean of that loss, over meta-updates."""
 
@@ -96,8 +98,8 @@ class APO(MetaLearner):
             FLOPs per weight, with full blocks ``4 (m + n)``.
         interval: a meta-update every N steps (K of Algorithm 1). 0: never. A step with a meta-update takes four
             passes forward and three backward, every third one more of each, and of the first 300 one more backward.
-        warmup: over the first N steps the interval grows from 1, in proportion, to what it was set to; twice as fast
-            where κ < ½, as a trial tells little there.
+        warmup: over the first N steps the interval grows from 1, in proportion, to what it was set to; half as fast
+            where there is little noise, as trials tell more there.
         rescale_schedule, grad_scaler, process_group: as for :class:`~apo.AdaptiveLR`.
         method: how it learns (:class:`~apo.Method`): what seldom has to be set.
 
@@ -130,7 +132,7 @@ class APO(MetaLearner):
         decoupled_weight_decay: bool = True,
         block_size: int | None = 64,
         interval: int = 50,
-        warmup: int = 1000,
+        warmup: int = 500,
         rescale_schedule: bool = False,
         grad_scaler: GradScaler | None = None,
         process_group: Any = None,
@@ -440,8 +442,8 @@ class APO(MetaLearner):
         return float(self.param_groups[0]["apo_noise_factor"])
 
     @property
-    def _haste(self) -> int:
-        return 2 if self._noise_factor < 0.5 else 1
+    def _warmed(self) -> int:
+        return self.steps // 2 if self.param_groups[0]["apo_noise_gain"] > AGREE else self.steps
 
     @property
     def _may_look_back(self) -> bool:

@@ -112,7 +112,7 @@ class PerLayer:
         J = loss()
         g = self._gradients(J)
         Gs = self._matrices(g)
-        spacing, warmed = self.interval, self.steps * (2 if self.noise["apo_noise_factor"] < 0.5 else 1)
+        spacing, warmed = self.interval, self.steps // 2 if self.noise["apo_noise_gain"] > 0.5 else self.steps
         if warmed < self.warmup:
             spacing = max(1, warmed * self.interval // self.warmup)
         due = self.steps % spacing == 0 or not self.begun

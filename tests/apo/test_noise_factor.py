@@ -85,12 +85,12 @@ def test_looks_are_forgotten_by_the_time_that_has_passed(spacing: int) -> None:
     assert looks <= min(10, math.ceil(400 * math.expm1(0.5) / spacing))
 
 
-def test_the_interval_grows_twice_as_fast_where_noise_more_than_halves_steps() -> None:
+def test_the_interval_grows_half_as_fast_where_the_next_batch_agrees() -> None:
     model, _, _, other = mlp()
-    opt = apo.APO(model, objective(model, other), interval=8, warmup=64)
+    opt = apo.APO(model, objective(model, other), interval=8, warmup=32)
     opt.param_groups[0]["apo_begun"] = True
-    for factor, grows in ((0.5, 8), (0.4, 4)):
-        opt.param_groups[0]["apo_noise_factor"] = factor
+    for gain, grows in ((0.5, 4), (0.6, 8)):
+        opt.param_groups[0]["apo_noise_gain"] = gain
         for step in range(90):
             opt.steps = step
             assert opt.meta_due == (step % min(max(1, step // grows), 8) == 0)
