@@ -93,6 +93,7 @@ def test_apo_is_algorithm_1() -> None:
         lr=0.05,
         momentum=0,
         block_size=None,
+        interval=1,
         method=apo.Method(meta_optimizer="adam", meta_lr=0.01, lr_meta_lr=0.03),
     )
     found = train(opt, model)
