@@ -338,7 +338,7 @@ def ways_of(bound: ak.ModelPreconditioner) -> set[tuple[bool, bool]]:
 @pytest.mark.parametrize(("side", "way"), [(64, (True, True)), (40, (True, True)), (16, (True, False))])
 def test_what_lies_well_is_moved_16_bytes_at_a_time(dtype: torch.dtype, side: int, way: tuple[bool, bool]) -> None:
     """With biases, last squares that stick out, and a gradient of which a part is missing."""
-    own = layers([(64, 64), (33, 72), (2, 24, 40)], dtype, A=side, B=side, there=["wb", "w", "wb"], pad=True)
+    own = layers([(64, 64), (33, 128), (3, 70, 80)], dtype, A=side, B=side, there=["wb", "w", "wb"], pad=True)
     bound = own.bind()
     for share in (None, 0.25):
         check_step(own, dtype, share, bound)
