@@ -41,7 +41,7 @@ LEARNED = {"apo-lr:adamw": "adamw", "apo-lr:sgdm": "sgdm"}
 """Learned rates, and whose they are."""
 
 STARTS = (1e-4, 1.0)
-OTHER_SIZE = 64  # the most examples of APO's B′: more cost time and tell it little
+OTHER_SIZE = 64  # the most examples of APO's B′
 BATCH_SIZES = {"mnist-autoencoder": 100}
 """Of tasks that are run at a smaller one than the paper's, so that all of this takes hours and not days."""
 
@@ -74,8 +74,8 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def _short(task: Task) -> Task:
     """With fewer examples in a batch, and judged on fewer."""
-    size = BATCH_SIZES.get(task.name, task.batch_size)
-    return replace(task, batch_size=size, evaluated=min(task.evaluated, JUDGED))
+    batch_size = BATCH_SIZES.get(task.name, task.batch_size)
+    return replace(task, batch_size=batch_size, evaluated=min(task.evaluated, JUDGED))
 
 
 def _on_task(task: Task, options: argparse.Namespace) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def test_what_the_prose_says_of_a_steps_cost() -> None:
     assert spread((own[AT_FIRST] / own[BETWEEN] for own in each), ".0f") == "5 to 6"
     assert spread(own["AdaptiveLR on SGDm"] for own in each) == "1.3 to 1.5"
     assert spread(own[name] for own in each for name in ("AdamW, foreach", "AdamW, fused")) == "1.0 to 1.4"
-    assert FIRST_STEPS == 20
+    assert FIRST_STEPS == 40
     for page, times in ((README, "times"), (DOCS / "choosing.md", "×")):
         text = words_of(page)
         assert f"1.3 to 1.5 {times} " in text
@@ -74,7 +74,7 @@ def test_what_the_prose_says_of_a_steps_cost() -> None:
         assert "1.1 to 1.3 " in text
         assert f"2.9 {times}" in text
         assert "5 to 6 plain steps' time" in text or "takes 5 to 6 times as long as one without" in text
-        assert f"; 5 to 17 {times} in the first 20 steps" in text
+        assert f"; 5 to 17 {times} in the first 40 steps" in text
 
 
 def test_what_the_experiments_say_of_the_start() -> None:
@@ -266,7 +266,7 @@ def test_what_is_said_of_a_training_step_on_a_gpu() -> None:
         f"and SOAP's up to {max(off.values()):.0%}, so ratios are rough.",
         f"costs {at[BY_DEFAULT]:.2f} SGDm steps after the warm-up, and {at[BETWEEN]:.2f} between two meta-updates.",
         f"these are {on_cpu[BY_DEFAULT]:.2f} and {on_cpu[BETWEEN]:.2f}.",
-        f"In its first 20 steps it costs {at[AT_FIRST]:.1f} SGDm steps",
+        f"In its first 40 steps it costs {at[AT_FIRST]:.1f} SGDm steps",
         f"and {at[AT_FIRST] / at[BETWEEN]:.1f} times as much as between meta-updates.",
         f"On the CPU these are {on_cpu[AT_FIRST]:.1f} and {on_cpu[AT_FIRST] / on_cpu[BETWEEN]:.1f}.",
         f"costs {at['APO, blocks of 64']:.1f} SGDm steps, KFAC {at['KFAC']:.1f} and SOAP {at['SOAP']:.1f}.",
@@ -277,10 +277,10 @@ def test_what_is_said_of_a_training_step_on_a_gpu() -> None:
     default, first = f"{at[BY_DEFAULT]:.1f}", f"{at[AT_FIRST]:.0f}"
     longer = f"{at[AT_FIRST] / at[BETWEEN]:.0f}"
     text = words_of(README)
-    cost = f"{default} times; {first} times in the first 20 steps"
+    cost = f"{default} times; {first} times in the first 40 steps"
     assert f"| {rates:.1f} times SGD's time (AdamW: {adamw}) | {cost} |" in text
     assert f"5 to 6 plain steps' time, on the H100 {longer}." in text
     text = words_of(DOCS / "choosing.md")
-    assert f"| on an H100 | {rates:.1f} × (AdamW: {adamw}) | {default} ×; {first} × in the first 20 steps |" in text
+    assert f"| on an H100 | {rates:.1f} × (AdamW: {adamw}) | {default} ×; {first} × in the first 40 steps |" in text
     assert f"on an H100 {longer} times." in text
     assert f"costs {at[BY_DEFAULT]:.2f} SGDm steps on an H100, against {on_cpu[BY_DEFAULT]:.2f} on a CPU" in text
