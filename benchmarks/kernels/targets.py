@@ -10,7 +10,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from itertools import product
+from itertools import chain, product
 from multiprocessing import get_context
 from typing import Any
 
@@ -22,6 +22,7 @@ from benchmarks.common import results
 from benchmarks.common.console import console, progress, table, wrote
 
 DTYPES = ("bfloat16", "float16", "float32")
+TOGETHER = 8  # kernels that are compiled before they are disassembled
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -49,12 +50,12 @@ def run(options: Namespace) -> dict[str, Any]:
     work = [
         (target, dtype, options.precision, at)
         for target, dtype in product(names, dtypes)
-        for at, _ in enumerate(cases(TARGETS[target], getattr(torch, dtype), options.precision))
+        for at in range(0, len(list(cases(TARGETS[target], getattr(torch, dtype), options.precision))), TOGETHER)
     ]
     # A process of its own, also where there is one: it must know nothing of this one's device.
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool, progress() as bar:
-        compiled = pool.map(compile_one, *zip(*work, strict=True))
-        rows = list(bar.track(compiled, total=len(work), description="compiling"))
+        compiled = pool.map(compile_some, *zip(*work, strict=True))
+        rows = list(chain.from_iterable(bar.track(compiled, total=len(work), description="compiling")))
     for name in names:
         console.print(_table(TARGETS[name], [row for row in rows if row["target"] == name]))
     faults = [f"{row['target']} {row['dtype']} {row['stage']} {row['size']}: {'; '.join(row['faults'])}"
@@ -66,25 +67,23 @@ def run(options: Namespace) -> dict[str, Any]:
     return found
 
 
-def compile_one(target_name: str, dtype_name: str, precision: str | None, at: int) -> dict[str, Any]:
-    """The row of one of :func:`apo_kernels.triton.tools.compile_ahead.cases`."""
-    from apo_kernels.triton.tools.compile_ahead import cases, compile_case
+def compile_some(target_name: str, dtype_name: str, precision: str | None, first: int) -> list[dict[str, Any]]:
+    """The rows of some of :func:`apo_kernels.triton.tools.compile_ahead.cases`, from the first on."""
+    from apo_kernels.triton.tools.compile_ahead import cases, compile_cases
 
     target = TARGETS[target_name]
-    case = list(cases(target, getattr(torch, dtype_name), precision))[at]
-    report = compile_case(case, target)
-    return {
-        "target": target.name,
-        "dtype": dtype_name,
-        "precision": case.precision,
-        "stage": case.stage,
-        "size": case.size,
-        "tile": tile(case.constants),
-        "warps": case.warps,
-        "stages": case.stages,
-        **asdict(report),
-        "faults": report.faults(case, target),
-    }
+    chosen = list(cases(target, getattr(torch, dtype_name), precision))[first : first + TOGETHER]
+    return [
+        {
+            "target": target.name,
+            "dtype": dtype_name,
+            "tile": tile(case.constants),
+            **{name: getattr(case, name) for name in ("precision", "stage", "size", "warps", "stages")},
+            **asdict(report),
+            "faults": report.faults(case, target),
+        }
+        for case, report in zip(chosen, compile_cases(chosen, target), strict=True)
+    ]
 
 
 def tile(constants: dict[str, Any]) -> str:

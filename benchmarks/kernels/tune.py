@@ -104,13 +104,14 @@ def _work(options: Namespace, dtype: torch.dtype, target: Any) -> Iterator[tuple
 
 
 def _compiles(target: Any, dtype: torch.dtype, stage: str, size: str) -> bool:
-    from apo_kernels.triton.tools.compile_ahead import cases, compile_case
+    from apo_kernels.triton.tools.compile_ahead import cases, compile_cases
 
     forwards = ("tile_forward", "tile_keep", "tile_update", "tile_dG")
     stages = forwards if stage == "tile_forward" else (stage, f"{stage}_keep")
     chosen = [case for case in cases(target, dtype) if case.stage in stages and case.size.split()[0] == size]
     try:
-        return not any(compile_case(case, target).faults(case, target) for case in chosen)
+        reports = compile_cases(chosen, target)
+        return not any(report.faults(case, target) for case, report in zip(chosen, reports, strict=True))
     except Exception as error:  # a compiler's failures have no common type
         console.print(f"[dim]{chosen[0].stage} {chosen[0].constants}: {type(error).__name__}")
         return False

@@ -7,12 +7,9 @@ kernels aren't compiled.
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,8 +37,9 @@ from apo_kernels.triton.relative_steps import (
 from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
 from apo_kernels.triton.tile_model import model_apply, model_forward, model_slopes, model_sums
 from apo_kernels.triton.tile_part import SUM_CHUNK, backward_constants, forward_constants
+from apo_kernels.triton.tools.disassembly import instructions, registers
 
-__all__ = ["KernelCase", "Report", "argument_type", "cases", "compile_case", "source_of"]
+__all__ = ["KernelCase", "Report", "argument_type", "cases", "compile_cases", "source_of"]
 
 _FLOATS = (
     "numbers", "workspace", "kept", "sums", "results", "X", "S", "slope", "size", "new_slope", "new_size", "rates",
@@ -272,20 +270,17 @@ def source_of(case: KernelCase, target: Target) -> ASTSource:
     return ASTSource(case.kernel, signature, constants, known)
 
 
-def compile_case(case: KernelCase, target: Target) -> Report:
-    """Compile one case for ``target``."""
-    compiled = triton.compile(
-        source_of(case, target),
-        target=GPUTarget(target.backend, target.arch, target.warp),
-        options={"num_warps": case.warps, "num_stages": case.stages},
-    )
-    shared = int(compiled.metadata.shared)
-    layouts = compiled.asm["ttgir"]
-    if target.backend == "hip":
-        report = _amd_report(compiled.asm["amdgcn"], shared, target)
-    else:
-        report = _nvidia_report(compiled.asm["cubin"], shared, int(compiled.metadata.tmem_size or 0), target)
-    return replace(report, astray=_astray(layouts), scattered=_scattered(layouts))
+def compile_cases(chosen: Sequence[KernelCase], target: Target) -> list[Report]:
+    """Compile each case for ``target``."""
+    every = [
+        triton.compile(
+            source_of(case, target),
+            target=GPUTarget(target.backend, target.arch, target.warp),
+            options={"num_warps": case.warps, "num_stages": case.stages},
+        )
+        for case in chosen
+    ]
+    return _amd_reports(every, target) if target.backend == "hip" else _nvidia_reports(every, target)
 
 
 def _scattered(layouts: str) -> int:
@@ -304,48 +299,52 @@ def _astray(layouts: str) -> str:
     return next((f"reads a {what} by rows" for what, name in re.findall(product, layouts) if name in narrow), "")
 
 
-def _nvidia_report(cubin: bytes, shared: int, tensor: int, target: Target) -> Report:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _output(tools / "cuobjdump", "--dump-resource-usage", path)
-        sass = _output(tools / "nvdisasm", "-c", path)
-    registers = re.search(r"REG:(\d+)", usage)
-    if registers is None:
-        raise RuntimeError(f"cuobjdump printed no register count:\n{usage}")
-    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
-    text = "\n".join(instructions)
-    return Report(
-        registers=int(registers.group(1)),
-        spills=sum(name.split(".")[0] in ("LDL", "STL") for name in instructions),
-        shared=shared,
-        tensor=tensor,
-        matrix=_tally(re.findall(target.matrix_instruction, text)),
-        instructions=len(instructions),
-    )
+def _nvidia_reports(every: Sequence[Any], target: Target) -> list[Report]:
+    disassembled = instructions([compiled.asm["cubin"] for compiled in every], int(target.arch))
+    return [
+        Report(
+            registers=registers(compiled.asm["cubin"]),
+            spills=sum(name.split(".")[0] in ("LDL", "STL") for name in names),
+            tensor=int(compiled.metadata.tmem_size or 0),
+            matrix=_tally(re.findall(target.matrix_instruction, "\n".join(names))),
+            instructions=len(names),
+            **_of_any(compiled),
+        )
+        for compiled, names in zip(every, disassembled, strict=True)
+    ]
 
 
-def _amd_report(assembly: str, shared: int, target: Target) -> Report:
-    def value(name: str) -> int:
-        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
-        if found is None:
-            raise RuntimeError(f"the assembly has no .{name}")
-        return int(found.group(1))
+def _amd_reports(every: Sequence[Any], target: Target) -> list[Report]:
+    return [
+        Report(
+            registers=_value("vgpr_count", assembly),
+            spills=_value("vgpr_spill_count", assembly),
+            tensor=0,
+            matrix=_tally(re.findall(target.matrix_instruction, assembly)),
+            instructions=len(re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|ds)_\w+", assembly, re.MULTILINE)),
+            **_of_any(compiled),
+        )
+        for compiled in every
+        for assembly in [compiled.asm["amdgcn"]]
+    ]
 
-    return Report(
-        registers=value("vgpr_count"),
-        spills=value("vgpr_spill_count"),
-        shared=shared,
-        tensor=0,
-        matrix=_tally(re.findall(target.matrix_instruction, assembly)),
-        instructions=len(re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|ds)_\w+", assembly, re.MULTILINE)),
-    )
+
+def _value(name: str, assembly: str) -> int:
+    found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+    if found is None:
+        raise RuntimeError(f"the assembly has no .{name}")
+    return int(found.group(1))
+
+
+def _of_any(compiled: Any) -> dict[str, Any]:
+    """What is read in the same way whatever the target."""
+    layouts = compiled.asm["ttgir"]
+    return {
+        "shared": int(compiled.metadata.shared),
+        "astray": _astray(layouts),
+        "scattered": _scattered(layouts),
+    }
 
 
 def _tally(names: list[str]) -> dict[str, int]:
     return {name: names.count(name) for name in sorted(set(names))}
-
-
-def _output(*command: object) -> str:
-    return subprocess.run([str(each) for each in command], check=True, capture_output=True, text=True).stdout

@@ -31,21 +31,24 @@ class Pool:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def map(self, _: object, *work: Any) -> list[dict[str, Any]]:
-        names, dtypes, _precisions, at = work
+    def map(self, _: object, *work: Any) -> list[list[dict[str, Any]]]:
+        names, dtypes, _precisions, firsts = work
         every = list(cases(TARGETS[names[0]], getattr(torch, dtypes[0])))
         found = {"precision": "ieee", "warps": 4, "registers": 99, "spills": 0, "shared": 2048, "matrix": {"HMMA.": 2}}
         return [
-            {
-                "target": names[i],
-                "dtype": dtypes[i],
-                "stage": every[i].stage,
-                "size": every[i].size,
-                "tile": targets.tile(every[i].constants),
-                "faults": list(self.faults[i : i + 1]),
-                **found,
-            }
-            for i in at
+            [
+                {
+                    "target": name,
+                    "dtype": dtype,
+                    "stage": case.stage,
+                    "size": case.size,
+                    "tile": targets.tile(case.constants),
+                    "faults": list(self.faults[at : at + 1]),
+                    **found,
+                }
+                for at, case in enumerate(every[first : first + targets.TOGETHER], first)
+            ]
+            for name, dtype, first in zip(names, dtypes, firsts, strict=True)
         ]
 
 
@@ -76,8 +79,11 @@ def test_the_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.aot
-def test_one_case_compiled() -> None:
-    row = targets.compile_one("sm_90", "bfloat16", None, 0)
-    assert (row["target"], row["stage"], row["size"], row["spills"]) == ("sm_90", "tile_forward", "16", 0)
-    assert row["registers"] > 16
-    assert sum(row["matrix"].values()) > 0
+def test_some_cases_compiled() -> None:
+    rows = targets.compile_some("sm_90", "bfloat16", None, 0)
+    assert [(row["stage"], row["size"]) for row in rows[:2]] == [("tile_forward", "16"), ("tile_keep", "16")]
+    assert len(rows) == targets.TOGETHER
+    for row in rows:
+        assert (row["target"], row["spills"]) == ("sm_90", 0)
+        assert row["registers"] > 16
+        assert sum(row["matrix"].values()) > 0

@@ -25,14 +25,14 @@ CHECK = """
 import json, sys, torch
 from apo_kernels.targets import CONSUMER, TARGETS
 from apo_kernels.triton import config
-from apo_kernels.triton.tools.compile_ahead import cases, compile_case
+from apo_kernels.triton.tools.compile_ahead import cases, compile_cases
 target, dtype = TARGETS.get(sys.argv[1], CONSUMER), getattr(torch, sys.argv[2])
 changed = {sys.argv[3]: json.loads(sys.argv[4])} if sys.argv[3:] else {}
 with config.override(**changed):
     chosen = [case for case in cases(target, dtype) if not changed or case.stage in changed]
 failed = 0
-for case in chosen:
-    faults = compile_case(case, target).faults(case, target)
+for case, report in zip(chosen, compile_cases(chosen, target)):
+    faults = report.faults(case, target)
     if faults:
         failed += 1
         print(case.stage, case.size, "; ".join(faults))
