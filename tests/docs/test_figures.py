@@ -85,13 +85,12 @@ def test_what_the_experiments_say_of_the_start() -> None:
 
 
 def test_what_readme_says_of_who_is_ahead() -> None:
-    """APO's defaults end below SGDm, Adam and Shampoo on all of the tasks, and above KFAC on Protein alone."""
+    """APO's defaults end below SGDm, Adam and Shampoo on all of the tasks, and above KFAC on the first alone."""
     rows = [row.split("|")[1:] for row in readme.TABLES["summary"]().splitlines()[2:]]
     losses = {row[0].strip(): [float(cell.split()[0]) for cell in row[1:7]] for row in rows}
     assert len(losses) == 6
     assert all(apo < min(sgdm, adam, shampoo) for sgdm, adam, _, shampoo, apo, _ in losses.values())
-    assert {task for task, (*_, kfac, _, apo, _) in losses.items() if kfac < apo} == {"protein"}
-    assert losses["protein"][4] / losses["protein"][2] == pytest.approx(1.04, abs=0.005)
+    assert {task for task, (*_, kfac, _, apo, _) in losses.items() if kfac < apo} == {"ill-conditioned"}
     for task in ("protein", "mnist-autoencoder"):
         *_, defaults, searched = losses[task]
         assert defaults < searched
@@ -123,8 +122,8 @@ def test_what_is_said_of_the_peers() -> None:
             assert apo["early"] < own[base]["early"]
             assert apo["end"] < end[base]
         lower[task] = {name for name in end if end[name] < apo["end"]}
-        assert (apo["adamw"] < end["adamw"]) == (task in ("cifar10-lenet", "mnist-autoencoder", "pinn"))
-        assert (apo["sgdm"] < end["sgdm"]) == (task in ("gpt", "cifar10-lenet", "mnist-autoencoder", "pinn"))
+        assert (apo["adamw"] < end["adamw"]) == (task in ("cifar10-cnn", "cifar10-lenet", "mnist-autoencoder"))
+        assert (apo["sgdm"] < end["sgdm"]) == (task != "protein")
         assert (own["apo-lr:adamw"]["end"] < 1.02 * end["adamw"]) == (task != "cifar10-cnn")
         said = {"cifar10-lenet": (1.025, 1.035), "mnist-autoencoder": (1.025, 1.035), "protein": (0, 1), "pinn": (0, 1)}
         least, most = said.get(task, (1, 1.02))
@@ -135,10 +134,13 @@ def test_what_is_said_of_the_peers() -> None:
         "protein": {"soap", "schedule-free"},
     }
     protein = losses["protein"]
-    assert protein["apo"]["end"] / protein["soap"]["end"] == pytest.approx(1.03, abs=0.005)
+    assert protein["apo"]["end"] / protein["soap"]["end"] == pytest.approx(1.02, abs=0.005)
     assert protein["apo"]["end"] / protein["schedule-free"]["end"] == pytest.approx(1.01, abs=0.005)
-    for task in ("cifar10-lenet", "mnist-autoencoder"):
-        assert losses[task]["apo"]["adamw"] / losses[task]["adamw"]["end"] == pytest.approx(0.96, abs=0.005)
+    for task, ratio in (("cifar10-cnn", 0.97), ("cifar10-lenet", 0.9), ("mnist-autoencoder", 0.93), ("gpt", 1.005)):
+        assert losses[task]["apo"]["adamw"] / losses[task]["adamw"]["end"] == pytest.approx(ratio, abs=0.005)
+    assert losses["cifar10-cnn"]["apo-lr:adamw"]["end"] / losses["cifar10-cnn"]["adamw"]["end"] == pytest.approx(
+        1.04, abs=0.005
+    )
 
 
 def test_what_is_said_of_learned_rates_from_any_start() -> None:
