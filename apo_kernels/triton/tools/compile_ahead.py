@@ -280,7 +280,10 @@ def compile_cases(chosen: Sequence[KernelCase], target: Target) -> list[Report]:
         )
         for case in chosen
     ]
-    return _amd_reports(every, target) if target.backend == "hip" else _nvidia_reports(every, target)
+    if target.backend == "hip":
+        return [_amd_report(compiled, target) for compiled in every]
+    disassembled = instructions([compiled.asm["cubin"] for compiled in every], int(target.arch))
+    return [_nvidia_report(compiled, names, target) for compiled, names in zip(every, disassembled, strict=True)]
 
 
 def _scattered(layouts: str) -> int:
@@ -299,34 +302,27 @@ def _astray(layouts: str) -> str:
     return next((f"reads a {what} by rows" for what, name in re.findall(product, layouts) if name in narrow), "")
 
 
-def _nvidia_reports(every: Sequence[Any], target: Target) -> list[Report]:
-    disassembled = instructions([compiled.asm["cubin"] for compiled in every], int(target.arch))
-    return [
-        Report(
-            registers=registers(compiled.asm["cubin"]),
-            spills=sum(name.split(".")[0] in ("LDL", "STL") for name in names),
-            tensor=int(compiled.metadata.tmem_size or 0),
-            matrix=_tally(re.findall(target.matrix_instruction, "\n".join(names))),
-            instructions=len(names),
-            **_of_any(compiled),
-        )
-        for compiled, names in zip(every, disassembled, strict=True)
-    ]
+def _nvidia_report(compiled: Any, names: list[str], target: Target) -> Report:
+    return Report(
+        registers=registers(compiled.asm["cubin"]),
+        spills=sum(name.split(".")[0] in ("LDL", "STL") for name in names),
+        tensor=int(compiled.metadata.tmem_size or 0),
+        matrix=_tally(re.findall(target.matrix_instruction, "\n".join(names))),
+        instructions=len(names),
+        **_of_any(compiled),
+    )
 
 
-def _amd_reports(every: Sequence[Any], target: Target) -> list[Report]:
-    return [
-        Report(
-            registers=_value("vgpr_count", assembly),
-            spills=_value("vgpr_spill_count", assembly),
-            tensor=0,
-            matrix=_tally(re.findall(target.matrix_instruction, assembly)),
-            instructions=len(re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|ds)_\w+", assembly, re.MULTILINE)),
-            **_of_any(compiled),
-        )
-        for compiled in every
-        for assembly in [compiled.asm["amdgcn"]]
-    ]
+def _amd_report(compiled: Any, target: Target) -> Report:
+    assembly = compiled.asm["amdgcn"]
+    return Report(
+        registers=_value("vgpr_count", assembly),
+        spills=_value("vgpr_spill_count", assembly),
+        tensor=0,
+        matrix=_tally(re.findall(target.matrix_instruction, assembly)),
+        instructions=len(re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|ds)_\w+", assembly, re.MULTILINE)),
+        **_of_any(compiled),
+    )
 
 
 def _value(name: str, assembly: str) -> int:
