@@ -302,6 +302,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": _tasks,
     "rates": _rates,
     "peers": lambda: peers.tables(COMMITTED / "peers"),
+    "gpu_peers": lambda: peers.tables(GPU_RESULTS / "peers"),
     "summary": _summary,
 }
 

@@ -5,12 +5,13 @@ best rate of the optimizer that it is over, at 1e-4 and at 1. Times are taken of
 turns of 50 steps: they are the clock of all other runs, which may have been made side by side or elsewhere. Those whose
 steps cost the same from first to last, all but APO and AdaptiveLR, take a fifth of the steps there. Each task has a
 file, ``peers/TASK.json``, written after every run. What it holds isn't run again. Everything runs on one thread.
+With ``--rates`` nothing is searched: each rate is the one that ended best in the files of that folder.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--tasks", type=names_of(TASKS), default=[*TASKS], help=f"of {', '.join(TASKS)} (default: all)")
     add("--data", type=Path, metavar="DIR", help="folder with the files of data sets")
+    add("--rates", type=Path, metavar="DIR", help="folder of files as these: run no other rates than were best there")
     add("--steps", type=at_least_1, help="of each run (default: 1000, with --quick 20)")
     add("--seeds", type=at_least_1, help="runs of each setting (default: 2, with --quick 1)")
 
@@ -83,6 +85,7 @@ def _on_task(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     steps, seeds = options.steps or (20 if options.quick else 1000), options.seeds or (1 if options.quick else 2)
     content = _begun(options.out / "peers" / f"{task.name}.json", task, data, steps)
     runs: Runs = content["runs"]
+    tried = RATES if options.rates is None else _best_of(options.rates / f"{task.name}.json", steps)
 
     def write() -> None:
         results.write(options.out / "peers", task.name, options.device, content)
@@ -96,16 +99,18 @@ def _on_task(task: Task, options: argparse.Namespace) -> dict[str, Any]:
                 write()
                 console.print(f"{task.name} {key}: {loss_at(runs[key], steps):.4g}", highlight=False)
 
-    for optimizer, rates in RATES.items():
+    for optimizer, rates in tried.items():
         for lr in rates:
             each_seed(optimizer, lr, seeds=[0])
         for step in judged_at(steps):
-            each_seed(optimizer, best_rate(runs, optimizer, step))
+            each_seed(optimizer, best_rate(runs, optimizer, step, rates))
     for optimizer in LEARNED:
         for lr in STARTS:
             each_seed(optimizer, lr, seeds=[0])
     finals: dict[str, float | None] = {"apo": None}
-    finals |= {name: best_rate(runs, LEARNED.get(name, name), steps) for name in [*LEARNED, *RATES]}
+    for name in (*LEARNED, *RATES):
+        base = LEARNED.get(name, name)
+        finals[name] = best_rate(runs, base, steps, tried[base])
     if "clock" not in content:
         lengths = {name: steps if name not in RATES else judged_at(steps)[0] for name in finals}
         _take_times(content, finals, in_turn(task, data, finals, 0, lengths, options.device))
@@ -175,6 +180,12 @@ def loss_at(run: Run, step: int) -> float:
     return next(filter(math.isfinite, losses), math.inf)
 
 
-def best_rate(runs: Runs, optimizer: str, step: int) -> float:
-    """Of those that were tried, after a step of the first seed's run."""
-    return min(RATES[optimizer], key=lambda lr: loss_at(runs[key_of(optimizer, lr, 0)], step))
+def best_rate(runs: Runs, optimizer: str, step: int, tried: Sequence[float]) -> float:
+    """Of the rates that were tried, after a step of the first seed's run."""
+    return min(tried, key=lambda lr: loss_at(runs[key_of(optimizer, lr, 0)], step))
+
+
+def _best_of(path: Path, steps: int) -> dict[str, tuple[float, ...]]:
+    """By optimizer, the rate that a file's search found."""
+    runs = results.load(path)["runs"]
+    return {name: (best_rate(runs, name, steps, rates),) for name, rates in RATES.items()}

@@ -101,7 +101,7 @@ def test_what_is_said_of_the_peers() -> None:
     losses: dict[str, dict[str, dict[str, float]]] = {}
     for path in (readme.COMMITTED / "peers").glob("*.json"):
         content = results.load(path)
-        found = peers.complete(content["runs"])
+        found = peers.by_rate(content["runs"])
         early, end = peers.judged_at(content["steps"])
         measures: dict[str, Callable[[peers.Run], float]] = {
             "early": partial(peers.loss_at, step=early),
@@ -149,7 +149,7 @@ def test_what_is_said_of_learned_rates_from_any_start() -> None:
     measured: dict[tuple[str, str, str], tuple[float, float]] = {}
     for path in (readme.COMMITTED / "peers").glob("*.json"):
         content = results.load(path)
-        found, of = peers.complete(content["runs"]), partial(peers.loss_at, step=content["steps"])
+        found, of = peers.by_rate(content["runs"]), partial(peers.loss_at, step=content["steps"])
         for learned, base in LEARNED.items():
             fixed = mean(map(of, peers.best(found[base], of)[1]))
             for rate, runs in found[learned].items():

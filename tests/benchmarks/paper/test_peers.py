@@ -64,6 +64,14 @@ def test_the_best_rates_alone_are_run_on_every_seed(tmp_path: Path) -> None:
     assert not any("seconds" in run for run in runs.values())  # which only those taken in turn can compare
 
 
+def test_rates_of_an_earlier_search_are_run_alone(tmp_path: Path) -> None:
+    main(arguments(tmp_path / "cpu"))
+    main([*arguments(tmp_path / "gpu"), "--rates", str(tmp_path / "cpu" / "peers")])
+    runs = load(tmp_path / "gpu" / "peers" / "pinn.json")["runs"]
+    best = {key_of(name, rates[1], seed) for name, rates in RATES.items() for seed in (0, 1)}
+    assert {key for key in runs if key.split("/")[0] in RATES} == best
+
+
 def test_they_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what slows the machine slows them all."""
     turns: list[int] = []
@@ -98,8 +106,8 @@ def test_losses_of_runs_that_ended_early_are_infinite() -> None:
     assert [loss_at(run, step) for step in (0, 40, 50, 60, 100)] == [2.0, 1.0, 1.0, math.inf, math.inf]
     worse = {"step": [0, 100], "loss": [2.0, 1.5]}
     runs = {key_of("adamw", lr, 0): worse if lr == 3e-3 else run for lr in RATES["adamw"]}
-    assert best_rate(runs, "adamw", 50) == RATES["adamw"][0]
-    assert best_rate(runs, "adamw", 100) == 3e-3
+    assert best_rate(runs, "adamw", 50, RATES["adamw"]) == RATES["adamw"][0]
+    assert best_rate(runs, "adamw", 100, RATES["adamw"]) == 3e-3
 
 
 def few(task: str) -> Dataset:
