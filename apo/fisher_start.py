@@ -165,7 +165,8 @@ class FisherStart:
     ) -> Tensor:
         """τ."""
         seen = [layer.parts["S"].buffers[self.ENERGY] for layer in layers]
-        sums = torch.stack([x.sum() for x in seen]).div_(torch.tensor(weights, device=seen[0].device))
+        sums = torch.stack(torch._foreach_norm(seen, ord=1))  # energies are >= 0
+        sums.div_(torch.tensor(weights, device=sums.device))
         totals = [noise.total if noise is not None else seen[0].new_zeros(()) for noise in noises]
         if delta:
             sums.add_(torch.stack(totals), alpha=delta)

@@ -18,13 +18,16 @@ from torch.optim import optimizer as torch_optimizer
 
 from apo.rates import get_rate, set_rate
 from apo.trial import (
+    UNCHANGING,
     Lookahead,
+    copies_of,
     generator_state,
     is_generator,
     random_state,
     restore_generator,
     restore_random_state,
     surely,
+    write,
 )
 
 __all__ = ["Gradients", "OptimizerSnapshot", "Rehearsal", "with_wrapped", "without_hooks"]
@@ -49,16 +52,22 @@ class OptimizerSnapshot:
         self._parameters = parameters
         self._left_out = parameters - {id(p) for p in chosen} if chosen is not None else set()
         self._seen: dict[int, tuple[Any, Any]] = {}
+        self._tensors: dict[int, Tensor] = {}
         self._save(optimizer)
+        self._copies = copies_of([*self._tensors.values()])
 
     def restore(self) -> None:
         """Put everything back, in place where something else may hold it. Safe to call more than once."""
+        write([*self._tensors.values()], self._copies)
         for held, content in self._seen.values():
             _put_back(held, content)
 
     def _save(self, value: Any, *, inside_object: bool = False) -> None:
-        """Note a value's content, of tensors by a copy."""
-        if id(value) in self._parameters or id(value) in self._seen:
+        """Note a value's content."""
+        if type(value) in UNCHANGING or id(value) in self._parameters or id(value) in self._seen:
+            return
+        if isinstance(value, Tensor):
+            self._tensors[id(value)] = value
             return
         content, parts = self._content(value, inside_object=inside_object)
         if content is not None:
@@ -69,8 +78,6 @@ class OptimizerSnapshot:
 
     def _content(self, value: Any, *, inside_object: bool) -> tuple[Any, list[Any]]:
         """What has to be written back, None if nothing, and the values inside."""
-        if isinstance(value, Tensor):
-            return value.detach().clone(), []
         if isinstance(value, np.ndarray):
             return value.copy(), []
         if is_generator(value):
@@ -110,10 +117,7 @@ def _attributes(value: Any) -> dict[str, Any]:
 
 
 def _put_back(held: Any, content: Any) -> None:
-    if isinstance(held, Tensor):
-        with torch.no_grad():
-            held.copy_(content)
-    elif isinstance(held, np.ndarray):
+    if isinstance(held, np.ndarray):
         held[...] = content
     elif is_generator(held):
         restore_generator(held, content)
@@ -196,15 +200,15 @@ class Gradients:
     """A copy of each ``.grad``: optimizers and their hooks may write to them."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._held = [(p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in parameters]
+        self._held = [(p, p.grad) for p in parameters]
+        self._grads = [grad for _, grad in self._held if grad is not None]
+        self._copies = copies_of(self._grads)
 
     def restore(self) -> None:
-        with torch.no_grad():
-            for p, grad, content in self._held:
-                if grad is not None and content is not None:
-                    grad.copy_(content)
-                if p.grad is not grad:
-                    p.grad = grad
+        write(self._grads, self._copies)
+        for p, grad in self._held:
+            if p.grad is not grad:
+                p.grad = grad
 
 
 def with_wrapped(optimizer: Optimizer) -> list[Optimizer]:

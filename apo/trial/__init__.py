@@ -8,6 +8,8 @@ torch keeps that depends on the weights (autocast's casts, parametrizations).
 
 from apo.trial.autocast import CallersAutocast, forget_casts, without_autocast
 from apo.trial.closures import changed_by, leaves_of_backwards
+from apo.trial.contents import UNCHANGING
+from apo.trial.copies import copies_of, write
 from apo.trial.lookahead import Lookahead
 from apo.trial.random_state import (
     generator_state,
@@ -21,10 +23,12 @@ from apo.trial.undisturbed import Undisturbed
 from apo.trial.walk import modules_of, parameters_of
 
 __all__ = [
+    "UNCHANGING",
     "CallersAutocast",
     "Lookahead",
     "Undisturbed",
     "changed_by",
+    "copies_of",
     "forget_casts",
     "generator_state",
     "is_generator",
@@ -36,4 +40,5 @@ __all__ = [
     "restore_random_state",
     "surely",
     "without_autocast",
+    "write",
 ]

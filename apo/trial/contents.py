@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from apo.trial.copies import copies_of, write
 from apo.trial.random_state import generator_state, is_generator, restore_generator
 from apo.trial.restoring import set_version
 
-__all__ = ["Attributes", "Content", "place", "restored"]
+__all__ = ["UNCHANGING", "Attributes", "Content", "place", "restored"]
 
 
 _PLACED = (Tensor, nn.Parameter, nn.Buffer)
@@ -30,12 +31,19 @@ class Content:
     LOOKED_AT: ClassVar = frozenset({"cpu"})
     """Kinds of devices where it is free to look whether a tensor changed: elsewhere it is a synchronisation."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, memory: Tensor, content: Tensor) -> None:
         self._held = tensor
         self._inference = tensor.is_inference()
         self._version = None if self._inference else tensor._version
-        self._memory = tensor.detach()
-        self._content = self._part(self._memory).clone()
+        self._memory, self._content = memory, content
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> list[Content]:
+        """What each of these holds."""
+        tensors = list(tensors)
+        memories = [tensor.detach() for tensor in tensors]
+        contents = copies_of([cls._part(memory) for memory in memories])
+        return [cls(*each) for each in zip(tensors, memories, contents, strict=True)]
 
     def restore(self, later: list[Content]) -> None:
         """Put it back, without gradients, or note in ``later`` that its memory is to be written, together with
@@ -57,10 +65,9 @@ class Content:
     @classmethod
     def write(cls, later: list[Content]) -> None:
         """Write the memory of those noted."""
-        if later:
-            torch._foreach_copy_([x._part(x._memory) for x in later], [x._content for x in later])
-            for x in later:
-                x._settle()
+        write([x._part(x._memory) for x in later], [x._content for x in later])
+        for x in later:
+            x._settle()
 
     def _settle(self) -> None:
         if self._version is not None and self._held._version != self._version:
@@ -103,8 +110,8 @@ _OF_EVERY_MODULE = set(nn.Module().__dict__) - {"_non_persistent_buffers_set"}
 _CONTAINERS = (list, dict, set, deque)
 _PLAIN = (Tensor, int, float, complex, str, bytes, type(None), tuple, np.ndarray, np.generic, *_CONTAINERS)
 
-
-_UNCHANGING = frozenset((int, float, complex, bool, str, bytes, type(None)))
+UNCHANGING = frozenset((int, float, complex, bool, str, bytes, type(None)))
+"""Types of what holds nothing that could change."""
 
 
 class Attributes:
@@ -124,11 +131,11 @@ class Attributes:
             self._save(value)
 
     def _save(self, value: Any) -> None:
-        if type(value) in _UNCHANGING or id(value) in self._contents:
+        if type(value) in UNCHANGING or id(value) in self._contents:
             return
         if isinstance(value, Tensor):
             if not value.requires_grad and not value.is_meta and not isinstance(value, nn.Parameter):
-                self._contents[id(value)] = value, Content(value)
+                self._contents[id(value)] = value, Content.of([value])[0]
         elif isinstance(value, np.ndarray):
             self._contents[id(value)] = value, value.copy()
         elif is_generator(value):

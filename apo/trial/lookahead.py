@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from apo.sharding import local
 from apo.trial.autocast import forget_casts
+from apo.trial.copies import copies_of, write
 from apo.trial.restoring import set_version, surely
 
 __all__ = ["Lookahead"]
@@ -30,15 +30,11 @@ class Lookahead:
         self._placed = [(p, p._version) for p in parameters if local(p) is not p]
         self._parameters = [local(p) for p in parameters]
         self._versions = [p._version for p in self._parameters]
-        self.start = [torch.empty_like(p) for p in self._parameters]
-        if self.start:
-            torch._foreach_copy_(self.start, [p.detach() for p in self._parameters])
+        self.start = copies_of(self._parameters)
 
     def restore(self) -> None:
         """Write the weights back, to the bit: a graph that was made before is as good as it was."""
-        with torch.no_grad():
-            if self._parameters:
-                torch._foreach_copy_(self._parameters, self.start)
+        write(self._parameters, self.start)
         for p, version in zip(self._parameters, self._versions, strict=True):
             set_version(p, version)
         for p, version in self._placed:

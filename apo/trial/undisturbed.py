@@ -70,7 +70,7 @@ class Undisturbed:
                 self._meet(model)
             for tensor in self._tensors:
                 self._meet_tensor(tensor)
-            self._contents += [Content(tensor) for tensor in self._written]
+            self._contents += Content.of(self._written)
             self._written = []
             # a trial that leaps is refused, and isn't the anomaly that someone looks for
             self._exit.enter_context(torch.autograd.set_detect_anomaly(False))
@@ -103,11 +103,11 @@ class Undisturbed:
         fresh = [module for module in modules_of([root]) if id(module) not in self._modules]
         self._modules.update((id(module), module) for module in fresh)
         self._flags += [(module, module.training) for module in fresh]  # all first: some forward theirs to others
+        each = (buffer for module in fresh for buffer in module._buffers.values())
+        buffers = {id(x): x for x in each if x is not None and not x.is_meta and id(x) not in self._buffers}
+        self._buffers.update(buffers)
+        self._contents += Content.of(buffers.values())
         for module in fresh:
-            for buffer in module._buffers.values():
-                if buffer is not None and not buffer.is_meta and id(buffer) not in self._buffers:
-                    self._buffers.add(id(buffer))
-                    self._contents.append(Content(buffer))
             self._enter_module(module)
             self._contents.append(Attributes(module))  # with the dropout that it has in here
 

@@ -1,0 +1,41 @@
+"""Copies of many tensors in a few operations: on a GPU every operation costs the host as much as a small layer's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["copies_of", "write"]
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+@torch.no_grad()
+def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of each, as ``x.detach().clone()`` makes it."""
+    plain = [_is_plain(x) for x in tensors]
+    found = [torch.empty_like(x) if own else x.detach().clone() for x, own in zip(tensors, plain, strict=True)]
+    write(*([x for x, own in zip(each, plain, strict=True) if own] for each in (found, tensors)))
+    return found
+
+
+@torch.no_grad()
+def write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, what is of one kind together."""
+    alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        if _is_plain(target) and _is_plain(source):
+            own = alike.setdefault((target.dtype, target.device, source.dtype, source.device), ([], []))
+            own[0].append(target)
+            own[1].append(source)
+        else:
+            target.copy_(source)
+    for own in alike.values():
+        torch._foreach_copy_(*own)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in _PLAIN and x.layout is torch.strided and not x.is_quantized
