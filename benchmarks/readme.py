@@ -144,10 +144,6 @@ def _overhead() -> str:
     return "\n\n".join(map(_step_costs, sorted(found, key=lambda path: (path.stem, path))))
 
 
-def _gpu_overhead() -> str:
-    return "\n\n".join(map(_step_costs, sorted(GPU_RESULTS.glob("overhead*.json"))))
-
-
 def _step_costs(path: Path) -> str:
     content = results.load(path)
     title = content.get("title", "MLP 784-1000-1000-10, batch 100, interval 10, threads 1, width 1")
@@ -296,7 +292,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning rates": _learning_rates,
     "overhead": _overhead,
     "gpu": _gpu,
-    "gpu_overhead": _gpu_overhead,
+    "gpu_overhead": lambda: "\n\n".join(map(_step_costs, sorted(GPU_RESULTS.glob("overhead*.json")))),
     "targets": _targets,
     "study": _study,
     "tasks": _tasks,

@@ -99,14 +99,11 @@ def _on_task(task: Task, options: argparse.Namespace) -> dict[str, Any]:
                 write()
                 console.print(f"{task.name} {key}: {loss_at(runs[key], steps):.4g}", highlight=False)
 
-    for optimizer, rates in tried.items():
+    for optimizer, rates in {**tried, **dict.fromkeys(LEARNED, STARTS)}.items():
         for lr in rates:
             each_seed(optimizer, lr, seeds=[0])
-        for step in judged_at(steps):
+        for step in judged_at(steps) if optimizer in tried else ():
             each_seed(optimizer, best_rate(runs, optimizer, step, rates))
-    for optimizer in LEARNED:
-        for lr in STARTS:
-            each_seed(optimizer, lr, seeds=[0])
     finals: dict[str, float | None] = {"apo": None}
     for name in (*LEARNED, *RATES):
         base = LEARNED.get(name, name)

@@ -37,13 +37,10 @@ def markdown(runs: dict[str, Any]) -> str:
     variants = {name: variant.what for name, variant in (VARIANTS | START).items()}
     for name, what in (baselines | variants | NO_LONGER_RUN).items():
         if name in rows:
-            cells = [_cell(rows[name].get(task)) for task in tasks] + [_seconds(runs, name, task) for task in tasks]
-            lines.append([name, what, *cells])
+            found = [rows[name].get(task) for task in tasks]
+            cells = ["" if own is None else "{:#.3g} ({:#.3g} to {:#.3g}; {})".format(*own) for own in found]
+            lines.append([name, what, *cells, *(_seconds(runs, name, task) for task in tasks)])
     return tables.markdown(header, lines) + "\n"
-
-
-def _cell(cell: Cell | None) -> str:
-    return "" if cell is None else "{:#.3g} ({:#.3g} to {:#.3g}; {})".format(*cell)
 
 
 def _seconds(runs: dict[str, Any], name: str, task: str) -> str:

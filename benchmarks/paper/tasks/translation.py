@@ -17,10 +17,6 @@ def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     return logits[inputs[1] != PAD]
 
 
-def _words(targets: Tensor) -> Tensor:
-    return targets[targets != PAD]
-
-
 @torch.no_grad()
 def translate(model: Transformer, source: Tensor, longest: int = LONGEST) -> Tensor:
     """The likeliest next word each time, until all sentences are closed: ``(N, T)`` from OPEN on."""
@@ -66,7 +62,7 @@ def _task(name: str, title: str, source: Source, epochs: int, place: str, width:
         batch_size=64,
         epochs=epochs,
         forward=_outputs,
-        targets=_words,
+        targets=lambda targets: targets[targets != PAD],
         evaluated=1_000,
         judged_by="metric",
         precisions=("fp32", "bf16"),  # masked attention overflows in float16
