@@ -38,4 +38,5 @@ def write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def _is_plain(x: Tensor) -> bool:
-    return type(x) in _PLAIN and x.layout is torch.strided and not x.is_quantized
+    odd = x.is_quantized or x.is_nested or x.is_conj() or x.is_neg()
+    return type(x) in _PLAIN and x.layout is torch.strided and not odd

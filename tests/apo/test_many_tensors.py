@@ -42,6 +42,7 @@ def of_every_kind() -> list[Tensor]:
         torch.randn(3, 1).expand(3, 4),
         torch.eye(3).to_sparse(),
         torch.empty(0, 2),
+        torch.randn(3, dtype=torch.complex64).conj(),
         inference,
     ]
 
