@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apo import inner_products
+from apo.snapshot import Gradients, OptimizerSnapshot
 from apo.trial import copies_of, write
+from apo.trial.contents import Content
 
 
 class Counted(TorchDispatchMode):
@@ -23,7 +25,7 @@ class Counted(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.__name__.split(".")[0] not in ("empty_like", "promote_types")
+        self.count += func.__name__.split(".")[0] not in ("empty_like", "promote_types", "detach")
         return func(*args, **kwargs or {})
 
 
@@ -69,14 +71,31 @@ def test_what_was_copied_is_written_back() -> None:
     assert all(torch.equal(x.to_dense(), own.to_dense()) for x, own in zip(tensors, wanted, strict=True))
 
 
+def of_an_optimizer(tensors: list[Tensor]) -> None:
+    """Its state and gradients, taken and put back."""
+    parameters = [nn.Parameter(x) for x in tensors]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    for p, x in zip(parameters, tensors, strict=True):
+        p.grad, optimizer.state[p] = x, {"momentum_buffer": x.detach()}
+    for each in (OptimizerSnapshot(optimizer), Gradients(parameters)):
+        each.restore()
+
+
+def of_buffers(tensors: list[Tensor]) -> None:
+    """As a trial holds them."""
+    Content.of(tensors)
+
+
 @pytest.mark.parametrize(
     "work",
     [
         lambda xs: write(xs, copies_of(xs)),
         lambda xs: inner_products._together(xs, xs),
         lambda xs: inner_products.norms(xs),
+        of_an_optimizer,
+        of_buffers,
     ],
-    ids=["copies", "inner products", "norms"],
+    ids=["copies", "inner products", "norms", "an optimizer", "buffers"],
 )
 def test_operations_do_not_grow_with_their_number(work: Callable[[list[Tensor]], object]) -> None:
     counts = []
