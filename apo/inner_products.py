@@ -29,8 +29,8 @@ def norms(tensors: Sequence[Tensor], ord: float = 2) -> Tensor:
 
 def _together(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """By operations on all pairs at once, of which none sums but norms: what is above 0, and what is below."""
-    wide = [[x.to(_wide(x, y)) for x, y in zip(*each, strict=True)] for each in ((xs, ys), (ys, xs))]
-    below = torch._foreach_mul(*wide)
+    wide = [_wide(x, y) for x, y in zip(xs, ys, strict=True)]
+    below = torch._foreach_mul(*([x.to(dtype) for x, dtype in zip(each, wide, strict=True)] for each in (xs, ys)))
     above = torch._foreach_clamp_min(below, 0.0)
     torch._foreach_clamp_max_(below, 0.0)
     return torch.stack(torch._foreach_norm(above, ord=1)) - torch.stack(torch._foreach_norm(below, ord=1))

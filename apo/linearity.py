@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from apo.rates import get_rate, set_rate
 from apo.sharding import Shards, local, sum_over
 from apo.snapshot import Gradients, OptimizerSnapshot, copied, with_wrapped, without_hooks
-from apo.trial import Lookahead, random_state, restore_random_state, surely
+from apo.trial import Lookahead, copies_of, random_state, restore_random_state, surely
 
 __all__ = ["check_linear", "is_proportional"]
 
@@ -171,7 +171,7 @@ class _Probe:
                 for _ in range(after):
                     self._step(by)
                 parts = self.shards.parts
-                before = self._start if after == 0 else [p.detach().clone() for p in parts]
+                before = self._start if after == 0 else copies_of(parts)
                 self._step(factor)
             step = [p.detach().double() - s.double() for p, s in zip(parts, before, strict=True)]
             return step, self._state()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,21 +18,29 @@ def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """A copy of each, as ``x.detach().clone()`` makes it."""
     plain = [_is_plain(x) for x in tensors]
     found = [torch.empty_like(x) if own else x.detach().clone() for x, own in zip(tensors, plain, strict=True)]
-    write(*([x for x, own in zip(each, plain, strict=True) if own] for each in (found, tensors)))
+    _write_alike([(copy, x) for copy, x, own in zip(found, tensors, plain, strict=True) if own])
     return found
 
 
 @torch.no_grad()
 def write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source into its target, what is of one kind together."""
-    alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    plain: list[tuple[Tensor, Tensor]] = []
     for target, source in zip(targets, sources, strict=True):
         if _is_plain(target) and _is_plain(source):
-            own = alike.setdefault((target.dtype, target.device, source.dtype, source.device), ([], []))
-            own[0].append(target)
-            own[1].append(source)
+            plain.append((target, source))
         else:
             target.copy_(source)
+    _write_alike(plain)
+
+
+def _write_alike(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second of each pair into the first."""
+    alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in pairs:
+        own = alike.setdefault((target.dtype, target.device, source.dtype, source.device), ([], []))
+        own[0].append(target)
+        own[1].append(source)
     for own in alike.values():
         torch._foreach_copy_(*own)
 

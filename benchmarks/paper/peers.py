@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     try:
         with cpu_threads(1):
             return {name: _on_task(_short(named(name)), options) for name in options.tasks}
-    except (ImportError, MissingData, ValueError) as error:
+    except (FileNotFoundError, ImportError, MissingData, ValueError) as error:
         sys.exit(f"python -m benchmarks peers: {error}")
 
 
@@ -85,7 +85,7 @@ def _on_task(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     steps, seeds = options.steps or (20 if options.quick else 1000), options.seeds or (1 if options.quick else 2)
     content = _begun(options.out / "peers" / f"{task.name}.json", task, data, steps)
     runs: Runs = content["runs"]
-    tried = RATES if options.rates is None else _best_of(options.rates / f"{task.name}.json", steps)
+    tried = content["rates"] = _best_of(options.rates / f"{task.name}.json", steps) if options.rates else RATES
 
     def write() -> None:
         results.write(options.out / "peers", task.name, options.device, content)
@@ -184,5 +184,6 @@ def best_rate(runs: Runs, optimizer: str, step: int, tried: Sequence[float]) -> 
 
 def _best_of(path: Path, steps: int) -> dict[str, tuple[float, ...]]:
     """By optimizer, the rate that a file's search found."""
-    runs = results.load(path)["runs"]
-    return {name: (best_rate(runs, name, steps, rates),) for name, rates in RATES.items()}
+    content = results.load(path)
+    tried = content.get("rates", RATES)
+    return {name: (best_rate(content["runs"], name, steps, tried[name]),) for name in RATES}

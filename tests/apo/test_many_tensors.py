@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from apo import inner_products
 from apo.snapshot import Gradients, OptimizerSnapshot
 from apo.trial import copies_of, write
 from apo.trial.contents import Content
-
-
-class Counted(TorchDispatchMode):
-    """How many operations compute something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.__name__.split(".")[0] not in ("empty_like", "promote_types", "detach")
-        return func(*args, **kwargs or {})
+from tests.apo.test_operations import Operations
 
 
 def drawn(count: int, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> list[Tensor]:
@@ -101,9 +88,9 @@ def test_operations_do_not_grow_with_their_number(work: Callable[[list[Tensor]],
     counts = []
     for number in (2, 20):
         tensors = drawn(number)
-        with Counted() as found:
+        with Operations() as found:
             work(tensors)
-        counts.append(found.count)
+        counts.append(found.counts.total())
     assert counts[0] == counts[1] <= 8
 
 

@@ -92,9 +92,8 @@ def test_what_readme_says_of_who_is_ahead() -> None:
     assert len(losses) == 6
     assert all(apo < min(sgdm, adam, shampoo) for sgdm, adam, _, shampoo, apo, _ in losses.values())
     assert {task for task, (*_, kfac, _, apo, _) in losses.items() if kfac < apo} == {"ill-conditioned"}
-    for task in ("protein", "mnist-autoencoder"):
-        *_, defaults, searched = losses[task]
-        assert defaults <= searched
+    assert losses["protein"][4] < losses["protein"][5]  # the defaults, the search's best
+    assert losses["mnist-autoencoder"][4] == losses["mnist-autoencoder"][5]
 
 
 def test_what_is_said_of_the_autoencoder_by_the_clock() -> None:
@@ -115,7 +114,7 @@ def test_what_is_said_of_the_peers() -> None:
     losses: dict[str, dict[str, dict[str, float]]] = {}
     for path in (readme.COMMITTED / "peers").glob("*.json"):
         content = results.load(path)
-        found = peers.by_rate(content["runs"])
+        found = peers.complete(content)
         early, end = peers.judged_at(content["steps"])
         measures: dict[str, Callable[[peers.Run], float]] = {
             "early": partial(peers.loss_at, step=early),
@@ -165,7 +164,7 @@ def test_what_is_said_of_losses_on_a_gpu() -> None:
             results.load(folder / "peers" / f"{task}.json") for folder in (readme.GPU_RESULTS, readme.COMMITTED)
         )
         end = partial(peers.loss_at, step=content["steps"])
-        runs, former = (peers.by_rate(each["runs"]) for each in (content, on_cpu))
+        runs, former = (peers.complete(each) for each in (content, on_cpu))
         ends = {name: mean(map(end, peers.best(own, end)[1])) for name, own in runs.items()}
         for name, own in former.items():
             assert ends[name] == pytest.approx(mean(map(end, peers.best(own, end)[1])), rel=off)
@@ -203,7 +202,7 @@ def test_what_is_said_of_learned_rates_from_any_start() -> None:
     measured: dict[tuple[str, str, str], tuple[float, float]] = {}
     for path in (readme.COMMITTED / "peers").glob("*.json"):
         content = results.load(path)
-        found, of = peers.by_rate(content["runs"]), partial(peers.loss_at, step=content["steps"])
+        found, of = peers.complete(content), partial(peers.loss_at, step=content["steps"])
         for learned, base in LEARNED.items():
             fixed = mean(map(of, peers.best(found[base], of)[1]))
             for rate, runs in found[learned].items():

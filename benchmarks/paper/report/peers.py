@@ -46,7 +46,7 @@ def _machines(contents: Collection[dict[str, Any]]) -> str:
 def table(task: str, content: dict[str, Any]) -> str:
     """A row per optimizer whose runs are complete; none before the clock was taken."""
     early, end = (partial(loss_at, step=step) for step in judged_at(content["steps"]))
-    found = by_rate(content["runs"])
+    found = complete(content)
     finals = {name: best(own, end)[1] for name, own in found.items()}
     clock = content.get("clock", {})
     rows = []
@@ -63,13 +63,15 @@ def table(task: str, content: dict[str, Any]) -> str:
     return markdown(header, rows, numbers=True)
 
 
-def by_rate(runs: dict[str, Run]) -> dict[str, Settings]:
-    """The optimizers that were run."""
+def complete(content: dict[str, Any]) -> dict[str, Settings]:
+    """The optimizers that were run at all of their rates."""
     found: dict[str, Settings] = {name: {} for name in LABELS}
-    for key, run in runs.items():
+    for key, run in content["runs"].items():
         name, lr, _ = key.split("/")
         found[name].setdefault(lr, []).append(_read(run))
-    return {name: own for name, own in found.items() if own}
+    rates = content.get("rates", RATES)
+    needed = {name: {f"{lr:g}" for lr in rates.get(name, ())} for name in LABELS}
+    return {name: own for name, own in found.items() if own and own.keys() >= needed[name]}
 
 
 def best(settings: Settings, measure: Callable[[Run], float]) -> tuple[str, list[Run]]:

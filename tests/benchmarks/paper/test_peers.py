@@ -70,6 +70,8 @@ def test_rates_of_an_earlier_search_are_run_alone(tmp_path: Path) -> None:
     runs = load(tmp_path / "gpu" / "peers" / "pinn.json")["runs"]
     best = {key_of(name, rates[1], seed) for name, rates in RATES.items() for seed in (0, 1)}
     assert {key for key in runs if key.split("/")[0] in RATES} == best
+    with pytest.raises(SystemExit, match="No such file or directory"):
+        main([*arguments(tmp_path / "gpu"), "--rates", str(tmp_path / "elsewhere")])
 
 
 def test_they_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
