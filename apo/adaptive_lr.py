@@ -25,6 +25,7 @@ from apo.rates import LogRates, RateOptimizer
 from apo.schedules import Schedules
 from apo.snapshot import Rehearsal, with_wrapped
 from apo.trial import Lookahead
+from apo.verdict import worth
 
 __all__ = ["AdaptiveLR"]
 
@@ -261,8 +262,9 @@ class AdaptiveLR(MetaLearner):
         proposal.rehearsal.start_over()  # some optimizers hook the model's passes
         now = self.steps + 1
         share = max(1, now - self.param_groups[0]["apo_last_update"]) / now
-        worth, loss = self._worth(trial, sum(by_group)), self._sign() * trial.evaluation.base
-        proposal.factors = self.rates.update(self.param_groups, by_group, sizes, share, worth, loss)
+        base = self._base(trial)
+        of_step = None if self.objective.loss is None else worth(trial.evaluation, base, sum(by_group))
+        proposal.factors = self.rates.update(self.param_groups, by_group, sizes, share, of_step, base)
         self._note("apo_last_update", now)
         self._note("apo_clipped_by", clipped_by)
         return True

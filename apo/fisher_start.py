@@ -96,6 +96,21 @@ class FisherStart:
         if held:
             torch._foreach_mul_(held, factors)
 
+    def take(
+        self, arena: Arena, sampled: Sequence[Tensor | None], parameters: Sequence[Tensor]
+    ) -> list[PreconditionedLayer]:
+        """:meth:`look` at a sampled gradient of each parameter. Which layers it has seen.
+
+        Not those of which a part is frozen: what has no gradient has no energy either, and its P would grow.
+        """
+        missing = {p for p, w in zip(parameters, sampled, strict=True) if w is None}
+        Ws = [
+            W if missing.isdisjoint(layer.view.parameters) else None
+            for layer, W in zip(arena.layers, arena.parts(sampled, parameters), strict=True)
+        ]
+        self.look(arena, Ws)
+        return [layer for layer, W in zip(arena.layers, Ws, strict=True) if W is not None]
+
     @torch.no_grad()
     def look(self, arena: Arena, Ws: Parts) -> None:
         """Take the energies of a sampled gradient into the running means."""

@@ -1,34 +1,34 @@
 """Algorithm 1, once: anchor → lookahead → evaluate → verdict → learn or shrink → move.
 
-What differs between the front ends are four hooks: :meth:`MetaLearner._propose`, :meth:`MetaLearner._learn`,
-:meth:`MetaLearner._shrink` and :meth:`MetaLearner._move`.
+What differs between the front ends are the hooks :meth:`MetaLearner._propose`, :meth:`MetaLearner._learn`,
+:meth:`MetaLearner._shrink` and :meth:`MetaLearner._plain_step`; :meth:`MetaLearner._move` where the step after a trial
+isn't a plain one.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from apo import checks
 from apo.accumulated import GradientsBefore
 from apo.distributed import Ranks
+from apo.finite_gradients import scale_of_gradients
 from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
 from apo.inner_products import inner_products, norms
 from apo.objective import Anchor, Closure, Evaluation, ProximalObjective, check_trained
 from apo.rates import get_rate
+from apo.remembering import Remembering, apart
 from apo.sharding import Shards, is_placed
 from apo.trial import (
     CallersAutocast,
@@ -40,21 +40,11 @@ from apo.trial import (
     random_state,
     restore_random_state,
 )
+from apo.verdict import overshoots, passes
 
-__all__ = ["Elsewhere", "MetaLearner", "Trial", "apart"]
-
-# What torch.optim.Optimizer.__getstate__ leaves out too: hooks belong to the process, and schedulers wrap `step`.
-_NOT_PICKLED = {"step", "_opt_called", "_zero_grad_profile_name"}
-
-HUGE = 1e18
-"""Gradients from here on are divided by their largest entry before products are taken that would overflow."""
-
-HARDLY = 1e-3
-"""Share of the loss by which a trial has to change it to say anything of the rate before the first step."""
+__all__ = ["Elsewhere", "MetaLearner", "Trial"]
 
 _CHANGING = {"accepted", "in_trial"}
-
-_NUMBERS = {"apo_steps": 0, "apo_failed_trials": 0, "apo_skipped_steps": 0, "apo_begun": False}
 
 Elsewhere = Callable[[Callable[[], None]], AbstractContextManager[float]]
 """At the weights that a function writes, the gradients of the batch at hand, and what they are scaled by."""
@@ -75,7 +65,7 @@ class Trial:
     evaluation: Evaluation
 
 
-class MetaLearner(Optimizer):
+class MetaLearner(Remembering):
     """A ``torch.optim.Optimizer`` whose ``step`` also adapts φ by the proximal objective.
 
     Attributes:
@@ -85,9 +75,6 @@ class MetaLearner(Optimizer):
         in_trial: whether the closure is being run at trial weights. A closure that logs or counts may want to skip
             those runs. Clipping also clips the trial's gradient, so the loss weighs less against the FSD.
     """
-
-    NUMBERS: ClassVar[dict[str, Any]] = {}
-    """What a front end remembers beside the rates, and how it starts."""
 
     def _init_meta_learner(
         self,
@@ -112,30 +99,9 @@ class MetaLearner(Optimizer):
         self._held = HeldParameters(self._models, self.parameters)
 
     @property
-    def steps(self) -> int:
-        """How many steps were taken, skipped ones counted."""
-        return int(self.param_groups[0]["apo_steps"])
-
-    @steps.setter
-    def steps(self, count: int) -> None:
-        self._note("apo_steps", count)
-
-    @property
-    def failed_trials(self) -> int:
-        """How many trials were refused: Q not finite, or above ``J(θ) + |J(θ)| + 1``; before the first step also those
-        that overshoot."""
-        return int(self.param_groups[0]["apo_failed_trials"])
-
-    @property
-    def skipped_steps(self) -> int:
-        """How many steps were left out because their gradients weren't finite."""
-        self._settle()
-        return int(self.param_groups[0]["apo_skipped_steps"])
-
-    @property
     def meta_due(self) -> bool:
-        """Whether the next step evaluates a trial and updates φ. Always until a first one has passed; not where every
-        rate is 0."""
+        """Whether the next step evaluates a trial and updates φ. Until a first one has passed, always. Never where
+        ``interval`` or every rate is 0."""
         spacing, warmed = self.interval, self._warmed
         if warmed < self.warmup:
             spacing = max(1, warmed * self.interval // self.warmup)
@@ -146,11 +112,6 @@ class MetaLearner(Optimizer):
     def _warmed(self) -> int:
         """How many steps of the warm-up have passed."""
         return self.steps
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """The weights of all groups, in order."""
-        return [p for group in self.param_groups for p in group["params"]]
 
     def step(self, closure: Closure | None = None) -> Any:
         """One step: φ first, if that is due, then the weights with the new φ (Algorithm 1).
@@ -393,41 +354,17 @@ class MetaLearner(Optimizer):
         return loss
 
     def _verdict(self, trial: Trial) -> bool:
-        """Whether a trial can be learned from: Q is finite, and not far above the loss at θ.
-
-        Stricter bounds drive rates to zero, because a step along the momentum may well go up on this batch.
-        """
-        base = self._sign() * trial.evaluation.base
-        return trial.evaluation.objective <= base + abs(base) + 1  # False where Q is NaN
+        """Whether a trial can be learned from."""
+        return passes(trial.evaluation, self._base(trial))
 
     def _rises_along(self, trial: Trial) -> bool:
-        """Whether Q rises along the step there, and would fall along a shorter one.
-
-        Before any step the rate is too large then, and steps at it may do what later ones can't undo. Other examples
-        than the step was made of may speak against any length: then it gains nothing on them at first. Or they say
-        nothing, as where batch norm has seen no batch yet: then the loss on them hardly changes.
-        """
+        """Whether a trial before the first step went too far."""
         slope = float(self._shards.sum(inner_products(trial.V, trial.steps).double()).sum())
-        if slope <= 0:
-            return False
-        worth = self._worth(trial, slope)
-        if worth is None:
-            return True
-        base = self._sign() * trial.evaluation.base
-        return worth[0] > 0 and abs(trial.evaluation.objective - base) > HARDLY * abs(base)
+        return overshoots(trial.evaluation, self._base(trial), slope, fresh=self.objective.loss is not None)
 
-    def _worth(self, trial: Trial, slope: float) -> tuple[float, float] | None:
-        """What the step gains at first on B′, and what curvature costs it there: of the parabola through Q at θ and at
-        θ′ with this slope at θ′. None where the loss isn't on B′."""
-        if self.objective.loss is None:
-            return None
-        rise = trial.evaluation.objective - self._sign() * trial.evaluation.base
-        return slope - 2 * rise, 2 * (slope - rise)
-
-    @property
-    def _begun(self) -> bool:
-        """Whether a step was taken by a trial that passed."""
-        return bool(self.param_groups[0]["apo_begun"])
+    def _base(self, trial: Trial) -> float:
+        """The loss at θ that a trial is judged by, as it is minimized."""
+        return self._sign() * trial.evaluation.base
 
     @property
     def _goes_back(self) -> bool:
@@ -517,28 +454,15 @@ class MetaLearner(Optimizer):
 
     def _gradients_are_finite(self, scaling: Scaling) -> bool:
         """One synchronisation, which a GradScaler has made already."""
-        shards = self._shards
         if scaling.active:
-            return not shards.any(scaling.overflowed)
-        grads = [_values(grad) for grad in shards.grads() if grad is not None and grad.numel()]
-        if not grads and not shards.groups:
-            return True
-        norm = shards.largest(_largest(grads, self.parameters))
-        self._gradient_scale = 1.0
-        if norm <= HUGE:
-            return True
-        # a norm may overflow where no entry does; to look at every entry takes ten times as long
-        most = shards.largest(_largest(grads, self.parameters, ord=math.inf))
-        self._gradient_scale = most if most > HUGE else 1.0
-        return math.isfinite(most)
+            return not self._shards.any(scaling.overflowed)
+        self._gradient_scale = scale_of_gradients(self._shards)
+        return math.isfinite(self._gradient_scale)
 
     def _judged_late(self, scaling: Scaling) -> bool:
         """Whether the coming step leaves itself out, on the device, where its gradients aren't finite, and
         :meth:`_settle` learns of it afterwards: so that nothing waits for the device."""
         return False
-
-    def _settle(self) -> None:
-        """Count the last step as skipped, if it was."""
 
     def _skip(self, meta: bool, scaling: Scaling) -> None:
         """Leave out a step whose gradients aren't finite. A GradScaler's overflows say nothing of φ."""
@@ -552,25 +476,6 @@ class MetaLearner(Optimizer):
     def _scaling(self) -> Scaling:
         return Scaling(self.grad_scaler, [self])
 
-    def _note(self, name: str, value: Any) -> None:
-        """Keep a number beside the rates, in every group, so that every checkpoint holds it."""
-        for group in self.param_groups:
-            group[name] = value
-
-    def _count(self, name: str) -> None:
-        self._note(name, self.param_groups[0][name] + 1)
-
-    def _prepare_group(self, group: dict[str, Any]) -> None:
-        """Put what is remembered beside the rates into a new group: what the first one has, or the start."""
-        first = self.param_groups[0]
-        for name, start in (_NUMBERS | self.NUMBERS).items():
-            group[name] = first.get(name, start)
-        group["apo_settings"] = self._settings_text()
-
-    def _settings_text(self) -> str:
-        settings = ", ".join(f"{name}={value}" for name, value in self._settings().items())
-        return f"{type(self).__name__}({settings})"
-
     def _replica_text(self) -> str:
         """What replicas of one model have in common and the members of a sweep haven't."""
         groups = [{k: str(v) for k, v in group.items() if k != "params"} for group in self.param_groups]
@@ -579,88 +484,8 @@ class MetaLearner(Optimizer):
         settings = [(type(each).__name__, _plain_settings(each)) for each in held]
         return f"{self._settings_text()} {groups} {settings} {getattr(self, 'method', '')}"
 
-    @abstractmethod
-    def _settings(self) -> dict[str, Any]:
-        """What gives the state its form."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, and apart from what later steps write: tensors under ``"state"``, numbers in the groups.
-
-        B′ is not part of it: an iterable begins anew, a callable goes on from whatever it draws from.
-        """
-        self._settle()
-        found: dict[str, Any] = tree_map(apart, super().state_dict())
-        return found
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a copy of a :meth:`state_dict` of the same front end on the same parameters.
-
-        Raises:
-            ValueError: it isn't one. Nothing has been loaded then.
-        """
-        groups = _groups_in(state_dict)
-        saved = groups[0].get("apo_settings") if groups else None
-        name = type(self).__name__
-        if not isinstance(saved, str) or not saved.startswith(f"{name}("):
-            raise ValueError(
-                f"state_dict must come from {name}.state_dict(), but this one comes from {saved or 'something else'}"
-            )
-        if saved != self._settings_text():
-            raise ValueError(f"state_dict must come from settings {self._settings_text()}, but its are {saved}")
-        assert groups is not None
-        if "param_groups" in state_dict and not isinstance(state_dict.get("state"), dict):
-            raise ValueError(f"state_dict must have the entries 'state' and 'param_groups', but has {list(state_dict)}")
-        sizes, own = [len(g.get("params", ())) for g in groups], [len(g["params"]) for g in self.param_groups]
-        if sizes != own:
-            raise ValueError(f"state_dict must have param groups of {own} parameters, but got {sizes}")
-        self._check_state(state_dict)
-        self._load(copy.deepcopy(state_dict))
+    def _forget_last_step(self) -> None:
         self._used_rates = []
-
-    @abstractmethod
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        """Take up a state dict that fits and that nothing else holds."""
-
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a state that doesn't fit, before anything is loaded."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._settle()
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if not (name.endswith("_hooks") or name in _NOT_PICKLED)
-        }
-
-
-def apart(x: Any) -> Any:
-    """A copy; of a tensor that shares its storage with others, of it alone."""
-    return x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x)
-
-
-def _groups_in(state_dict: Any) -> Any:
-    """The param groups of a state dict; of a wrapper's, which holds that of another optimizer, those of the latter."""
-    if not isinstance(state_dict, dict):
-        return None
-    if "param_groups" in state_dict:
-        return state_dict["param_groups"]
-    return next((groups for part in state_dict.values() if (groups := _groups_in(part))), None)
-
-
-def _own(found: Tensor | None, part: Tensor) -> Tensor:
-    """A gradient as a dense tensor that no later backward writes to; zeros like the weights where there is none."""
-    if found is None:
-        return torch.zeros_like(part)
-    grad = found.detach().to_dense()
-    shared = found._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
-    return grad.clone() if shared else grad
-
-
-def _largest(grads: Sequence[Tensor], parameters: Sequence[Tensor], ord: float = 2) -> Tensor:
-    """The largest of the gradients' norms, NaN where one is, 0 of none."""
-    if not grads:
-        return torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-    return norms(grads, ord).max()  # max() passes NaN on
 
 
 def _plain_settings(holder: object) -> dict[str, Any]:
@@ -673,8 +498,13 @@ def _plain_settings(holder: object) -> dict[str, Any]:
     }
 
 
-def _values(grad: Tensor) -> Tensor:
-    return grad.coalesce().values() if grad.is_sparse else grad
+def _own(found: Tensor | None, part: Tensor) -> Tensor:
+    """A gradient as a dense tensor that no later backward writes to; zeros like the weights where there is none."""
+    if found is None:
+        return torch.zeros_like(part)
+    grad = found.detach().to_dense()
+    shared = found._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
+    return grad.clone() if shared else grad
 
 
 def _scalar(value: Any, like: Tensor) -> Tensor:

@@ -16,34 +16,36 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-import apo_kernels as ak
 from apo import checks
 from apo.arena import Arena, Parts
 from apo.fisher_sample import FisherSample
 from apo.fisher_start import FisherStart
 from apo.grad_scaler import Scaling
 from apo.held_parameters import HeldParameters
-from apo.inner_products import inner_products, norms
+from apo.inner_products import norms
 from apo.late_verdict import LateVerdicts
 from apo.look_back import LookBack
 from apo.matrix_view import matrix_views
-from apo.meta_learner import Elsewhere, MetaLearner, Trial, apart
+from apo.meta_learner import Elsewhere, MetaLearner, Trial
 from apo.meta_optimizer import MetaOptimizer
 from apo.method import Method, check_sizes
 from apo.noise_damping import NoiseDamping
 from apo.noise_factor import NoiseFactor
-from apo.objective import Evaluation, ProximalObjective, check_objective
+from apo.objective import ProximalObjective, check_objective
 from apo.owners import Owners
 from apo.placement_checks import check_placements, check_unplaced
 from apo.plan import Plan, plan_of
 from apo.portable_state import load_portable, misfit, portable
-from apo.preconditioner import PreconditionedLayer
+from apo.preconditioner import PreconditionedLayer, start_momentum
+from apo.promise import Promise
+from apo.rate_slopes import decay_of, rate_slopes
 from apo.rates import LogRates, get_rate
 from apo.relative_steps import RelativeSteps
+from apo.remembering import apart
+from apo.scale_moves import move_scale_to_rates
 from apo.schedules import Schedules
 from apo.sharded_views import local_views
-from apo.sharding import any_over, is_placed, local, over, sum_over
-from apo.shared_storage import matrices_of_one
+from apo.sharding import any_over, is_placed
 from apo.spectrum import Spectrum, sampled_gradients, spectrum_of
 from apo.trial import Lookahead, Undisturbed
 
@@ -56,12 +58,8 @@ MOVED_EVERY = 10
 
 FISHER_START = 300
 """Meta-updates that the Fisher start lasts by default."""
-MOST_PROMISED = 2.0
-"""Greatest predicted decrease of a step, over the loss."""
 AGREE = 0.5
 """Share of what a step promised to its own batch that it promises to the next one too, where there is little noise."""
-LOSS_BETA = 0.9
-"""Of the running mean of that loss, over meta-updates."""
 
 
 class APO(MetaLearner):
@@ -113,9 +111,8 @@ class APO(MetaLearner):
     JUDGED_LATE: ClassVar = frozenset({"cuda"})
     """Kinds of devices where to look at the gradients would be to wait for them."""
     NUMBERS: ClassVar = {
-        "apo_most_promised": math.inf,
-        "apo_mean_loss": math.nan,
         "apo_overwritten": False,
+        **Promise.NUMBERS,
         **NoiseFactor.NUMBERS,
         **NoiseDamping.NUMBERS,
     }
@@ -223,7 +220,7 @@ class APO(MetaLearner):
             rates = [self.method.phi_lr] * len(layer.phi) if relative else layer.entrywise_rates(self.method.phi_lr)
             for own, rate in zip(layer.phi, rates, strict=True):
                 own.rate = rate
-        self._start_momentum([layer for layer in layers if self._group(layer)["momentum"] != 0])
+        start_momentum([layer for layer in layers if self._group(layer)["momentum"] != 0])
         self._arena.take_in(layers)
         self.meta.add([own for layer in layers for own in layer.phi])
         if self._start.updates:
@@ -356,7 +353,7 @@ class APO(MetaLearner):
             return
         each = zip(self.layers, Gs, strict=True)
         late = [x for x, G in each if G is not None and x.momentum is None and self._group(x)["momentum"] != 0]
-        self._start_momentum(late)
+        start_momentum(late)
         for layer in late:
             self.state[layer.view.weight] = layer.state()
         scale = self._gradient_scale  # P(G) of a huge G would overflow
@@ -367,7 +364,7 @@ class APO(MetaLearner):
             Gs,
             lr=self._each(lambda group: taken * get_rate(group) * scale),
             momentum=self._each(lambda group: float(group["momentum"])),
-            weight_decay=self._each(lambda group: _decay(group) / scale),
+            weight_decay=self._each(lambda group: decay_of(group) / scale),
             most=self.param_groups[0]["apo_most_promised"],
             shares=self._each(lambda group: taken * get_rate(group) * _carried(group) * promise),
         )
@@ -383,17 +380,6 @@ class APO(MetaLearner):
         if self._late.left_out():
             self._count("apo_skipped_steps")
             self._promise = 1.0
-
-    @staticmethod
-    def _start_momentum(layers: Sequence[PreconditionedLayer]) -> None:
-        """Momentum of 0, in storage that like layers share."""
-        alike = defaultdict[Any, list[PreconditionedLayer]](list)
-        for layer in layers:
-            alike[layer.S.dtype, layer.S.device].append(layer)
-        for kind, those in alike.items():
-            _, views = matrices_of_one([layer.S.shape for layer in those], *kind)
-            for layer, view in zip(those, views, strict=True):
-                layer.momentum = view
 
     def _each(self, number: Callable[[dict[str, Any]], float]) -> list[float]:
         """A number of its param group for each layer."""
@@ -422,20 +408,9 @@ class APO(MetaLearner):
         self._sample.draw(self.objective, outputs, self._shards, self._ranks, number=number)
 
     def _take_sample(self) -> list[PreconditionedLayer]:
-        """Let the start see the sample, if there is one. Which layers it has seen.
-
-        Not those of which a part is frozen: what has no gradient has no energy either, and its P would grow.
-        """
+        """Let the start see the sample, if there is one. Which layers it has seen."""
         sampled = self._sample.take(self._shards, self._ranks)
-        if sampled is None:
-            return []
-        missing = {p for p, w in zip(self.parameters, sampled, strict=True) if w is None}
-        Ws = [
-            W if missing.isdisjoint(layer.view.parameters) else None
-            for layer, W in zip(self.layers, self._arena.parts(sampled, self.parameters), strict=True)
-        ]
-        self._start.look(self._arena, Ws)
-        return [layer for layer, W in zip(self.layers, Ws, strict=True) if W is not None]
+        return [] if sampled is None else self._start.take(self._arena, sampled, self.parameters)
 
     @property
     def _noise_factor(self) -> float:
@@ -471,18 +446,20 @@ class APO(MetaLearner):
             Gs,
             lengths=lengths,
             momentum=self._each(lambda group: 0.0 if whole else float(group["momentum"])),
-            shrink=self._each(lambda group: 1 - get_rate(group) * _decay(group)),
+            shrink=self._each(lambda group: 1 - get_rate(group) * decay_of(group)),
         )
         return _Proposal(Gs, kept, lengths)
 
     def _learn(self, proposal: _Proposal, trial: Trial) -> bool:
         """Step φ down what ``⟨V, P(G)⟩`` and the rates' slopes say of Q, unless they aren't all finite."""
-        self._note_loss(trial.evaluation)
+        loss = max(abs(trial.evaluation.loss), abs(trial.evaluation.base))
+        self._note_all(Promise.noted(self.param_groups[0], loss))
         given = {p for p in self.parameters if p.grad is not None}
         V = [v if p in given else None for p, v in zip(self.parameters, trial.V, strict=True)]
         Vs = self._arena.parts(V, self.parameters)
         slopes = self._arena.operator.slopes(Vs, proposal.kept, lengths=proposal.lengths)
-        by_group, magnitudes = self._slopes(slopes, V)
+        factors = [self._trial_factor(group) for group in self.param_groups]
+        by_group, magnitudes = rate_slopes(slopes, self.layers, self.param_groups, V, factors)
         derivatives = self._arena.of_phi(slopes.A, slopes.B, slopes.S)
         sizes = self._arena.of_phi(slopes.size_A, slopes.size_B, slopes.size_S)
         if not isinstance(self.meta, RelativeSteps):
@@ -498,8 +475,7 @@ class APO(MetaLearner):
         done, started = self._updates, self._take_sample()
         if not self._step_phi(derivatives, sizes, by_group, magnitudes):
             return False
-        for name, value in self._look.taken_up(self.param_groups[0], sum(magnitudes), step=self.steps).items():
-            self._note(name, value)
+        self._note_all(self._look.taken_up(self.param_groups[0], sum(magnitudes), step=self.steps))
         if math.isfinite(square):
             self._note("apo_gradient_square", NoiseDamping.mean(self.param_groups[0], square))
         if started:
@@ -508,13 +484,6 @@ class APO(MetaLearner):
         self._end_start()
         self._arena.refresh()
         return True
-
-    def _note_loss(self, trial: Evaluation) -> None:
-        """Set what a step may promise by the loss at this trial and by those before."""
-        loss, mean = max(abs(trial.loss), abs(trial.base)), self.param_groups[0]["apo_mean_loss"]
-        mean = loss if math.isnan(mean) else LOSS_BETA * mean + (1 - LOSS_BETA) * loss
-        self._note("apo_mean_loss", mean)
-        self._note("apo_most_promised", MOST_PROMISED * max(loss, mean))
 
     def _step_phi(
         self,
@@ -545,23 +514,9 @@ class APO(MetaLearner):
         return True
 
     def _move_scale_to_rates(self) -> None:
-        """Give A and B the identity's RMS, S one of 1 in the mean over the layers, and the rates what P loses.
-
-        Only ``lr·P`` means anything, so that P would else grow while ``lr`` falls, to the bounds of the rate and of
-        16-bit blocks.
-        """
-        rms = self._arena.root_mean_squares()
-        if not all(0 < x < math.inf for own in rms for x in own):
-            return
-        growths = [2 * sum(map(math.log, own)) for own in rms]  # P goes with the squares
-        moved = self.rates.scale(self.param_groups, growths, [layer.group for layer in self.layers])
-        factors = []
-        for layer, (*of_blocks, _) in zip(self.layers, rms, strict=True):
-            factors += [*(1 / x for x in of_blocks), math.prod(of_blocks) / math.sqrt(moved[layer.group])]
-        phi = self._arena.phi
-        torch._foreach_mul_([own.tensor for own in phi], factors)
-        torch._foreach_mul_([own.ones for own in phi], factors)
-        self._start.rescale(self.layers, [1 / moved[layer.group] for layer in self.layers])
+        moved = move_scale_to_rates(self._arena, self.rates, self.param_groups)
+        if moved:
+            self._start.rescale(self.layers, [1 / lost for lost in moved])
 
     def _gradients(self) -> Parts:
         """The gradients' matrices, with L2 decay, of the layers that have any."""
@@ -579,28 +534,6 @@ class APO(MetaLearner):
     def _trial_factor(self, group: dict[str, Any]) -> float:
         """How many times ``lr·P(G)`` the trial takes."""
         return _carried(group) if self.method.lookahead == "whole" else 1.0
-
-    def _slopes(self, slopes: ak.ModelSlopes, V: Sequence[Tensor | None]) -> tuple[list[float], list[float]]:
-        """``dQ/d log lr = −lr ⟨V, c P(G) + λθ⟩`` of each group, and what it would be, except the sign and the weights'
-        decay, if V equalled G; one synchronisation."""
-        decayed = [
-            (group, v, p)
-            for v, (group, p) in zip(V, ((g, p) for g in self.param_groups for p in g["params"]), strict=True)
-            if v is not None and _decay(group)
-        ]
-        thetas = inner_products([v for _, v, _ in decayed], [local(p) for *_, p in decayed])
-        count, of_layers = len(self.layers), [layer.view.over for layer in self.layers]
-        both = sum_over(torch.cat([slopes.inner, slopes.size]).double(), of_layers * 2)
-        values = torch.cat([both, sum_over(thetas, [over(p) for *_, p in decayed]).to(both)]).tolist()
-        sums, sizes = [0.0] * len(self.param_groups), [0.0] * len(self.param_groups)
-        for layer, value, size in zip(self.layers, values[:count], values[count : 2 * count], strict=True):
-            group = self._group(layer)
-            sums[layer.group] -= get_rate(group) * self._trial_factor(group) * value
-            sizes[layer.group] += size
-        places = {id(group): i for i, group in enumerate(self.param_groups)}
-        for (group, *_), value in zip(decayed, values[2 * count :], strict=True):
-            sums[places[id(group)]] -= get_rate(group) * _decay(group) * value
-        return sums, sizes
 
     def _shrink(self) -> None:
         """Divide the step by e, what momentum adds to it included."""
@@ -687,11 +620,6 @@ def _meta_optimizer(method: Method) -> MetaOptimizer | RelativeSteps:
 def _carried(group: dict[str, Any]) -> float:
     """How many times its own length momentum will carry a step."""
     return 1 / (1 - float(group["momentum"]))
-
-
-def _decay(group: dict[str, Any]) -> float:
-    """λ, where the decay isn't part of the gradient."""
-    return float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0
 
 
 def _check_group(group: dict[str, Any]) -> None:

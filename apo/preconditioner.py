@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 import apo_kernels as ak
 from apo.matrix_view import MatrixView, Side
 from apo.meta_optimizer import Learned
+from apo.shared_storage import matrices_of_one
 
-__all__ = ["PreconditionedLayer"]
+__all__ = ["PreconditionedLayer", "start_momentum"]
 
 
 @dataclass(eq=False)
@@ -155,3 +157,14 @@ class PreconditionedLayer:
                 tensor.copy_(torch.as_tensor(state[name]))
         for copy, own in self.copies():
             copy.copy_(own)
+
+
+def start_momentum(layers: Iterable[PreconditionedLayer]) -> None:
+    """Momentum of 0, in storage that like layers share."""
+    alike = defaultdict[Any, list[PreconditionedLayer]](list)
+    for layer in layers:
+        alike[layer.S.dtype, layer.S.device].append(layer)
+    for kind, those in alike.items():
+        _, views = matrices_of_one([layer.S.shape for layer in those], *kind)
+        for layer, view in zip(those, views, strict=True):
+            layer.momentum = view

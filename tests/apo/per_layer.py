@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apo import Method, preconditioned
+from apo import Method
 from apo.matrix_view import MatrixView, matrix_views
 from apo.noise_factor import NoiseFactor
+from apo.promise import Promise
 from apo_kernels.reference import precondition, precondition_vjp
 
 Part = Tensor | None
@@ -222,7 +223,7 @@ class PerLayer:
             self.begun = True
             most = max(abs(J_there.item()), abs(base))
             self.mean_loss = most if math.isnan(self.mean_loss) else 0.9 * self.mean_loss + 0.1 * most
-            self.most_promised = preconditioned.MOST_PROMISED * max(most, self.mean_loss)
+            self.most_promised = Promise.MOST * max(most, self.mean_loss)
             self._learn(Gs, V)
         return True
 

@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import apo
-from apo import preconditioned
+from apo.promise import Promise
 from apo.sharding import local
 from tests.apo.helpers import apo_of
 
@@ -333,7 +333,7 @@ def state_held(ranks: int) -> dict[str, Any]:
     return found
 
 
-@mock.patch.object(preconditioned, "MOST_PROMISED", 0.01)  # so that steps are scaled down
+@mock.patch.object(Promise, "MOST", 0.01)  # so that steps are scaled down
 def owners(ranks: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for dtype in (torch.float64, torch.float32):

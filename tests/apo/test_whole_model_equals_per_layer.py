@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apo
-from apo import preconditioned
+from apo.promise import Promise
 from tests.apo.helpers import weights
 from tests.apo.per_layer import PerLayer
 
@@ -118,7 +118,7 @@ class Case:
     method: Settings = field(default_factory=dict)
     settings: Settings = field(default_factory=lambda: {"interval": 1})
     own_loss: bool = False
-    most_promised: float = preconditioned.MOST_PROMISED
+    most_promised: float = Promise.MOST
     same_rate: bool = True
     scaled: bool = False
     odd: dict[int, float] = field(default_factory=dict)
@@ -241,7 +241,7 @@ def difference(model: nn.Module, twin: nn.Module) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_equal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
-    monkeypatch.setattr(preconditioned, "MOST_PROMISED", case.most_promised)
+    monkeypatch.setattr(Promise, "MOST", case.most_promised)
     reference, twin, opt, model = run(case)
     assert case.shown(reference)
     assert opt.failed_trials == len(reference.failed)

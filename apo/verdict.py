@@ -1,0 +1,53 @@
+"""What a trial's evaluation says of it: whether it can be learned from, and what its step is worth."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from apo.objective import Evaluation
+
+__all__ = ["Worth", "overshoots", "passes", "worth"]
+
+HARDLY = 1e-3
+"""Share of the loss by which a trial has to change it to say anything of the rate before the first step."""
+
+
+class Worth(NamedTuple):
+    """What a step gains at first on B′, and what curvature costs it there."""
+
+    gain: float
+    cost: float
+
+
+def passes(evaluation: Evaluation, base: float) -> bool:
+    """Whether a trial can be learned from: Q is finite, and not far above the loss at θ.
+
+    Stricter bounds drive rates to zero, because a step along the momentum may well go up on this batch.
+
+    Args:
+        base: the loss at θ, negative where it is maximized.
+    """
+    return evaluation.objective <= base + abs(base) + 1  # False where Q is NaN
+
+
+def worth(evaluation: Evaluation, base: float, slope: float) -> Worth:
+    """Of the parabola through Q at θ and at θ′ with this slope at θ′, where the loss is on B′."""
+    rise = evaluation.objective - base
+    return Worth(slope - 2 * rise, 2 * (slope - rise))
+
+
+def overshoots(evaluation: Evaluation, base: float, slope: float, *, fresh: bool) -> bool:
+    """Whether Q rises along the step at θ′, and would fall along a shorter one.
+
+    Before any step the rate is too large then, and steps at it may do what later ones can't undo. Other examples than
+    the step was made of may speak against any length: then it gains nothing on them at first. Or they say nothing, as
+    where batch norm has seen no batch yet: then the loss on them hardly changes.
+
+    Args:
+        fresh: whether the loss is on B′.
+    """
+    if slope <= 0:
+        return False
+    if not fresh:
+        return True
+    return worth(evaluation, base, slope).gain > 0 and abs(evaluation.objective - base) > HARDLY * abs(base)
