@@ -16,7 +16,7 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-bench: install  ## every benchmark at its quick setting: tables, plots and JSON in results/
+bench: install  ## the microbenchmarks at their quick setting: tables, plots and JSON in results/
 	$(BIN)/python -m benchmarks --quick
 
 test: install lint  ## lint, types and tests; the kernels in Triton's interpreter beside the others

@@ -224,7 +224,7 @@ class AdaptiveLR(MetaLearner):
     def _lengthened(self) -> float:
         """How many times as long as later ones, at the same rate, the coming step is.
 
-        RMSprop's first ones are up to 1/√(1 − α) times as long, for it has no bias correction. Trials go as far as
+        RMSprop's first ones are up to 1/√(1 − α) times as long, because it has no bias correction. Trials go as far as
         later steps will: by the first ones the rate would fall, and where noise balances progress it wouldn't rise
         again.
         """

@@ -31,7 +31,8 @@ class FullPreconditioner(MetaLearner):
         model: whose parameters that require grad are trained; at most 8192 numbers.
         objective: the :class:`~apo.ProximalObjective`. Its λ_FSD is 1 if it was left open.
         lr: a fixed scale in front, > 0.
-        interval, warmup: as for :class:`~apo.APO`.
+        interval: a meta-update every N steps. 0: never.
+        warmup: over the first N steps the interval grows from 1.
         meta_lr: entrywise rate of the meta-optimizer.
         meta_optimizer: ``"adam"`` or ``"rmsprop"``.
         process_group: as for :class:`~apo.AdaptiveLR`.
@@ -41,6 +42,9 @@ class FullPreconditioner(MetaLearner):
 
     A trial fails where Q isn't finite or leaps: the step is left out, ``P`` is divided by e, and
     ``failed_trials`` counts it.
+
+    Raises:
+        TypeError, ValueError: an argument isn't as above.
     """
 
     def __init__(

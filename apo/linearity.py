@@ -191,7 +191,7 @@ class _Probe:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             if not math.isclose(get_rate(group), rate * factor, rel_tol=1e-3):
                 raise ValueError(
-                    "optimizer must leave lr as it is set, for AdaptiveLR learns it, but got "
+                    "optimizer must leave lr as it is set, because AdaptiveLR learns it, but got "
                     f"{type(self._optimizer).__name__}, whose step() writes it"
                 )
         self._gradients.restore()

@@ -158,7 +158,6 @@ class MetaLearner(Remembering):
         ``steps``           steps taken, skipped ones counted
         ``failed_trials``   trials refused
         ``skipped_steps``   steps left out because of gradients that weren't finite
-        ``promise_factor``  APO alone: the factor that its safeguard scaled the last step by, at most 1
         ==================  ======================================================================================
         """
         rates = [float(rate) for rate in self._used_rates]

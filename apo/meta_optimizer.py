@@ -102,8 +102,3 @@ class MetaOptimizer:
         square = own.buffers["exp_avg_sq"].mul_(self.decay).addcmul_(grad, grad, value=1 - self.decay)
         root = square.sqrt().div_(math.sqrt(1 - self.decay**count)).add_(EPS[own.tensor.dtype])
         own.tensor.addcdiv_(mean, root, value=-own.rate / (1 - 0.9**count))
-
-    def scale_rates(self, factor: float) -> None:
-        """Multiply every meta-rate, for schedules of them."""
-        for own in self.learned:
-            own.rate *= factor

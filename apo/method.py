@@ -70,6 +70,7 @@ class Method:
         checks.boolean("adapt_lr", self.adapt_lr)
         checks.number("lr_meta_lr", self.lr_meta_lr)
         checks.boolean("shared_lr", self.shared_lr)
+        checks.increasing_pair("bounds", self.bounds)
         if self.fisher_start is not None:
             checks.integer("fisher_start", self.fisher_start, least=0)
         checks.boolean("look_back", self.look_back)

@@ -95,7 +95,8 @@ class APO(MetaLearner):
         block_size: side of the squares of block-diagonal blocks; None: full blocks. A step costs ``8 · block_size``
             FLOPs per weight, with full blocks ``4 (m + n)``.
         interval: a meta-update every N steps (K of Algorithm 1). 0: never. A step with a meta-update takes four
-            passes forward and three backward, every third one more of each, and of the first 300 one more backward.
+            passes forward and three backward, every third one more of each; with a ``loss`` in the objective three
+            and two. In the first 300 meta-updates it takes one more backward.
         warmup: over the first N steps the interval grows from 1, in proportion, to what it was set to; half as fast
             where there is little noise, as trials tell more there.
         rescale_schedule, grad_scaler, process_group: as for :class:`~apo.AdaptiveLR`.
@@ -190,7 +191,7 @@ class APO(MetaLearner):
             checks.parameters(self.parameters)
             check_placements(self._models, self.parameters, self._process_group)
             if self.method.shard == "owner":
-                check_unplaced("shard='owner'", self.parameters, "leave it out, for their state is sharded as they are")
+                check_unplaced("shard='owner'", self.parameters, "leave it out: their state is sharded as they are")
             layers = self._layers_of(group, self._arena.owners)
         except BaseException:
             self.param_groups.pop()

@@ -113,11 +113,6 @@ class RelativeSteps:
         self.learned = state["learned"]
         self._shared = shared(self.learned)
 
-    def scale_rates(self, factor: float) -> None:
-        """Multiply every ε, for schedules of them."""
-        for own in self.learned:
-            own.rate *= factor
-
 
 def _unbias(count: float, betas: tuple[float, float]) -> float:
     """What takes the bias from the ratio of the two running means."""

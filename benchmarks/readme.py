@@ -203,6 +203,7 @@ def _worst(rows: list[dict[str, Any]]) -> str:
 
 
 COMPARED = ("sgdm", "adam", "kfac", "shampoo", "apo-defaults", "apo")
+LABELS = (*(METHODS[name].label for name in COMPARED[:-1]), "APO, searched")
 
 
 def _searched_tasks() -> list[tuple[str, list[SeedGroup], list[str]]]:
@@ -222,8 +223,8 @@ def _tasks() -> str:
     for task, groups, losses in _searched_tasks():
         runs = groups[0].runs
         what = f"{task}, {runs[0]['epochs']:.3g} epochs, {len(runs)} seed{'s'[: len(runs) - 1]}"
-        rows.append([what, *(f"{loss}, {group.step_ms:.3g}" for loss, group in zip(losses, groups, strict=True))])
-    return markdown(["task", *(f"{METHODS[name].label}: loss, ms per step" for name in COMPARED)], rows, numbers=True)
+        rows.append([what, *(f"{loss}, {short(group.step_ms)}" for loss, group in zip(losses, groups, strict=True))])
+    return markdown(["task", *(f"{label}: loss, ms per step" for label in LABELS)], rows, numbers=True)
 
 
 def _summary() -> str:
@@ -232,8 +233,7 @@ def _summary() -> str:
     for task, groups, losses in _searched_tasks():
         of = dict(zip(COMPARED, groups, strict=True))
         rows.append([task, *losses, f"{of['apo-defaults'].step_ms / of['adam'].step_ms:.1f}×"])
-    labels = [METHODS[name].label for name in COMPARED[:-1]]
-    return markdown(["task", *labels, "APO, searched", "a step of APO ÷ Adam's"], rows, numbers=True)
+    return markdown(["task", *LABELS, "a step of APO ÷ Adam's"], rows, numbers=True)
 
 
 def _loss(group: SeedGroup, step: float) -> str:

@@ -32,7 +32,7 @@ class Undisturbed:
         tensors: further tensors whose ``.grad`` has to survive.
         train: leave train and eval flags as they are.
         own: tensors whose hooks after the backward run in here too. Those of others may step them.
-        written: parameters of others whose content has to survive too, for the closure writes it.
+        written: parameters of others whose content has to survive too, because the closure writes it.
 
     In eval mode a recurrent network keeps its flag and loses its dropout instead: cuDNN has no backward in eval mode.
     """

@@ -402,7 +402,7 @@ def test_the_slope_is_that_of_q_in_log_lr(name: str) -> None:
         (lambda p: IgnoresRate(p, 0.01), "proportional to lr, or linear in it, but got IgnoresRate"),
         (lambda p: RootRate(p, 0.01), "proportional to lr, or linear in it, but got RootRate"),
         (lambda p: torch.optim.Rprop(p, lr=0.01), "got Rprop: its state depends on the rate in a way that decides"),
-        (lambda p: SetsItsRate(p, 0.01), "leave lr as it is set, for AdaptiveLR learns it, but got SetsItsRate"),
+        (lambda p: SetsItsRate(p, 0.01), "leave lr as it is set, because AdaptiveLR learns it, but got SetsItsRate"),
         (lambda p: torch.optim.SparseAdam(p), r"SparseAdam.step\(\) raised RuntimeError: SparseAdam does not support"),
         (lambda p: torch.optim.LBFGS(p), r"step\(\) that needs no closure, but got LBFGS"),
     ],

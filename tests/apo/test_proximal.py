@@ -158,7 +158,8 @@ def test_theorem_1(fsd_weight: float, wsd_weight: float) -> None:
             return loss
 
         opt.meta_step(closure)
-        opt.meta.scale_rates(0.998)
+        for own in opt.meta.learned:
+            own.rate *= 0.998
     assert torch.equal(model.weight, start)
     assert error(opt.P, expected) < 1e-3
 

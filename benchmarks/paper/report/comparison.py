@@ -41,7 +41,7 @@ def _row(group: SeedGroup, step: float, seconds: float) -> list[str]:
         f"{median(group.last('metric')):.4g}",
         f"{median(group.last('rate')):.2g}",
         short(median(group.last("seconds"))),
-        short(1000 * sum(group.last("seconds")) / max(sum(group.last("step")), 1)),
+        short(group.step_ms),
     ]
 
 

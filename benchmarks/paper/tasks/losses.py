@@ -55,4 +55,4 @@ def _reconstruction(outputs: Tensor, targets: Tensor) -> Tensor:
 CLASSIFICATION = Loss("cross entropy", _cross_entropy, "kl", "categorical", "accuracy, %", _accuracy, True)
 REGRESSION = Loss("½ squared error", _half_squared_error, "mse", "gaussian", "squared error", _squared_error, False)
 BERNOULLI = Loss("binary cross entropy", _bernoulli, "bernoulli", "bernoulli", "squared error", _reconstruction, False)
-TRANSLATION = replace(CLASSIFICATION, name="cross entropy a token", metric="accuracy of tokens, %")
+TRANSLATION = replace(CLASSIFICATION, name="cross entropy per token", metric="accuracy of tokens, %")

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> dict[tuple[str, int], Plan]:
     parser.add_argument("--models", nargs="+", choices=["gpt2_xl", "llama_7b"], default=["gpt2_xl", "llama_7b"])
     args = parser.parse_args(argv)
     found = {}
-    print("model     ranks  weights  state a rank  step      meta-step  sent in a step  in a meta-step")
+    print("model     ranks  weights  state per rank  step      meta-step  sent in a step  in a meta-step")
     for name in args.models:
         for ranks in args.ranks:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[tuple[str, int], Plan]:
             plan = apo.APO(model, apo.ProximalObjective(model, [None]), method=after_start).plan()
             found[name, ranks] = plan
             print(
-                f"{name:9} {ranks:5}  {count / 1e9:5.2f} G  {plan.memory_bytes / 1e9:9.2f} GB  "
+                f"{name:9} {ranks:5}  {count / 1e9:5.2f} G  {plan.memory_bytes / 1e9:11.2f} GB  "
                 f"{plan.step_flops / 1e12:5.2f} T  {plan.meta_flops / 1e12:6.2f} T  {plan.step_sent:12} B  "
                 f"{plan.meta_sent / 1e6:11.1f} MB"
             )
