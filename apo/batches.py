@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from apo.trial import modules_of, parameters_of
 
-__all__ = ["moved", "only_device"]
+__all__ = ["moved", "only_device", "own_loader"]
+
+
+def own_loader(inputs: Iterable[Any]) -> Iterable[Any]:
+    """What goes through the batches beside others that do: a DataLoader whose workers persist has one iterator for all,
+    so it gets workers of its own."""
+    if not (isinstance(inputs, DataLoader) and inputs.persistent_workers):
+        return inputs
+    own = copy.copy(inputs)
+    own._iterator = None
+    return own
 
 
 def only_device(model: nn.Module) -> torch.device | None:

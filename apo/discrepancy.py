@@ -41,7 +41,7 @@ class KL:
             1 for segmentation's ``(N, C, H, W)``.
 
     Raises:
-        ValueError: at a trial: there is only one class, whose softmax is constant.
+        ValueError: at a trial: there is only one class, whose softmax is constant, or no dimension but the classes'.
     """
 
     def __init__(self, dim: int = -1) -> None:
@@ -50,22 +50,33 @@ class KL:
         self.dim = dim
 
     def __call__(self, new: Tensor, old: Tensor) -> Tensor:
-        new, old = _logits("KL", new, old, self.dim)
-        if new.shape[self.dim] == 1:
-            raise ValueError(
-                f"discrepancy 'kl' needs outputs with two classes or more, but got shape {tuple(new.shape)}: the "
-                "softmax of one number is 1 whatever it is. Take 'bernoulli' for one logit, 'mse' for one value"
-            )
+        new, old = self._logits(new, old)
         log_p = F.log_softmax(old, self.dim)
         log_q = F.log_softmax(new, self.dim)
         return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / (new.numel() // new.shape[self.dim])
 
     def fisher_sample(self, outputs: Tensor, generator: torch.Generator) -> list[Tensor]:
         """``(softmax − onehot(y)) / √n`` with ``y`` sampled from the outputs: see :data:`FisherSample`."""
-        p = F.softmax(_wide(outputs).movedim(self.dim, -1), -1)
+        logits, _ = self._logits(outputs, outputs)
+        p = F.softmax(logits.detach().movedim(self.dim, -1), -1)
         drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
         found = p - F.one_hot(drawn, p.shape[-1])
         return [found.movedim(-1, self.dim) / math.sqrt(drawn.numel())]
+
+    def _logits(self, new: object, old: object) -> tuple[Tensor, Tensor]:
+        new, old = _logits("KL", new, old, self.dim)
+        if new.ndim < 2:
+            raise ValueError(
+                f"discrepancy 'kl' needs outputs of examples by classes, but got shape {tuple(new.shape)}: where that "
+                "is one number for each example, take 'bernoulli' for logits, 'mse' for values; where it is one "
+                "example's classes, outputs=lambda returned: returned[None]"
+            )
+        if new.shape[self.dim] == 1:
+            raise ValueError(
+                f"discrepancy 'kl' needs outputs with two classes or more, but got shape {tuple(new.shape)}: the "
+                "softmax of one number is 1 whatever it is. Take 'bernoulli' for one logit, 'mse' for one value"
+            )
+        return new, old
 
 
 class SquaredError:
@@ -80,11 +91,12 @@ class SquaredError:
 
     def __call__(self, new: Tensor, old: Tensor) -> Tensor:
         new, old = _logits("SquaredError", new, old)
-        return (new - old).square().sum() / (2 * (new.numel() if self.mean else len(new)))
+        return (new - old).square().sum() / (2 * _count(new, mean=self.mean))
 
     def fisher_sample(self, outputs: Tensor, generator: torch.Generator) -> list[Tensor]:
         """``N(0, 1) / √n``: see :data:`FisherSample`."""
-        return [_normal(outputs, generator) / math.sqrt(outputs.numel() if self.mean else len(outputs))]
+        outputs, _ = _logits("SquaredError", outputs, outputs)
+        return [_normal(outputs, generator) / math.sqrt(_count(outputs, mean=self.mean))]
 
 
 class BernoulliKL:
@@ -106,13 +118,14 @@ class BernoulliKL:
         positive = F.logsigmoid(old) - F.logsigmoid(new)
         negative = F.logsigmoid(-old) - F.logsigmoid(-new)
         total = (p * positive + torch.sigmoid(-old) * negative).sum()
-        return total / (new.numel() if self.mean else len(new))
+        return total / _count(new, mean=self.mean)
 
     def fisher_sample(self, outputs: Tensor, generator: torch.Generator) -> list[Tensor]:
         """``(σ − y) / √n`` with ``y`` sampled from the outputs: see :data:`FisherSample`."""
-        p = torch.sigmoid(_wide(outputs))
+        outputs, _ = _logits("BernoulliKL", outputs, outputs)
+        p = torch.sigmoid(outputs.detach())
         drawn = torch.bernoulli(p, generator=generator)
-        return [(p - drawn) / math.sqrt(outputs.numel() if self.mean else len(outputs))]
+        return [(p - drawn) / math.sqrt(_count(p, mean=self.mean))]
 
 
 class GaussianKL:
@@ -129,24 +142,28 @@ class GaussianKL:
     def __call__(self, new: Any, old: Any) -> Tensor:
         if self.variance is not None:
             return SquaredError()(new, old) / self.variance
-        if not (isinstance(new, (tuple, list)) and len(new) == 2):
-            raise TypeError(
-                "GaussianKL without a variance needs outputs that are a pair (mean, log_variance), "
-                f"but got {type(new).__name__}"
-            )
-        mean, old_mean = _logits("GaussianKL", new[0], old[0])
-        log_var, old_log_var = _logits("GaussianKL", new[1], old[1])
+        each = zip(self._pair(new), old, strict=True)
+        (mean, old_mean), (log_var, old_log_var) = (_logits("GaussianKL", *both) for both in each)
         change = log_var - old_log_var
         ratio = ((old_mean - mean).square() + old_log_var.exp()) * torch.exp(-log_var)
-        return (change + ratio - 1).sum() / (2 * len(mean))
+        return (change + ratio - 1).sum() / (2 * _count(mean))
 
     def fisher_sample(self, outputs: Any, generator: torch.Generator) -> list[Tensor]:
         """``N(0, 1/variance) / √n`` of means, ``N(0, ½) / √n`` of log-variances: see :data:`FisherSample`."""
         if self.variance is not None:
-            return [_normal(outputs, generator) / math.sqrt(self.variance * len(outputs))]
-        mean, log_var = outputs
-        of_mean = _normal(mean, generator) * torch.exp(-_wide(log_var) / 2)
-        return [of_mean / math.sqrt(len(mean)), _normal(log_var, generator) / math.sqrt(2 * len(mean))]
+            return [x / math.sqrt(self.variance) for x in SquaredError().fisher_sample(outputs, generator)]
+        mean, log_var = (_logits("GaussianKL", x, x)[0].detach() for x in self._pair(outputs))
+        of_mean = _normal(mean, generator) * torch.exp(-log_var / 2)
+        return [of_mean / math.sqrt(_count(mean)), _normal(log_var, generator) / math.sqrt(2 * _count(mean))]
+
+    @staticmethod
+    def _pair(outputs: Any) -> Any:
+        if not (isinstance(outputs, (tuple, list)) and len(outputs) == 2):
+            raise TypeError(
+                "GaussianKL without a variance needs outputs that are a pair (mean, log_variance), "
+                f"but got {type(outputs).__name__}"
+            )
+        return outputs
 
 
 _NAMED: dict[str, Callable[[], Discrepancy]] = {
@@ -180,16 +197,17 @@ def takes_pairs(discrepancy: Discrepancy) -> bool:
     return isinstance(discrepancy, GaussianKL) and discrepancy.variance is None
 
 
-def _wide(outputs: Tensor) -> Tensor:
-    return outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
-
-
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.randn(like.shape, generator=generator, dtype=dtype, device=like.device)
 
 
-def _logits(name: str, new: object, old: object, dim: int = 0) -> tuple[Tensor, Tensor]:
+def _count(outputs: Tensor, *, mean: bool = False) -> int:
+    """What sums are divided by: examples, along dimension 0, or numbers. One number alone is an example."""
+    return outputs.numel() if mean or outputs.ndim == 0 else len(outputs)
+
+
+def _logits(name: str, new: object, old: object, dim: int = -1) -> tuple[Tensor, Tensor]:
     """Both as tensors wide enough to sum in."""
     if not isinstance(new, Tensor) or not isinstance(old, Tensor):
         raise TypeError(
@@ -198,7 +216,7 @@ def _logits(name: str, new: object, old: object, dim: int = 0) -> tuple[Tensor, 
         )
     if new.shape != old.shape:
         raise ValueError(f"{name} needs outputs of one shape, but got {tuple(new.shape)} and {tuple(old.shape)}")
-    if not -new.ndim <= dim < new.ndim:
+    if new.ndim and not -new.ndim <= dim < new.ndim:
         raise ValueError(f"{name} needs outputs that have a dimension {dim}, but got shape {tuple(new.shape)}")
     wide = torch.promote_types(new.dtype, torch.float32)
     return new.to(wide), old.to(wide)

@@ -137,7 +137,7 @@ class FisherStart:
         if means:
             torch._foreach_lerp_(means, found, 1 - self.BETA)
         if weights:
-            torch._foreach_lerp_(weights, [torch.ones(())] * len(weights), 1 - self.BETA)
+            torch._foreach_lerp_(weights, [torch.ones_like(weights[0])] * len(weights), 1 - self.BETA)
 
     @torch.no_grad()
     def step(self, layers: Sequence[PreconditionedLayer], delta: float, done: int = 0) -> None:
@@ -181,7 +181,7 @@ class FisherStart:
         """τ."""
         seen = [layer.parts["S"].buffers[self.ENERGY] for layer in layers]
         sums = torch.stack(torch._foreach_norm(seen, ord=1))  # energies are >= 0
-        sums.div_(torch.tensor(weights, device=sums.device))
+        sums.div_(torch.tensor(weights, dtype=sums.dtype, device=sums.device))
         totals = [noise.total if noise is not None else seen[0].new_zeros(()) for noise in noises]
         if delta:
             sums.add_(torch.stack(totals), alpha=delta)

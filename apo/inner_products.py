@@ -14,7 +14,7 @@ def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """``⟨x, y⟩`` of each pair, as one vector. Sums are in float32, of float64 operands in float64; a sum of every
     entry in float64 would take ten times as long."""
     if not xs:
-        return torch.zeros(0)
+        return torch.zeros(0, dtype=torch.float32)
     if all(x.device.type != "cpu" for x in xs):
         return _together(xs, ys)
     return torch.stack([_inner(x, y) for x, y in zip(xs, ys, strict=True)])

@@ -19,8 +19,9 @@ __all__ = ["check_linear", "is_proportional"]
 SIGNAL = 1e3
 """How far the weights must move, in units of their rounding errors, for a comparison to mean anything."""
 
-GROWTH = (1.0, 1e2, 1e4, 1e6, 1e8)
-"""By what the rates are multiplied until that is so."""
+GROWTH = (1.0, 8.0, 1e2, 1e4, 1e6, 1e8)
+"""By what the rates are multiplied until that is so. The second is mild, so that what caps its rate, as Adafactor does,
+is served as long as the cap is far."""
 
 
 def check_linear(optimizer: Optimizer) -> bool | None:
@@ -235,7 +236,7 @@ def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(_alike, a, b))
     if isinstance(a, Tensor):
-        a, b = local(a), local(b)
+        a, b = local(a).to_dense(), local(b).to_dense()
         return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=0, equal_nan=True)
     if isinstance(a, float):
         return math.isclose(a, b, rel_tol=1e-4) or (math.isnan(a) and math.isnan(b))

@@ -72,8 +72,9 @@ class MetaLearner(Remembering):
         objective: the :class:`~apo.ProximalObjective`.
         last: the :class:`~apo.Evaluation` of the last trial, or None.
         accepted: whether the last trial was accepted.
-        in_trial: whether the closure is being run at trial weights. A closure that logs or counts may want to skip
-            those runs. Clipping also clips the trial's gradient, so the loss weighs less against the FSD.
+        in_trial: whether the closure or the model is being run for a trial. What logs or counts, in a closure or in
+            hooks, may want to skip those runs. Clipping also clips the trial's gradient, so the loss weighs less
+            against the FSD.
     """
 
     def _init_meta_learner(
@@ -92,6 +93,7 @@ class MetaLearner(Remembering):
         self.last: Evaluation | None = None
         self.accepted = False
         self.in_trial = False
+        self._stepping = False
         self._used_rates: list[float | Tensor] = []
         self._gradient_scale = 1.0
         self._ranks = Ranks(process_group)
@@ -129,6 +131,7 @@ class MetaLearner(Remembering):
             TypeError: ``closure`` isn't callable, or didn't return a loss.
             ValueError: a meta-step needs the closure, and there is none, or it ran no backward; parameters were
                 replaced since the optimizer was built.
+            RuntimeError: it is called within a step of the same optimizer, as by a hook.
 
         If anything raises, the weights, the optimizer's state and φ are as before the step.
         """
@@ -185,8 +188,30 @@ class MetaLearner(Remembering):
         self._check_closure(closure, meta=meta)
         autocast = CallersAutocast({device.type for device in {p.device for p in self.parameters}})
         scaling = self._scaling()
-        with scaling.one_step(move=move):
+        with self._one_at_a_time(), scaling.one_step(move=move):
             return self._take_with(closure, autocast, scaling, meta=meta, move=move)
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        if self._stepping:
+            raise RuntimeError(
+                "step must not be called within a step of the same optimizer, but was, as by a hook that steps it in "
+                "the backward: its trials run the model backward too"
+            )
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    @contextmanager
+    def _trying(self) -> Iterator[None]:
+        """Here the closure and the model are run for a trial."""
+        self.in_trial = True
+        try:
+            yield
+        finally:
+            self.in_trial = False
 
     def _take_with(
         self, closure: Closure | None, autocast: CallersAutocast, scaling: Scaling, *, meta: bool, move: bool
@@ -255,7 +280,8 @@ class MetaLearner(Remembering):
         with ExitStack() as undo:
             self._begin(lookahead, undo)
             if objective.needs_inputs:
-                with lookahead, undisturbed, autocast.back():  # some modules renormalise their weights when called
+                # some modules renormalise their weights when called, so the lookahead is entered here too
+                with lookahead, undisturbed, self._trying(), autocast.back():
                     anchor = objective.anchor(batch, self._look_at)
             with lookahead:
                 proposal = self._propose(lookahead, undo)
@@ -287,7 +313,7 @@ class MetaLearner(Remembering):
     ) -> Trial:
         """Q and V at the present trial weights, by ordinary backward passes; the same on all ranks."""
         parameters, objective = self.parameters, self.objective
-        with undisturbed as models, scaling.set_aside():
+        with undisturbed as models, self._trying(), scaling.set_aside():
             factor, sign = scaling.factor, self._sign()
             loss_there: Any = 0.0
             with autocast.back():
@@ -302,6 +328,11 @@ class MetaLearner(Remembering):
                 terms += [] if fsd is None else [(objective.fsd_weight or 0.0) * fsd]
                 total = torch.stack(terms).sum() if terms else None
             if total is not None:
+                if not total.requires_grad:
+                    raise ValueError(
+                        "outputs must depend on the model's weights, but what the discrepancy compares has no graph: "
+                        "say which of what the model returns does with ProximalObjective(outputs=lambda returned: ...)"
+                    )
                 with torch.enable_grad():
                     (factor * total).backward()  # type: ignore[no-untyped-call]
             V = self._gradients_there()
@@ -335,11 +366,8 @@ class MetaLearner(Remembering):
 
     def _closure_elsewhere(self, closure: Closure | None, parameters: list[Tensor], sign: float) -> Any:
         assert closure is not None
-        self.in_trial = True
-        try:
+        with self.objective.explained():
             loss = closure()
-        finally:
-            self.in_trial = False
         grads = [p.grad for p in parameters if p.grad is not None]
         if not grads:
             raise ValueError(
@@ -386,7 +414,7 @@ class MetaLearner(Remembering):
     ) -> Iterator[float]:
         """The closure's gradients at the weights that ``write`` leaves, with the random numbers that it ``begun``
         with. Yields what they are scaled by."""
-        with Lookahead(self.parameters, self._gathering), undisturbed, scaling.set_aside():
+        with Lookahead(self.parameters, self._gathering), undisturbed, self._trying(), scaling.set_aside():
             restore_random_state(begun)
             with torch.no_grad():
                 write()

@@ -46,7 +46,7 @@ class Learned:
     over: Over = ()
     alike: Over = ()
     entries: int | None = None
-    ones: Tensor = field(default_factory=lambda: torch.ones((), device="cpu"))
+    ones: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float32, device="cpu"))
 
     def __post_init__(self) -> None:
         self.ones = self.ones.to(self.tensor.dtype)

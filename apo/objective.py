@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,13 +16,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from apo import checks
-from apo.batches import moved, only_device
+from apo.batches import moved, only_device, own_loader
 from apo.discrepancy import KL, Discrepancy, discrepancy_named, takes_pairs
 from apo.padding import CountedPositions, Mask, kept_positions, select
 from apo.sharding import local
 from apo.trial import modules_of, parameters_of, random_state, restore_random_state, without_autocast
 
 __all__ = ["Anchor", "Closure", "Evaluation", "ProximalObjective", "check_objective", "check_trained"]
+
+IN_EVAL_MODE = (
+    "This was raised in a trial, for which modules are in eval mode. If the model returns something else then than in "
+    "train mode, give the ProximalObjective mode='train'."
+)
 
 Closure = Callable[[], Any]
 """Clears the gradients, runs forward and backward on the batch B, returns the loss."""
@@ -146,6 +151,7 @@ class ProximalObjective:
         self.inputs = inputs
         self.loss = loss
         self.mask = mask
+        self._source: Iterable[Any] = ()
         self._iterator: Iterator[Any] | None = None
         self._forward = forward or _call
         self._outputs = outputs or (_whole if takes_pairs(self.discrepancy) else _main_output)
@@ -167,22 +173,23 @@ class ProximalObjective:
             raise ValueError("inputs must be given unless fsd_weight is 0 and no loss is given, but got None")
         if callable(self.inputs):
             return self.inputs()
+        begun = self._iterator is not None
         if self._iterator is None:
-            self._iterator = iter(self.inputs)
+            self._source = own_loader(self.inputs)
+            self._iterator = iter(self._source)
         try:
             return next(self._iterator)
         except StopIteration:
-            again = iter(self.inputs)
-            if again is self._iterator:
-                raise ValueError(
-                    "inputs has run out: it is an iterator, which goes through its batches once. Give the iterable "
-                    "itself (a list, a DataLoader), an endless iterator, or a callable."
-                ) from None
-            self._iterator = again
+            if not begun:
+                raise ValueError("inputs must hold at least one batch, but got an empty iterable") from None
+        self._iterator = iter(self._source)
         try:
             return next(self._iterator)
         except StopIteration:
-            raise ValueError("inputs must hold at least one batch, but got an empty iterable") from None
+            raise ValueError(
+                "inputs has run out: it is an iterator, which goes through its batches once. Give the iterable "
+                "itself (a list, a DataLoader), an endless iterator, or a callable."
+            ) from None
 
     def checked_draw(self) -> Any:
         """The next batch B′, on the model's device; with targets, where there is a ``loss``.
@@ -190,6 +197,11 @@ class ProximalObjective:
         Drawing may advance the random state: it would otherwise meet the batches that training draws next.
         """
         batch = self.draw()
+        if isinstance(batch, Iterator):
+            raise TypeError(
+                f"inputs must give batches, but gave an iterator of them, a {type(batch).__name__}: call the function "
+                "that makes it, and give what it returns"
+            )
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2
         if self.loss is not None and not pair and not isinstance(batch, Mapping):
             raise TypeError(
@@ -270,7 +282,7 @@ class ProximalObjective:
 
     def _returned(self, batch: Any) -> Any:
         pair = self.loss is not None and not isinstance(batch, Mapping)
-        with self._context():
+        with self._context(), self.explained():
             return self._forward(self.module, batch[0] if pair else batch)
 
     def _targets(self, batch: Any) -> Any:
@@ -280,8 +292,19 @@ class ProximalObjective:
 
     def _own_loss(self, returned: Any, batch: Any) -> Tensor:
         assert self.loss is not None
-        with self._context():
-            return _one_number("loss", self.loss(returned, self._targets(batch)))
+        with self._context(), self.explained():
+            loss = self.loss(returned, self._targets(batch))
+        return _one_number("loss", loss)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """An error of the user's own code in here is said to come from a trial, where modules are in eval mode."""
+        try:
+            yield
+        except Exception as error:
+            if self.mode == "eval" and hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(IN_EVAL_MODE)
+            raise
 
     def with_defaults(self, *, fsd_weight: float, wsd_weight: float = 0.0) -> ProximalObjective:
         """Itself, or, where a λ was left to the front end, a copy with these in their place."""
@@ -294,7 +317,7 @@ class ProximalObjective:
 
     def __getstate__(self) -> dict[str, Any]:
         # A running iterator can be neither copied nor pickled: the copy begins its inputs anew.
-        return {**self.__dict__, "_iterator": None}
+        return {**self.__dict__, "_iterator": None, "_source": ()}
 
 
 def check_objective(value: object) -> None:
@@ -355,7 +378,8 @@ def _main_output(returned: Any) -> Any:
     else:
         return returned
     # (loss, logits): a loss has no dimensions, or one of length 1
-    shaped = [x for x in parts if isinstance(x, Tensor) and x.ndim > 0]
+    tensors = [x for x in parts if isinstance(x, Tensor)]
+    shaped = [x for x in tensors if x.ndim > 0 and x.is_floating_point()]  # not the classes that it predicts
     larger = [x for x in shaped if x.shape != (1,)]
     return next(iter(larger or shaped or parts), returned)
 

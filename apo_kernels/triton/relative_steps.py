@@ -168,7 +168,9 @@ def _each(
     if not isinstance(rate, Tensor) and not isinstance(correction, Tensor) and active is None:
         return False, (like, like, like.view(torch.int32), float(rate), float(correction))
     found = [
-        x.to(torch.float32) if isinstance(x, Tensor) else torch.full((count,), x, device=like.device)
+        x.to(torch.float32)
+        if isinstance(x, Tensor)
+        else torch.full((count,), x, dtype=torch.float32, device=like.device)
         for x in (rate, correction)
     ]
     takes_part = torch.ones(count, dtype=torch.int32, device=like.device)

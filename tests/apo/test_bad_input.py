@@ -147,7 +147,7 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "KL of no tensors": (lambda: apo.KL()({}, {}), TypeError, "KL needs outputs that are tensors, but got dict: say"),
     "KL of two shapes": (lambda: apo.KL()(Y, Y.T), ValueError, r"KL needs outputs of one shape, but got \(2, 3\) and"),
     "KL of scalars": (
-        lambda: apo.KL()(Y.sum(), Y.sum()), ValueError, r"KL needs outputs that have a dimension -1, but got shape \(\)"
+        lambda: apo.KL()(Y.sum(), Y.sum()), ValueError, r"'kl' needs outputs of examples by classes, but got shape \(\)"
     ),
     "KL's dim": (lambda: apo.KL(dim=0.5), TypeError, "dim must be an integer, but got 0.5"),  # type: ignore[arg-type]
     "KL's dim beyond": (
@@ -156,9 +156,6 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "SquaredError of a list": (lambda: apo.SquaredError()([Y], [Y]), TypeError, "SquaredError needs .* but got list"),
     "SquaredError's mean": (
         lambda: apo.SquaredError(mean="no"), TypeError, "mean must be True or False, but got 'no'"  # type: ignore[arg-type]
-    ),
-    "SquaredError of a scalar": (
-        lambda: apo.SquaredError()(Y.sum(), Y.sum()), ValueError, "SquaredError needs outputs that have a dimension 0"
     ),
     "BernoulliKL of two shapes": (lambda: apo.BernoulliKL()(Y, Y.T), ValueError, "BernoulliKL needs outputs of one"),
     "GaussianKL of one": (lambda: apo.GaussianKL()(Y, Y), TypeError, "GaussianKL without a variance needs outputs tha"),

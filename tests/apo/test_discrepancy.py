@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +82,27 @@ def test_half_precision_outputs_are_compared_in_float32() -> None:
     for rho in (apo.KL(), apo.SquaredError(), apo.BernoulliKL()):
         assert rho(new, old).dtype == torch.float32
         assert rho(new, old).item() == pytest.approx(rho(new.double(), old.double()).item(), rel=1e-5)
+
+
+def test_kl_of_one_number_for_each_example_is_refused() -> None:
+    """A softmax over the examples would make them compete as classes."""
+    generator = torch.Generator()
+    for outputs in (torch.randn(6), torch.randn(())):
+        for use in (lambda x: apo.KL()(x, x), lambda x: apo.KL().fisher_sample(x, generator)):
+            with pytest.raises(ValueError, match=r"'kl' needs outputs of examples by classes.*'bernoulli'.*'mse'"):
+                use(outputs)
+
+
+@pytest.mark.parametrize(
+    "rho", [apo.SquaredError(), apo.SquaredError(mean=True), apo.BernoulliKL(), apo.GaussianKL(2.0)]
+)
+def test_one_number_alone_is_one_example(rho: Any) -> None:
+    """As where ``squeeze`` meets a last batch of one."""
+    new, old = torch.randn(()), torch.randn(())
+    assert rho(new, old) == rho(new[None], old[None])
+    samples = [rho.fisher_sample(x, torch.Generator().manual_seed(0))[0] for x in (old, old[None])]
+    assert samples[0].shape == ()
+    assert samples[0] == samples[1][0]
 
 
 @pytest.mark.parametrize(("rho", "shape"), [(apo.KL(), (N, 1)), (apo.KL(dim=1), (N, 1, 5))])

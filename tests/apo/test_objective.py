@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import apo
-from tests.apo.helpers import begun, closure_of, mlp, objective
+from tests.apo.helpers import begun, closure_of, mlp, objective, same, weights
 
 FRONT_ENDS: dict[str, Any] = {
     "AdaptiveLR": lambda model, goal: apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.1), goal),
@@ -127,6 +130,96 @@ def test_inputs_are_gone_through_again_and_again() -> None:
         once.draw()
     with pytest.raises(ValueError, match="inputs must hold at least one batch"):
         objective(model, []).draw()
+
+
+class Resets:
+    """A loader of the kind that is its own iterator, and begins anew when it is asked for one."""
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        self.batches, self.at = batches, 0
+
+    def __iter__(self) -> Resets:
+        self.at = 0
+        return self
+
+    def __next__(self) -> Tensor:
+        self.at += 1
+        if self.at > len(self.batches):
+            raise StopIteration
+        return self.batches[self.at - 1]
+
+
+def test_inputs_that_are_their_own_iterator_may_begin_anew() -> None:
+    goal = objective(mlp()[0], Resets([torch.zeros(2, 5), torch.ones(2, 5)]))
+    assert [goal.draw()[0, 0].item() for _ in range(5)] == [0, 1, 0, 1, 0]
+
+
+def test_a_loader_whose_workers_persist_may_be_the_training_s_too() -> None:
+    """It has one iterator, which is reset for each pass; the objective goes through its own."""
+    loader = DataLoader(TensorDataset(torch.arange(4.0)), 1, num_workers=1, persistent_workers=True)
+    goal = apo.ProximalObjective(mlp()[0], loader)
+    for _ in range(2):
+        seen = []
+        for (x,) in loader:
+            seen.append(x.item())
+            goal.draw()
+            goal.draw()
+        assert seen == [0, 1, 2, 3]
+
+
+def test_a_function_that_makes_an_iterator_is_refused() -> None:
+    def batches() -> Iterator[Tensor]:
+        yield torch.zeros(2, 5)
+
+    goal = objective(mlp()[0], batches)
+    with pytest.raises(TypeError, match="inputs must give batches, but gave an iterator of them, a generator"):
+        goal.checked_draw()
+
+
+def test_predicted_classes_are_not_what_is_compared() -> None:
+    model = Returning(lambda y: (y.argmax(-1), y))
+    goal = objective(model, torch.randn(9, 5).double())
+    assert goal.anchor(goal.draw()).outputs.shape == (9, 3)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_outputs_without_a_graph_are_refused_by_name(front_end: str) -> None:
+    model = Returning(lambda y: y.detach())
+    x, t = torch.randn(8, 5).double(), torch.randint(3, (8,))
+    opt = FRONT_ENDS[front_end](model, objective(model, x))
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"outputs must depend on the model's weights.*outputs=lambda"):
+        opt.step(closure_of(opt, model, x, t, lambda y, t: F.cross_entropy(model.linear(x), t)))
+    assert same(before, weights(model))
+
+
+class DetectsInEval(nn.Module):
+    """As detectors do: something to be lost from in train mode, something else in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y if self.training else y[:, :2]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes came with Python 3.11")
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_errors_of_eval_mode_are_explained(own_loss: bool) -> None:
+    model, x, t = DetectsInEval(), torch.randn(8, 5).double(), torch.full((8,), 2)
+    for mode in ("eval", "train"):
+        goal = apo.ProximalObjective(
+            model, lambda: (x, t) if own_loss else x, loss=F.cross_entropy if own_loss else None, mode=mode
+        )
+        opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=0.1), goal)
+        if mode == "train":
+            opt.step(closure_of(opt, model, x, t))
+            continue
+        with pytest.raises(IndexError, match="out of bounds") as caught:
+            opt.step(closure_of(opt, model, x, t))
+        assert "mode='train'" in caught.value.__notes__[0]
 
 
 def test_no_batch_is_drawn_at_fsd_weight_zero() -> None:

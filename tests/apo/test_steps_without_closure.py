@@ -172,3 +172,38 @@ def test_gradients_set_to_zero_are_as_good_as_none(front_end: str) -> None:
             opt.step()
         runs.append(weights(model))
     assert same(*runs)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sparse_gradients_are_served_with_momentum_too(momentum: float) -> None:
+    """Whose buffer is sparse as well."""
+    runs = []
+    torch.manual_seed(0)
+    x, t = torch.randint(9, (16, 2)), torch.randint(3, (16,))
+    for adapts in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3)).double()
+        opt: Any = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+        if adapts:
+            goal = apo.ProximalObjective(model, lambda: (x, t), loss=F.cross_entropy)
+            opt = apo.AdaptiveLR(opt, goal, meta_lr=0.0)
+        for _ in range(12):
+            opt.zero_grad()
+            F.cross_entropy(model(x), t).backward()
+            opt.step()
+        runs.append(weights(model))
+    assert same(*runs)
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-2])
+def test_adafactor_is_served_at_its_own_rate_too(lr: float) -> None:
+    """Which it caps at 1, after t steps at 1/√t."""
+    model, x, t, _ = mlp()
+    goal = apo.ProximalObjective(model, lambda: (x, t), loss=F.cross_entropy)
+    opt = apo.AdaptiveLR(torch.optim.Adafactor(model.parameters(), lr=lr), goal)
+    first = F.cross_entropy(model(x), t).item()
+    for _ in range(60):
+        opt.zero_grad()
+        F.cross_entropy(model(x), t).backward()
+        opt.step()
+    assert F.cross_entropy(model(x), t).item() < 0.7 * first

@@ -108,9 +108,10 @@ def test_a_non_finite_trial_leaves_batch_norms_statistics_finite(front_end: str)
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("call", [2, 3])
+@pytest.mark.parametrize("call", [1, 2, 3])
 def test_an_exception_in_a_trial_undoes_everything(front_end: str, error: type[BaseException], call: int) -> None:
-    """Whether in the second run of the closure (2) or in the second evaluation of B′ (3)."""
+    """Whether in the first evaluation of B′ (1), in the closure (2) or in the second evaluation (3); ``APO`` begins with
+    a look at the last step."""
     model, x, t, other = mlp()
     model.insert(1, nn.BatchNorm1d(7).double())
     opt = FRONT_ENDS[front_end](model, other, interval=1)
@@ -123,9 +124,8 @@ def test_an_exception_in_a_trial_undoes_everything(front_end: str, error: type[B
 
     def raising(*_: Any) -> None:
         nonlocal calls
-        if opt.in_trial or calls:
-            calls += 1
-        if calls == call - 1:
+        calls += opt.in_trial
+        if calls == call:
             raise error("stop")
 
     handle = model[-1].register_forward_hook(raising)
@@ -209,3 +209,36 @@ def test_loss_at_the_lookahead_is_taken_on_the_same_batch_and_fsd_on_another() -
     assert opt.last.step_norm == pytest.approx((new - theta).norm().item(), rel=1e-12)
     assert opt.last.wsd == pytest.approx(opt.last.step_norm**2 / 2, rel=1e-12)
     assert opt.last.objective == pytest.approx(opt.last.loss + 0.7 * opt.last.fsd + 0.2 * opt.last.wsd, rel=1e-12)
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+@pytest.mark.parametrize("front_end", ["AdaptiveLR", "APO"])
+def test_hooks_can_tell_trials(front_end: str, own_loss: bool) -> None:
+    """They run in each backward: where ``in_trial`` isn't set, as often as without trials."""
+    model, x, t, other = mlp()
+    goal = objective(model, other)
+    if own_loss:
+        goal = apo.ProximalObjective(model, lambda: (x, t), loss=F.cross_entropy)
+    base = torch.optim.SGD(model.parameters(), 0.1)
+    opt: Any = apo.APO(model, goal) if front_end == "APO" else apo.AdaptiveLR(base, goal)
+    seen: list[bool] = []
+    model[0].weight.register_post_accumulate_grad_hook(lambda _: seen.append(opt.in_trial))
+    model[0].register_forward_hook(lambda *_: seen.append(opt.in_trial))
+    for _ in range(5):
+        opt.step(closure_of(opt, model, x, t))
+    assert seen.count(False) == 2 * 5
+    assert seen.count(True) >= 3 * 5
+
+
+def test_a_step_within_a_step_is_refused() -> None:
+    """A hook that steps in the backward would be called by the trial's backward too, and so on."""
+    model, x, t, _ = mlp()
+    goal = apo.ProximalObjective(model, lambda: (x, t), loss=F.cross_entropy)
+    each = [apo.AdaptiveLR(torch.optim.SGD([p], lr=0.1), goal) for p in model.parameters()]
+    for p, opt in zip(model.parameters(), each, strict=True):
+        p.register_post_accumulate_grad_hook(lambda _, opt=opt: opt.step())
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="step must not be called within a step of the same optimizer"):
+        F.cross_entropy(model(x), t).backward()
+    assert same(before, weights(model))
+    assert not any(opt.steps or opt.in_trial for opt in each)
