@@ -110,8 +110,8 @@ def test_a_non_finite_trial_leaves_batch_norms_statistics_finite(front_end: str)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_an_exception_in_a_trial_undoes_everything(front_end: str, error: type[BaseException], call: int) -> None:
-    """Whether in the first evaluation of B′ (1), in the closure (2) or in the second evaluation (3); ``APO`` begins with
-    a look at the last step."""
+    """Whether in the first evaluation of B′ (1), in the closure (2) or in the second evaluation (3); ``APO`` begins by
+    looking at the last step."""
     model, x, t, other = mlp()
     model.insert(1, nn.BatchNorm1d(7).double())
     opt = FRONT_ENDS[front_end](model, other, interval=1)
