@@ -3,11 +3,14 @@
 * :mod:`~apo_kernels.triton.table_layout`: the tables that every kernel reads, column by column;
 * :mod:`~apo_kernels.triton.primitives`: device functions that the kernels share;
 * :mod:`~apo_kernels.triton.tile`: one program for each ``b × b`` tile, the whole chain on chip;
-* :mod:`~apo_kernels.triton.tile_model`: the same for a bound model's steps, trials and slopes;
+* :mod:`~apo_kernels.triton.tile_model`, :mod:`~apo_kernels.triton.tile_slopes`: the same for a bound model's steps and
+  trials, and for its slopes;
+* :mod:`~apo_kernels.triton.model_parts`: where tiles of a bound model lie, and their loads and stores;
 * :mod:`~apo_kernels.triton.model`, :mod:`~apo_kernels.triton.model_plan`, :mod:`~apo_kernels.triton.model_layers`,
   :mod:`~apo_kernels.triton.model_wide`: their host's side;
 * :mod:`~apo_kernels.triton.relative`, :mod:`~apo_kernels.triton.relative_steps`: relative steps, and their host's side;
-* :mod:`~apo_kernels.triton.gemm`: the grouped GEMM for wider blocks, and its epilogues;
+* :mod:`~apo_kernels.triton.gemm`: the grouped GEMM for wider blocks, stage by stage;
+* :mod:`~apo_kernels.triton.gemm_product`: where its tiles lie, their product, and their loads and stores;
 * :mod:`~apo_kernels.triton.pack`: operands brought into aligned, zero-padded form;
 * :mod:`~apo_kernels.triton.config`: tile sizes and warps, as pure functions;
 * :mod:`~apo_kernels.triton.layers`, :mod:`~apo_kernels.triton.plan`: the host's side, built once for a list of layers;

@@ -237,8 +237,8 @@ def tile_config(
 def model_config(
     target: Target, dtype: torch.dtype, precision: str, stage: str, widest: int, way: tuple[bool, bool] = (True, True)
 ) -> TileConfig:
-    """For a stage of :mod:`apo_kernels.triton.tile_model`: ``model_direction``, ``model_update``, ``model_trial``,
-    ``model_keep`` or ``model_slopes``. ``split``: the slopes of A have a launch of their own."""
+    """For a stage of a whole model: ``model_direction``, ``model_update``, ``model_trial``, ``model_keep`` or
+    ``model_slopes``. ``split``: the slopes of A have a launch of their own."""
     side = next(side for side in (16, 32, 64) if widest <= side)
     chosen = _model_default(target, dtype, stage, side, way)
     return replace(chosen, **_changes(target, f"{stage}/{_name(dtype)}/{precision}/{side}", stage))

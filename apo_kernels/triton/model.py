@@ -1,4 +1,5 @@
-"""A whole model's step, trial and slopes on the tile kernels: the host's side of :mod:`~apo_kernels.triton.tile_model`.
+"""A whole model's step, trial and slopes on the tile kernels: the host's side of :mod:`~apo_kernels.triton.tile_model`
+and :mod:`~apo_kernels.triton.tile_slopes`.
 
 What doesn't change from call to call is laid down when a preconditioner is bound: tiles, shapes, where blocks lie. A
 call compares where its tensors lie with where they lay in the last one; where nothing has moved it only launches.

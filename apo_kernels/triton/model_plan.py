@@ -20,7 +20,8 @@ from apo_kernels.triton.layers import View, view_of
 from apo_kernels.triton.model_layers import BLOCKS, Layout, ModelLayers, batch_strides, contiguous, lay
 from apo_kernels.triton.plan_builder import TYPES
 from apo_kernels.triton.table_layout import ALIGN, Column, ModelRole
-from apo_kernels.triton.tile_model import model_apply, model_forward, model_slopes, model_sums
+from apo_kernels.triton.tile_model import model_apply, model_forward, model_sums
+from apo_kernels.triton.tile_slopes import model_slopes
 
 __all__ = [
     "Given",

@@ -35,8 +35,9 @@ from apo_kernels.triton.relative_steps import (
     squares_warps,
 )
 from apo_kernels.triton.tile import sum_parts, tile_backward, tile_forward
-from apo_kernels.triton.tile_model import model_apply, model_forward, model_slopes, model_sums
+from apo_kernels.triton.tile_model import model_apply, model_forward, model_sums
 from apo_kernels.triton.tile_part import SUM_CHUNK, backward_constants, forward_constants
+from apo_kernels.triton.tile_slopes import model_slopes
 from apo_kernels.triton.tools.disassembly import instructions, registers
 
 __all__ = ["KernelCase", "Report", "argument_type", "cases", "compile_cases", "source_of"]
