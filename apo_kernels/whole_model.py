@@ -13,7 +13,7 @@ from apo_kernels import checks
 from apo_kernels.dispatch import serving
 from apo_kernels.slopes import ModelEnergies, ModelSlopes, Parts
 
-__all__ = ["ModelEnergies", "ModelPreconditioner", "ModelSlopes", "Parts"]
+__all__ = ["ModelPreconditioner"]
 
 Tensors = Sequence[Tensor]
 

@@ -156,7 +156,6 @@ class Layout:
 
     def __init__(self) -> None:
         self.size = 0
-        self._later: list[int] = []
         self._behind = 0
 
     @staticmethod

@@ -32,7 +32,7 @@ _GROUP_B, _GROUP_A = tl.constexpr(int(LayerField.GROUP_B)), tl.constexpr(int(Lay
 
 
 @triton.jit
-def tile_of(layers, layer, i, j, WIDE_MATRICES: tl.constexpr, WIDE_SQUARES: tl.constexpr):
+def tile_of(layers, layer, i, j, WIDE_MATRICES: tl.constexpr):
     """Where tile ``(i, j)`` of a layer begins and how far it reaches; ``part``: so many of its columns are the
     weight's."""
     shape = layers + layer * LAYER_FIELDS

@@ -188,7 +188,7 @@ class ModelPlanner(ModelLayers):
         blocks = [views[role].dtype for role in (ModelRole.A, ModelRole.B, ModelRole.S)]
         return (*found[:2], *blocks, *found[2:])
 
-    def _way(self, at: int, i: int, j: int, views: dict[ModelRole, View]) -> tuple[bool, bool]:
+    def _way(self, at: int, j: int, views: dict[ModelRole, View]) -> tuple[bool, bool]:
         """Whether 16 bytes can be moved at a time of a tile's matrices, and of its squares."""
         own = self.matrices[at]
         B, A = own.B, own.A
@@ -207,7 +207,7 @@ class ModelPlanner(ModelLayers):
         for at in matrices:
             own = self.matrices[at]
             for i, j in product(range(own.B.groups), range(own.A.groups)):
-                has = self._way(at, i, j, views[at])
+                has = self._way(at, j, views[at])
                 way = max(way for way in served if way[0] <= has[0] and way[1] <= has[1])
                 found.setdefault(way, []).append((at, i, j))
         best = max(found)

@@ -102,7 +102,7 @@ def model_forward(
     entry = tiles + tl.program_id(0) * 4
     layer = tl.load(entry).to(tl.int64)
     first_B, first_A, side_B, side_A, row0, col0, rows, cols, part = tile_of(
-        layers, layer, tl.load(entry + 1), tl.load(entry + 2), WIDE_MATRICES, WIDE_SQUARES
+        layers, layer, tl.load(entry + 1), tl.load(entry + 2), WIDE_MATRICES
     )
     ps, sr, sc = matrix(operands, layer, _S, TYPE_S, WIDE_MATRICES)
     pa, ar, ac, aq, _ = stack(operands, layer, _A, TYPE_A, WIDE_SQUARES)

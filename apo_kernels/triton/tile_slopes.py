@@ -70,9 +70,7 @@ def model_slopes(
     """
     entry = tiles + tl.program_id(0) * 5
     layer, i, j = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
-    first_B, first_A, side_B, side_A, row0, col0, rows, cols, part = tile_of(
-        layers, layer, i, j, WIDE_MATRICES, WIDE_SQUARES
-    )
+    first_B, first_A, side_B, side_A, row0, col0, rows, cols, part = tile_of(layers, layer, i, j, WIDE_MATRICES)
     ps, sr, sc = matrix(operands, layer, _S, TYPE_S, WIDE_MATRICES)
     pa, ar, ac, aq, _ = stack(operands, layer, _A, TYPE_A, WIDE_SQUARES)
     pb, br, bc, bq, _ = stack(operands, layer, _B, TYPE_B, WIDE_SQUARES)
