@@ -62,7 +62,8 @@ def _plainly_fit(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, Vs: Tensors
     """Whether these are lists of equal length whose every entry is of the common case, one matrix and its blocks, full
     or in squares: what isn't is looked at closely.
 
-    One flat loop over the attributes that are cheapest to read, for looking closely takes longer than a small layer.
+    One flat loop over the attributes that are cheapest to read, because looking closely takes longer than a small
+    layer.
     """
     if not (type(Gs) in _LISTS and type(As) in _LISTS and type(Bs) in _LISTS and type(Ss) in _LISTS):
         return False
@@ -393,7 +394,7 @@ def step_tensors(
 def no_shared_memory(thetas: Tensors, momentum_buffers: Tensors | None, **read: Sequence[Tensor]) -> None:
     """Refuse one memory under two names where one of them is written: tied weights are to be listed once.
 
-    Apart from :func:`step`, for fake tensors have no addresses.
+    Apart from :func:`step`, because fake tensors have no addresses.
     """
     written = {"thetas": thetas, "momentum_buffers": momentum_buffers or ()}
     own = [x.data_ptr() for tensors in written.values() for x in tensors]

@@ -4,8 +4,9 @@ A backend offers the functions of :class:`Backend`. Which one serves is decided 
 argument of the call, the environment variable ``APO_KERNELS_BACKEND`` as it was when the package was imported, and the
 first backend that can serve the tensors: ``triton`` on a GPU that it has kernels for, else ``aten``.
 
-**Names.** ``"aten"``, ``"triton"``, and ``"triton:ieee"``, ``"triton:tf32"``, ``"triton:tf32x3"``, which say how
-float32 operands are multiplied; plain ``"triton"`` is faithful to it (:meth:`apo_kernels.targets.Target.precision`).
+**Names.** ``"aten"``, ``"triton"``, and ``"triton:ieee"``, ``"triton:tf32"``, ``"triton:tf32x3"``, ``"triton:bf16x6"``,
+which say how float32 operands are multiplied; plain ``"triton"`` is faithful to it
+(:meth:`apo_kernels.targets.Target.precision`).
 
 **Failures.** A backend that was asked for fails loudly. One that was chosen here and fails is warned about once, and
 ``aten`` serves from then on. Not so running out of memory, and a failure that may have left some weights stepped: these

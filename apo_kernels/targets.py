@@ -35,7 +35,7 @@ class Target:
     precisions: tuple[str, ...]
 
     def precision(self, asked: str | None, dtype: torch.dtype) -> str:
-        """How operands of ``dtype`` are multiplied, with ``asked`` one of ``None``, ``ieee``, ``tf32``, ``tf32x3``.
+        """How operands of ``dtype`` are multiplied, by ``asked``: ``None``, ``ieee``, ``tf32``, ``tf32x3``, ``bf16x6``.
 
         ``None`` is faithful to float32: ``tf32x3`` where matrix units multiply TensorFloat32 alone (its error is that
         of float32 products, 4e-7), ``ieee`` where they multiply float32 itself. ``tf32x3`` is served by ``bf16x6``

@@ -4,7 +4,7 @@ The squares of A and B cut a layer's matrix into tiles, and tile by tile ``P(G)`
 of one shape, of all layers, form a *class*: one contiguous stack that a batched product takes at once. A *region* is a
 grid of tiles of one layer, ordered panel by panel: tiles that share the square of their columns follow each other.
 
-A tile that is taller than wide is stored transposed, with A and B in each other's place, for BLAS is slow at such
+A tile that is taller than wide is stored transposed, with A and B in each other's place, because BLAS is slow at such
 products: a class has a *left* and a *right* side rather than B and A.
 """
 
@@ -329,7 +329,7 @@ def classes_of(
                     found[key] = TileClass(*form)
                 if entries:
                     found[key].add(region)
-    # in an order of their own, for what a square's tiles add to it is summed class by class
+    # in an order of their own, because what a square's tiles add to it is summed class by class
     return [found[key] for key in sorted(found, key=str) if found[key].count]
 
 
