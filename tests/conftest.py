@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -15,6 +16,11 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("default")
 torch.set_num_threads(1)
+
+# Tests compare the text of whole states to the bit. By default torch prints four decimals, and of more than 1,000
+# entries only the first and last three, so that a small change would not show.
+torch.set_printoptions(precision=18, sci_mode=True, threshold=sys.maxsize, linewidth=10**6)
+np.set_printoptions(floatmode="unique", threshold=sys.maxsize)
 
 
 @pytest.fixture(autouse=True)
