@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import random
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import optimizer as torch_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,224 +21,18 @@ import apo
 from apo.linearity import check_linear
 from apo.rates import set_rate
 from tests.apo.helpers import begun, closure_of, mlp, objective, same, weights
-
-Base = torch.optim.Optimizer
-
-
-class Lookahead(Base):
-    """Wraps another optimizer; every second step it draws the weights half-way to those of two steps ago."""
-
-    def __init__(self, inner: Base) -> None:
-        self.inner = inner  # as the published ones, without Optimizer.__init__
-        self.param_groups, self.defaults, self.state = inner.param_groups, inner.defaults, inner.state
-        self.count = 0
-        self.slow = {id(p): p.detach().clone() for g in inner.param_groups for p in g["params"]}
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.inner.zero_grad(set_to_none)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        self.inner.step()
-        self.count += 1
-        if self.count % 2 == 0:
-            for group in self.param_groups:
-                for p in group["params"]:
-                    slow = self.slow[id(p)]
-                    slow.lerp_(p, 0.5)
-                    p.copy_(slow)
-
-
-class RateInMomentum(Base):
-    """``v ← 0.9 v + lr·g``, as TensorFlow's: the state depends on the rate."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    v = self.state[p].setdefault("v", torch.zeros_like(p))
-                    v.mul_(0.9).add_(p.grad, alpha=float(group["lr"]))
-                    p.sub_(v)
-
-
-class Langevin(Base):
-    """SGD with noise that goes with ``lr ** power``."""
-
-    def __init__(self, params: Any, lr: float, power: float, generator: Any = None) -> None:
-        super().__init__(params, {"lr": lr})
-        self.power, self.generator = power, generator
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            rate = float(group["lr"])
-            for p in group["params"]:
-                noise = torch.randn(p.shape, generator=self.generator, dtype=p.dtype)
-                p.sub_(rate * p.grad + rate**self.power * (noise + random.random() + float(np.random.rand())))  # noqa: NPY002
-
-
-class Means:
-    def __init__(self) -> None:
-        self.total, self.steps = torch.zeros(()), 0
-
-
-@dataclasses.dataclass(slots=True)
-class Slots:
-    norm: Tensor
-    seen: int = 0
-
-
-class Hoarder(Base):
-    """SGD that keeps state in every place but ``optimizer.state``."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr, "count": 0, "scale": torch.ones(())})
-        self.total, self.means, self.slots = 0, Means(), Slots(torch.zeros(()))
-        self.history, self.names, self.array = deque([0.0], maxlen=3), {"start"}, np.zeros(2)
-        self.nested = {"lists": [[torch.zeros(2)]]}
-        self.generator, self.pythons = torch.Generator().manual_seed(3), random.Random(4)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        self.total += 1
-        self.means.total += 1
-        self.means.steps += 1
-        self.slots.norm += 1
-        self.slots.seen += 1
-        self.history.append(self.pythons.random())
-        self.names.add(f"step {self.total}")
-        self.array += 1
-        self.nested["lists"][0][0] += 1
-        self.nested["lists"].append([torch.ones(1)])
-        for group in self.param_groups:
-            group["count"] += 1
-            group["scale"] *= 0.5
-            for p in group["params"]:
-                self.state[p]["noted"] = Slots(torch.ones(()), self.total)
-                p.sub_(p.grad * group["lr"])
-
-    def held(self) -> list[Any]:
-        noted = [self.state[p]["noted"] for g in self.param_groups for p in g["params"] if p in self.state]
-        groups = [(g["count"], g["scale"]) for g in self.param_groups]
-        parts = [self.total, vars(self.means), self.slots, [*self.history], sorted(self.names), self.array, noted]
-        return copy.deepcopy([*parts, self.nested, groups, self.generator.get_state(), self.pythons.getstate()])
-
-
-class Watching(Base):
-    """SGD scaled by how large the inputs were, which a hook on the model notes, as KFAC does."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-        self.square = torch.ones(())
-
-    def watch(self, model: nn.Module) -> Base:
-        def note(_: nn.Module, inputs: tuple[Tensor]) -> None:
-            self.square.lerp_(inputs[0].square().mean(), 0.1)
-
-        model.register_forward_pre_hook(note)
-        return self
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.sub_(group["lr"] / self.square * p.grad)
-
-
-class Chained(Base):
-    """Two optimizers as one; its groups are made anew whenever they are asked for."""
-
-    def __init__(self, *parts: Base) -> None:
-        self.parts, self.defaults = parts, {}
-
-    @property
-    def param_groups(self) -> Any:
-        return [group for part in self.parts for group in part.param_groups]
-
-    @property
-    def state(self) -> Any:
-        return {p: held for part in self.parts for p, held in part.state.items()}
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-    def step(self, closure: Any = None) -> None:
-        for part in self.parts:
-            part.step()
-
-
-class IgnoresRate(Base):
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.sub_(0.01 * p.grad)
-
-
-class EditsGradients(Base):
-    """Adds decay to ``.grad`` in place, through ``.data``, and clips all gradients together."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        nn.utils.clip_grad_norm_(params, 1e-3)
-        for p in params:
-            p.grad.data.add_(p.data, alpha=0.1)
-            p.sub_(self.param_groups[0]["lr"] * p.grad)
-
-
-class RootRate(Base):
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.sub_(math.sqrt(group["lr"]) * p.grad)
-
-
-class SetsItsRate(Base):
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.sub_(group["lr"] * p.grad)
-            group["lr"] *= 1.1
-
-
-BASES: dict[str, Callable[[Any], Base]] = {
-    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
-    "capturable": lambda p: torch.optim.Adam(p, lr=torch.tensor(1e-2)),
-    "Lookahead": lambda p: Lookahead(torch.optim.Adam(p, lr=1e-2)),
-    "Lookahead twice": lambda p: Lookahead(Lookahead(torch.optim.SGD(p, lr=0.1, momentum=0.9))),
-    "rate in momentum": lambda p: RateInMomentum(p, 0.1),
-    "Langevin": lambda p: Langevin(p, 0.01, 1.0),
-    "own generator": lambda p: Langevin(p, 0.01, 1.0, torch.Generator().manual_seed(1)),
-    "hoarder": lambda p: Hoarder(p, 0.1),
-    "edits gradients": lambda p: EditsGradients(p, 0.1),
-    "chained": lambda p: chained([*p]),
-}
-
-
-def chained(params: list[Tensor]) -> Base:
-    return Chained(torch.optim.AdamW(params[:2], lr=1e-2), torch.optim.SGD(params[2:], lr=0.1, momentum=0.9))
-
+from tests.apo.optimizers import (
+    BASES,
+    Base,
+    IgnoresRate,
+    Langevin,
+    Lookahead,
+    RateInMomentum,
+    RootRate,
+    SetsItsRate,
+    Watching,
+    state_of,
+)
 
 each_base = pytest.mark.parametrize("name", BASES)
 
@@ -250,21 +41,6 @@ def seed() -> None:
     torch.manual_seed(3)
     random.seed(3)
     np.random.seed(3)  # noqa: NPY002
-
-
-def state_of(base: Base) -> str:
-    """All that a base holds, as text."""
-    inner = getattr(base, "inner", None)
-    held = base.held() if isinstance(base, Hoarder) else []
-    generator = getattr(base, "generator", None)
-    own = [
-        getattr(base, "count", None),
-        [*getattr(base, "slow", {}).values()],
-        None if inner is None else state_of(inner),
-    ]
-    drawn = None if generator is None else generator.get_state().tolist()
-    groups = [{k: v for k, v in g.items() if not k.startswith("apo_")} for g in base.param_groups]
-    return repr((held, own, drawn, groups, dict(base.state)))
 
 
 def randomness() -> str:
@@ -456,107 +232,6 @@ def test_groups_that_share_one_tensor_as_their_rate_learn_their_own() -> None:
         rates.append([float(g["lr"]) for g in opt.param_groups])
     assert rates[0] == pytest.approx(rates[1], rel=1e-9)
     assert rates[0][0] != rates[0][1]
-
-
-@pytest.mark.parametrize("outcome", ["taken", "refused", "stopped", "meta_step"])
-def test_each_hook_runs_once_a_step(outcome: str) -> None:
-    """Hooks before the base's step run once, for a trial needs what they make of the gradients; those after it only
-    if the step is taken. The same for optimizers that it wraps, and for hooks of all optimizers."""
-    model, x, t, other = mlp()
-    inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    opt = apo.AdaptiveLR(Lookahead(inner), objective(model, other), interval=1)
-    opt.step(closure_of(opt, model, x, t))
-    counts: dict[str, int] = {}
-
-    def count(name: str) -> Callable[..., None]:
-        return lambda one, *_: counts.update({name: counts.get(name, 0) + 1}) if one in (opt, inner) else None
-
-    opt.register_step_pre_hook(count("own, before"))
-    opt.register_step_post_hook(count("own, after"))
-    inner.register_step_pre_hook(count("inner, before"))
-    inner.register_step_post_hook(count("inner, after"))
-    handles = [
-        torch_optimizer.register_optimizer_step_pre_hook(count("all, before")),
-        torch_optimizer.register_optimizer_step_post_hook(count("all, after")),
-    ]
-
-    def closure() -> Tensor:
-        loss = closure_of(opt, model, x, t)()
-        if opt.in_trial and outcome == "stopped":
-            raise KeyboardInterrupt
-        return loss + math.inf if opt.in_trial and outcome == "refused" else loss
-
-    try:
-        if outcome == "meta_step":
-            opt.meta_step(closure)
-        elif outcome == "stopped":
-            with pytest.raises(KeyboardInterrupt):
-                opt.step(closure)
-        else:
-            opt.step(closure)
-    finally:
-        for handle in handles:
-            handle.remove()
-    stepped, taken = outcome != "meta_step", outcome == "taken"
-    done = outcome in ("taken", "refused")  # AdaptiveLR's own step came to its end
-    assert counts.get("own, before", 0) == stepped
-    assert counts.get("own, after", 0) == done
-    assert counts.get("inner, before", 0) == 1
-    assert counts.get("inner, after", 0) == taken
-    assert counts.get("all, before", 0) == 1 + stepped
-    assert counts.get("all, after", 0) == done + taken
-
-
-@pytest.mark.parametrize("interval", [0, 1])
-def test_what_hooks_make_of_gradients_and_weights_counts(interval: int) -> None:
-    """A hook before the step that adds noise to gradients, one after it that keeps weights positive."""
-    model, x, t, other = mlp()
-    base = torch.optim.SGD(model.parameters(), lr=0.1)
-    seen = []
-
-    def noisy(*_: Any) -> None:
-        for p in model.parameters():
-            p.grad.add_(torch.randn_like(p.grad))
-        seen.append([p.grad.clone() for p in model.parameters()])
-
-    def positive(*_: Any) -> None:
-        with torch.no_grad():
-            for p in model.parameters():
-                p.clamp_(min=0)
-
-    base.register_step_pre_hook(noisy)
-    base.register_step_post_hook(positive)
-    opt = apo.AdaptiveLR(base, objective(model, other), interval=interval)
-    begun(opt)
-    for step in range(3):
-        before = weights(model)
-        opt.step(closure_of(opt, model, x, t))
-        assert len(seen) == step + 1
-        rate = opt.param_groups[0]["lr"]
-        wanted = [(p - rate * g).clamp(min=0) for p, g in zip(before, seen[-1], strict=True)]
-        for p, w in zip(model.parameters(), wanted, strict=True):
-            assert torch.allclose(p, w, rtol=1e-12, atol=0)
-    assert opt.failed_trials == 0
-
-
-def test_a_hook_after_the_step_that_raises_leaves_all_as_it_was() -> None:
-    model, x, t, other = mlp()
-    base = torch.optim.Adam(model.parameters(), lr=0.1)
-    opt = apo.AdaptiveLR(base, objective(model, other), interval=1)
-    opt.step(closure_of(opt, model, x, t))
-    before, state, rate = weights(model), repr(opt.state_dict()), opt.param_groups[0]["lr"]
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    handle = base.register_step_post_hook(stop)
-    with pytest.raises(KeyboardInterrupt):
-        opt.step(closure_of(opt, model, x, t))
-    handle.remove()
-    assert same(weights(model), before)
-    assert repr(opt.state_dict()) == state
-    assert opt.param_groups[0]["lr"] == rate
-    opt.step(closure_of(opt, model, x, t))
 
 
 class Clones(TorchDispatchMode):
