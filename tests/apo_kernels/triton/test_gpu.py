@@ -18,7 +18,7 @@ import torch
 import apo_kernels as ak
 from apo_kernels import reference
 from apo_kernels.aten import foreach_precondition_keep
-from tests.apo_kernels.triton import test_model
+from tests.apo_kernels.triton import whole_models
 from tests.apo_kernels.triton.examples import DTYPES, EVEN, ODD, TOLERANCE, Model, assert_close, model
 
 pytest.importorskip("triton.language")
@@ -198,18 +198,18 @@ MODEL_FORMS = [(64, 64, True), (64, 64, False), (16, 8, True), (1, 64, True), (3
 @pytest.mark.parametrize(("A", "B", "pad"), MODEL_FORMS)
 @pytest.mark.parametrize("share", [None, 0.25])
 def test_steps_of_a_whole_model(dtype: torch.dtype, A: int | None, B: int | None, pad: bool, share: float) -> None:
-    test_model.check_step(test_model.of_form(dtype, A, B, pad).to("cuda"), dtype, share)
+    whole_models.check_step(whole_models.of_form(dtype, A, B, pad).to("cuda"), dtype, share)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("A", "B", "pad"), MODEL_FORMS)
 def test_slopes_of_a_whole_model(dtype: torch.dtype, A: int | None, B: int | None, pad: bool) -> None:
-    own = test_model.of_form(dtype, A, B, pad).to("cuda")
+    own = whole_models.of_form(dtype, A, B, pad).to("cuda")
     learned = ["ABS"] * len(own.Ss)
     bound = own.bind(learned=learned)
-    test_model.check_trial(own, bound, dtype)
+    whole_models.check_trial(own, bound, dtype)
     kept = bound.keep(own.Gs)
-    test_model.check_slopes(own, bound, kept, dtype, learned)
+    whole_models.check_slopes(own, bound, kept, dtype, learned)
     first, second = (bound.slopes(own.Vs, kept, lengths=own.lr) for _ in range(2))
     for x, y in zip(first[:6], second[:6], strict=True):
         assert all(torch.equal(one, other) for one, other in zip(x, y, strict=True) if one is not None)
@@ -218,33 +218,33 @@ def test_slopes_of_a_whole_model(dtype: torch.dtype, A: int | None, B: int | Non
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_whole_models_tiles_are_many(dtype: torch.dtype) -> None:
     """Those that lie well have a launch apart."""
-    own = test_model.layers([(512, 1024), (300, 500), (1024, 2048)], dtype, pad=True).to("cuda")
-    test_model.check_step(own, dtype, 0.25)
-    test_model.check_slopes(own, own.bind(), own.bind().keep(own.Gs), dtype, ["ABS"] * 3, 5)
+    own = whole_models.layers([(512, 1024), (300, 500), (1024, 2048)], dtype, pad=True).to("cuda")
+    whole_models.check_step(own, dtype, 0.25)
+    whole_models.check_slopes(own, own.bind(), own.bind().keep(own.Gs), dtype, ["ABS"] * 3, 5)
 
 
 @pytest.mark.parametrize("same_stream", [True, False])
 def test_a_captured_step_of_a_whole_model(same_stream: bool) -> None:
     """With its promise; a replay reads what lies there then."""
     torch.manual_seed(0)
-    own = test_model.layers([(64, 128), (33, 65)], torch.bfloat16).to("cuda")
+    own = whole_models.layers([(64, 128), (33, 65)], torch.bfloat16).to("cuda")
     torch.manual_seed(0)
-    copy = test_model.layers([(64, 128), (33, 65)], torch.bfloat16).to("cuda")
+    copy = whole_models.layers([(64, 128), (33, 65)], torch.bfloat16).to("cuda")
     bound, other = own.bind(), copy.bind()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        test_model.step(own, bound, 0.1)
-    test_model.step(copy, other, 0.1)
+        whole_models.step(own, bound, 0.1)
+    whole_models.step(copy, other, 0.1)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream if same_stream else None):
-        test_model.step(own, bound, 0.1)
+        whole_models.step(own, bound, 0.1)
     for _ in range(3):
         for one, another in zip(own.Gs, copy.Gs, strict=True):
             for x, y in zip(one, another, strict=True):
                 y.copy_(x.normal_())
         graph.replay()
-        test_model.step(copy, other, 0.1)
+        whole_models.step(copy, other, 0.1)
         for one, another in zip(own.thetas, copy.thetas, strict=True):
             for x, y in zip(one, another, strict=True):
                 assert torch.equal(x, y)
