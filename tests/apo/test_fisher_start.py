@@ -199,15 +199,17 @@ def test_what_is_frozen_keeps_its_scale(name: str) -> None:
 
 
 def test_it_draws_from_a_generator_of_its_own() -> None:
-    """And after it is over the same steps are taken with it as with the paper's bare algorithm from the same state."""
-    states = []
+    """The global one stays where it is without a start."""
+    states, runs = [], []
     for updates in (0, 5):
         model, x, t, other = mlp()
         opt = apo.APO(model, objective(model, other), method=apo.Method(fisher_start=updates))
         for _ in range(3):
             opt.step(closure_of(opt, model, x, t))
         states.append(torch.get_rng_state())
+        runs.append(weights(model))
     assert torch.equal(*states)
+    assert not same(*runs)  # it did draw
 
 
 def test_it_ends_and_lets_go_of_what_it_held() -> None:
@@ -255,14 +257,22 @@ def test_a_callable_discrepancy_gets_no_start() -> None:
 
 
 def test_a_sample_that_is_not_finite_is_left_out() -> None:
-    model, x, t, other = mlp()
-    opt = apo.APO(model, objective(model, other), method=apo.Method(fisher_start=300))
-    start = opt._start
+    """The step is the one that is taken without a start."""
+    runs, drawn = [], []
+
+    def sample(outputs: Tensor, generator: torch.Generator) -> list[Tensor]:
+        drawn.append(outputs)
+        return [torch.full_like(outputs, math.inf)]
 
     def look(*_: Any) -> None:
         raise AssertionError
 
-    opt.objective.fisher_sample = lambda outputs, generator: [torch.full_like(outputs, math.inf)]  # type: ignore[method-assign]
-    start.look = look  # type: ignore[method-assign]
-    opt.step(closure_of(opt, model, x, t))
-    assert all(p.isfinite().all() for p in model.parameters())
+    for updates in (0, 300):
+        model, x, t, other = mlp()
+        opt = apo.APO(model, objective(model, other), method=apo.Method(fisher_start=updates))
+        opt.objective.fisher_sample = sample  # type: ignore[method-assign]
+        opt._start.look = look  # type: ignore[method-assign]
+        opt.step(closure_of(opt, model, x, t))
+        runs.append(weights(model))
+    assert len(drawn) == 1
+    assert same(*runs)

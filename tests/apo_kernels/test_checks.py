@@ -51,7 +51,6 @@ def batched() -> dict[str, Any]:
     return {"G": r(3, M, N), "A": r(3, N, N), "B": r(3, M, M), "S": r(3, M, N)}
 
 
-Change = tuple[str, Callable[[], Any]]
 T, V = TypeError, ValueError
 
 # What is wrong, the error, what its message must say (after the argument's name), by argument.

@@ -169,8 +169,10 @@ def test_buffers_are_overwritten_without_momentum() -> None:
     model = Model(random.Random(0))
     model.add(5, 4, 2, None)
     Gs, thetas, v = model.parts(), model.parts(), torch.full((5, 4), torch.nan, dtype=torch.float64)
+    before, P = copied(thetas), model.directions(Gs)[0]
     model.bind().step_(thetas, Gs, [v], lr=[1.0], momentum=[0.0], weight_decay=[0.0])
-    assert_close(v, model.directions(Gs)[0], 1e-12)
+    assert_close(v, P, 1e-12)
+    assert_close(thetas[0][0], before[0][0] - P, 1e-12)
 
 
 def test_a_buffer_that_was_moved_is_looked_at_again() -> None:
@@ -197,9 +199,11 @@ def test_garbage_in_scratch_is_harmless() -> None:
     Gs = model.parts()
     Gs[0], Gs[1][1] = None, None
     thetas = model.parts()
-    f = bound.step_(thetas, Gs, [None] * 3, shares=[1.0] * 3, **numbers)
-    assert f.isfinite()
-    assert all(x.isfinite().all() for own in thetas for x in own)
+    before, directions = copied(thetas), model.directions(Gs)
+    f = bound.step_(thetas, Gs, [None] * 3, shares=[1.0] * 3, **numbers).item()
+    assert f == pytest.approx(1 / sum((model.joined(Gs, i) * P).sum().item() for i, P in directions.items()))
+    args = numbers["lr"], numbers["momentum"], f, numbers["weight_decay"]
+    check_written(model, before, Gs, thetas, [None] * 3, [None] * 3, directions, *args, 1e-11)
 
 
 def test_no_layers() -> None:

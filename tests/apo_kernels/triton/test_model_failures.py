@@ -83,8 +83,6 @@ def test_where_slopes_fail_aten_reads_what_was_kept(chosen: None, monkeypatch: p
     for x, y in zip(found[:6], expected[:6], strict=True):
         for one, other in zip(x, y, strict=True):
             assert_close(one, other.double(), torch.float32)  # type: ignore[union-attr, arg-type]
-    buffers = [None if x is None else x.double() for x in own.buffers]
-    assert buffers
     thetas, _ = expected_step(own, 1.0)
     step(own, bound)
     check_weights(own, thetas, torch.float32)
