@@ -209,4 +209,4 @@ def identical(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(identical(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(identical, a, b))
-    return bool(a == b or a != a)
+    return bool(a == b or (a != a and b != b))
