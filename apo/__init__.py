@@ -11,11 +11,11 @@
 from apo import proximal
 from apo.adaptive_lr import AdaptiveLR
 from apo.discrepancy import KL, BernoulliKL, GaussianKL, SquaredError
+from apo.fisher.spectrum import Spectrum
 from apo.full_preconditioner import FullPreconditioner
 from apo.method import Method
 from apo.objective import Evaluation, ProximalObjective
 from apo.preconditioned import APO
-from apo.spectrum import Spectrum
 from apo_kernels import __version__
 
 __all__ = [

@@ -14,18 +14,18 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer, RMSprop
 
 from apo import checks
-from apo.grad_scaler import Scaling
-from apo.held_parameters import HeldParameters
 from apo.inner_products import inner_products
-from apo.linearity import check_linear, is_proportional
+from apo.loop.grad_scaler import Scaling
+from apo.loop.held_parameters import HeldParameters
 from apo.meta_learner import MetaLearner, Trial
 from apo.objective import ProximalObjective, check_objective
-from apo.placement_checks import check_placements
-from apo.rates import LogRates, RateOptimizer
-from apo.schedules import Schedules
-from apo.snapshot import Rehearsal, with_wrapped
+from apo.ranks.placement_checks import check_placements
+from apo.rates.log_rates import LogRates, RateOptimizer
+from apo.rates.schedules import Schedules
+from apo.safeguards.verdict import worth
 from apo.trial import Lookahead
-from apo.verdict import worth
+from apo.wrapped.linearity import check_linear, is_proportional
+from apo.wrapped.snapshot import Rehearsal, with_wrapped
 
 __all__ = ["AdaptiveLR"]
 
@@ -45,8 +45,8 @@ class AdaptiveLR(MetaLearner):
     exception or a failed trial can be undone.
 
     The one-step objective is short-sighted, and a step always fits the noise of its own batch. So the rate changes only
-    where slopes say so clearly, or where noise keeps the loss from falling (:class:`~apo.steady_steps.SteadySteps`),
-    and a ``loss`` in the objective, which is taken on B′, says it best. To follow each slope, as the paper does, give a
+    where slopes say so clearly, or where noise keeps the loss from falling (:mod:`apo.rates.steady_steps`), and a
+    ``loss`` in the objective, which is taken on B′, says it best. To follow each slope, as the paper does, give a
     ``loss`` and ``meta_optimizer="rmsprop"``.
 
     Step hooks of ``optimizer``, and of optimizers that it wraps, still run. Those before the step run once, in the
@@ -79,7 +79,7 @@ class AdaptiveLR(MetaLearner):
             and leaves out steps whose gradients overflowed. Call ``scaler.update()`` afterwards, as always. Where no
             closure is needed, ``scaler.step`` does the same.
         process_group: the ranks that train one model. None: DDP's own, or found at the first meta-step
-            (:mod:`apo.distributed`).
+            (:mod:`apo.ranks.distributed`).
 
     A trial fails if Q isn't finite or leaps (:attr:`failed_trials`), or, with a reach below 1, if its slope says that
     the whole step would leap. The step is then left out, every rate is divided by e, and ``failed_trials`` counts it.

@@ -30,7 +30,7 @@ Discrepancy = Callable[[Any, Any], Tensor]
 FisherSample = Callable[[Any, torch.Generator], list[Tensor]]
 """A discrepancy's ``fisher_sample(outputs, generator)``: one cotangent per tensor of the outputs, drawn such that their
 covariance is the discrepancy's Hessian at ``new = old``. Sent back through the model they are a gradient ``w`` with
-``E wwᵀ`` the Fisher matrix. A discrepancy without it gets no start by :mod:`apo.fisher_start`."""
+``E wwᵀ`` the Fisher matrix. A discrepancy without it gets no start by :mod:`apo.fisher.start`."""
 
 
 class KL:

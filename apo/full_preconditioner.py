@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from apo import checks
 from apo.meta_learner import MetaLearner, Trial
-from apo.meta_optimizer import Learned, MetaOptimizer, MetaOptimizerName
 from apo.objective import ProximalObjective, check_objective
-from apo.placement_checks import check_unplaced
-from apo.rates import get_rate
+from apo.phi.meta_optimizer import Learned, MetaOptimizer, MetaOptimizerName
+from apo.ranks.placement_checks import check_unplaced
+from apo.rates.log_rates import get_rate
 from apo.trial import Lookahead
 
 __all__ = ["FullPreconditioner"]

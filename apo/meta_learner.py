@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from apo import checks
-from apo.accumulated import GradientsBefore
-from apo.distributed import Ranks
-from apo.finite_gradients import scale_of_gradients
-from apo.grad_scaler import Scaling
-from apo.held_parameters import HeldParameters
 from apo.inner_products import inner_products, norms
+from apo.loop.accumulated import GradientsBefore
+from apo.loop.grad_scaler import Scaling
+from apo.loop.held_parameters import HeldParameters
+from apo.loop.remembering import Remembering, apart
 from apo.objective import Anchor, Closure, Evaluation, ProximalObjective, check_trained
-from apo.rates import get_rate
-from apo.remembering import Remembering, apart
-from apo.sharding import Shards, is_placed
+from apo.ranks.distributed import Ranks
+from apo.ranks.sharding import Shards, is_placed
+from apo.rates.log_rates import get_rate
+from apo.safeguards.finite_gradients import scale_of_gradients
+from apo.safeguards.verdict import overshoots, passes
 from apo.trial import (
     CallersAutocast,
     Lookahead,
@@ -40,7 +41,6 @@ from apo.trial import (
     random_state,
     restore_random_state,
 )
-from apo.verdict import overshoots, passes
 
 __all__ = ["Elsewhere", "MetaLearner", "Trial"]
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from apo import checks
-from apo.owners import Shard
+from apo.ranks.owners import Shard
 
 __all__ = ["Method"]
 
@@ -21,7 +21,7 @@ class Method:
     """The method's constants, for ``APO(..., method=apo.Method(...))``.
 
     Args:
-        meta_optimizer: of A, B and S: ``"relative"`` (:mod:`apo.relative_steps`), ``"adam"`` or ``"rmsprop"``.
+        meta_optimizer: of A, B and S: ``"relative"`` (:mod:`apo.phi.relative_steps`), ``"adam"`` or ``"rmsprop"``.
         meta_lr: its rate. For relative steps ε, the share by which one changes A, B and S; by default 0.05. For the
             others the rate of S, divided by the block's side for A and B; by default 0.01.
         lookahead: what the trial takes. ``"whole"``: ``θ′ = θ − lr·P(G)/(1 − μ)``, the whole way that momentum
@@ -39,10 +39,10 @@ class Method:
             the layer's steps and broadcasts the weights. Call ``state_dict()`` and ``load_state_dict()`` on all ranks
             then. ``"auto"``: ``"owner"`` where a process group or DDP is given. DTensors are sharded as they lie.
         fisher_start: for the first N meta-updates, whiten P by sampled Fisher gradients too
-            (:mod:`apo.fisher_start`). Each costs one more backward on B′. None: 300, or 0 for another
+            (:mod:`apo.fisher.start`). Each costs one more backward on B′. None: 300, or 0 for another
             ``meta_optimizer``. 0: the paper's bare algorithm.
         look_back: at each meta-update, see what the step before was worth to B, and shorten steps where that is little
-            (:mod:`apo.noise_factor`). Every third look takes one more forward and backward. It needs a closure,
+            (:mod:`apo.noise.factor`). Every third look takes one more forward and backward. It needs a closure,
             momentum, and an objective without a ``loss``; without them steps are as long as the trial's.
 
     Raises:

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from apo import checks
-from apo.batches import moved, only_device, own_loader
 from apo.discrepancy import KL, Discrepancy, discrepancy_named, takes_pairs
-from apo.padding import CountedPositions, Mask, kept_positions, select
-from apo.sharding import local
+from apo.inputs.batches import moved, only_device, own_loader
+from apo.inputs.padding import CountedPositions, Mask, kept_positions, select
+from apo.ranks.sharding import local
 from apo.trial import modules_of, parameters_of, random_state, restore_random_state, without_autocast
 
 __all__ = ["Anchor", "Closure", "Evaluation", "ProximalObjective", "check_objective", "check_trained"]

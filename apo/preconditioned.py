@@ -17,36 +17,36 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from apo import checks
-from apo.arena import Arena, Parts
-from apo.fisher_sample import FisherSample
-from apo.fisher_start import FisherStart
-from apo.grad_scaler import Scaling
-from apo.held_parameters import HeldParameters
+from apo.fisher.sample import FisherSample
+from apo.fisher.spectrum import Spectrum, sampled_gradients, spectrum_of
+from apo.fisher.start import FisherStart
 from apo.inner_products import norms
-from apo.late_verdict import LateVerdicts
-from apo.look_back import LookBack
-from apo.matrix_view import matrix_views
+from apo.layers.arena import Arena, Parts
+from apo.layers.matrix_view import matrix_views
+from apo.layers.plan import Plan, plan_of
+from apo.layers.portable_state import load_portable, misfit, portable
+from apo.layers.preconditioner import PreconditionedLayer, start_momentum
+from apo.loop.grad_scaler import Scaling
+from apo.loop.held_parameters import HeldParameters
+from apo.loop.remembering import apart
 from apo.meta_learner import Elsewhere, MetaLearner, Trial
-from apo.meta_optimizer import MetaOptimizer
 from apo.method import Method, check_sizes
-from apo.noise_damping import NoiseDamping
-from apo.noise_factor import NoiseFactor
+from apo.noise.damping import NoiseDamping
+from apo.noise.factor import NoiseFactor
+from apo.noise.look_back import LookBack
 from apo.objective import ProximalObjective, check_objective
-from apo.owners import Owners
-from apo.placement_checks import check_placements, check_unplaced
-from apo.plan import Plan, plan_of
-from apo.portable_state import load_portable, misfit, portable
-from apo.preconditioner import PreconditionedLayer, start_momentum
-from apo.promise import Promise
-from apo.rate_slopes import decay_of, rate_slopes
-from apo.rates import LogRates, get_rate
-from apo.relative_steps import RelativeSteps
-from apo.remembering import apart
-from apo.scale_moves import move_scale_to_rates
-from apo.schedules import Schedules
-from apo.sharded_views import local_views
-from apo.sharding import any_over, is_placed
-from apo.spectrum import Spectrum, sampled_gradients, spectrum_of
+from apo.phi.meta_optimizer import MetaOptimizer
+from apo.phi.relative_steps import RelativeSteps
+from apo.ranks.owners import Owners
+from apo.ranks.placement_checks import check_placements, check_unplaced
+from apo.ranks.sharded_views import local_views
+from apo.ranks.sharding import any_over, is_placed
+from apo.rates.log_rates import LogRates, get_rate
+from apo.rates.scale_moves import move_scale_to_rates
+from apo.rates.schedules import Schedules
+from apo.rates.slopes import decay_of, rate_slopes
+from apo.safeguards.late_verdict import LateVerdicts
+from apo.safeguards.promise import Promise
 from apo.trial import Lookahead, Undisturbed
 
 __all__ = ["APO"]
@@ -65,12 +65,12 @@ AGREE = 0.5
 class APO(MetaLearner):
     """Learns a structured preconditioner while it trains: second-order steps without an inverse.
 
-    Each weight, read as a matrix and joined by its bias (:mod:`apo.matrix_view`), steps by ::
+    Each weight, read as a matrix and joined by its bias (:mod:`apo.layers.matrix_view`), steps by ::
 
         v ← μ v + κ·lr·P(G),   P(G) = B (S² ⊙ BᵀGA) Aᵀ      (Eq. 10)
         θ ← (1 − κ·lr·λ) θ − v
 
-    with κ <= 1, which is 1 unless noise adds up (:mod:`apo.noise_factor`). ``φ = (log lr, A, B, S)`` descends the
+    with κ <= 1, which is 1 unless noise adds up (:mod:`apo.noise.factor`). ``φ = (log lr, A, B, S)`` descends the
     proximal objective at the lookahead (Eq. 8). ``P`` starts as the identity, so training starts as SGD with momentum.
     ``lr`` scales ``P`` and is learned with it, from any initial value. Every ten meta-updates the scale that P has
     gained moves into ``lr``, unless a scheduler overwrites the rates. ``lr`` enters the momentum with the gradient, so

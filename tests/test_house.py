@@ -13,7 +13,7 @@ PACKAGES = ("apo_kernels", "apo", "benchmarks")
 
 LONGEST_FUNCTION, LONGEST_KERNEL = 65, 90
 MOST_PARAMETERS = 14
-MOST_LINES, MOST_LINES_OF_TESTS = 720, 550  # of a file
+MOST_LINES, MOST_LINES_OF_TESTS = 640, 540  # of a file
 MOST_LINES_OF_BENCHMARKS = 8_100
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

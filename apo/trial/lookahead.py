@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from apo.sharding import local
+from apo.ranks.sharding import local
 from apo.trial.autocast import forget_casts
 from apo.trial.copies import copies_of, write
 from apo.trial.restoring import set_version, surely

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from apo.sharding import local
+from apo.ranks.sharding import local
 from apo.trial.contents import Attributes, Content, restored
 from apo.trial.random_state import random_state, restore_random_state
 from apo.trial.restoring import surely

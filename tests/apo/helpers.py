@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import apo
 import apo_kernels as ak
-from apo.matrix_view import MatrixView
-from apo.preconditioner import PreconditionedLayer
+from apo.layers.matrix_view import MatrixView
+from apo.layers.preconditioner import PreconditionedLayer
 
 Problem = tuple[nn.Module, Tensor, Tensor, Tensor]
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from apo import Method
-from apo.matrix_view import MatrixView, matrix_views
-from apo.noise_factor import NoiseFactor
-from apo.promise import Promise
+from apo.layers.matrix_view import MatrixView, matrix_views
+from apo.noise.factor import NoiseFactor
+from apo.safeguards.promise import Promise
 from apo_kernels.reference import precondition, precondition_vjp
 
 Part = Tensor | None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import apo
-import apo.distributed
+import apo.ranks.distributed
 from tests.apo.helpers import apo_of
 
 STEPS = 6
@@ -181,7 +181,7 @@ SWEEPS: dict[str, Any] = {
 
 
 def two_ranks(rank: int) -> dict[str, Any]:
-    apo.distributed._PATIENCE = timedelta(seconds=2)
+    apo.ranks.distributed._PATIENCE = timedelta(seconds=2)
     found: dict[str, Any] = {}
     for kind in FRONT_ENDS:
         for name, options in {**OPTIONS, **ONLY_EQUAL}.items():

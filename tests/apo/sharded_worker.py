@@ -26,8 +26,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import apo
-from apo.promise import Promise
-from apo.sharding import local
+from apo.ranks.sharding import local
+from apo.safeguards.promise import Promise
 from tests.apo.helpers import apo_of
 from tests.apo.sharded_models import MODELS, data, groups, mlp, shard_fully, sharded
 

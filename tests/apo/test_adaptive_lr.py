@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import apo
-from apo.linearity import check_linear
+from apo.wrapped.linearity import check_linear
 from tests.apo.helpers import begun, closure_of, mlp, objective, same, weights
 
 Make = Callable[[Any], torch.optim.Optimizer]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import apo
-from apo.batches import moved, only_device
+from apo.inputs.batches import moved, only_device
 
 META = torch.device("meta")
 Pair = namedtuple("Pair", "inputs targets")

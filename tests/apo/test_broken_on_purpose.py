@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import apo_kernels as ak
-from apo import adaptive_lr, arena, meta_learner, objective, preconditioned, snapshot, trial
+from apo import adaptive_lr, meta_learner, objective, preconditioned, trial
+from apo.layers import arena
+from apo.wrapped import snapshot
 from tests.apo import test_adaptive_lr, test_first_trials, test_meta_gradient, test_noise_factor, test_trial
 from tests.apo.helpers import mlp
 

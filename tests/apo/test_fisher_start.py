@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import apo
 import apo_kernels as ak
-from apo.arena import Arena
-from apo.fisher_start import FisherStart, _noise
-from apo.preconditioner import PreconditionedLayer
+from apo.fisher.start import FisherStart, _noise
+from apo.layers.arena import Arena
+from apo.layers.preconditioner import PreconditionedLayer
 from apo.proximal import hessian
 from tests.apo.helpers import apo_of, closure_of, mlp, objective, precondition, same, weights
 

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import apo
-from apo.linearity import check_linear
-from apo.rates import set_rate
+from apo.rates.log_rates import set_rate
+from apo.wrapped.linearity import check_linear
 from tests.apo.helpers import begun, closure_of, mlp, objective, same, weights
 from tests.apo.optimizers import (
     BASES,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from apo import inner_products
-from apo.snapshot import Gradients, OptimizerSnapshot
 from apo.trial import copies_of, write
 from apo.trial.contents import Content
+from apo.wrapped.snapshot import Gradients, OptimizerSnapshot
 from tests.apo.test_operations import Operations
 
 

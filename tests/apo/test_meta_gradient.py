@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apo
-from apo.fisher_start import FisherStart
-from apo.meta_optimizer import MetaOptimizer
-from apo.relative_steps import RelativeSteps
+from apo.fisher.start import FisherStart
+from apo.phi.meta_optimizer import MetaOptimizer
+from apo.phi.relative_steps import RelativeSteps
 from apo_kernels import blocks_from_dense, blocks_to_dense
 from tests.apo.helpers import Problem, apo_of, closure_of, convnet, difference, mlp, objective, scattered
 

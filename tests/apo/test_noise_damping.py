@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import apo
-from apo.fisher_start import FisherStart
-from apo.noise_damping import NoiseDamping
+from apo.fisher.start import FisherStart
+from apo.noise.damping import NoiseDamping
 from tests.apo.helpers import closure_of, convnet, mlp, objective, same, weights
 
 

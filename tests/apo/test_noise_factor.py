@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import apo
-from apo.noise_factor import NoiseFactor
+from apo.noise.factor import NoiseFactor
 from tests.apo.helpers import closure_of, mlp, objective, weights
 
 

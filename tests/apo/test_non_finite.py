@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import apo
-from apo.late_verdict import LateVerdict
+from apo.safeguards.late_verdict import LateVerdict
 from tests.apo.helpers import closure_of, mlp, same, weights
 
 

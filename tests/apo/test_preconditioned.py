@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apo
-from apo.matrix_view import matrix_views
+from apo.layers.matrix_view import matrix_views
 from tests.apo.helpers import closure_of, convnet, mlp, objective, same, scattered, weights
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import apo
 from apo import preconditioned
-from apo.meta_optimizer import Learned
-from apo.preconditioner import PreconditionedLayer
-from apo.relative_steps import RelativeSteps
-from apo.shared_storage import SharedSquares
+from apo.layers.preconditioner import PreconditionedLayer
+from apo.phi.meta_optimizer import Learned
+from apo.phi.relative_steps import RelativeSteps
+from apo.phi.shared_storage import SharedSquares
 from tests.apo.helpers import apo_of, closure_of, convnet, mlp, objective, precondition, weights
 
 RATE = 0.1

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import apo_kernels as ak
-from apo.matrix_view import Side
-from apo.owners import balanced
-from apo.portable_state import _squares
+from apo.layers.matrix_view import Side
+from apo.layers.portable_state import _squares
+from apo.ranks.owners import balanced
 from tests.apo import sharded_worker
 from tests.apo.helpers import played_by_forks
 from tests.apo.sharded_worker import CASES, Case, title

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import apo
 import apo_kernels as ak
-from apo.spectrum import SpectrumRow, _along_basis
+from apo.fisher.spectrum import SpectrumRow, _along_basis
 from tests.apo.helpers import apo_of, closure_of, convnet, mlp, objective, weights
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import apo
-from apo.steady_steps import SteadySteps
+from apo.rates.steady_steps import SteadySteps
 
 EARLY = 1 / 20
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apo
-from apo.promise import Promise
+from apo.safeguards.promise import Promise
 from tests.apo.helpers import weights
 from tests.apo.per_layer import PerLayer
 

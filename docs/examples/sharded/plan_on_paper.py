@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import apo
-from apo.plan import Plan
+from apo.layers.plan import Plan
 
 
 def gpt2_xl() -> nn.Module:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import apo_kernels as ak
-from apo.fisher_sample import send_sample_back
+from apo.fisher.sample import send_sample_back
+from apo.layers.preconditioner import PreconditionedLayer
 from apo.objective import ProximalObjective
-from apo.preconditioner import PreconditionedLayer
 
 __all__ = ["Spectrum", "SpectrumRow", "sampled_gradients", "spectrum_of"]
 

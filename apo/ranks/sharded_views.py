@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from apo.matrix_view import MatrixView
-from apo.placement_checks import check_matrix
-from apo.sharding import local, shards_of
+from apo.layers.matrix_view import MatrixView
+from apo.ranks.placement_checks import check_matrix
+from apo.ranks.sharding import local, shards_of
 
 __all__ = ["local_views"]
 

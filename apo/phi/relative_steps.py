@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import apo_kernels as ak
-from apo.meta_optimizer import Learned, count_updates
-from apo.shared_storage import SharedScalings, SharedSquares, shared
+from apo.phi.meta_optimizer import Learned, count_updates
+from apo.phi.shared_storage import SharedScalings, SharedSquares, shared
 
 __all__ = ["RelativeSteps"]
 

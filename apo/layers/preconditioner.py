@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import apo_kernels as ak
-from apo.matrix_view import MatrixView, Side
-from apo.meta_optimizer import Learned
-from apo.shared_storage import matrices_of_one
+from apo.layers.matrix_view import MatrixView, Side
+from apo.phi.meta_optimizer import Learned
+from apo.phi.shared_storage import matrices_of_one
 
 __all__ = ["PreconditionedLayer", "start_momentum"]
 
@@ -127,7 +127,7 @@ class PreconditionedLayer:
         return self.S.device != weight.device or self.S.dtype != torch.promote_types(weight.dtype, torch.float32)
 
     def momentum_parts(self) -> tuple[Tensor, ...]:
-        """The momentum buffer as matrices side by side, like :meth:`~apo.matrix_view.MatrixView.matrices`."""
+        """The momentum buffer as matrices side by side, like :meth:`~apo.layers.matrix_view.MatrixView.matrices`."""
         assert self.momentum is not None
         widths = self.view.widths
         return (self.momentum,) if len(widths) == 1 else torch.split(self.momentum, list(widths), -1)

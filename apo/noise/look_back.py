@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from apo.arena import Arena, Parts
-from apo.distributed import Ranks
+from apo.layers.arena import Arena, Parts
 from apo.meta_learner import Elsewhere
-from apo.noise_factor import NoiseFactor
+from apo.noise.factor import NoiseFactor
+from apo.ranks.distributed import Ranks
 
 __all__ = ["LookBack"]
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apo.matrix_view import MatrixView, Side
-from apo.preconditioner import PreconditionedLayer
-from apo.sharding import is_placed, local, shards_of
+from apo.layers.matrix_view import MatrixView, Side
+from apo.layers.preconditioner import PreconditionedLayer
+from apo.ranks.sharding import is_placed, local, shards_of
 
 __all__ = ["load_portable", "misfit", "portable"]
 

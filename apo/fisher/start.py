@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import apo_kernels as ak
-from apo.arena import Arena, Parts
-from apo.preconditioner import PreconditionedLayer
-from apo.sharding import sum_over, sum_over_
+from apo.layers.arena import Arena, Parts
+from apo.layers.preconditioner import PreconditionedLayer
+from apo.ranks.sharding import sum_over, sum_over_
 
 __all__ = ["FisherStart"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import apo_kernels as ak
-from apo.matrix_view import MatrixView
-from apo.preconditioner import PreconditionedLayer
-from apo.sharding import Shards, is_placed, local, over
+from apo.layers.matrix_view import MatrixView
+from apo.layers.preconditioner import PreconditionedLayer
+from apo.ranks.sharding import Shards, is_placed, local, over
 
 __all__ = ["Plan", "PlanRow", "plan_of"]
 
@@ -134,8 +134,8 @@ def plan_of(
     starts: bool,
     looks: bool,
 ) -> Plan:
-    """The plan of these layers of the model; ``starts``: with what :mod:`apo.fisher_start` holds for a while;
-    ``looks``: with what :mod:`apo.noise_factor` asks for."""
+    """The plan of these layers of the model; ``starts``: with what :mod:`apo.fisher.start` holds for a while;
+    ``looks``: with what :mod:`apo.noise.factor` asks for."""
     held = {id(p) for layer in layers for p in layer.view.parameters}
     left_out = tuple(
         f"{name} ({'frozen' if not p.requires_grad else 'in no param group'})"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from apo.rates import get_rate, set_rate
+from apo.rates.log_rates import get_rate, set_rate
 from apo.trial import (
     UNCHANGING,
     Lookahead,

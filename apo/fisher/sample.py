@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apo.distributed import Ranks
 from apo.inner_products import norms
 from apo.objective import ProximalObjective
-from apo.sharding import Shards, is_placed
+from apo.ranks.distributed import Ranks
+from apo.ranks.sharding import Shards, is_placed
 from apo.trial import without_autocast
 
 __all__ = ["FisherSample", "send_sample_back"]

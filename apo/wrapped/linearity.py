@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from apo.rates import get_rate, set_rate
-from apo.sharding import Shards, local, sum_over
-from apo.snapshot import Gradients, OptimizerSnapshot, copied, with_wrapped, without_hooks
+from apo.ranks.sharding import Shards, local, sum_over
+from apo.rates.log_rates import get_rate, set_rate
 from apo.trial import Lookahead, copies_of, random_state, restore_random_state, surely
+from apo.wrapped.snapshot import Gradients, OptimizerSnapshot, copied, with_wrapped, without_hooks
 
 __all__ = ["check_linear", "is_proportional"]
 

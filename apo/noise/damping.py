@@ -10,12 +10,12 @@ __all__ = ["NoiseDamping"]
 
 
 class NoiseDamping:
-    """The δ of ``(F + δI)⁻¹`` where noise adds up (:mod:`apo.fisher_start`).
+    """The δ of ``(F + δI)⁻¹`` where noise adds up (:mod:`apo.fisher.start`).
 
     An inverse treats all directions alike. But of those with little curvature a batch says little: what it says is
     noise, and long steps along them cost others what the rest gains. A larger δ shortens these steps. With σ² the mean
     square of a gradient's entries, which is their noise where noise adds up, J the loss, and κ the noise factor
-    (:mod:`apo.noise_factor`), ::
+    (:mod:`apo.noise.factor`), ::
 
         δ = 10 σ² / (1 + J) · min(4 (1 − κ), 1)
 

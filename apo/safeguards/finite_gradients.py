@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from apo.inner_products import norms
-from apo.sharding import Shards
+from apo.ranks.sharding import Shards
 
 __all__ = ["scale_of_gradients"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apo.sharding import local
+from apo.ranks.sharding import local
 
 __all__ = ["GradientsBefore"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apo.sharding import is_placed, local, shards_of
+from apo.ranks.sharding import is_placed, local, shards_of
 
 __all__ = ["check_matrix", "check_placements", "check_unplaced"]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import apo_kernels as ak
 from apo.inner_products import inner_products
-from apo.preconditioner import PreconditionedLayer
-from apo.rates import get_rate
-from apo.sharding import local, over, sum_over
+from apo.layers.preconditioner import PreconditionedLayer
+from apo.ranks.sharding import local, over, sum_over
+from apo.rates.log_rates import get_rate
 
 __all__ = ["decay_of", "rate_slopes"]
 

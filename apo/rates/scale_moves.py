@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from apo.arena import Arena
-from apo.rates import LogRates
+from apo.layers.arena import Arena
+from apo.rates.log_rates import LogRates
 
 __all__ = ["move_scale_to_rates"]
 

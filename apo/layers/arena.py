@@ -11,10 +11,10 @@ from torch import Tensor
 
 import apo_kernels as ak
 from apo.inner_products import norms
-from apo.meta_optimizer import Learned
-from apo.owners import Owners
-from apo.preconditioner import PreconditionedLayer
-from apo.sharding import local, sum_over, sum_over_, summed_once
+from apo.layers.preconditioner import PreconditionedLayer
+from apo.phi.meta_optimizer import Learned
+from apo.ranks.owners import Owners
+from apo.ranks.sharding import local, sum_over, sum_over_, summed_once
 
 __all__ = ["Arena", "Parts"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apo import checks
-from apo.sharding import Over
+from apo.ranks.sharding import Over
 
 __all__ = ["EPS", "Learned", "MetaOptimizer", "MetaOptimizerName", "count_updates"]
 
@@ -32,7 +32,7 @@ class Learned:
         count: 0-d float32 on the CPU, how many meta-updates it had; one for all tensors of a layer.
         block: whether it is a block A or B, not a scaling S.
         buffers: running means, by name.
-        over: the groups of the ranks that hold its other parts (:mod:`apo.sharding`).
+        over: the groups of the ranks that hold its other parts (:mod:`apo.ranks.sharding`).
         alike: the groups of the ranks that hold the same and learn it from the sum of their derivatives.
         ones: 0-d on the CPU: what stands on the diagonal of what sticks out of a side, scaled as all of the block is.
         entries: of how many entries the whole of it is; None: its own.

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from apo import checks
-from apo.schedules import Schedules
-from apo.steady_steps import SteadySteps
+from apo.rates.schedules import Schedules
+from apo.rates.steady_steps import SteadySteps
 
 __all__ = ["LogRates", "RateOptimizer", "get_rate", "set_rate"]
 
@@ -46,7 +46,7 @@ class LogRates:
             first steps are up to ``1/√(1 − meta_decay)`` times the rate, which helps a rate recover from a poor start.
             Relative steps divide each slope by its size, clamp it to ±1 and average it (:attr:`RELATIVE_BETA`):
             no change is larger than ``meta_lr``, whatever the magnitude of the slopes. Steady ones:
-            :class:`~apo.steady_steps.SteadySteps`.
+            :class:`~apo.rates.steady_steps.SteadySteps`.
         meta_decay: of the running mean of squared slopes.
         fitted: whether Q's loss is on B, which the step was fitted to; of steady steps.
         shared_lr: one factor for all groups, whose rates keep their ratios.

@@ -26,7 +26,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from apo.sharding import Over, local
+from apo.ranks.sharding import Over, local
 
 __all__ = ["MatrixView", "Side", "matrix_views", "side"]
 
@@ -92,7 +92,8 @@ class MatrixView:
         whole: of a matrix that is cut over ranks, the whole one; this is then the part that this rank holds.
         over: the groups of the ranks that hold the other parts; of those, ``row_over`` cut the ``m`` side and
             ``column_over`` the ``n`` side.
-        owner: the rank that alone holds the preconditioner (:mod:`apo.owners`); None: every rank that has the weight.
+        owner: the rank that alone holds the preconditioner (:mod:`apo.ranks.owners`); None: every rank that has the
+            weight.
         held: whether that is this rank, or any.
     """
 

@@ -8,8 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from apo.meta_optimizer import Learned
-from apo.sharding import Over, sum_over
+from apo.phi.meta_optimizer import Learned
+from apo.ranks.sharding import Over, sum_over
 
 __all__ = ["Numbers", "SharedScalings", "SharedSquares", "matrices_of_one", "shared"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import apo_kernels as ak
-from apo.distributed import distributed_data_parallel
-from apo.matrix_view import MatrixView
-from apo.sharding import known, local
+from apo.layers.matrix_view import MatrixView
+from apo.ranks.distributed import distributed_data_parallel
+from apo.ranks.sharding import known, local
 
 __all__ = ["Owners", "Shard", "balanced"]
 

@@ -1,0 +1,1 @@
+"""The batches B′: where they lie, and which of their positions count."""

@@ -1,0 +1,1 @@
+"""The model's matrices with their preconditioners, one by one and as one operator."""

@@ -1,0 +1,1 @@
+"""What a training loop does around a step: GradScalers, accumulation, checkpoints, parameters that change."""

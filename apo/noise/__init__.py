@@ -1,0 +1,1 @@
+"""Steps where gradients are noisy."""

@@ -1,0 +1,1 @@
+"""Steps of φ down the meta-gradient."""

@@ -1,0 +1,1 @@
+"""Many processes: replicas, shards, owners."""

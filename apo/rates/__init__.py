@@ -1,0 +1,1 @@
+"""Learned rates: their slopes, their steps, and schedulers beside them."""

@@ -1,0 +1,1 @@
+"""What keeps a step or a trial from doing harm."""
