@@ -4,7 +4,7 @@ Notation (Eq. 10 of Bae et al., NeurIPS 2022): a gradient ``G`` ``(*batch, m, n)
 shape, and blocks ``A`` for the ``n`` side and ``B`` for the ``m`` side, each full or a block-diagonal stack
 (:mod:`apo_kernels.blocks`). Dtypes float32, bfloat16 and float16 mix freely and are summed in float32;
 float64 mixes with nothing. Any strides are taken. On every path ``S²`` and the intermediate products are
-float32 (float64), and a result is rounded once.
+float32 (float64), and a result is rounded once. Autocast changes nothing.
 
 Every function takes ``backend=``: ``None`` for the best that serves the tensors, or a backend's name, which may say how
 float32 operands are multiplied (``"triton:tf32"``; :mod:`apo_kernels.dispatch`). See :func:`explain`.
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from apo_kernels import checks, ops
 from apo_kernels.aten import Kept
+from apo_kernels.autocast import without_autocast
 from apo_kernels.dispatch import choose, serving
 
 __all__ = [
@@ -47,6 +48,7 @@ def precondition(
 def precondition(
     G: Tensor, A: Tensor, B: Tensor, S: Tensor, *, keep: Literal[True], backend: str | None = ...
 ) -> tuple[Tensor, Kept]: ...
+@without_autocast
 def precondition(
     G: Tensor, A: Tensor, B: Tensor, S: Tensor, *, keep: bool = False, backend: str | None = None
 ) -> Tensor | tuple[Tensor, Kept]:
@@ -98,6 +100,7 @@ def foreach_precondition(
 def foreach_precondition(
     Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, *, keep: Literal[True], backend: str | None = ...
 ) -> tuple[list[Tensor], list[Kept]]: ...
+@without_autocast
 def foreach_precondition(
     Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, *, keep: bool = False, backend: str | None = None
 ) -> list[Tensor] | tuple[list[Tensor], list[Kept]]:
@@ -118,6 +121,7 @@ def foreach_precondition(
     return serving(backend, Gs).foreach_precondition(Gs, As, Bs, Ss)
 
 
+@without_autocast
 def precondition_vjp(
     G: Tensor,
     A: Tensor,
@@ -171,6 +175,7 @@ def precondition_vjp(
     return _checked_vjp(([G], [A], [B], [S], [V]), held, wanted, relative, backend)[0]
 
 
+@without_autocast
 def foreach_precondition_vjp(
     Gs: Tensors,
     As: Tensors,
@@ -197,6 +202,7 @@ def foreach_precondition_vjp(
     return _checked_vjp((Gs, As, Bs, Ss, Vs), kept, wanted, relative, backend)
 
 
+@without_autocast
 def foreach_precondition_step_(
     thetas: Tensors,
     Gs: Tensors,
@@ -271,6 +277,7 @@ class BoundStep:
         self._buffers, self._backend = momentum_buffers, backend
         self._bind()
 
+    @without_autocast
     def __call__(self, *, lr: float | Tensor, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         """A step, with the scalars of :func:`foreach_precondition_step_`."""
         thetas, Gs, *_ = self._operands

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from apo_kernels import checks, reference
 from apo_kernels.aten import Kept, accumulation_dtype, aligned_empty
+from apo_kernels.autocast import without_autocast
+from apo_kernels.differentiable import differentiable
 from apo_kernels.dispatch import serving
 from apo_kernels.flops import precondition_flops, precondition_vjp_flops
 
@@ -35,6 +37,7 @@ with ``mode="reduce-overhead"``: such graphs end before these operators and begi
 
 
 @torch.library.custom_op("apo_kernels::precondition", mutates_args=(), tags=_TAGS)
+@without_autocast
 def precondition(G: Tensor, A: Tensor, B: Tensor, S: Tensor, backend: str | None = None) -> Tensor:
     """``P(G)``. Its backward recomputes the forward's products: the least memory."""
     checks.operands(G, A, B, S)
@@ -42,6 +45,7 @@ def precondition(G: Tensor, A: Tensor, B: Tensor, S: Tensor, backend: str | None
 
 
 @torch.library.custom_op("apo_kernels::foreach_precondition", mutates_args=(), tags=_TAGS)
+@without_autocast
 def foreach_precondition(
     Gs: Sequence[Tensor],
     As: Sequence[Tensor],
@@ -55,6 +59,7 @@ def foreach_precondition(
 
 
 @torch.library.custom_op("apo_kernels::foreach_precondition_keep", mutates_args=(), tags=_TAGS)
+@without_autocast
 def foreach_precondition_keep(
     Gs: Sequence[Tensor],
     As: Sequence[Tensor],
@@ -70,6 +75,7 @@ def foreach_precondition_keep(
 
 
 @torch.library.custom_op("apo_kernels::foreach_precondition_vjp", mutates_args=(), tags=_TAGS)
+@without_autocast
 def foreach_precondition_vjp(
     Gs: Sequence[Tensor],
     As: Sequence[Tensor],
@@ -96,6 +102,7 @@ def foreach_precondition_vjp(
 @torch.library.custom_op(
     "apo_kernels::foreach_precondition_step_", mutates_args=("thetas", "momentum_buffers"), tags=_TAGS
 )
+@without_autocast
 def foreach_precondition_step_(
     thetas: Sequence[Tensor],
     Gs: Sequence[Tensor],
@@ -197,7 +204,7 @@ def _vjp(
     results = []
     for each in zip(*operands, Vs, strict=True):
         wide = [x.to(accumulation_dtype(x.dtype)) for x in each]
-        results.append(dict(zip("GABS", reference.precondition_vjp(*wide), strict=True)))
+        results.append(dict(zip("GABS", differentiable(reference.precondition_vjp, *wide), strict=True)))
     return results
 
 

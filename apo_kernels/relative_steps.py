@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from apo_kernels.autocast import without_autocast
 from apo_kernels.dispatch import serving
 
 __all__ = ["relative_step_scalings_", "relative_step_squares_"]
@@ -25,6 +26,7 @@ Numbers = float | Tensor
 """One number for all, or a tensor of one each."""
 
 
+@without_autocast
 @torch.no_grad()
 def relative_step_squares_(
     X: Tensor,
@@ -69,6 +71,7 @@ def relative_step_squares_(
         )
 
 
+@without_autocast
 @torch.no_grad()
 def relative_step_scalings_(
     S: Tensor,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from apo_kernels import checks
+from apo_kernels.autocast import without_autocast
 from apo_kernels.dispatch import serving
 from apo_kernels.slopes import ModelEnergies, ModelSlopes, Parts
 
@@ -56,6 +57,7 @@ class ModelPreconditioner:
         self._knows = getattr(self._bound, "knows", None)
         self._buffers: tuple[list[Tensor | None], list[int]] = [], []
 
+    @without_autocast
     def step_(
         self,
         thetas: Parts,
@@ -95,6 +97,7 @@ class ModelPreconditioner:
         with torch.no_grad():
             return self._bound.step_(thetas, Gs, momentum_buffers, lr, momentum, weight_decay, most, shares, total)
 
+    @without_autocast
     def trial_(
         self,
         thetas: Parts,
@@ -116,6 +119,7 @@ class ModelPreconditioner:
         with torch.no_grad():
             return self._bound.trial_(thetas, Gs, momentum_buffers, lengths, momentum, shrink)
 
+    @without_autocast
     def slopes(self, Vs: Parts, kept: object, *, lengths: Sequence[float]) -> ModelSlopes:
         """The slopes of an objective at a trial.
 
@@ -128,12 +132,14 @@ class ModelPreconditioner:
         with torch.no_grad():
             return self._bound.slopes(Vs, kept, lengths)
 
+    @without_autocast
     def keep(self, Gs: Parts) -> object:
         """What :meth:`slopes` needs of gradients that no trial is made with."""
         self._check(Gs, Gs)
         with torch.no_grad():
             return self._bound.keep(Gs)
 
+    @without_autocast
     def energies(self, Gs: Parts) -> ModelEnergies:
         """How far ``S ⊙ BᵀGA`` is from white, for gradients that no trial is made with."""
         self._check(Gs, Gs)

@@ -1,0 +1,62 @@
+"""Functions in plain torch that can be differentiated in any way and to any order, whatever autocast is active.
+
+Torch's own derivatives of a product are products that autocast lowers where it is active in a backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apo_kernels.autocast import without_autocast
+
+__all__ = ["differentiable"]
+
+
+def differentiable(function: Callable[..., tuple[Tensor, ...]], *operands: Tensor) -> tuple[Tensor, ...]:
+    """``function(*operands)``, whose derivatives are such functions too."""
+    results: tuple[Tensor, ...] = _Differentiable.apply(function, *operands)  # type: ignore[no-untyped-call]
+    return results
+
+
+class _Differentiable(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    @without_autocast
+    def forward(function: Callable[..., tuple[Tensor, ...]], *operands: Tensor) -> tuple[Tensor, ...]:
+        return function(*operands)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.function, *operands = inputs
+        ctx.save_for_backward(*operands)
+        ctx.save_for_forward(*operands)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        function, operands = ctx.function, ctx.saved_tensors
+        count = len(operands)
+
+        def vjp(*both: Tensor) -> tuple[Tensor, ...]:
+            found: tuple[Tensor, ...] = torch.func.vjp(function, *both[:count])[1](both[count:])
+            return found
+
+        return None, *differentiable(vjp, *operands, *cotangents)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        function, operands = ctx.function, ctx.saved_tensors
+        count = len(operands)
+
+        def jvp(*both: Tensor) -> tuple[Tensor, ...]:
+            # By two reverse passes, the first of which is linear in u: torch doesn't nest its forward mode.
+            results, vjp = torch.func.vjp(function, *both[:count])
+            found: tuple[Tensor, ...] = torch.func.vjp(lambda *u: vjp(u), *results)[1](both[count:])
+            return found
+
+        given = (torch.zeros_like(x) if t is None else t for x, t in zip(operands, tangents, strict=True))
+        return differentiable(jvp, *operands, *given)
