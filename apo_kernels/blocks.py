@@ -119,12 +119,13 @@ def relative_derivative(block: Tensor, derivative: Tensor, size: int) -> Tensor:
     """``XᵀdX`` of a block ``X`` of a side of this length and its derivative ``dX``, in ``dX``'s dtype.
 
     It is the derivative with respect to ``E`` at ``X (I + E)``. Of a last square that sticks out, only what has an
-    effect is multiplied.
+    effect is read.
     """
-    found = block.mT.to(derivative.dtype) @ derivative
-    if size % max(block.shape[-1], 1):
-        found[..., -1, size % block.shape[-1] :, :] = 0
-    return found
+    b = max(block.shape[-1], 1)
+    if rest := size % b:  # it may hold anything there: NaN times zero is NaN
+        last = torch.nn.functional.pad(block[..., -1:, :rest, :rest], (0, b - rest, 0, b - rest))
+        block = torch.cat((block[..., :-1, :, :], last), -3)
+    return block.mT.to(derivative.dtype) @ derivative
 
 
 def check_size(name: str, value: object, *, least: int) -> None:

@@ -109,6 +109,30 @@ def test_batches_are_matrices_one_by_one(
                 assert relative_error(f, t) < 1e-12
 
 
+def beyond(block: Tensor, side: int) -> Tensor:
+    """The block, with NaN in what sticks out of its side."""
+    count, b = block.shape[-3:-1]
+    inside = torch.arange(count * b).view(count, b) < side
+    return block.masked_fill(~(inside[:, :, None] & inside[:, None, :]), torch.nan)
+
+
+def check_what_sticks_out(backend: str) -> None:
+    layer = make(5, 7, 4, 4, dtype=torch.float32)
+    own = layer.G, beyond(layer.A, 7), beyond(layer.B, 5), layer.S
+    assert torch.isnan(own[1]).any()
+    assert relative_error(ak.precondition(*own, backend=backend), layer.forward()) < 1e-5
+    for relative in (False, True):
+        found = ak.precondition_vjp(*own, layer.V, wanted="GABS", relative=relative, backend=backend)
+        exact = reference.precondition_vjp(*(x.double() for x in (*own, layer.V)), relative=relative)
+        for x, y, truth in zip(found, exact, layer.derivatives(relative=relative).values(), strict=True):
+            assert relative_error(x, truth) < 1e-5
+            assert relative_error(y, truth) < 1e-12
+
+
+def test_what_sticks_out_of_a_side_is_not_read() -> None:
+    check_what_sticks_out("aten")
+
+
 @pytest.mark.parametrize(("m", "n"), [(0, 3), (3, 0), (0, 0)])
 @pytest.mark.parametrize(("b_A", "b_B"), [(None, None), (2, 2)])
 def test_empty(m: int, n: int, b_A: int | None, b_B: int | None) -> None:

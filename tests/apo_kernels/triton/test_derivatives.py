@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import apo_kernels as ak
+from tests.apo_kernels.test_functional import check_what_sticks_out
 from tests.apo_kernels.triton.examples import DTYPES, EVEN, FORMS_BY_DTYPE, ODD, TOLERANCE, Model, assert_close, model
 from tests.apo_kernels.triton.test_forward import strided
 
@@ -48,6 +49,10 @@ def test_what_isnt_wanted_changes_nothing(wanted: str, side: int | None) -> None
 @pytest.mark.parametrize("wanted", ["GABS", "BS"])
 def test_relative_to_the_blocks(dtype: torch.dtype, A: int | None, B: int | None, wanted: str) -> None:
     check(model(((33, 70), (7, 13), (0, 5)), dtype, A=A, B=B), dtype, wanted, relative=True)
+
+
+def test_what_sticks_out_of_a_side_is_not_read() -> None:
+    check_what_sticks_out("triton")
 
 
 @pytest.mark.parametrize("how", ["transposed", "sliced", "spaced"])
