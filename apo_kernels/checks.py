@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations
 
 import torch
@@ -17,6 +17,7 @@ from apo_kernels.slopes import Parts
 __all__ = [
     "addresses",
     "buffers",
+    "fake_address",
     "foreach_operands",
     "kept_list",
     "kept_products",
@@ -62,8 +63,7 @@ def _plainly_fit(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, Vs: Tensors
     """Whether these are lists of equal length whose every entry is of the common case, one matrix and its blocks, full
     or in squares: what isn't is looked at closely.
 
-    One flat loop over the attributes that are cheapest to read, because looking closely takes longer than a small
-    layer.
+    One flat loop over the attributes that are cheapest to read, for looking closely takes longer than a small layer.
     """
     if not (type(Gs) in _LISTS and type(As) in _LISTS and type(Bs) in _LISTS and type(Ss) in _LISTS):
         return False
@@ -391,26 +391,36 @@ def step_tensors(
             _writable(f"{name}[{i}]", x)
 
 
-def no_shared_memory(thetas: Tensors, momentum_buffers: Tensors | None, **read: Sequence[Tensor]) -> None:
-    """Refuse one memory under two names where one of them is written: tied weights are to be listed once.
-
-    Apart from :func:`step`, because fake tensors have no addresses.
-    """
+def no_shared_memory(
+    thetas: Tensors,
+    momentum_buffers: Tensors | None,
+    address: Callable[[Tensor], Hashable] = Tensor.data_ptr,
+    **read: Sequence[Tensor],
+) -> None:
+    """Refuse one memory under two names where one of them is written: tied weights are to be listed once."""
     written = {"thetas": thetas, "momentum_buffers": momentum_buffers or ()}
-    own = [x.data_ptr() for tensors in written.values() for x in tensors]
-    if len(set(own)) == len(own) and set(own).isdisjoint([x.data_ptr() for tensors in read.values() for x in tensors]):
+    own = [address(x) for tensors in written.values() for x in tensors]
+    if len(set(own)) == len(own) and set(own).isdisjoint([address(x) for tensors in read.values() for x in tensors]):
         return
-    owners: dict[int, tuple[str, int]] = {}
+    owners: dict[Hashable, tuple[str, int]] = {}
     for name, tensors in (*written.items(), *read.items()):
         for i, x in enumerate(tensors):
-            address = x.data_ptr()
-            if address == 0:  # empty, or on the meta device
+            address_of_x = address(x)
+            if address_of_x == 0:  # empty, or on the meta device
                 continue
-            if address in owners:
-                other, j = owners[address]
+            if address_of_x in owners:
+                other, j = owners[address_of_x]
                 raise ValueError(f"{other}[{j}] is written and must not share memory with {name}[{i}], but does")
             if name in written:
-                owners[address] = name, i
+                owners[address_of_x] = name, i
+
+
+def fake_address(x: Tensor) -> Hashable:
+    """What stands for the address of a tensor without data: which storage it has, and where in it."""
+    if not x.numel():
+        return 0
+    offset = x.storage_offset()
+    return x.untyped_storage()._cdata, offset if isinstance(offset, int) else id(x)
 
 
 def not_negated(**lists: Tensors) -> None:

@@ -54,7 +54,7 @@ class _Differentiable(torch.autograd.Function):
 
         def jvp(*both: Tensor) -> tuple[Tensor, ...]:
             # By two reverse passes, the first of which is linear in u: torch doesn't nest its forward mode.
-            results, vjp = torch.func.vjp(function, *both[:count])
+            results, vjp = torch.func.vjp(function, *both[:count])  # type: ignore[misc]
             found: tuple[Tensor, ...] = torch.func.vjp(lambda *u: vjp(u), *results)[1](both[count:])
             return found
 

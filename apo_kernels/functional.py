@@ -39,6 +39,9 @@ __all__ = [
 
 Tensors = Sequence[Tensor]
 
+_KEEP = "keep=True builds no graph"
+_IN_PLACE = "it is written in place"
+
 
 @overload
 def precondition(
@@ -76,7 +79,7 @@ def precondition(
     checks.operands(G, A, B, S)
     Gs, As, Bs, Ss = [G], [A], [B], [S]
     if keep:
-        checks.no_graph("keep=True builds no graph", G=Gs, A=As, B=Bs, S=Ss)
+        checks.no_graph(_KEEP, G=Gs, A=As, B=Bs, S=Ss)
         Ys, kept = serving(backend, Gs).foreach_precondition_keep(Gs, As, Bs, Ss)
         return Ys[0], kept[0]
     if checks.watched(Gs, As, Bs, Ss):
@@ -113,7 +116,7 @@ def foreach_precondition(
         return _compiled_foreach_precondition(Gs, As, Bs, Ss, keep, backend)
     checks.foreach_operands(Gs, As, Bs, Ss)
     if keep:
-        checks.no_graph("keep=True builds no graph", Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+        checks.no_graph(_KEEP, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
         return serving(backend, Gs).foreach_precondition_keep(Gs, As, Bs, Ss)
     if checks.watched(Gs, As, Bs, Ss):
         results: list[Tensor] = ops.foreach_precondition_keep(Gs, As, Bs, Ss, backend)
@@ -191,9 +194,10 @@ def foreach_precondition_vjp(
     """:func:`precondition_vjp` of a whole model: lists of equal length, one entry per layer; a list of tuples."""
     checks.wanted_letters(wanted)
     if torch.compiler.is_compiling():
-        flat: list[Tensor] = ops.foreach_precondition_vjp(
-            Gs, As, Bs, Ss, Vs, ops.flatten_kept(kept or []), wanted, backend, relative
-        )
+        with torch.no_grad():
+            flat: list[Tensor] = ops.foreach_precondition_vjp(
+                Gs, As, Bs, Ss, Vs, ops.flatten_kept(kept or []), wanted, backend, relative
+            )
         step = len(wanted)
         return [tuple(flat[i : i + step]) for i in range(0, len(flat), step)]
     checks.foreach_operands(Gs, As, Bs, Ss, Vs)
@@ -236,6 +240,7 @@ def foreach_precondition_step_(
             mode, overlaps itself, or shares its memory with another argument. Nothing has been written then.
     """
     if torch.compiler.is_compiling():
+        checks.no_graph(_IN_PLACE, thetas=thetas, momentum_buffers=momentum_buffers or ())
         rate, rate_tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
         ops.foreach_precondition_step_(
             thetas, Gs, As, Bs, Ss, momentum_buffers or [], rate, rate_tensor, momentum, weight_decay, backend
@@ -284,7 +289,7 @@ class BoundStep:
         checks.step_scalars(Gs, self._buffers, lr, momentum, weight_decay)
         if list(map(Tensor.data_ptr, self._tensors)) != self._pointers:
             self._bind()
-        checks.no_graph("it is written in place", thetas=thetas, momentum_buffers=self._buffers or ())
+        checks.no_graph(_IN_PLACE, thetas=thetas, momentum_buffers=self._buffers or ())
         with torch.no_grad():
             self._step(lr, momentum, weight_decay)
 
@@ -321,6 +326,8 @@ def _compiled_precondition(
     G: Tensor, A: Tensor, B: Tensor, S: Tensor, keep: bool, backend: str | None
 ) -> Tensor | tuple[Tensor, Kept]:
     """As operators, which check their operands themselves."""
+    if keep:
+        checks.no_graph(_KEEP, G=[G], A=[A], B=[B], S=[S])
     if keep or checks.watched([G], [A], [B], [S]):
         Y, *kept = ops.foreach_precondition_keep([G], [A], [B], [S], backend)
         return (Y, Kept(*kept)) if keep else Y
@@ -332,6 +339,8 @@ def _compiled_foreach_precondition(
     Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, keep: bool, backend: str | None
 ) -> list[Tensor] | tuple[list[Tensor], list[Kept]]:
     results: list[Tensor]
+    if keep:
+        checks.no_graph(_KEEP, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
     if keep or checks.watched(Gs, As, Bs, Ss):
         results = ops.foreach_precondition_keep(Gs, As, Bs, Ss, backend)
         Ys, flat = results[: len(Gs)], results[len(Gs) :]

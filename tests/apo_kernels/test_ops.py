@@ -173,6 +173,43 @@ def test_compiled_bad_input_is_named() -> None:
         compiled(layer.G, layer.A, layer.B, layer.S[:4])
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_derivatives_by_hand_have_no_graph(backend: str) -> None:
+    layer = make(4, 6, dtype=torch.float32)
+    expected = ak.precondition_vjp(*layer.operands, layer.V)
+    compiled = torch.compile(ak.precondition_vjp, fullgraph=True, backend=backend)
+    found = compiled(*watched(layer), layer.V)
+    assert not any(x.requires_grad for x in found)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_calls_refuse_what_eager_ones_do(fullgraph: bool) -> None:
+    layer = make(4, 4, dtype=torch.float32)
+    theta, G = layer.V, layer.G
+
+    def refuses(call: Callable[..., object], match: str, *given: Tensor) -> None:
+        torch._dynamo.reset()
+        with pytest.raises(ValueError, match=match):
+            call(*given)
+        with pytest.raises(Exception, match=match):
+            torch.compile(call, fullgraph=fullgraph, backend="aot_eager")(*given)
+
+    def step(theta: Tensor, G: Tensor, A: Tensor, B: Tensor, S: Tensor) -> None:
+        ak.foreach_precondition_step_([theta], [G], [A], [B], [S], lr=0.1)
+
+    def tied(theta: Tensor, *operands: Tensor) -> None:
+        ak.foreach_precondition_step_([theta] * 2, *([x] * 2 for x in operands), lr=0.1)
+
+    refuses(step, r"thetas\[0\] is written and must not share memory with Gs\[0\]", G, *layer.operands)
+    refuses(step, r"thetas\[0\] is written and must not share memory with Gs\[0\]", G.mT, *layer.operands)
+    refuses(tied, r"thetas\[0\] is written and must not share memory with thetas\[1\]", theta, *layer.operands)
+    operands = watched(layer)
+    refuses(lambda *o: ak.precondition(*o, keep=True), "G must not require grad", *operands)
+    refuses(lambda *o: ak.foreach_precondition(*([x] for x in o), keep=True), r"Gs\[0\] must not require", *operands)
+    refuses(step, r"thetas\[0\] must not require grad", theta.requires_grad_(), *layer.operands)
+
+
 def count(call: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         call()
