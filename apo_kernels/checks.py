@@ -19,6 +19,7 @@ __all__ = [
     "buffers",
     "fake_address",
     "foreach_operands",
+    "in_place",
     "kept_list",
     "kept_products",
     "model",
@@ -359,8 +360,22 @@ def step(
     """Refuse what an in-place step couldn't finish."""
     step_tensors(thetas, Gs, As, Bs, Ss, momentum_buffers)
     step_scalars(Gs, momentum_buffers, lr, momentum, weight_decay)
+    in_place(thetas, momentum_buffers)
+
+
+def in_place(thetas: Tensors, momentum_buffers: Tensors | None) -> None:
+    """Refuse what torch doesn't let us write now: what autograd watches, and inference tensors outside of their mode."""
     written = {"thetas": thetas, "momentum_buffers": momentum_buffers or ()}
     no_graph("it is written in place", **written)
+    if torch.is_inference_mode_enabled():
+        return
+    for name, tensors in written.items():
+        if any(map(Tensor.is_inference, tensors)):
+            i = [x.is_inference() for x in tensors].index(True)
+            raise ValueError(
+                f"{name}[{i}] must be a tensor that can be written outside of torch.inference_mode(), "
+                "but was made under it: clone it, or call under it"
+            )
 
 
 def step_scalars(

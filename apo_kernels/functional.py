@@ -40,7 +40,6 @@ __all__ = [
 Tensors = Sequence[Tensor]
 
 _KEEP = "keep=True builds no graph"
-_IN_PLACE = "it is written in place"
 
 
 @overload
@@ -240,7 +239,7 @@ def foreach_precondition_step_(
             mode, overlaps itself, or shares its memory with another argument. Nothing has been written then.
     """
     if torch.compiler.is_compiling():
-        checks.no_graph(_IN_PLACE, thetas=thetas, momentum_buffers=momentum_buffers or ())
+        checks.no_graph("it is written in place", thetas=thetas, momentum_buffers=momentum_buffers or ())
         rate, rate_tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
         ops.foreach_precondition_step_(
             thetas, Gs, As, Bs, Ss, momentum_buffers or [], rate, rate_tensor, momentum, weight_decay, backend
@@ -289,7 +288,7 @@ class BoundStep:
         checks.step_scalars(Gs, self._buffers, lr, momentum, weight_decay)
         if list(map(Tensor.data_ptr, self._tensors)) != self._pointers:
             self._bind()
-        checks.no_graph(_IN_PLACE, thetas=thetas, momentum_buffers=self._buffers or ())
+        checks.in_place(thetas, self._buffers)
         with torch.no_grad():
             self._step(lr, momentum, weight_decay)
 

@@ -414,3 +414,23 @@ def test_step_that_runs_out_of_memory_changes_nothing(monkeypatch: pytest.Monkey
     with pytest.raises(torch.OutOfMemoryError):
         ak.foreach_precondition_step_(thetas, *operands, lr=0.1, momentum=0.9, momentum_buffers=buffers)
     assert all(torch.equal(x, torch.ones_like(x)) for x in (*thetas, *buffers))
+
+
+@pytest.mark.parametrize("name", ["thetas", "momentum_buffers"])
+def test_step_refuses_inference_tensors_outside_of_their_mode(name: str) -> None:
+    layer = make(4, 4)
+    lists = [[x, x] for x in layer.operands]
+    written = {key: [torch.zeros_like(layer.G) for _ in range(2)] for key in ("thetas", "momentum_buffers")}
+    with torch.inference_mode():
+        written[name][1] = torch.zeros_like(layer.G)
+        bound = ak.BoundStep(written["thetas"], *lists, momentum_buffers=written["momentum_buffers"])
+    match = rf"^{name}\[1\] must be a tensor that can be written outside of torch\.inference_mode"
+    options: dict[str, Any] = {"lr": 1.0, "momentum": 0.5}
+    with pytest.raises(ValueError, match=match):
+        ak.foreach_precondition_step_(written["thetas"], *lists, momentum_buffers=written["momentum_buffers"], **options)
+    with pytest.raises(ValueError, match=match):
+        bound(**options)
+    assert not any(x.any() for tensors in written.values() for x in tensors)
+    with torch.inference_mode():
+        bound(**options)
+    assert relative_error(written["thetas"][1], -layer.forward()) < 1e-12
