@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from apo_kernels.aten import Kept, accumulation_dtype
 from apo_kernels.blocks import block_count
+from apo_kernels.differentiable import transformed
 from apo_kernels.slopes import Parts
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "numbers",
     "operands",
     "parts",
+    "plain",
     "step",
     "step_scalars",
     "step_tensors",
@@ -346,6 +348,19 @@ def no_graph(reason: str, **lists: Tensors) -> None:
                 )
 
 
+def plain(**lists: Tensors) -> None:
+    """Refuse tensors that something differentiates or maps over, where that isn't served."""
+    if not transformed(*lists.values()):
+        return
+    for name, tensors in lists.items():
+        for i, x in enumerate(tensors):
+            if transformed([x]):
+                raise ValueError(
+                    f"{name}[{i}] must be a plain tensor, but torch.func transforms it or it has a tangent of "
+                    "forward-mode AD: only precondition and foreach_precondition, without keep, serve these"
+                )
+
+
 def step(
     thetas: Tensors,
     Gs: Tensors,
@@ -364,7 +379,7 @@ def step(
 
 
 def in_place(thetas: Tensors, momentum_buffers: Tensors | None) -> None:
-    """Refuse what torch doesn't let us write now: what autograd watches, and inference tensors outside of their mode."""
+    """Refuse what torch won't let us write: what autograd watches, and inference tensors outside of their mode."""
     written = {"thetas": thetas, "momentum_buffers": momentum_buffers or ()}
     no_graph("it is written in place", **written)
     if torch.is_inference_mode_enabled():
@@ -398,6 +413,7 @@ def step_tensors(
         written["momentum_buffers"] = momentum_buffers
     tensor_lists(Gs=Gs, **written)
     foreach_operands(Gs, As, Bs, Ss)
+    plain(**written, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
     for name, tensors in written.items():
         for i, (x, G) in enumerate(zip(tensors, Gs, strict=True)):
             if _plainly_matches(x, G) and x.is_contiguous() and not x.is_neg():

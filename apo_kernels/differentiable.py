@@ -1,19 +1,34 @@
 """Functions in plain torch that can be differentiated in any way and to any order, whatever autocast is active.
 
-Torch's own derivatives of a product are products that autocast lowers where it is active in a backward.
+Torch's own derivatives of a product are products that autocast lowers where it is active in a backward. And
+``torch.func`` and forward-mode AD know no derivatives of our operators: the definitions serve them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from apo_kernels.autocast import without_autocast
 
-__all__ = ["differentiable"]
+__all__ = ["differentiable", "transformed"]
+
+
+def transformed(*lists: Sequence[Tensor]) -> bool:
+    """Whether ``torch.func`` transforms one of these tensors, or one has a tangent of forward-mode AD."""
+    if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
+        return False
+    return any(_is_transformed(x) for tensors in lists for x in tensors)
+
+
+def _is_transformed(x: Tensor) -> bool:
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return True
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def differentiable(function: Callable[..., tuple[Tensor, ...]], *operands: Tensor) -> tuple[Tensor, ...]:

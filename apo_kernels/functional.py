@@ -22,9 +22,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from apo_kernels import checks, ops
-from apo_kernels.aten import Kept
+from apo_kernels import checks, ops, reference
+from apo_kernels.aten import Kept, accumulation_dtype
 from apo_kernels.autocast import without_autocast
+from apo_kernels.differentiable import differentiable, transformed
 from apo_kernels.dispatch import choose, serving
 
 __all__ = [
@@ -56,7 +57,8 @@ def precondition(
 ) -> Tensor | tuple[Tensor, Kept]:
     """The structured preconditioned gradient ``P(G) = B (S² ⊙ BᵀGA) Aᵀ`` (Eq. 10).
 
-    Differentiable in all four operands, to any order.
+    Differentiable in all four operands, to any order, also by forward-mode AD and the transforms of ``torch.func``.
+    Under these two the definition is computed, in torch's own products and on any backend.
 
     Args:
         G: ``(*batch, m, n)``.
@@ -79,8 +81,11 @@ def precondition(
     Gs, As, Bs, Ss = [G], [A], [B], [S]
     if keep:
         checks.no_graph(_KEEP, G=Gs, A=As, B=Bs, S=Ss)
+        checks.plain(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
         Ys, kept = serving(backend, Gs).foreach_precondition_keep(Gs, As, Bs, Ss)
         return Ys[0], kept[0]
+    if transformed(Gs, As, Bs, Ss):
+        return _definitions(Gs, As, Bs, Ss)[0]
     if checks.watched(Gs, As, Bs, Ss):
         results: list[Tensor] = ops.foreach_precondition_keep(Gs, As, Bs, Ss, backend)
         return results[0]
@@ -116,7 +121,10 @@ def foreach_precondition(
     checks.foreach_operands(Gs, As, Bs, Ss)
     if keep:
         checks.no_graph(_KEEP, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+        checks.plain(Gs=Gs, As=As, Bs=Bs, Ss=Ss)
         return serving(backend, Gs).foreach_precondition_keep(Gs, As, Bs, Ss)
+    if transformed(Gs, As, Bs, Ss):
+        return _definitions(Gs, As, Bs, Ss)
     if checks.watched(Gs, As, Bs, Ss):
         results: list[Tensor] = ops.foreach_precondition_keep(Gs, As, Bs, Ss, backend)
         return results[: len(Gs)]
@@ -316,9 +324,21 @@ def _checked_vjp(
     relative: bool,
     backend: str | None,
 ) -> list[tuple[Tensor, ...]]:
+    checks.plain(**dict(zip(("Gs", "As", "Bs", "Ss", "Vs"), operands, strict=True)))
     with torch.no_grad():
         grads = serving(backend, operands[0]).foreach_precondition_vjp(*operands, kept, wanted, relative)
     return [tuple(map(each.__getitem__, wanted)) for each in grads]
+
+
+def _definitions(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors) -> list[Tensor]:
+    """``P(G)`` of each where ``torch.func`` or forward-mode AD looks on, on any backend."""
+
+    def definition(*operands: Tensor) -> tuple[Tensor]:
+        return (reference.precondition(*operands),)
+
+    each = zip(Gs, As, Bs, Ss, strict=True)
+    wide = [[x.to(accumulation_dtype(x.dtype)) for x in operands] for operands in each]
+    return [differentiable(definition, *own)[0].to(G.dtype).contiguous() for own, G in zip(wide, Gs, strict=True)]
 
 
 def _compiled_precondition(

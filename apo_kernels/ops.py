@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from apo_kernels import checks, reference
 from apo_kernels.aten import Kept, accumulation_dtype, aligned_empty
 from apo_kernels.autocast import without_autocast
-from apo_kernels.differentiable import differentiable
+from apo_kernels.differentiable import differentiable, transformed
 from apo_kernels.dispatch import serving
 from apo_kernels.flops import precondition_flops, precondition_vjp_flops
 
@@ -197,8 +197,11 @@ def _vjp(
     wanted: str,
     backend: str | None,
 ) -> list[dict[str, Tensor]]:
-    """The derivatives by name; in grad mode (``create_graph=True``) such that they can be differentiated."""
-    if not torch.is_grad_enabled():
+    """The derivatives by name. In grad mode (``create_graph=True``), and of what is mapped over or has a tangent, they
+    are the definitions'."""
+    # `torch.autograd.grad(is_grads_batched=True)` maps in a way of its own.
+    mapped = any(map(torch._C._functorch.is_legacy_batchedtensor, Vs)) or transformed(*operands, Vs)
+    if not (mapped or torch.is_grad_enabled()):
         flat = foreach_precondition_vjp(*operands, Vs, kept, wanted, backend)
         step = len(wanted)
         return [dict(zip(wanted, flat[i : i + step], strict=True)) for i in range(0, len(flat), step)]

@@ -426,8 +426,9 @@ def test_step_refuses_inference_tensors_outside_of_their_mode(name: str) -> None
         bound = ak.BoundStep(written["thetas"], *lists, momentum_buffers=written["momentum_buffers"])
     match = rf"^{name}\[1\] must be a tensor that can be written outside of torch\.inference_mode"
     options: dict[str, Any] = {"lr": 1.0, "momentum": 0.5}
+    thetas, buffers = written.values()
     with pytest.raises(ValueError, match=match):
-        ak.foreach_precondition_step_(written["thetas"], *lists, momentum_buffers=written["momentum_buffers"], **options)
+        ak.foreach_precondition_step_(thetas, *lists, momentum_buffers=buffers, **options)
     with pytest.raises(ValueError, match=match):
         bound(**options)
     assert not any(x.any() for tensors in written.values() for x in tensors)

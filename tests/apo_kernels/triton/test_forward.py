@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,8 @@ from torch import Tensor
 import apo_kernels as ak
 from apo_kernels import reference
 from apo_kernels.aten import foreach_precondition_keep
+from tests.apo_kernels.cases import make
+from tests.apo_kernels.test_differentiable import TRANSFORMS
 from tests.apo_kernels.triton.examples import DTYPES, EVEN, FORMS_BY_DTYPE, ODD, TOLERANCE, assert_close, model
 
 pytest.importorskip("triton.language")
@@ -238,3 +242,15 @@ def test_float16_keeps_its_accuracy_at_any_scale(side: int | None, scale: float,
     for name, x, x_expected in zip("UMW", kept[0], expected[0], strict=True):
         error = (x.double() - x_expected).norm() / x_expected.norm()
         assert error <= TOLERANCE[torch.float16] / 2, f"{name} {error:.1e}"
+
+
+@pytest.mark.parametrize("how", ["jvp", "dual", "grad", "vmap"])
+def test_transforms_are_served_by_the_definition(how: str) -> None:
+    layer = make(3, 4, 2, None, dtype=torch.float32)
+
+    def of(f: Callable[..., Tensor], **options: str) -> Callable[..., Tensor]:
+        return lambda S: f(*layer.operands[:3], S, **options)
+
+    found = TRANSFORMS[how](of(ak.precondition, backend="triton"), layer.S, layer.V)
+    expected = TRANSFORMS[how](of(reference.precondition), layer.S, layer.V)
+    torch.testing.assert_close(found, expected)
