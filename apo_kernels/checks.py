@@ -66,7 +66,7 @@ def _plainly_fit(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, Vs: Tensors
     """Whether these are lists of equal length whose every entry is of the common case, one matrix and its blocks, full
     or in squares: what isn't is looked at closely.
 
-    One flat loop over the attributes that are cheapest to read, for looking closely takes longer than a small layer.
+    One flat loop over the attributes that are cheapest to read, because looking closely takes longer than a small layer.
     """
     if not (type(Gs) in _LISTS and type(As) in _LISTS and type(Bs) in _LISTS and type(Ss) in _LISTS):
         return False
