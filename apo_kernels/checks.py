@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +15,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from apo_kernels.aten import Kept, accumulation_dtype
 from apo_kernels.blocks import block_count
 from apo_kernels.differentiable import transformed
+from apo_kernels.given import Given
+from apo_kernels.memory import shared, shared_storage
 from apo_kernels.slopes import Parts
 
 __all__ = [
-    "addresses",
     "buffers",
-    "fake_address",
     "foreach_operands",
     "in_place",
     "kept_list",
@@ -26,11 +28,13 @@ __all__ = [
     "model",
     "no_graph",
     "no_shared_memory",
+    "no_shared_parts",
     "not_negated",
     "numbers",
     "operands",
     "parts",
     "plain",
+    "promise",
     "step",
     "step_scalars",
     "step_tensors",
@@ -74,23 +78,28 @@ def _plainly_fit(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, Vs: Tensors
     if not (len(As) == length and len(Bs) == length and len(Ss) == length):
         return False
     first = Gs[0].get_device() if length and type(Gs[0]) in _PLAIN else -1
-    for G, A, B, S in zip(Gs, As, Bs, Ss, strict=True):
-        if not (type(G) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN and type(S) in _PLAIN):
-            return False
-        shape, dtype = G.shape, G.dtype
-        if len(shape) != 2:
-            return False
-        m, n = shape
-        alike = A.dtype is dtype and B.dtype is dtype and S.dtype is dtype and dtype in DTYPES
-        if not (
-            (alike or frozenset((dtype, A.dtype, B.dtype, S.dtype)) in _MIXTURES)
-            and ((A.is_cpu and B.is_cpu and S.is_cpu) if G.is_cpu and first == -1 else _on_one_gpu(G, A, B, S, first))
-            and (G.layout is A.layout is B.layout is S.layout is torch.strided)
-            and S.shape == shape
-            and (A.shape == (n, n) or _plainly_covers(A, n))
-            and (B.shape == (m, m) or _plainly_covers(B, m))
-        ):
-            return False
+    try:
+        for G, A, B, S in zip(Gs, As, Bs, Ss, strict=True):
+            if not (type(G) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN and type(S) in _PLAIN):
+                return False
+            shape, dtype = G.shape, G.dtype
+            if len(shape) != 2:
+                return False
+            m, n = shape
+            alike = A.dtype is dtype and B.dtype is dtype and S.dtype is dtype and dtype in DTYPES
+            if not (
+                (alike or frozenset((dtype, A.dtype, B.dtype, S.dtype)) in _MIXTURES)
+                and (
+                    (A.is_cpu and B.is_cpu and S.is_cpu) if G.is_cpu and first == -1 else _on_one_gpu(G, A, B, S, first)
+                )
+                and (G.layout is A.layout is B.layout is S.layout is torch.strided)
+                and S.shape == shape
+                and (A.shape == (n, n) or _plainly_covers(A, n))
+                and (B.shape == (m, m) or _plainly_covers(B, m))
+            ):
+                return False
+    except RuntimeError:  # a nested tensor has no shape
+        return False
     if Vs is None:
         return True
     return type(Vs) in _LISTS and len(Vs) == length and all(map(_plainly_matches, Vs, Gs))
@@ -117,6 +126,7 @@ def _plainly_matches(x: Tensor, G: Tensor) -> bool:
     """Whether ``x`` is a tensor like ``G`` in all that is asked of it."""
     return (
         type(x) in _PLAIN
+        and not x.is_nested
         and x.dtype is G.dtype
         and x.layout is torch.strided
         and x.is_same_size(G)
@@ -202,16 +212,15 @@ def model(As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[Sequence[int]]
         if not isinstance(each, _LISTS) or len(each) != len(Ss):
             raise ValueError(f"{name} must be a list with an entry for each of {len(Ss)} layers, but got {each!r}")
     for i, (S, own, letters) in enumerate(zip(Ss, widths, learned, strict=True)):
-        if not 1 <= len(own) <= 2 or sum(own) != S.shape[-1] or min(own) < 0:
-            raise ValueError(f"widths[{i}] must be one or two numbers that add up to {S.shape[-1]}, but is {own!r}")
-        if "S" not in letters or set(letters) - set("ABS"):
-            raise ValueError(f"learned[{i}] must be letters of 'ABS', with 'S', but is {letters!r}")
+        whole = isinstance(own, _LISTS) and all(isinstance(x, int) and not isinstance(x, bool) for x in own)
+        if not whole or not 1 <= len(own) <= 2 or sum(own) != S.shape[-1] or min(own) < 0:
+            raise ValueError(f"widths[{i}] must be one or two ints that add up to {S.shape[-1]}, but is {own!r}")
+        if not isinstance(letters, str) or "S" not in letters or sorted(letters) != sorted(set("ABS") & set(letters)):
+            raise ValueError(f"learned[{i}] must be different letters of 'ABS', with 'S', but is {letters!r}")
 
 
 def parts(written: Parts, read: Parts, shapes: Sequence[Sequence[tuple[int, ...]]], like: Tensor) -> None:
     """Refuse parts that don't fit the layers, whose own have these shapes, and weights that can't be written."""
-    if _plain_parts(written, read, shapes, like):
-        return
     for name, all_parts in (("Gs", read), ("thetas", written)):
         if not isinstance(all_parts, _LISTS) or len(all_parts) != len(shapes):
             raise ValueError(
@@ -236,45 +245,6 @@ def parts(written: Parts, read: Parts, shapes: Sequence[Sequence[tuple[int, ...]
                 _writable(f"thetas[{i}][{k}]", theta)
 
 
-def _plain_parts(written: Parts, read: Parts, shapes: Sequence[Sequence[tuple[int, ...]]], like: Tensor) -> bool:
-    """Whether all parts are of the common case, on a CPU or a GPU: as :func:`_plainly_fit`."""
-    count = len(shapes)
-    if not (type(read) in _LISTS and type(written) in _LISTS and len(read) == count and len(written) == count):
-        return False
-    dtypes = _NARROW if like.dtype is not torch.float64 else DTYPES[:1]
-    on_cpu, index = like.is_cpu, like.get_device()
-    for thetas, Gs, own in zip(written, read, shapes, strict=True):
-        if Gs is None:
-            continue
-        if thetas is None or type(Gs) not in _LISTS or type(thetas) not in _LISTS:
-            return False
-        if not len(Gs) == len(thetas) == len(own):
-            return False
-        for theta, G, shape in zip(thetas, Gs, own, strict=True):
-            if G is None:
-                continue
-            if not (
-                type(G) in _PLAIN
-                and G.shape == shape
-                and G.dtype in dtypes
-                and (G.is_cpu if on_cpu else G.get_device() == index)
-                and G.layout is torch.strided
-                and not G.is_neg()
-            ):
-                return False
-            if theta is not G and not (
-                theta is not None
-                and type(theta) in _PLAIN
-                and theta.shape == shape
-                and theta.dtype in dtypes
-                and (theta.is_cpu if on_cpu else theta.get_device() == index)
-                and theta.is_contiguous()
-                and not theta.is_neg()
-            ):
-                return False
-    return True
-
-
 def _part(name: str, x: object, shape: tuple[int, ...], like: Tensor) -> None:
     _tensor(name, x)
     assert isinstance(x, Tensor)
@@ -296,20 +266,46 @@ def buffers(tensors: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]],
     for i, (v, shape) in enumerate(zip(tensors, shapes, strict=True)):
         if v is None:
             continue
-        if not isinstance(v, Tensor) or v.shape != shape or v.dtype is not dtype or v.device != like.device:
+        _tensor(f"momentum_buffers[{i}]", v)
+        if v.shape != shape or v.dtype is not dtype or v.device != like.device:
             raise ValueError(
                 f"momentum_buffers[{i}] must be a {dtype} tensor of shape {tuple(shape)} on {like.device}, "
                 f"but got {_description(v)}"
             )
-        if not v.is_contiguous():
-            _writable(f"momentum_buffers[{i}]", v)
+        _writable(f"momentum_buffers[{i}]", v)
 
 
 def numbers(count: int, **lists: Sequence[float]) -> None:
-    """Refuse lists that don't have a number for each layer."""
+    """Refuse lists that don't have a finite number for each layer."""
     for name, each in lists.items():
-        if not isinstance(each, _LISTS) or len(each) != count:
-            raise ValueError(f"{name} must be a list with a number for each of {count} layers, but is {_size(each)}")
+        _listed(name, each, count)
+        if set(map(type, each)) <= {float} and math.isfinite(sum(each)):
+            continue
+        for i, x in enumerate(each):
+            _number(f"{name}[{i}]", x)
+            if not abs(x) <= sys.float_info.max:
+                raise ValueError(f"{name}[{i}] must be finite, but is {x}")
+
+
+def promise(count: int, most: float, shares: Sequence[float] | None, total: object) -> None:
+    """Refuse what no promise can be kept with. A share may be infinite: then the step isn't taken."""
+    _number("most", most)
+    if not most >= 0:
+        raise ValueError(f"most must be at least 0, or inf for no bound, but is {most}")
+    if total is not None and not callable(total):
+        raise TypeError(f"total must be None or a function of the sum, but got {_kind(total)}")
+    if not math.isfinite(most):
+        return
+    _listed("shares", shares, count)
+    for i, x in enumerate(shares or ()):
+        _number(f"shares[{i}]", x)
+        if math.isnan(x):
+            raise ValueError(f"shares[{i}] must be a number, but is {x}")
+
+
+def _listed(name: str, each: object, count: int) -> None:
+    if not isinstance(each, _LISTS) or len(each) != count:
+        raise ValueError(f"{name} must be a list with a number for each of {count} layers, but is {_size(each)}")
 
 
 def _size(x: object) -> str:
@@ -324,14 +320,6 @@ def watched(*lists: Tensors) -> bool:
                 if x.requires_grad:
                     return True
     return False
-
-
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Where tensors lie; 0 for what isn't there."""
-    try:
-        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
-    except TypeError:
-        return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def no_graph(reason: str, **lists: Tensors) -> None:
@@ -416,42 +404,43 @@ def step_tensors(
     plain(**written, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
     for name, tensors in written.items():
         for i, (x, G) in enumerate(zip(tensors, Gs, strict=True)):
-            if _plainly_matches(x, G) and x.is_contiguous() and not x.is_neg():
+            if _plainly_matches(x, G) and x.is_contiguous() and not x.is_neg() and not x.is_inference():
                 continue
             _same_as_G(f"{name}[{i}]", x, G, f"Gs[{i}]")
             _writable(f"{name}[{i}]", x)
 
 
 def no_shared_memory(
-    thetas: Tensors,
-    momentum_buffers: Tensors | None,
-    address: Callable[[Tensor], Hashable] = Tensor.data_ptr,
-    **read: Sequence[Tensor],
+    thetas: Tensors, momentum_buffers: Tensors | None, *, fake: bool = False, **read: Sequence[Tensor]
 ) -> None:
-    """Refuse one memory under two names where one of them is written: tied weights are to be listed once."""
-    written = {"thetas": thetas, "momentum_buffers": momentum_buffers or ()}
-    own = [address(x) for tensors in written.values() for x in tensors]
-    if len(set(own)) == len(own) and set(own).isdisjoint([address(x) for tensors in read.values() for x in tensors]):
-        return
-    owners: dict[Hashable, tuple[str, int]] = {}
-    for name, tensors in (*written.items(), *read.items()):
-        for i, x in enumerate(tensors):
-            address_of_x = address(x)
-            if address_of_x == 0:  # empty, or on the meta device
-                continue
-            if address_of_x in owners:
-                other, j = owners[address_of_x]
-                raise ValueError(f"{other}[{j}] is written and must not share memory with {name}[{i}], but does")
-            if name in written:
-                owners[address_of_x] = name, i
+    """Refuse one memory under two names where one of them is written: tied weights are to be listed once.
+
+    Apart from :func:`step`, because ``fake`` tensors have no addresses: of these places in a storage are compared.
+    """
+    lists = {"thetas": thetas, "momentum_buffers": momentum_buffers or (), **read}
+    written = len(thetas) + len(lists["momentum_buffers"])
+    clash = (shared_storage if fake else shared)([x for tensors in lists.values() for x in tensors], written)
+    if clash is not None:
+        _refuse_shared(clash, [f"{name}[{i}]" for name, tensors in lists.items() for i in range(len(tensors))])
 
 
-def fake_address(x: Tensor) -> Hashable:
-    """What stands for the address of a tensor without data: which storage it has, and where in it."""
-    if not x.numel():
-        return 0
-    offset = x.storage_offset()
-    return x.untyped_storage()._cdata, offset if isinstance(offset, int) else id(x)
+def no_shared_parts(
+    given: Given, thetas: Parts, Gs: Parts, momentum_buffers: Sequence[Tensor | None], *, step: bool, **blocks: Tensors
+) -> None:
+    """The same of a bound model's call, whose tensors have been checked; the buffers are written by a step only."""
+    tensors = [*given.stepped, *given.buffers, *given.gradients, *[x for each in blocks.values() for x in each]]
+    clash = shared(tensors, len(given.stepped) + (len(given.buffers) if step else 0))
+    if clash is not None:
+        parts = [(i, k) for i in given.layers for k, G in enumerate(Gs[i] or ()) if G is not None]
+        names = [f"thetas[{i}][{k}]" for i, k in parts]
+        names += [f"momentum_buffers[{i}]" for i in given.layers if momentum_buffers[i] is not None]
+        names += [f"Gs[{i}][{k}]" for i, k in parts]
+        _refuse_shared(clash, names + [f"{name}[{i}]" for name, each in blocks.items() for i in range(len(each))])
+
+
+def _refuse_shared(clash: tuple[int, int], names: Sequence[str]) -> None:
+    first, second = (names[number] for number in clash)
+    raise ValueError(f"{first} is written and must not share memory with {second}, but does")
 
 
 def not_negated(**lists: Tensors) -> None:
@@ -465,8 +454,9 @@ def not_negated(**lists: Tensors) -> None:
 def _tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, but got {_kind(x)}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, but its layout is {x.layout}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "it is nested" if x.is_nested else f"its layout is {x.layout}"
+        raise TypeError(f"{name} must be a dense (strided) tensor, but {kind}")
     if is_traceable_wrapper_subclass(x):
         raise TypeError(
             f"{name} must lie in one tensor's memory, but is a {type(x).__name__} around other tensors: "
@@ -520,9 +510,13 @@ def _block(name: str, x: Tensor, G: Tensor, axis: int, at: str) -> None:
         )
 
 
-def _scalar(name: str, value: object, *, below: float = math.inf) -> None:
+def _number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, but got {_kind(value)}")
+
+
+def _scalar(name: str, value: Any, *, below: float = math.inf) -> None:
+    _number(name, value)
     if not 0 <= value < below:
         bound = "finite and at least 0" if below == math.inf else f"at least 0 and below {below:g}"
         raise ValueError(f"{name} must be {bound}, but got {value}")
@@ -540,6 +534,10 @@ def _learning_rate(lr: object, Gs: Tensors) -> None:
 def _writable(name: str, x: Tensor) -> None:
     if x.is_neg():
         raise ValueError(f"{name} must be written as it lies in memory, but is lazily negated: resolve it")
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name} must not come from inference mode where it is written outside of it, but does: clone it"
+        )
     if x.is_contiguous():
         return
     reach = 1  # of the dimensions of smaller stride

@@ -299,7 +299,7 @@ class _GuardedModel:
 
     def __init__(self, guard: _Guarded, serves: BoundModel, fallback: aten.AtenModel) -> None:
         self._guard, self._serves, self._fallback = guard, serves, fallback
-        self.knows = getattr(serves, "knows", None)
+        self.sees = getattr(serves, "sees", None)
 
     def step_(self, *arguments: Any) -> Tensor:
         found: Tensor = self._guard._call(self._serves.step_, self._fallback.step_, *arguments)

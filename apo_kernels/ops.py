@@ -184,7 +184,7 @@ def _(thetas, Gs, As, Bs, Ss, momentum_buffers, lr, lr_tensor, momentum, weight_
     rate = lr if lr_tensor is None else lr_tensor
     buffers = momentum_buffers if len(momentum_buffers) else None
     checks.step(thetas, Gs, As, Bs, Ss, buffers, rate, momentum, weight_decay)
-    checks.no_shared_memory(thetas, momentum_buffers, checks.fake_address, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
+    checks.no_shared_memory(thetas, momentum_buffers, fake=True, Gs=Gs, As=As, Bs=Bs, Ss=Ss)
 
 
 # Autograd.

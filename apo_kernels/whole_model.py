@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from operator import is_
+from itertools import count
+from threading import RLock
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +14,21 @@ from torch import Tensor
 from apo_kernels import checks
 from apo_kernels.autocast import without_autocast
 from apo_kernels.dispatch import serving
+from apo_kernels.given import Given
 from apo_kernels.slopes import ModelEnergies, ModelSlopes, Parts
 
 __all__ = ["ModelPreconditioner"]
 
 Tensors = Sequence[Tensor]
+
+_NUMBERS = count()
+
+
+class _Kept(NamedTuple):
+    """What a trial kept, and the number of the preconditioner that made it, which a copy of it shares."""
+
+    number: int
+    found: object
 
 
 class ModelPreconditioner:
@@ -47,15 +59,32 @@ class ModelPreconditioner:
         learned: Sequence[str] | None = None,
         backend: str | None = None,
     ) -> None:
+        self._made_of = As, Bs, Ss, widths, learned, backend
+        self._number = next(_NUMBERS)
+        self._bind()
+
+    def _bind(self) -> None:
+        As, Bs, Ss, widths, learned, backend = self._made_of
+        checks.tensor_lists(As=As, Bs=Bs, Ss=Ss)
         learned = ["ABS"] * len(Ss) if learned is None else learned
         checks.model(As, Bs, Ss, widths, learned)
         own = [tuple(each) for each in widths]
         self._shapes = [tuple(S.shape) for S in Ss]
         self._parts = [[(*S.shape[:-1], width) for width in each] for S, each in zip(Ss, own, strict=True)]
         self._like = Ss[0] if Ss else torch.empty(0)
-        self._bound = serving(backend, Ss).bind_model(As, Bs, Ss, own, list(learned))
-        self._knows = getattr(self._bound, "knows", None)
-        self._buffers: tuple[list[Tensor | None], list[int]] = [], []
+        self._blocks = {"As": As, "Bs": Bs, "Ss": Ss}
+        with torch.inference_mode(False), torch.no_grad():  # what is held must be writable in either mode
+            self._bound = serving(backend, Ss).bind_model(As, Bs, Ss, own, list(learned))
+        self._sees = getattr(self._bound, "sees", None)
+        self._known: dict[tuple[str, bool], tuple[Given, object]] = {}
+        self._lock = RLock()  # scratch, tables and what was seen last belong to one call at a time
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_made_of": self._made_of, "_number": self._number}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._bind()
 
     @without_autocast
     def step_(
@@ -91,10 +120,10 @@ class ModelPreconditioner:
         Returns:
             f, 0-d, on the device: nothing waits for it.
         """
-        self._check(thetas, Gs, momentum_buffers, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        if math.isfinite(most):
-            checks.numbers(len(self._shapes), shares=() if shares is None else shares)
-        with torch.no_grad():
+        checks.numbers(len(self._shapes), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        checks.promise(len(self._shapes), most, shares, total)
+        with self._lock, torch.no_grad():
+            self._check("step", thetas, Gs, momentum_buffers)
             return self._bound.step_(thetas, Gs, momentum_buffers, lr, momentum, weight_decay, most, shares, total)
 
     @without_autocast
@@ -115,9 +144,11 @@ class ModelPreconditioner:
         Returns:
             What :meth:`slopes` needs of it: a matrix of G's size for each layer.
         """
-        self._check(thetas, Gs, momentum_buffers, lengths=lengths, momentum=momentum, shrink=shrink)
-        with torch.no_grad():
-            return self._bound.trial_(thetas, Gs, momentum_buffers, lengths, momentum, shrink)
+        checks.numbers(len(self._shapes), lengths=lengths, momentum=momentum, shrink=shrink)
+        with self._lock, torch.no_grad():
+            self._check("trial", thetas, Gs, momentum_buffers)
+            kept = self._bound.trial_(thetas, Gs, momentum_buffers, lengths, momentum, shrink)
+            return _Kept(self._number, kept)
 
     @without_autocast
     def slopes(self, Vs: Parts, kept: object, *, lengths: Sequence[float]) -> ModelSlopes:
@@ -128,41 +159,57 @@ class ModelPreconditioner:
             kept: what :meth:`trial_` returned, on the same blocks.
             lengths: those of the trial.
         """
-        self._check(Vs, Vs, lengths=lengths)
-        with torch.no_grad():
-            return self._bound.slopes(Vs, kept, lengths)
+        checks.numbers(len(self._shapes), lengths=lengths)
+        if not isinstance(kept, _Kept):
+            raise TypeError(
+                f"kept must be what trial_ or keep returned, but got {kept!r} of type {type(kept).__name__}"
+            )
+        if kept.number != self._number:
+            raise ValueError("kept must be what trial_ or keep of this preconditioner returned, but is another's")
+        with self._lock, torch.no_grad():
+            self._check("slopes", Vs, Vs)
+            return self._bound.slopes(Vs, kept.found, lengths)
 
     @without_autocast
     def keep(self, Gs: Parts) -> object:
         """What :meth:`slopes` needs of gradients that no trial is made with."""
-        self._check(Gs, Gs)
-        with torch.no_grad():
-            return self._bound.keep(Gs)
+        with self._lock, torch.no_grad():
+            self._check("keep", Gs, Gs)
+            return _Kept(self._number, self._bound.keep(Gs))
 
     @without_autocast
     def energies(self, Gs: Parts) -> ModelEnergies:
         """How far ``S ⊙ BᵀGA`` is from white, for gradients that no trial is made with."""
-        self._check(Gs, Gs)
-        with torch.no_grad():
+        with self._lock, torch.no_grad():
+            self._check("energies", Gs, Gs)
             return self._bound.energies(Gs)
 
     def _check(
-        self,
-        thetas: Parts,
-        Gs: Parts,
-        momentum_buffers: Sequence[Tensor | None] | None = None,
-        **lists: Sequence[float],
+        self, name: str, thetas: Parts, Gs: Parts, momentum_buffers: Sequence[Tensor | None] | None = None
     ) -> None:
-        if self._knows is None or not self._knows(thetas, Gs):
-            checks.parts(thetas, Gs, self._parts, self._like)
-        checks.numbers(len(self._shapes), **lists)
-        if momentum_buffers is not None and not self._knows_buffers(momentum_buffers):
-            checks.buffers(momentum_buffers, self._shapes, self._like)
-            self._buffers = list(momentum_buffers), checks.addresses(momentum_buffers)
+        """Refuse tensors that don't fit; those of the last call of this name, in form and place, are known to."""
+        key = name, torch.is_inference_mode_enabled()  # which says what may be written
+        known, kinds = self._known.get(key, (None, None))
+        try:
+            given = Given.of(thetas, Gs, momentum_buffers, known)
+        except (AttributeError, LookupError, RuntimeError, TypeError):  # the checks say what is wrong
+            self._refuse(thetas, Gs, momentum_buffers)
+            raise
+        if known is not None and known.same(given):
+            given = known._replace(tensors=given.tensors)
+        else:
+            own = given.kinds()
+            if known is None or kinds != own or not known.alike(given):
+                self._refuse(thetas, Gs, momentum_buffers)
+            if momentum_buffers is not None:
+                moved = known is None or known.written_places() != given.written_places()
+                blocks = self._blocks if moved else {}
+                checks.no_shared_parts(given, thetas, Gs, momentum_buffers, step=name == "step", **blocks)
+            self._known[key] = given.forget(), own
+        if self._sees is not None:
+            self._sees(thetas, Gs, given)
 
-    def _knows_buffers(self, momentum_buffers: Sequence[Tensor | None]) -> bool:
-        """Whether they are those of the last call, where they were."""
-        known, places = self._buffers
-        if type(momentum_buffers) is not list or len(momentum_buffers) != len(known):
-            return False
-        return all(map(is_, momentum_buffers, known)) and checks.addresses(momentum_buffers) == places
+    def _refuse(self, thetas: Parts, Gs: Parts, momentum_buffers: Sequence[Tensor | None] | None) -> None:
+        checks.parts(thetas, Gs, self._parts, self._like)
+        if momentum_buffers is not None:
+            checks.buffers(momentum_buffers, self._shapes, self._like)

@@ -31,7 +31,8 @@ class Pool:
         for flat, alone in self._known:
             if _users(flat) == alone:
                 return flat
-        flat = self._like.new_empty(self.size)
+        with torch.inference_mode(False):  # else it couldn't be written outside of that mode
+            flat = self._like.new_empty(self.size)
         if self.size >= self.LARGE and self._like.device.type == "cpu" and hasattr(torch._C, "_storage_Use_Count"):
             self._known.append((flat, _users(flat)))
         return flat
@@ -72,8 +73,8 @@ _Forms = list[tuple[tuple[int, ...], tuple[int, ...], int]]
 
 
 def _mirrored(Ss: Sequence[Tensor]) -> _Forms | None:
-    """As they lie, where that takes little more than their own room."""
-    if len({S.untyped_storage().data_ptr() for S in Ss if S.numel()}) != 1:
+    """As they lie, where they are of one dtype and that takes little more than their own room."""
+    if len({(S.untyped_storage().data_ptr(), S.dtype) for S in Ss if S.numel()}) != 1:
         return None
     base = _base(Ss)
     forms = [(tuple(S.shape), S.stride(), int(S.storage_offset()) - base if S.numel() else 0) for S in Ss]

@@ -25,17 +25,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apo_kernels.checks import addresses
+from apo_kernels.given import Given
 from apo_kernels.slopes import ModelEnergies, ModelSlopes, Parts
 from apo_kernels.triton import config
 from apo_kernels.triton import plan as plans
-from apo_kernels.triton.errors import Interrupted, Unserved
+from apo_kernels.triton.errors import Interrupted
 from apo_kernels.triton.graphs import keep_for_graph
 from apo_kernels.triton.launch import current_stream, note_written, on_device
-from apo_kernels.triton.model_plan import Given, ModelPlan, ModelPlanner, ModelRun
+from apo_kernels.triton.model_plan import ModelLaunch, ModelPlan, ModelPlanner, ModelRun
 from apo_kernels.triton.model_wide import WideLayers
 from apo_kernels.triton.plan_builder import Operands, Operation, to_device
-from apo_kernels.triton.table_layout import ModelRole, Number
+from apo_kernels.triton.table_layout import Number
 
 __all__ = ["KeptM", "TritonModel"]
 
@@ -47,7 +47,6 @@ PLANS = 32
 """Of one preconditioner, for as many forms of operands."""
 TABLES = 4
 """Of a plan: gradients that are made anew in every step lie at a few places in turn."""
-_NO_BOUND = float(np.finfo(np.float32).max)
 
 
 class KeptM(NamedTuple):
@@ -67,7 +66,6 @@ class _Last:
 
     def __init__(self) -> None:
         self.given: Given | None = None
-        self.buffers: list[int] | None = None
         self.also: tuple[int, ...] | None = None
         self.plan: ModelPlan | None = None
         self.operands: Tensor | None = None
@@ -95,53 +93,23 @@ class TritonModel:
         self.wide = WideLayers(run, As, Bs, Ss, widths, learned)
         self._plans: dict[object, ModelPlan] = {}
         self._last = {name: _Last() for name in ("step", "update", "trial", "keep", "slopes")}
-        self._one: Tensor | None = None
-        self._checked: dict[bool, tuple[Given, object]] = {}
-        self._looked: tuple[object, object, Given, object] | None = None
+        self._one = torch.ones((), dtype=torch.float32, device=self.planner.device)
+        self._seen: tuple[object, object, Given] | None = None
 
-    def knows(self, written: Parts, read: Parts) -> bool:
-        """Whether such parts were checked before: at these places, or others of the same kinds."""
-        try:
-            given = self._parts(written, read)
-        except (AttributeError, IndexError, TypeError):  # no parts at all: the checks say what they are
-            self._looked = None
-            return False
-        known, kinds = self._checked.get(written is read, (None, None))
-        if known is not None and known.same(given):
-            self._looked = written, read, known._replace(tensors=given.tensors), kinds
-            return True
-        own = [[len(each[i] or ()) for i in given.layers] for each in (written, read)], given.kinds()
-        self._looked = written, read, given, own
-        return known is not None and known.layers == given.layers and kinds == own
+    def sees(self, written: Parts, read: Parts, given: Given) -> None:
+        """Take what was found out about the tensors of the call that follows."""
+        self._seen = written, read, given
 
-    def _look(self, written: Parts, read: Parts) -> Given:
-        """The parts of a call, which have been checked."""
-        looked, self._looked = self._looked, None
-        if looked is None or looked[0] is not written or looked[1] is not read:
-            return self._parts(written, read)
-        self._checked[written is read] = looked[2].forget(), looked[3]
-        return looked[2]
-
-    def _parts(self, written: Parts, read: Parts) -> Given:
-        layers = [i for i, own in enumerate(read) if own is not None]
-        tensors = [x for own in read if own is not None for x in own]
-        there = [x for x in tensors if x is not None]
-        forms: list[list[Any]] = [
-            list(map(Tensor.stride, there)),
-            [x.dtype for x in there],
-            [*map(Tensor.is_neg, there)],
-        ]
-        roles: tuple[ModelRole, ...] = (ModelRole.G,)
-        if written is not read:
-            roles = (ModelRole.G, ModelRole.THETA)
-            tensors += [x for i in layers for x in written[i] or ()]
-        return Given(layers, tensors, roles, addresses(tensors), forms)
+    def _look(self, written: Parts, read: Parts, buffers: Buffers | None = None) -> Given:
+        seen, self._seen = self._seen, None
+        if seen is None or seen[0] is not written or seen[1] is not read:
+            return Given.of(written, read, buffers)
+        return seen[2]
 
     def _ready(
         self,
         name: str,
         given: Given,
-        buffers: Buffers | None,
         lists: tuple[Any, ...],
         numbers: Callable[..., tuple[Any, ...]],
         also: tuple[int, ...] | None = None,
@@ -154,13 +122,12 @@ class TritonModel:
         """
         last = self._last[name]
         stream, overrides = current_stream(self.planner.device), config.overrides_key()
-        places = None if buffers is None else addresses([buffers[i] for i in given.layers])
         known = last.given
         if (
-            known is None or last.buffers != places or last.also != also or last.stream != stream
-            or last.overrides != overrides or not known.same(given)
+            known is None or last.also != also or last.stream != stream or last.overrides != overrides
+            or not known.same(given)
         ):  # fmt: skip
-            self._renew(last, name, given, buffers, places, also)
+            self._renew(last, name, given, also)
             last.stream, last.overrides = stream, overrides
         if last.lists != lists:
             host, last.numbers = to_device(self._numbers(*numbers(*lists)), self.planner.device)
@@ -171,26 +138,26 @@ class TritonModel:
             self._last[name] = _Last()  # its tables are the graph's alone
         return last
 
-    def _renew(
-        self,
-        last: _Last,
-        name: str,
-        given: Given,
-        buffers: Buffers | None,
-        places: list[int] | None,
-        also: tuple[int, ...] | None,
-    ) -> None:
-        if any(given.forms[2]):
-            raise Unserved("parts are lazily negated")
-        tensors = given.tensors if buffers is None else given.tensors + [buffers[i] for i in given.layers]
-        form = [None if x is None else (x.stride(), x.dtype) for x in tensors]
-        at = tuple(given.places + (places or []) or [0])
+    def _renew(self, last: _Last, name: str, given: Given, also: tuple[int, ...] | None) -> None:
+        at = tuple(given.places or [0])
+        there = tuple([place != 0 for place in at])
         ends = tuple([place % 16 for place in at])
-        key = (name, tuple(given.layers), given.roles, also, tuple(form), ends, config.overrides_key(), last.stream)
+        forms = tuple([tuple(each) if isinstance(each, list) else each for each in given.forms])
+        key = (
+            name,
+            tuple(given.layers),
+            tuple(given.counts),
+            also,
+            forms,
+            there,
+            ends,
+            config.overrides_key(),
+            last.stream,
+        )
         capturing = plans._capturing(self.planner.device)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self.planner.plan(name, given, buffers, also)
+            plan = self.planner.plan(name, given, also)
             if not capturing:
                 if len(self._plans) >= PLANS:
                     self._plans.clear()
@@ -203,7 +170,7 @@ class TritonModel:
                     plan.tables.clear()
                 plan.tables[at] = found
         last.plan, last.operands = plan, found[1]
-        last.given, last.buffers, last.also = given.forget(), places, also
+        last.given, last.also = given.forget(), also
         last.hosts = found[0], last.hosts[1]
 
     def _numbers(self, single: float, *each: Sequence[float]) -> NDArray[np.float32]:
@@ -225,31 +192,32 @@ class TritonModel:
         shares: Sequence[float] | None,
         total: Callable[[Tensor], None] | None,
     ) -> Tensor:
-        if self._one is None:
-            self._one = torch.ones((), dtype=torch.float32, device=self.planner.device)
-        given = self._look(thetas, Gs)
+        given = self._look(thetas, Gs, momentum_buffers)
         bounded = math.isfinite(most)
-        if not bounded and self.planner.wide:  # their directions pass through memory: that is a step with a promise
-            most, shares = _NO_BOUND, lr
-        if math.isfinite(most):
-            last = self._ready("step", given, momentum_buffers, (lr, momentum, weight_decay, shares, most), _of_a_step)
+        if bounded:
+            last = self._ready("step", given, (lr, momentum, weight_decay, shares, most), _of_a_step)
+        elif self.planner.wide:  # their directions pass through memory: that is a step with a promise of nothing
+            last = self._ready("step", given, (lr, momentum, weight_decay, (), 1.0), _of_a_step)
         else:
-            last = self._ready("update", given, momentum_buffers, (lr, momentum, weight_decay), _of_a_step)
-        if not last.plan or not last.plan.launches:
+            last = self._ready("update", given, (lr, momentum, weight_decay), _of_a_step)
+        plan = last.plan
+        if not plan or not plan.launches:
             return _factor(most, total, like=self._one) if bounded and total is not None else self._one
-        note_written((*given.written, *(momentum_buffers[i] for i in given.layers)))
-        if not math.isfinite(most):
-            self._launch(last)
+        note_written(given.tensors[given.reads :])
+        if not bounded and not self.planner.wide:
+            self._launch(last, plan.launches)
             return self._one
-        sums = torch.empty(2, dtype=torch.float32, device=self.planner.device)
-        workspace = torch.empty(last.plan.sizes["workspace"], dtype=torch.float32, device=self.planner.device)
-        if last.plan.wide:
-            assert shares is not None
-            directions = [self.planner.views(i, workspace[last.plan.first :]) for i in last.plan.wide]
-            self.wide.directions(last.plan.wide, Gs, directions, None)
-            for k, (i, Y) in enumerate(zip(last.plan.wide, directions, strict=True)):
+        sums = torch.zeros(2, dtype=torch.float32, device=self.planner.device)
+        workspace = torch.empty(plan.sizes["workspace"], dtype=torch.float32, device=self.planner.device)
+        if plan.wide:
+            directions = [self.planner.views(i, workspace[plan.first :]) for i in plan.wide]
+            self.wide.directions(plan.wide, Gs, directions, None)
+            for k, (i, Y) in enumerate(zip(plan.wide, directions, strict=True) if bounded else ()):
+                assert shares is not None
                 workspace[k] = shares[i] * (self.wide.joined(Gs, i).float() * Y).sum()
-        self._launch(last, workspace=workspace, sums=sums, after_sum=total if bounded else None)
+        # Without a bound the sum stays 0, whatever the layers promise: one that promises NaN must not stop the others.
+        launches = [each for each in plan.launches if bounded or each.name != "model_sums"]
+        self._launch(last, launches, workspace=workspace, sums=sums, after_sum=total if bounded else None)
         return sums[1] if bounded else self._one
 
     def trial_(
@@ -261,29 +229,29 @@ class TritonModel:
         momentum: Sequence[float],
         shrink: Sequence[float],
     ) -> KeptM:
-        given = self._look(thetas, Gs)
-        last = self._ready("trial", given, momentum_buffers, (lengths, momentum, shrink), _as_they_are)
+        given = self._look(thetas, Gs, momentum_buffers)
+        last = self._ready("trial", given, (lengths, momentum, shrink), _as_they_are)
         assert last.plan is not None
         kept = torch.empty(self.planner.flat_size, dtype=torch.float32, device=self.planner.device)
-        note_written(given.written)
+        note_written(given.stepped)
         if last.plan.wide:
             found = self._keep_wide(last.plan, Gs, kept)
-            self._launch(last, kept=kept)
+            self._launch(last, last.plan.launches, kept=kept)
             try:
                 self.wide.trial_(last.plan.wide, thetas, Gs, found, momentum_buffers, lengths, momentum, shrink)
             except Exception as error:
                 raise Interrupted(f"a trial failed after some weights had been written: {error}") from error
         else:
-            self._launch(last, kept=kept)
+            self._launch(last, last.plan.launches, kept=kept)
         return KeptM(kept, tuple(last.plan.given), self._matrices)
 
     def keep(self, Gs: Parts) -> KeptM:
-        last = self._ready("keep", self._look(Gs, Gs), None, (), _as_they_are)
+        last = self._ready("keep", self._look(Gs, Gs), (), _as_they_are)
         assert last.plan is not None
         kept = torch.empty(self.planner.flat_size, dtype=torch.float32, device=self.planner.device)
         if last.plan.wide:
             self._keep_wide(last.plan, Gs, kept)
-        self._launch(last, kept=kept)
+        self._launch(last, last.plan.launches, kept=kept)
         return KeptM(kept, tuple(last.plan.given), self._matrices)
 
     def _keep_wide(self, plan: ModelPlan, parts: Parts, kept: Tensor) -> list[Tensor]:
@@ -299,11 +267,11 @@ class TritonModel:
 
     def slopes(self, Vs: Parts, kept: KeptM, lengths: Sequence[float]) -> ModelSlopes:
         given = self._look(Vs, Vs)
-        last = self._ready("slopes", given, None, (lengths,), _as_they_are, kept.layers)
+        last = self._ready("slopes", given, (lengths,), _as_they_are, kept.layers)
         assert last.plan is not None
         results = torch.zeros(last.plan.sizes["results"], dtype=torch.float32, device=self.planner.device)
         if last.plan.launches:
-            self._launch(last, kept=kept.flat, results=results)
+            self._launch(last, last.plan.launches, kept=kept.flat, results=results)
         found: list[list[Tensor | None]] = [[None] * len(self.planner.Ss) for _ in range(6)]
         for slot, i, shape, strides, start in last.plan.results:
             found[slot][i] = results.as_strided(shape, strides, start)
@@ -339,6 +307,7 @@ class TritonModel:
     def _launch(
         self,
         last: _Last,
+        launches: Sequence[ModelLaunch],
         *,
         workspace: Tensor | None = None,
         kept: Tensor | None = None,
@@ -351,19 +320,18 @@ class TritonModel:
         Raises:
             Interrupted: a launch failed, and one before it has written weights, or the sum was shown already.
         """
-        plan, operands, numbers = last.plan, last.operands, last.numbers
-        assert plan is not None
+        operands, numbers = last.operands, last.numbers
         assert operands is not None
         assert numbers is not None
         filler = numbers
         values = tuple(filler if x is None else x for x in (workspace, kept, sums, results))
         run = ModelRun((operands, numbers, *values), last.stream)
         with on_device(self.planner.device):
-            for launch in plan.launches:
+            for launch in launches:
                 launch.compile(run)  # type: ignore[arg-type]
             begun = False
             try:
-                for launch in plan.launches:
+                for launch in launches:
                     launch(run)  # type: ignore[arg-type]
                     begun |= launch.updates
                     if after_sum is not None and launch.name == "model_sums":
@@ -381,7 +349,7 @@ class TritonModel:
 def _factor(most: float, total: Callable[[Tensor], None], like: Tensor) -> Tensor:
     """What keeps the promise at ``most`` where this process has none: the others wait for its part of the sum."""
     total(promise := torch.zeros_like(like))
-    return most / promise.clamp_min(most) + (promise - promise)  # NaN where it isn't finite
+    return torch.where(promise <= most, 1.0, most / promise) + (promise - promise)  # NaN where it isn't finite
 
 
 def _as_they_are(*lists: Sequence[float]) -> tuple[Any, ...]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from apo_kernels.given import Given
 from apo_kernels.triton import config
 from apo_kernels.triton.launch import Launch
 from apo_kernels.triton.layers import View, view_of
@@ -24,7 +24,6 @@ from apo_kernels.triton.tile_model import model_apply, model_forward, model_sums
 from apo_kernels.triton.tile_slopes import model_slopes
 
 __all__ = [
-    "Given",
     "ModelLaunch",
     "ModelPlan",
     "ModelPlanner",
@@ -35,14 +34,11 @@ __all__ = [
     "sums_constants",
 ]
 
-Buffers = Sequence[Tensor | None]
-
 APPLY_TILE = (16, 128)
 """What one program of :func:`model_apply` steps."""
 SUM_CHUNK = (128, 8, 1024)
 """Of :func:`model_sums`: entries of a result, parts that are added at a time, and parts of one entry."""
 
-_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 _OPERANDS, _NUMBERS, _WORKSPACE, _KEPT, _SUMS, _RESULTS = range(6)
 
 
@@ -61,39 +57,6 @@ class ModelLaunch(Launch):
 
     def _arguments(self, run: Any) -> tuple[Any, ...]:
         return (*self.tables, *[run.values[at] for at in self.takes])
-
-
-class Given(NamedTuple):
-    """The parts of a call, by role and layer, without the layers that are None.
-
-    ``places`` and ``forms``: where they lie, and how those that are read do. A weight whose memory stays must keep its
-    form.
-    """
-
-    layers: list[int]
-    tensors: list[Tensor | None]
-    roles: tuple[ModelRole, ...]
-    places: list[int]
-    forms: list[list[Any]]
-
-    @property
-    def written(self) -> list[Tensor | None]:
-        """The weights that a step writes: those with a gradient."""
-        half = len(self.tensors) // 2
-        return [theta for G, theta in zip(self.tensors[:half], self.tensors[half:], strict=True) if G is not None]
-
-    def same(self, other: Given) -> bool:
-        return self is other or (self[0] == other[0] and self[2:] == other[2:])
-
-    def kinds(self) -> object:
-        """All that there is to check of the parts: it doesn't depend on where they lie."""
-        there = [x for x in self.tensors if x is not None]
-        own = [[*map(of, there)] for of in (Tensor.size, Tensor.stride, _DTYPE, _DEVICE, Tensor.is_neg)]
-        return [*map(type, self.tensors)], own
-
-    def forget(self) -> Given:
-        """Without the tensors: these may go."""
-        return self._replace(tensors=[])
 
 
 @dataclass
@@ -128,8 +91,8 @@ class ModelPlan:
 class ModelPlanner(ModelLayers):
     """The layers of a preconditioner, and plans for them."""
 
-    def plan(self, name: str, given: Given, buffers: Buffers | None, also: tuple[int, ...] | None) -> ModelPlan:
-        placed = self._placed(given, buffers)
+    def plan(self, name: str, given: Given, also: tuple[int, ...] | None) -> ModelPlan:
+        placed = self._placed(given)
         layers = sorted(placed) if also is None else list(also)
         matrices = [at for i in layers for at in self.of_layer[i]]
         values = self.static.copy()
@@ -360,25 +323,15 @@ class ModelPlanner(ModelLayers):
             ]  # fmt: skip
         return launches
 
-    def _placed(self, given: Given, buffers: Buffers | None) -> dict[int, dict[ModelRole, tuple[int, Tensor]]]:
+    def _placed(self, given: Given) -> dict[int, dict[ModelRole, tuple[int, Tensor]]]:
         """By layer and role: which of the given tensors it is. A layer without any part is left out."""
+        roles = (ModelRole.G, ModelRole.THETA) if given.weights else (ModelRole.G,)
+        names = [(i, ModelRole(role + k)) for role in roles for i in given.layers for k in range(len(self.widths[i]))]
+        names += [(i, ModelRole.MOMENTUM) for i in given.layers[: len(given.tensors) - len(names)]]
         found: dict[int, dict[ModelRole, tuple[int, Tensor]]] = {}
-        number = 0
-        for role in given.roles:
-            for i in given.layers:
-                for k in range(len(self.widths[i])):
-                    x = given.tensors[number]
-                    if x is not None and (role is ModelRole.G or i in found):
-                        found.setdefault(i, {})[ModelRole(role + k)] = number, x
-                    number += 1
-        for i in given.layers if buffers is not None else ():
-            if i in found and (x := buffers[i]) is not None:  # type: ignore[index]
-                found[i][ModelRole.MOMENTUM] = number, x
-            number += 1
-        for own in found.values():  # a weight is written where the part of G is there
-            for k in range(2):
-                if ModelRole(ModelRole.G + k) not in own:
-                    own.pop(ModelRole(ModelRole.THETA + k), None)
+        for number, ((i, role), x) in enumerate(zip(names, given.tensors, strict=True)):
+            if x is not None and (number < given.reads or i in found):
+                found.setdefault(i, {})[role] = number, x
         return found
 
 
