@@ -95,6 +95,7 @@ def blocks_from_dense(dense: Tensor, block_size: int) -> Tensor:
     Raises ValueError where ``dense`` isn't square.
     """
     check_size("block_size", block_size, least=1)
+    _check_tensor("dense", dense)
     if dense.ndim < 2 or dense.shape[-1] != dense.shape[-2]:
         raise ValueError(f"dense must be square, (*batch, n, n), but got shape {tuple(dense.shape)}")
     size = dense.shape[-1]
@@ -111,6 +112,10 @@ def by_square(side: Tensor, block: Tensor) -> Tensor:
     if not is_stack(block, side.unsqueeze(-1)):
         return side
     count, width = block.shape[-3:-1]
+    if block_count(side.shape[-1], width) != count:
+        raise ValueError(
+            f"side must be of a length that {count} squares of {width} cover, but its shape is {tuple(side.shape)}"
+        )
     padded = torch.nn.functional.pad(side, (0, count * width - side.shape[-1]))
     return padded.reshape(*side.shape[:-1], count, width)
 
@@ -136,6 +141,12 @@ def check_size(name: str, value: object, *, least: int) -> None:
 
 
 def _stack_shape(name: str, stack: Tensor) -> tuple[int, int]:
+    _check_tensor(name, stack)
     if stack.ndim < 3 or stack.shape[-1] != stack.shape[-2] or stack.shape[-1] < 1:
         raise ValueError(f"{name} must be a stack of squares, (*batch, k, b, b), but got {tuple(stack.shape)}")
     return stack.shape[-3], stack.shape[-1]
+
+
+def _check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, but got {x!r} of type {type(x).__name__}")

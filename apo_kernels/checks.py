@@ -20,7 +20,10 @@ from apo_kernels.memory import shared, shared_storage
 from apo_kernels.slopes import Parts
 
 __all__ = [
+    "at_least_0",
     "buffers",
+    "dense",
+    "finite",
     "foreach_operands",
     "in_place",
     "kept_list",
@@ -41,6 +44,7 @@ __all__ = [
     "tensor_lists",
     "wanted_letters",
     "watched",
+    "writable",
 ]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -242,11 +246,11 @@ def parts(written: Parts, read: Parts, shapes: Sequence[Sequence[tuple[int, ...]
                 _part(f"{name}[{i}][{k}]", x, shape, like)
             assert theta is not None
             if theta is not G:
-                _writable(f"thetas[{i}][{k}]", theta)
+                writable(f"thetas[{i}][{k}]", theta)
 
 
 def _part(name: str, x: object, shape: tuple[int, ...], like: Tensor) -> None:
-    _tensor(name, x)
+    dense(name, x)
     assert isinstance(x, Tensor)
     if x.shape != shape or x.device != like.device:
         raise ValueError(f"{name} must be a tensor of shape {shape} on {like.device}, but got {_description(x)}")
@@ -266,13 +270,13 @@ def buffers(tensors: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]],
     for i, (v, shape) in enumerate(zip(tensors, shapes, strict=True)):
         if v is None:
             continue
-        _tensor(f"momentum_buffers[{i}]", v)
+        dense(f"momentum_buffers[{i}]", v)
         if v.shape != shape or v.dtype is not dtype or v.device != like.device:
             raise ValueError(
                 f"momentum_buffers[{i}] must be a {dtype} tensor of shape {tuple(shape)} on {like.device}, "
                 f"but got {_description(v)}"
             )
-        _writable(f"momentum_buffers[{i}]", v)
+        writable(f"momentum_buffers[{i}]", v)
 
 
 def numbers(count: int, **lists: Sequence[float]) -> None:
@@ -282,16 +286,19 @@ def numbers(count: int, **lists: Sequence[float]) -> None:
         if set(map(type, each)) <= {float} and math.isfinite(sum(each)):
             continue
         for i, x in enumerate(each):
-            _number(f"{name}[{i}]", x)
-            if not abs(x) <= sys.float_info.max:
-                raise ValueError(f"{name}[{i}] must be finite, but is {x}")
+            finite(f"{name}[{i}]", x)
+
+
+def finite(name: str, value: Any) -> None:
+    """Refuse what is no finite number."""
+    _number(name, value)
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite, but is {value}")
 
 
 def promise(count: int, most: float, shares: Sequence[float] | None, total: object) -> None:
     """Refuse what no promise can be kept with. A share may be infinite: then the step isn't taken."""
-    _number("most", most)
-    if not most >= 0:
-        raise ValueError(f"most must be at least 0, or inf for no bound, but is {most}")
+    at_least_0("most", most)
     if total is not None and not callable(total):
         raise TypeError(f"total must be None or a function of the sum, but got {_kind(total)}")
     if not math.isfinite(most):
@@ -407,7 +414,7 @@ def step_tensors(
             if _plainly_matches(x, G) and x.is_contiguous() and not x.is_neg() and not x.is_inference():
                 continue
             _same_as_G(f"{name}[{i}]", x, G, f"Gs[{i}]")
-            _writable(f"{name}[{i}]", x)
+            writable(f"{name}[{i}]", x)
 
 
 def no_shared_memory(
@@ -451,7 +458,8 @@ def not_negated(**lists: Tensors) -> None:
                 raise ValueError(f"{name}[{i}] must be read as it lies in memory, but is lazily negated: resolve it")
 
 
-def _tensor(name: str, x: object) -> None:
+def dense(name: str, x: object) -> None:
+    """Refuse what is no tensor that lies in memory, of a dtype that is served."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, but got {_kind(x)}")
     if x.layout is not torch.strided or x.is_nested:
@@ -467,7 +475,7 @@ def _tensor(name: str, x: object) -> None:
 
 
 def _matrix(name: str, x: Tensor) -> None:
-    _tensor(name, x)
+    dense(name, x)
     if x.ndim < 2:
         raise ValueError(
             f"{name} must be a matrix or a batch of them, (*batch, m, n), but its shape is {tuple(x.shape)}"
@@ -475,7 +483,7 @@ def _matrix(name: str, x: Tensor) -> None:
 
 
 def _beside(name: str, x: Tensor, G: Tensor, G_name: str) -> None:
-    _tensor(name, x)
+    dense(name, x)
     if x.device != G.device:
         raise ValueError(f"{name} must be on {G_name}'s device, {G.device}, but is on {x.device}")
     if (x.dtype == torch.float64) != (G.dtype == torch.float64):
@@ -522,6 +530,14 @@ def _scalar(name: str, value: Any, *, below: float = math.inf) -> None:
         raise ValueError(f"{name} must be {bound}, but got {value}")
 
 
+def at_least_0(name: str, value: Any, *, most: float = math.inf) -> None:
+    """Refuse what isn't a number from 0 to the most."""
+    _number(name, value)
+    if not 0 <= value <= most:
+        bound = "at least 0" if most == math.inf else f"at least 0 and at most {most:g}"
+        raise ValueError(f"{name} must be {bound}, but got {value}")
+
+
 def _learning_rate(lr: object, Gs: Tensors) -> None:
     if not isinstance(lr, Tensor):
         _scalar("lr", lr)
@@ -531,7 +547,8 @@ def _learning_rate(lr: object, Gs: Tensors) -> None:
         raise ValueError(f"lr must be on the CPU or on {Gs[0].device} with Gs, but is on {lr.device}")
 
 
-def _writable(name: str, x: Tensor) -> None:
+def writable(name: str, x: Tensor) -> None:
+    """Refuse what can't be written in place, entry by entry."""
     if x.is_neg():
         raise ValueError(f"{name} must be written as it lies in memory, but is lazily negated: resolve it")
     if x.is_inference() and not torch.is_inference_mode_enabled():

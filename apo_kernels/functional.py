@@ -313,6 +313,9 @@ class BoundStep:
 
 def explain(backend: str | None = None, Gs: Tensors = ()) -> str:
     """Which path would serve a call on ``Gs``, and why, in a sentence: ``"aten: it serves …"``."""
+    checks.tensor_lists(Gs=Gs)
+    for i, G in enumerate(Gs):
+        checks.dense(f"Gs[{i}]", G)
     choice = choose(backend, Gs)
     return f"{choice.name}: {choice.reason}"
 

@@ -17,8 +17,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from apo_kernels import checks
 from apo_kernels.autocast import without_autocast
+from apo_kernels.blocks import check_size
 from apo_kernels.dispatch import serving
+from apo_kernels.memory import shared
 
 __all__ = ["relative_step_scalings_", "relative_step_squares_"]
 
@@ -59,12 +62,15 @@ def relative_step_squares_(
     Raises:
         TypeError, ValueError: dtypes or shapes that don't fit. Nothing has been written then.
     """
+    checks.dense("X", X)
     if X.ndim != 3 or X.shape[1] != X.shape[2]:
         raise ValueError(f"X must be a stack of squares (count, b, b), but its shape is {tuple(X.shape)}")
     count, b = X.shape[:2]
-    _check(X, slope=(slope, X.shape), new_slope=(new_slope, X.shape), size=(size, (count, b)),
-           new_size=(new_size, (count, b)))  # fmt: skip
-    numbers = _numbers(X, count, rate=rate, correction=correction, active=active)
+    _check("X", X, {"slope": (slope, X.shape), "size": (size, (count, b))},
+           {"new_slope": (new_slope, X.shape), "new_size": (new_size, (count, b))})  # fmt: skip
+    numbers = _numbers(X, count, rate=rate, correction=correction)
+    _check_step(X, count, betas, active, floor=floor, longest=longest)
+    active = None if active is None else active.reshape(count)
     if X.numel():
         serving(backend, [X]).relative_step_squares_(
             X, slope, size, new_slope, new_size, numbers["rate"], betas, numbers["correction"], floor, longest, active
@@ -107,13 +113,21 @@ def relative_step_scalings_(
     Raises:
         TypeError, ValueError: as :func:`relative_step_squares_`.
     """
+    checks.dense("S", S)
+    _counts("lengths", lengths)
     if S.ndim != 1 or sum(lengths) != S.numel():
         raise ValueError(f"S must be flat, of {sum(lengths)} elements, but its shape is {tuple(S.shape)}")
-    if entries is not None and len(entries) != len(lengths):
-        raise ValueError(f"entries must be None or one for each of {len(lengths)} tensors, but got {len(entries)}")
-    _check(S, slope=(slope, S.shape), size=(size, S.shape), new_slope=(new_slope, S.shape),
-           new_size=(new_size, S.shape))  # fmt: skip
-    numbers = _numbers(S, len(lengths), rate=rate, correction=correction, active=active)
+    if entries is not None:
+        _counts("entries", entries)
+        if len(entries) != len(lengths):
+            raise ValueError(f"entries must be None or one for each of {len(lengths)} tensors, but got {len(entries)}")
+    if total is not None and not callable(total):
+        raise TypeError(f"total must be None or a function of the sums, but got {total!r}")
+    _check("S", S, {"slope": (slope, S.shape), "size": (size, S.shape)},
+           {"new_slope": (new_slope, S.shape), "new_size": (new_size, S.shape)})  # fmt: skip
+    numbers = _numbers(S, len(lengths), rate=rate, correction=correction)
+    _check_step(S, len(lengths), betas, active, floor=floor)
+    active = None if active is None else active.reshape(len(lengths))
     if S.numel():
         serving(backend, [S]).relative_step_scalings_(
             S, slope, size, new_slope, new_size, lengths, lengths if entries is None else entries, numbers["rate"],
@@ -121,28 +135,70 @@ def relative_step_scalings_(
         )  # fmt: skip
 
 
-def _check(like: Tensor, **expected: tuple[Tensor, Sequence[int]]) -> None:
+def _check(
+    name: str,
+    like: Tensor,
+    means: dict[str, tuple[Tensor, Sequence[int]]],
+    new: dict[str, tuple[Tensor, Sequence[int]]],
+) -> None:
+    """Refuse tensors that don't fit; the first and the means are written."""
     if like.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"steps are taken in float32 or float64, but the tensors are {like.dtype}")
-    for name, (x, shape) in expected.items():
+        raise TypeError(f"{name} must be float32 or float64, but is {like.dtype}")
+    checks.writable(name, like)
+    for each, (x, shape) in (means | new).items():
+        checks.dense(each, x)
         if x.shape != torch.Size(shape) or x.dtype != like.dtype or x.device != like.device:
             raise ValueError(
-                f"{name} must be a {like.dtype} tensor of shape {tuple(shape)} on {like.device}, but is a {x.dtype} "
+                f"{each} must be a {like.dtype} tensor of shape {tuple(shape)} on {like.device}, but is a {x.dtype} "
                 f"tensor of shape {tuple(x.shape)} on {x.device}"
             )
+        if each in means:
+            checks.writable(each, x)
+        elif x.is_neg():
+            raise ValueError(f"{each} must be read as it lies in memory, but is lazily negated: resolve it")
+    names = [name, *means, *new]
+    clash = shared([like, *[x for x, _ in (means | new).values()]], 1 + len(means))
+    if clash is not None:
+        first, second = (names[number] for number in clash)
+        raise ValueError(f"{first} is written and must not share memory with {second}, but does")
 
 
-def _numbers(like: Tensor, count: int, **given: Numbers | None) -> dict[str, Numbers]:
+def _numbers(like: Tensor, count: int, **given: Numbers) -> dict[str, Numbers]:
     """Tensors of numbers made flat."""
     found: dict[str, Numbers] = {}
     for name, x in given.items():
-        if isinstance(x, Tensor):
-            if x.numel() != count or x.device != like.device:
+        if not isinstance(x, Tensor):
+            checks.finite(name, x)
+        else:
+            if x.numel() != count or x.device != like.device or not x.is_floating_point():
                 raise ValueError(
-                    f"{name} must be a number or {count} of them on {like.device}, but its shape is "
-                    f"{tuple(x.shape)}, on {x.device}"
+                    f"{name} must be a number or {count} of them, floating-point, on {like.device}, but is "
+                    f"{x.dtype} of shape {tuple(x.shape)}, on {x.device}"
                 )
             x = x.reshape(count)
-        if x is not None:
-            found[name] = x
+        found[name] = x
     return found
+
+
+def _check_step(like: Tensor, count: int, betas: tuple[float, float], active: Tensor | None, **bounds: float) -> None:
+    """Refuse what else no step can be taken with."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, for slope and size, but is {betas!r}")
+    for i, beta in enumerate(betas):
+        checks.at_least_0(f"betas[{i}]", beta, most=1.0)
+    for name, x in bounds.items():
+        checks.at_least_0(name, x)
+    if active is not None and not isinstance(active, Tensor):
+        raise TypeError(f"active must be None or a bool tensor, but got {active!r}")
+    if active is not None and (active.dtype != torch.bool or active.numel() != count or active.device != like.device):
+        raise ValueError(
+            f"active must be None or {count} bool on {like.device}, but is {active.dtype} of shape "
+            f"{tuple(active.shape)}, on {active.device}"
+        )
+
+
+def _counts(name: str, each: Sequence[int]) -> None:
+    if not isinstance(each, (list, tuple)):
+        raise TypeError(f"{name} must be a list of ints, but got {each!r}")
+    for i, x in enumerate(each):
+        check_size(f"{name}[{i}]", x, least=0)

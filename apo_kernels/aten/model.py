@@ -155,7 +155,8 @@ class AtenModel:
         if not present or rates is None:
             return f
         shrink = [1 - rate * decay for rate, decay in zip(lr, weight_decay, strict=True)]
-        self._update(thetas, Gs, present, momentum_buffers, Ys, rates, momentum, shrink, carry=True)
+        numbers = self._held_numbers(rates, momentum, shrink)
+        self._update(thetas, Gs, present, momentum_buffers, Ys, *numbers, carry=True)
         return f
 
     def _bounded(
@@ -211,8 +212,20 @@ class AtenModel:
         present = _present(Gs)
         Ys, Ms = self._directions(Gs, keep=True)
         if present:
-            self._update(thetas, Gs, present, momentum_buffers, Ys, lengths, momentum, shrink, carry=False)
+            numbers = self._held_numbers(lengths, momentum, shrink)
+            self._update(thetas, Gs, present, momentum_buffers, Ys, *numbers, carry=False)
         return KeptTiles(Ms, present)
+
+    def _held_numbers(
+        self, lengths: Sequence[float], momentum: Sequence[float], shrink: Sequence[float]
+    ) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
+        """What the dtype can't hold made infinite: torch would refuse it when half is written."""
+        top = torch.finfo(self._dtype).max
+        found = [
+            each if max(map(abs, each)) <= top else [x if abs(x) <= top else math.copysign(math.inf, x) for x in each]
+            for each in (lengths, momentum, shrink)
+        ]
+        return found[0], found[1], found[2]
 
     def keep(self, Gs: Parts) -> KeptTiles:
         present = _present(Gs)

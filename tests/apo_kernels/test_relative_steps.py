@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -77,9 +80,85 @@ def test_what_doesnt_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"size must be a .* shape \(3, 4\)"):
         ak.relative_step_squares_(X, X.clone(), size[:2], X, size, **options)  # type: ignore[arg-type]
     half, flat = X.bfloat16(), [torch.ones(6) for _ in range(5)]
-    with pytest.raises(TypeError, match=r"float32 or float64, but the tensors are torch\.bfloat16"):
+    with pytest.raises(TypeError, match=r"must be float32 or float64, but is torch\.bfloat16"):
         ak.relative_step_squares_(half, half, size, half, size, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rate must be a number or 3"):
         ak.relative_step_squares_(X, X.clone(), size, X, size, **{**options, "rate": torch.ones(2)})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="S must be flat, of 5"):
         ak.relative_step_scalings_(*flat, lengths=[2, 3], rate=1.0, correction=1.0, betas=BETAS, floor=FLOOR)
+
+
+def arguments(scalings: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Good ones: tensors, and the rest."""
+    whole, sums = ((10,), (10,)) if scalings else ((3, 4, 4), (3, 4))
+    tensors = {"X": whole, "slope": whole, "size": sums, "new_slope": whole, "new_size": sums}
+    rest: dict[str, Any] = {"rate": 0.1, "betas": (0.9, 0.9), "correction": 1.0, "floor": 0.1, "active": None}
+    rest |= {"lengths": [4, 6]} if scalings else {"longest": 1.0}
+    return {name: torch.rand(shape) for name, shape in tensors.items()}, rest
+
+
+BOTH: list[tuple[str, Callable[[Tensor], Any]]] = [
+    ("betas", lambda _: (0.9,)),
+    ("betas", lambda _: 0.9),
+    ("betas", lambda _: (0.9, None)),
+    ("betas", lambda _: (0.9, 1.5)),
+    ("floor", lambda _: None),
+    ("floor", lambda _: -1.0),
+    ("rate", lambda _: "x"),
+    ("rate", lambda _: None),
+    ("rate", lambda _: float("nan")),
+    ("correction", lambda _: None),
+    ("active", lambda _: [True, False]),
+    ("active", lambda x: torch.ones(len(x), dtype=torch.int64)),
+    ("active", lambda x: torch.ones(len(x))),
+    *(
+        (name, bad)
+        for name in ("X", "slope", "size")
+        for bad in (
+            lambda x: x[:1].clone().expand(x.shape),
+            lambda x: torch._neg_view(x),
+            lambda x: None,
+            lambda x: x.to_sparse(),
+        )
+    ),
+    *((name, lambda x: x.to_sparse()) for name in ("new_slope", "new_size")),
+]
+SQUARES: list[tuple[str, Callable[[Tensor], Any]]] = [
+    ("longest", lambda _: None),
+    ("longest", lambda _: -1.0),
+    ("longest", lambda _: float("nan")),
+]
+SCALINGS: list[tuple[str, Callable[[Tensor], Any]]] = [
+    ("lengths", lambda _: [12, -2]),
+    ("lengths", lambda _: [4.0, 6.0]),
+    ("lengths", lambda _: None),
+    ("entries", lambda _: ["a", 1]),
+    ("entries", lambda _: [None, 1]),
+    ("total", lambda _: 5),
+]
+CASES = [(False, *case) for case in BOTH + SQUARES] + [(True, *case) for case in BOTH + SCALINGS]
+
+
+@pytest.mark.parametrize(("scalings", "name", "bad"), CASES, ids=[f"{i}: {case[1]}" for i, case in enumerate(CASES)])
+def test_bad_arguments_are_named_and_nothing_is_written(
+    scalings: bool, name: str, bad: Callable[[Tensor], Any]
+) -> None:
+    tensors, rest = arguments(scalings)
+    before = {each: x.clone() for each, x in tensors.items()}
+    own = tensors if name in tensors else rest
+    changed = bad(tensors[name]) if own is tensors else bad(torch.rand(2 if scalings else 3))
+    held = dict(tensors)
+    (held if own is tensors else rest)[name] = changed
+    step = ak.relative_step_scalings_ if scalings else ak.relative_step_squares_
+    with pytest.raises((TypeError, ValueError), match=rf"^{'S' if scalings and name == 'X' else name}\b.* must "):
+        step(*held.values(), **rest)
+    assert all(torch.equal(x, before[each]) for each, x in tensors.items())
+
+
+@pytest.mark.parametrize("scalings", [False, True])
+def test_one_memory_under_two_names(scalings: bool) -> None:
+    tensors, rest = arguments(scalings)
+    tensors["new_slope"] = tensors["slope"]
+    step = ak.relative_step_scalings_ if scalings else ak.relative_step_squares_
+    with pytest.raises(ValueError, match="slope is written and must not share memory with new_slope"):
+        step(*tensors.values(), **rest)
