@@ -70,6 +70,7 @@ def relative_step_squares_(
            {"new_slope": (new_slope, X.shape), "new_size": (new_size, (count, b))})  # fmt: skip
     numbers = _numbers(X, count, rate=rate, correction=correction)
     _check_step(X, count, betas, active, floor=floor, longest=longest)
+    _check_memory(X=X, slope=slope, size=size, new_slope=new_slope, new_size=new_size)
     active = None if active is None else active.reshape(count)
     if X.numel():
         serving(backend, [X]).relative_step_squares_(
@@ -127,6 +128,7 @@ def relative_step_scalings_(
            {"new_slope": (new_slope, S.shape), "new_size": (new_size, S.shape)})  # fmt: skip
     numbers = _numbers(S, len(lengths), rate=rate, correction=correction)
     _check_step(S, len(lengths), betas, active, floor=floor)
+    _check_memory(S=S, slope=slope, size=size, new_slope=new_slope, new_size=new_size)
     active = None if active is None else active.reshape(len(lengths))
     if S.numel():
         serving(backend, [S]).relative_step_scalings_(
@@ -156,10 +158,13 @@ def _check(
             checks.writable(each, x)
         elif x.is_neg():
             raise ValueError(f"{each} must be read as it lies in memory, but is lazily negated: resolve it")
-    names = [name, *means, *new]
-    clash = shared([like, *[x for x, _ in (means | new).values()]], 1 + len(means))
+
+
+def _check_memory(**tensors: Tensor) -> None:
+    """Refuse one memory under two names; the first three are written."""
+    clash = shared([*tensors.values()], 3)
     if clash is not None:
-        first, second = (names[number] for number in clash)
+        first, second = ([*tensors][number] for number in clash)
         raise ValueError(f"{first} is written and must not share memory with {second}, but does")
 
 

@@ -1,4 +1,4 @@
-"""What a bound model refuses, by name and with nothing written, and how it is shared among threads, modes and copies."""
+"""What a bound model refuses, by name and with nothing written; and how threads, modes and copies share it."""
 
 from __future__ import annotations
 
@@ -218,7 +218,8 @@ def test_threads_take_turns() -> None:
     alone = [call(k) for k in range(4)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(call, [0, 1, 2, 3] * 30))
-    assert all(map(torch.equal, sum(found, []), sum(alone * 30, [])))
+    for own, expected in zip(found, alone * 30, strict=True):
+        assert all(map(torch.equal, own, expected))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
