@@ -74,7 +74,7 @@ def _plainly_fit(Gs: Tensors, As: Tensors, Bs: Tensors, Ss: Tensors, Vs: Tensors
     """Whether these are lists of equal length whose every entry is of the common case, one matrix and its blocks, full
     or in squares: what isn't is looked at closely.
 
-    One flat loop over the attributes that are cheapest to read, because looking closely takes longer than a small layer.
+    One flat loop over the attributes that are cheapest to read: looking closely takes longer than a small layer.
     """
     if not (type(Gs) in _LISTS and type(As) in _LISTS and type(Bs) in _LISTS and type(Ss) in _LISTS):
         return False
@@ -304,6 +304,8 @@ def promise(count: int, most: float, shares: Sequence[float] | None, total: obje
     if not math.isfinite(most):
         return
     _listed("shares", shares, count)
+    if shares and set(map(type, shares)) <= {float} and not math.isnan(sum(shares)):
+        return
     for i, x in enumerate(shares or ()):
         _number(f"shares[{i}]", x)
         if math.isnan(x):

@@ -165,7 +165,8 @@ def model_apply(
     layer, row0, col0 = tl.load(entry).to(tl.int64), tl.load(entry + 1).to(tl.int64), tl.load(entry + 2).to(tl.int64)
     most = tl.load(numbers + tl.load(entry + 3) * _NUMBERS)
     promised = tl.load(sums)
-    f = most / tl.maximum(promised, most, propagate_nan=tl.PropagateNan.ALL) + (promised - promised)
+    f = tl.where(promised <= most, 1.0, most / tl.maximum(promised, most, propagate_nan=tl.PropagateNan.ALL))
+    f += promised - promised
     tl.store(sums + 1, f, mask=tl.program_id(0) == 0)
     if f == f:
         applied(f, layers, operands, numbers, workspace, layer, row0, col0, TYPE_THETA, TYPE_THETA_BIAS, ROWS, COLS)

@@ -162,8 +162,6 @@ def test_a_forbidden_import_would_be_seen(tmp_path: Path) -> None:
 
 def test_an_inner_name_would_be_seen(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
-    path.write_text(
-        "import apo\nimport apo_kernels as ak\nfrom apo.arena import Arena\nak.checks, apo.APO\n"
-    )
+    path.write_text("import apo\nimport apo_kernels as ak\nfrom apo.arena import Arena\nak.checks, apo.APO\n")
     inner = {name for name in used(path) if not is_public(name, name.partition(".")[0])}
     assert inner == {"apo_kernels.checks", "apo.arena.Arena"}

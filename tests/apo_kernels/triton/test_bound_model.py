@@ -88,3 +88,12 @@ def test_a_process_without_gradients_and_nothing_to_promise() -> None:
     own = layers([(7, 12)], torch.float32)
     own.Gs = [None]
     assert step(own, own.bind(), 0.0, total=lambda x: x).item() == 1
+
+
+@pytest.mark.parametrize("backend", ["aten", "triton"])
+def test_nothing_to_promise_keeps_a_promise_of_nothing(backend: str) -> None:
+    """Zero gradients: momentum is carried."""
+    bound, theta, v = square(backend), torch.zeros(6, 6), torch.ones(6, 6)
+    settings = {**ONCE, "momentum": [0.5]}
+    assert bound.step_([(theta,)], [(torch.zeros(6, 6),)], [v], **settings, most=0.0, shares=[1.0]).item() == 1
+    assert (theta == -0.5).all()
