@@ -129,19 +129,22 @@ def test_autocasts_cache_holds_no_weights_of_a_trial(front_end: str) -> None:
 
 @each_front_end
 def test_autocast_is_as_it_was_after_an_exception(front_end: str) -> None:
+    """And holds no casts of the trial's weights."""
     run = Setting(front_end, interval=1)
 
     def stopping() -> Tensor:
+        loss = run.closure()
         if run.opt.in_trial:
             raise KeyboardInterrupt
-        return run.closure()
+        return loss
 
     with torch.autocast("cpu", torch.float16):
+        before = run.model(run.x)
         with pytest.raises(KeyboardInterrupt):
             run.opt.step(stopping)
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") == torch.float16
-        assert torch.equal(run.model(run.x), run.model(run.x))
+        assert torch.equal(run.model(run.x), before)
     assert not torch.is_autocast_enabled("cpu")
 
 

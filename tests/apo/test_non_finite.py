@@ -103,11 +103,13 @@ def test_the_largest_finite_gradients_are_not_taken_for_infinite(front_end: str,
     if front_end.startswith("AdaptiveLR"):
         opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=1e-3), opt.objective, interval=0, warmup=0)
     handles = [spoil(p, lambda g: torch.full_like(g, 3.3e38)) for p in model.parameters()]
+    before = weights(model)
     opt.step(closure)
     for handle in handles:
         handle.remove()
     assert opt.skipped_steps == 0
     assert all(p.isfinite().all() for p in model.parameters())
+    assert not any(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
 
 
 def test_where_steps_are_judged_late_huge_gradients_cost_one() -> None:

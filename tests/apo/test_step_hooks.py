@@ -101,7 +101,9 @@ def test_a_hook_after_the_step_that_raises_leaves_all_as_it_was() -> None:
     model, x, t, other = mlp()
     base = torch.optim.Adam(model.parameters(), lr=0.1)
     opt = apo.AdaptiveLR(base, objective(model, other), interval=1)
+    begun(opt)
     opt.step(closure_of(opt, model, x, t))
+    assert base.state
     before, state, rate = weights(model), repr(opt.state_dict()), opt.param_groups[0]["lr"]
 
     def stop(*_: Any) -> None:

@@ -136,6 +136,7 @@ def test_meta_steps_without_a_closure_move_no_weight(front_end: str) -> None:
 def test_where_a_closure_is_needed_the_error_says_what_to_do(front_end: str) -> None:
     """And a closure that runs no backward at the trial is told that it should, with everything put back."""
     opt, model, x, t = built(front_end, own_loss=False)
+    opt.step(closure_of(opt, model, x, t))  # so that there is a state
     loss = accumulate(opt, model, x, t, 2)
     before, grads, state = weights(model), [p.grad.clone() for p in model.parameters()], str(opt.state_dict())
     with pytest.raises(ValueError, match=r"call step\(closure\); or give the ProximalObjective a loss=.*interval=0"):

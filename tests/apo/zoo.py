@@ -287,7 +287,7 @@ ZOO = {
 
 FRONT_ENDS: dict[str, Callable[..., Any]] = {
     "AdaptiveLR": lambda model, goal, lr, **settings: apo.AdaptiveLR(
-        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr), goal, **settings
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.9), goal, **settings
     ),
     "APO": lambda model, goal, lr, **settings: apo.APO(model, goal, lr=lr, **settings),
 }

@@ -269,7 +269,8 @@ def test_a_plan_knows_how_the_entries_of_a_batch_lie(first: int) -> None:
     offsets = [memory[at:].as_strided((2, 4, 8), (stride, 8, 1)).data_ptr() % 16 for at in (1, 3)]
     assert offsets == [4, 12], "neither lies well, but their second entries lie differently"
     for at in (1, 3):
-        ak.precondition(memory[at:].as_strided((2, 4, 8), (stride, 8, 1)), A, B, S, backend="triton")
+        x = memory[at:].as_strided((2, 4, 8), (stride, 8, 1))
+        assert torch.equal(ak.precondition(x, A, B, S, backend="triton"), x)
     assert len(plans._plans) == count + 4
 
 
@@ -293,8 +294,10 @@ def test_threads_make_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(plan is found[0] for plan in found)
 
 
-def test_nothing_of_the_last_step_is_left() -> None:
-    """A workspace is used again: what it held may not be seen."""
-    small = model([(70, 90)], torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nothing_of_the_last_step_is_left(dtype: torch.dtype) -> None:
+    """A workspace is used again: what it held may not be seen, nor how large it was."""
+    small, large = model([(70, 90)], dtype), model([(70, 90)], dtype, scale=1e3)
     first = ak.foreach_precondition(*small.operands, backend="triton")[0]
+    ak.foreach_precondition(*large.operands, backend="triton")
     assert torch.equal(ak.foreach_precondition(*small.operands, backend="triton")[0], first)
