@@ -65,9 +65,11 @@ def test_parts_that_dont_fit(change: Callable[[Any, Any], None], match: str) -> 
 def test_numbers_and_buffers_that_dont_fit(changed: dict[str, Any], match: str) -> None:
     bound, model = small()
     arguments: dict[str, Any] = {"lr": [0.1] * 2, "momentum": [0.5] * 2, "weight_decay": [0.1] * 2} | changed
-    buffers = arguments.pop("buffers", model.buffers())
+    thetas, buffers = model.parts(), arguments.pop("buffers", model.buffers())
+    before = copied(thetas), copied(buffers)
     with pytest.raises(ValueError, match=match):
-        bound.step_(model.parts(), model.parts(), buffers, **arguments)
+        bound.step_(thetas, model.parts(), buffers, **arguments)
+    assert_equal([thetas, buffers], list(before))
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,17 @@ def test_parts_at_known_places_but_of_another_kind_are_refused() -> None:
 
 
 def test_parts_that_dont_fit_are_refused_again_and_again() -> None:
-    own = layers([(7, 12)], torch.float32)
+    """And no layer is stepped."""
+    own = layers([(9, 8), (7, 12)], torch.float32)
     bound = own.bind()
     step(own, bound)
-    own.Gs[0][0] = torch.ones(7, 11)  # type: ignore[index]
+    own.Gs[1][0] = torch.ones(7, 11)  # type: ignore[index]
+    written = [x for parts in (*own.thetas, own.buffers) for x in parts or () if x is not None]
+    before = [x.clone() for x in written]
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"Gs\[0\]\[0\] must be a tensor of shape"):
+        with pytest.raises(ValueError, match=r"Gs\[1\]\[0\] must be a tensor of shape"):
             step(own, bound)
+    assert all(torch.equal(x, y) for x, y in zip(written, before, strict=True))
 
 
 @pytest.fixture
