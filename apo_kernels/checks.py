@@ -379,15 +379,18 @@ def in_place(thetas: Tensors, momentum_buffers: Tensors | None) -> None:
     """Refuse what torch won't let us write: what autograd watches, and inference tensors outside of their mode."""
     written = {"thetas": thetas, "momentum_buffers": momentum_buffers or ()}
     no_graph("it is written in place", **written)
-    if torch.is_inference_mode_enabled():
-        return
     for name, tensors in written.items():
         if any(map(Tensor.is_inference, tensors)):
-            i = [x.is_inference() for x in tensors].index(True)
-            raise ValueError(
-                f"{name}[{i}] must be a tensor that can be written outside of torch.inference_mode(), "
-                "but was made under it: clone it, or call under it"
-            )
+            for i, x in enumerate(tensors):
+                _of_this_mode(f"{name}[{i}]", x)
+
+
+def _of_this_mode(name: str, x: Tensor) -> None:
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name} must be a tensor that can be written outside of torch.inference_mode(), but was made under it: "
+            "clone it, or call under it"
+        )
 
 
 def step_scalars(
@@ -553,10 +556,7 @@ def writable(name: str, x: Tensor) -> None:
     """Refuse what can't be written in place, entry by entry."""
     if x.is_neg():
         raise ValueError(f"{name} must be written as it lies in memory, but is lazily negated: resolve it")
-    if x.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(
-            f"{name} must not come from inference mode where it is written outside of it, but does: clone it"
-        )
+    _of_this_mode(name, x)
     if x.is_contiguous():
         return
     reach = 1  # of the dimensions of smaller stride
