@@ -220,7 +220,8 @@ def test_a_whole_models_tiles_are_many(dtype: torch.dtype) -> None:
     """Those that lie well have a launch apart."""
     own = whole_models.layers([(512, 1024), (300, 500), (1024, 2048)], dtype, pad=True).to("cuda")
     whole_models.check_step(own, dtype, 0.25)
-    whole_models.check_slopes(own, own.bind(), own.bind().keep(own.Gs), dtype, ["ABS"] * 3, 5)
+    bound = own.bind()
+    whole_models.check_slopes(own, bound, bound.keep(own.Gs), dtype, ["ABS"] * 3, 5)
 
 
 @pytest.mark.parametrize("same_stream", [True, False])
