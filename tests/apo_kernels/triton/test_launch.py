@@ -184,9 +184,10 @@ def test_the_relative_steps_kernels_are_compiled_ahead(
     relative_steps._scalings.cache_clear()
     number: Any = torch.ones(3) if each else 0.1
     given = {"rate": number, "correction": number, "betas": (0.5, 0.9), "floor": 0.1, "backend": "triton"}
-    X, size, S = [torch.ones(3, b, b)] * 2, torch.ones(3, b), [torch.ones(24)] * 5
-    ak.relative_step_squares_(*X, size, X[0], size, longest=2.0, **given)
-    ak.relative_step_scalings_(*S, lengths=[8] * 3, **given)
+    X, slope, new_slope = (torch.ones(3, b, b) for _ in range(3))
+    size, new_size = (torch.ones(3, b) for _ in range(2))
+    ak.relative_step_squares_(X, slope, size, new_slope, new_size, longest=2.0, **given)
+    ak.relative_step_scalings_(*[torch.ones(24) for _ in range(5)], lengths=[8] * 3, **given)
     is_known(gpu, torch.float32)
     assert len(gpu.launched) == 3
 
