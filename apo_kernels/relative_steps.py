@@ -164,8 +164,7 @@ def _check_memory(**tensors: Tensor) -> None:
     """Refuse one memory under two names; the first three are written."""
     clash = shared([*tensors.values()], 3)
     if clash is not None:
-        first, second = ([*tensors][number] for number in clash)
-        raise ValueError(f"{first} is written and must not share memory with {second}, but does")
+        checks.refuse_shared(clash, [*tensors])
 
 
 def _numbers(like: Tensor, count: int, **given: Numbers) -> dict[str, Numbers]:

@@ -3,7 +3,15 @@
 from apo_kernels.checks.layers import foreach_operands, kept_list, kept_products, operands, wanted_letters
 from apo_kernels.checks.models import buffers, model, parts, promise
 from apo_kernels.checks.scalars import at_least_0, finite, numbers
-from apo_kernels.checks.steps import in_place, no_shared_memory, no_shared_parts, step, step_scalars, step_tensors
+from apo_kernels.checks.steps import (
+    in_place,
+    no_shared_memory,
+    no_shared_parts,
+    refuse_shared,
+    step,
+    step_scalars,
+    step_tensors,
+)
 from apo_kernels.checks.tensors import dense, no_graph, not_negated, plain, tensor_lists, watched, writable
 
 __all__ = [
@@ -25,6 +33,7 @@ __all__ = [
     "parts",
     "plain",
     "promise",
+    "refuse_shared",
     "step",
     "step_scalars",
     "step_tensors",

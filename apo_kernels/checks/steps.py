@@ -13,7 +13,7 @@ from apo_kernels.given import Given
 from apo_kernels.memory import shared, shared_storage
 from apo_kernels.slopes import Parts
 
-__all__ = ["in_place", "no_shared_memory", "no_shared_parts", "step", "step_scalars", "step_tensors"]
+__all__ = ["in_place", "no_shared_memory", "no_shared_parts", "refuse_shared", "step", "step_scalars", "step_tensors"]
 
 
 def step(
@@ -83,10 +83,11 @@ def no_shared_memory(
     written = len(thetas) + len(lists["momentum_buffers"])
     clash = (shared_storage if fake else shared)([x for tensors in lists.values() for x in tensors], written)
     if clash is not None:
-        _refuse_shared(clash, [f"{name}[{i}]" for name, tensors in lists.items() for i in range(len(tensors))])
+        refuse_shared(clash, [f"{name}[{i}]" for name, tensors in lists.items() for i in range(len(tensors))])
 
 
-def _refuse_shared(clash: tuple[int, int], names: Sequence[str]) -> None:
+def refuse_shared(clash: tuple[int, int], names: Sequence[str]) -> None:
+    """Say which two tensors share memory, by their numbers among these."""
     first, second = (names[number] for number in clash)
     raise ValueError(f"{first} is written and must not share memory with {second}, but does")
 
@@ -102,4 +103,4 @@ def no_shared_parts(
         names = [f"thetas[{i}][{k}]" for i, k in parts]
         names += [f"momentum_buffers[{i}]" for i in given.layers if momentum_buffers[i] is not None]
         names += [f"Gs[{i}][{k}]" for i, k in parts]
-        _refuse_shared(clash, names + [f"{name}[{i}]" for name, each in blocks.items() for i in range(len(each))])
+        refuse_shared(clash, names + [f"{name}[{i}]" for name, each in blocks.items() for i in range(len(each))])
