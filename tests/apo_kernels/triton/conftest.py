@@ -82,3 +82,19 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "empty", poisoned)
     yield
     clear_plans()
+
+
+@pytest.fixture
+def no_second_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel's first launch succeeds, and its second one fails."""
+    from apo_kernels.triton.launch import Launch, LaunchInputs
+
+    launched, start = [], Launch.__call__
+
+    def fail(launch: Launch, run: LaunchInputs) -> None:
+        if launch.name in launched:
+            raise RuntimeError("too many resources")
+        launched.append(launch.name)
+        start(launch, run)
+
+    monkeypatch.setattr(Launch, "__call__", fail)
