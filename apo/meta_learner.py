@@ -133,7 +133,8 @@ class MetaLearner(Remembering):
                 replaced since the optimizer was built.
             RuntimeError: it is called within a step of the same optimizer, as by a hook.
 
-        If anything raises, the weights, the optimizer's state and φ are as before the step.
+        If the closure, the model, a hook or a check raises, the weights, the optimizer's state and φ are as before the
+        step. Not so where memory runs out while they are being written.
         """
         return self._take(closure, move=True)
 

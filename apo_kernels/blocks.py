@@ -12,6 +12,8 @@ A block on a side of length ``n`` takes one of two forms, told apart by its rank
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -59,10 +61,14 @@ def identity_block(
         dtype, device: as for :func:`torch.eye`.
 
     Raises:
-        TypeError: ``size`` or ``block_size`` is not an integer.
-        ValueError: ``size`` is negative or ``block_size`` is below 1.
+        TypeError: ``size`` or ``block_size`` is not an integer, or ``scale`` not a number.
+        ValueError: ``size`` is negative, ``block_size`` is below 1, or ``scale`` isn't finite.
     """
     check_size("size", size, least=0)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number, but got {scale!r} of type {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, but is {scale}")
     if block_size is None:
         return torch.eye(size, dtype=dtype, device=device).mul_(scale)
     check_size("block_size", block_size, least=1)

@@ -15,14 +15,17 @@ from torch.autograd import forward_ad
 
 from apo_kernels.autocast import without_autocast
 
-__all__ = ["differentiable", "transformed"]
+__all__ = ["differentiable", "transformed", "transforming"]
+
+
+def transforming() -> bool:
+    """Whether ``torch.func`` or forward-mode AD is at work, on whatever tensors."""
+    return bool(torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def transformed(*lists: Sequence[Tensor]) -> bool:
     """Whether ``torch.func`` transforms one of these tensors, or one has a tangent of forward-mode AD."""
-    if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
-        return False
-    return any(_is_transformed(x) for tensors in lists for x in tensors)
+    return transforming() and any(_is_transformed(x) for tensors in lists for x in tensors)
 
 
 def _is_transformed(x: Tensor) -> bool:

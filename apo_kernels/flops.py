@@ -6,6 +6,8 @@ A product on ``A``'s side costs ``2·m·Σ bⱼ²`` over the squares of ``A`` (`
 
 from __future__ import annotations
 
+from apo_kernels.blocks import check_size
+
 __all__ = ["precondition_flops", "precondition_vjp_flops"]
 
 
@@ -16,6 +18,7 @@ def precondition_flops(
 
     ``4mn(m + n)`` for full blocks (``block_size=None``), about ``4mn(b_A + b_B)`` for block-diagonal ones.
     """
+    _check(m, n, block_size_A, block_size_B, batch)
     wide, narrow = _sides(m, n, block_size_A, block_size_B)
     return batch * 2 * (wide + narrow)
 
@@ -36,6 +39,9 @@ def precondition_vjp_flops(
     For all three of ``"ABS"`` and full blocks, ``n >= m``: ``6mn² + 8m²n`` if kept, ``8mn² + 12m²n`` if not. For
     ``relative`` ones, as ``aten`` computes them: ``6mn(m + n)`` and ``8mn(m + n)``.
     """
+    _check(m, n, block_size_A, block_size_B, batch)
+    if not isinstance(wanted, str) or not set(wanted) <= set("GABS"):
+        raise ValueError(f"wanted must be letters of 'GABS', but got {wanted!r}")
     wide, narrow = _sides(m, n, block_size_A, block_size_B)
     if _turned(m, n, block_size_A, block_size_B):
         wanted = wanted.translate(str.maketrans("AB", "BA"))
@@ -65,6 +71,14 @@ def _turned(m: int, n: int, block_size_A: int | None, block_size_B: int | None) 
     width_A = n if block_size_A is None else min(block_size_A, n)
     width_B = m if block_size_B is None else min(block_size_B, m)
     return width_B > width_A
+
+
+def _check(m: int, n: int, block_size_A: int | None, block_size_B: int | None, batch: int) -> None:
+    for name, size in (("m", m), ("n", n), ("batch", batch)):
+        check_size(name, size, least=0)
+    for name, width in (("block_size_A", block_size_A), ("block_size_B", block_size_B)):
+        if width is not None:
+            check_size(name, width, least=1)
 
 
 def _sides(m: int, n: int, block_size_A: int | None, block_size_B: int | None) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from apo_kernels import checks
 from apo_kernels.autocast import without_autocast
+from apo_kernels.differentiable import transforming
 from apo_kernels.dispatch import serving
 from apo_kernels.given import Given
 from apo_kernels.slopes import ModelEnergies, ModelSlopes, Parts
@@ -120,7 +121,7 @@ class ModelPreconditioner:
         Returns:
             f, 0-d, on the device: nothing waits for it.
         """
-        checks.numbers(len(self._shapes), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        checks.step_numbers(len(self._shapes), lr, momentum, weight_decay)
         checks.promise(len(self._shapes), most, shares, total)
         with self._lock, torch.no_grad():
             self._check("step", thetas, Gs, momentum_buffers)
@@ -188,6 +189,8 @@ class ModelPreconditioner:
         self, name: str, thetas: Parts, Gs: Parts, momentum_buffers: Sequence[Tensor | None] | None = None
     ) -> None:
         """Refuse tensors that don't fit; those of the last call of this name, in form and place, are known to."""
+        if transforming():
+            checks.plain_parts({"Gs": Gs, "thetas": thetas, "momentum_buffers": momentum_buffers, **self._blocks})
         key = name, torch.is_inference_mode_enabled()  # which says what may be written
         known, kinds = self._known.get(key, (None, None))
         try:

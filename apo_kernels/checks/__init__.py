@@ -1,8 +1,8 @@
 """Every refusal of a bad argument: before anything is computed or written, naming it, its value and what it must be."""
 
 from apo_kernels.checks.layers import foreach_operands, kept_list, kept_products, operands, wanted_letters
-from apo_kernels.checks.models import buffers, model, parts, promise
-from apo_kernels.checks.scalars import at_least_0, finite, numbers
+from apo_kernels.checks.models import buffers, model, parts, plain_parts, promise
+from apo_kernels.checks.scalars import at_least_0, finite, numbers, step_numbers
 from apo_kernels.checks.steps import (
     in_place,
     no_shared_memory,
@@ -32,9 +32,11 @@ __all__ = [
     "operands",
     "parts",
     "plain",
+    "plain_parts",
     "promise",
     "refuse_shared",
     "step",
+    "step_numbers",
     "step_scalars",
     "step_tensors",
     "tensor_lists",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,10 @@ from apo_kernels.aten import accumulation_dtype
 from apo_kernels.checks.describe import LISTS, described, kind_of, length_text
 from apo_kernels.checks.layers import foreach_operands
 from apo_kernels.checks.scalars import at_least_0, check_list, check_number
-from apo_kernels.checks.tensors import Tensors, dense, not_negated, tensor_lists, writable
+from apo_kernels.checks.tensors import Tensors, dense, not_negated, plain, tensor_lists, untransformed, writable
 from apo_kernels.slopes import Parts
 
-__all__ = ["buffers", "model", "parts", "promise"]
+__all__ = ["buffers", "model", "parts", "plain_parts", "promise"]
 
 
 def model(As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[Sequence[int]], learned: Sequence[str]) -> None:
@@ -23,6 +24,7 @@ def model(As: Tensors, Bs: Tensors, Ss: Tensors, widths: Sequence[Sequence[int]]
     tensor_lists(As=As, Bs=Bs, Ss=Ss)
     foreach_operands(Ss, As, Bs, Ss)
     not_negated(As=As, Bs=Bs, Ss=Ss)
+    plain(As=As, Bs=Bs, Ss=Ss)
     for name, each in (("widths", widths), ("learned", learned)):
         if not isinstance(each, LISTS) or len(each) != len(Ss):
             raise ValueError(f"{name} must be a list with an entry for each of {len(Ss)} layers, but got {each!r}")
@@ -58,6 +60,15 @@ def parts(written: Parts, read: Parts, shapes: Sequence[Sequence[tuple[int, ...]
             assert theta is not None
             if theta is not G:
                 writable(f"thetas[{i}][{k}]", theta)
+
+
+def plain_parts(lists: Mapping[str, Any]) -> None:
+    """Refuse what ``torch.func`` or forward-mode AD is at work on, in lists of tensors or of parts."""
+    for name, each in lists.items():
+        if isinstance(each, Tensor):
+            untransformed(name, each)
+        elif isinstance(each, LISTS):
+            plain_parts({f"{name}[{i}]": x for i, x in enumerate(each)})
 
 
 def _part(name: str, x: object, shape: tuple[int, ...], like: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from apo_kernels.checks.describe import LISTS, described, kind_of, length_text
 from apo_kernels.checks.tensors import Tensors
 
-__all__ = ["at_least_0", "check_list", "check_lr", "check_number", "check_scalar", "finite", "numbers"]
+__all__ = ["at_least_0", "check_list", "check_lr", "check_number", "check_scalar", "finite", "numbers", "step_numbers"]
 
 
 def check_number(name: str, value: object) -> None:
@@ -54,6 +54,17 @@ def check_lr(lr: object, Gs: Tensors) -> None:
 def check_list(name: str, each: object, count: int) -> None:
     if not isinstance(each, LISTS) or len(each) != count:
         raise ValueError(f"{name} must be a list with a number for each of {count} layers, but is {length_text(each)}")
+
+
+def step_numbers(count: int, lr: Sequence[float], momentum: Sequence[float], weight_decay: Sequence[float]) -> None:
+    """Refuse lists of what no step can be taken with."""
+    lists = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    numbers(count, **lists)
+    if not count or (min(*lr, *momentum, *weight_decay) >= 0 and max(momentum) < 1):
+        return
+    for name, each in lists.items():
+        for i, x in enumerate(each):
+            check_scalar(f"{name}[{i}]", x, below=1.0 if name == "momentum" else math.inf)
 
 
 def numbers(count: int, **lists: Sequence[float]) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "of_this_mode",
     "plain",
     "tensor_lists",
+    "untransformed",
     "watched",
     "writable",
 ]
@@ -58,11 +59,16 @@ def plain(**lists: Tensors) -> None:
         return
     for name, tensors in lists.items():
         for i, x in enumerate(tensors):
-            if transformed([x]):
-                raise ValueError(
-                    f"{name}[{i}] must be a plain tensor, but torch.func transforms it or it has a tangent of "
-                    "forward-mode AD: only precondition and foreach_precondition, without keep, serve these"
-                )
+            untransformed(f"{name}[{i}]", x)
+
+
+def untransformed(name: str, x: Tensor) -> None:
+    """The same of one tensor."""
+    if transformed([x]):
+        raise ValueError(
+            f"{name} must be a plain tensor, but torch.func transforms it or it has a tangent of "
+            "forward-mode AD: only precondition and foreach_precondition, without keep, serve these"
+        )
 
 
 def no_graph(reason: str, **lists: Tensors) -> None:

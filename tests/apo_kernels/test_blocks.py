@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -44,3 +47,21 @@ def test_by_square_cuts_a_side_as_the_blocks_do() -> None:
     found = ak.by_square(side, torch.zeros(2, 3, 2, 2))
     assert torch.equal(found, torch.tensor([[[1.0, 2], [3, 4], [5, 0]], [[6, 7], [8, 9], [10, 0]]]))
     assert ak.by_square(side, torch.zeros(2, 5, 5)) is side
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: ak.identity_block(4, scale=math.nan), "scale must be finite, but is nan"),
+        (lambda: ak.identity_block(4, 2, scale=True), "scale must be a number, but got True"),
+        (lambda: ak.precondition_flops(4, -1), "n must be at least 0, but got -1"),
+        (lambda: ak.precondition_flops(4.0, 4), "m must be an int"),
+        (lambda: ak.precondition_flops(4, 4, 0), "block_size_A must be at least 1, but got 0"),
+        (lambda: ak.precondition_vjp_flops(4, 4, None, 0), "block_size_B must be at least 1"),
+        (lambda: ak.precondition_vjp_flops(4, 4, batch=-1), "batch must be at least 0"),
+        (lambda: ak.precondition_vjp_flops(4, 4, wanted="V"), "wanted must be letters of 'GABS', but got 'V'"),
+    ],
+)
+def test_what_the_small_functions_refuse(call: Callable[[], object], match: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=match):
+        call()

@@ -60,6 +60,36 @@ def test_lengths_of_slopes_are_numbers() -> None:
         bound.slopes(Gs, bound.keep(Gs), lengths=[None, 0.1])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
+def test_no_step_goes_by_a_negative_number(name: str) -> None:
+    theta = torch.ones(4, 4)
+    with pytest.raises(ValueError, match=rf"{name}\[1\] must be .*at least 0"):
+        two().step_([(theta,), (theta + 0,)], [(theta + 0,), (theta + 0,)], [None] * 2, **(STEP | {name: [0.1, -0.1]}))
+    assert (theta == 1).all()
+
+
+def test_momentum_below_1() -> None:
+    ones = [(torch.ones(4, 4),) for _ in "1234"]
+    with pytest.raises(ValueError, match=r"momentum\[0\] must be at least 0 and below 1, but got 1"):
+        two().step_(ones[:2], ones[2:], [None] * 2, **(STEP | {"momentum": [1, 0.5]}))
+
+
+def test_transforms_are_refused_by_name() -> None:
+    bound, thetas, Gs = two(), [(torch.ones(4, 4),) for _ in "12"], [(torch.ones(4, 4),) for _ in "12"]
+
+    def stepped(G: Tensor) -> Tensor:
+        bound.step_(thetas, [Gs[0], (G,)], [None] * 2, **STEP)
+        return thetas[1][0].sum()
+
+    match = r"Gs\[1\]\[0\] must be a plain tensor"
+    for attempt in (torch.func.grad(stepped), torch.func.vmap(lambda G: stepped(G).expand(4))):
+        with pytest.raises(ValueError, match=match):
+            attempt(torch.ones(4, 4))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match=match):
+        stepped(torch.autograd.forward_ad.make_dual(torch.ones(4, 4), torch.ones(4, 4)))
+    assert all((theta == 1).all() for (theta,) in thetas)
+
+
 def test_huge_and_negative_numbers_are_taken() -> None:
     bound, Gs = two(), [(torch.zeros(4, 4),)] * 2
     thetas = [(torch.ones(4, 4),), (torch.ones(4, 4),)]
