@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import apo
 import apo_kernels as ak
-from apo.fisher.start import FisherStart, _noise
+from apo.fisher.layout import ENERGY, Layout
+from apo.fisher.start import FisherStart
 from apo.layers.arena import Arena
 from apo.layers.preconditioner import PreconditionedLayer
 from apo.proximal import hessian
@@ -134,12 +135,6 @@ def test_energies_of_noise_are_those_expected(settings: dict[str, Any]) -> None:
     if settings["block_size"] and rest and "A" in layer.learned:  # what sticks out stays the identity
         layer.A[-1, rest:] = layer.A[-1, :, rest:] = 0
         layer.A[-1, rest:, rest:] = torch.eye(len(layer.A[-1]) - rest).double()
-    (noise,) = _noise([layer])
-    assert noise is not None
-    blocks = {name: layer.parts[name].tensor for name in noise.of_side}
-    expected = {name: x.mT @ x * ak.by_square(noise.of_side[name], x).unsqueeze(-2) for name, x in blocks.items()}
-    expected["S"] = layer.S**2 * noise.a * noise.b
-    assert noise.total.isclose(expected["S"].sum())
     arena, start = Arena(), FisherStart(1)
     arena.take_in([layer])
     start.BETA = 1 - 1e-9  # the mean of all that is seen
@@ -147,9 +142,20 @@ def test_energies_of_noise_are_those_expected(settings: dict[str, Any]) -> None:
     for w in torch.eye(20).double():  # E over noise is the sum over an orthonormal basis
         start.look(arena, [[w.view(4, 5)]])
     totals = {
-        name: 20 * part.buffers[start.ENERGY] / layer.parts["S"].buffers[start.WEIGHT]
+        name: 20 * part.buffers[ENERGY] / layer.parts["S"].buffers[start.WEIGHT]
         for name, part in zip(layer.learned, layer.phi, strict=True)
     }
+    layout = Layout([layer])
+    (total,) = layout.noise([kind.together()[0] for kind in layout.kinds])
+    ((piece,),) = layout.groups
+    expected = {"S": piece.S**2 * piece.a * piece.b}
+    noises = {
+        id(side.own): x for kind in layout.kinds for side, x in zip(kind.sides, kind.along(kind.noise), strict=True)
+    }
+    for name in layer.learned[:-1]:
+        x, noise = layer.parts[name].tensor, noises[id(layer.parts[name])]
+        expected[name] = x.mT @ x * ak.by_square(noise, x).unsqueeze(-2)
+    assert total.isclose(expected["S"].sum())
     for name, x in expected.items():
         assert torch.allclose(x, totals[name], rtol=1e-6), name
 
@@ -196,6 +202,22 @@ def test_what_is_frozen_keeps_its_scale(name: str) -> None:
     frozen, free = (S[:, :-1], S[:, -1]) if name == "weight" else (S[:, -1], S[:, :-1])
     assert torch.equal(frozen, torch.ones_like(frozen))
     assert not torch.equal(free, torch.ones_like(free))
+
+
+def test_what_takes_part_may_change() -> None:
+    """As one that was built anew then: what is kept from step to step is of the layers and tensors there are."""
+    model, x, t, other = mlp()
+    opt = apo.APO(model, objective(model, other), params=list(model.parameters()))
+    for frozen in ((), ("weight",), ("bias",)):
+        twin = copy.deepcopy(model)
+        fresh = apo.APO(twin, objective(twin, other), params=list(twin.parameters()))
+        fresh.load_state_dict(opt.state_dict())
+        for one, net in ((opt, model), (fresh, twin)):
+            for name in ("weight", "bias"):
+                getattr(net[0], name).requires_grad_(name not in frozen)
+            for _ in range(3):
+                one.step(closure_of(one, net, x, t))
+        assert same(weights(model), weights(twin))
 
 
 def test_it_draws_from_a_generator_of_its_own() -> None:

@@ -124,7 +124,7 @@ def layers(
             parts.append(kept if letters or parts is found.thetas else None)
         found.buffers.append(padded(torch.randn(*batch, m, n)) if at % 3 != 2 else None)
         found.lr.append(0.1 + 0.05 * at)
-        found.momentum.append(0.0 if at % 3 == 1 else 0.9 - 0.1 * at)
+        found.momentum.append(0.0 if at % 3 == 1 else 0.9 - 0.1 * (at % 9))
         found.decay.append(0.02 * at)
         found.shares.append(0.5 + at)
     return found
