@@ -19,6 +19,7 @@ __all__ = [
     "module",
     "number",
     "one_of",
+    "one_precision",
     "optimizer",
     "parameters",
 ]
@@ -107,3 +108,20 @@ def parameters(params: Iterable[Tensor]) -> None:
         devices.add(p.device)
     if len(devices) > 1:
         raise ValueError(f"parameters must lie on one device, but got {sorted(map(str, devices))}")
+
+
+def one_precision(model: nn.Module, params: Iterable[Tensor]) -> None:
+    """What float64 is of, and what not, isn't stepped by one operator."""
+    by_wide: dict[bool, Tensor] = {}
+    for p in params:
+        by_wide.setdefault(p.dtype == torch.float64, p)
+    if len(by_wide) > 1:
+        wide, other = (_name(model, by_wide[is_wide]) for is_wide in (True, False))
+        raise TypeError(
+            f"params must be float64 all or none, but {wide} is and {other} is {by_wide[False].dtype}: cast one of "
+            "them, or give each its own optimizer"
+        )
+
+
+def _name(model: nn.Module, parameter: Tensor) -> str:
+    return next((name for name, p in model.named_parameters() if p is parameter), f"one of {tuple(parameter.shape)}")

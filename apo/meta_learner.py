@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from apo.trial import (
     CallersAutocast,
     Lookahead,
     Undisturbed,
+    WrittenMeanwhile,
     changed_by,
     forget_casts,
     leaves_of_backwards,
@@ -99,6 +100,7 @@ class MetaLearner(Remembering):
         self._ranks = Ranks(process_group)
         self._shards = Shards(self.parameters)
         self._held = HeldParameters(self._models, self.parameters)
+        self._others = WrittenMeanwhile(self._models, self.parameters)
 
     @property
     def meta_due(self) -> bool:
@@ -189,7 +191,8 @@ class MetaLearner(Remembering):
         self._check_closure(closure, meta=meta)
         autocast = CallersAutocast({device.type for device in {p.device for p in self.parameters}})
         scaling = self._scaling()
-        with self._one_at_a_time(), scaling.one_step(move=move):
+        lifted = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        with lifted, self._one_at_a_time(), scaling.one_step(move=move):
             return self._take_with(closure, autocast, scaling, meta=meta, move=move)
 
     @contextmanager
@@ -226,6 +229,8 @@ class MetaLearner(Remembering):
                 loss = closure()
             touched = [*touched, *leaves]
             closure = closure if before is None else before.guarded(closure)
+        elif meta:
+            written = self._others.look(self._models, touched)
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()

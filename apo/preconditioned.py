@@ -209,6 +209,7 @@ class APO(MetaLearner):
     def _layers_of(self, group: dict[str, Any], owners: Owners) -> list[PreconditionedLayer]:
         if group["block_dtype"] is not None and any(p.dtype == torch.float64 for p in group["params"]):
             raise ValueError(f"block_dtype must be None for float64 weights, but got {group['block_dtype']}")
+        checks.one_precision(self.model, self.parameters)
         place = next(i for i, own in enumerate(self.param_groups) if own is group)
         sizes = group["block_size"], group["max_dim"], group["block_dtype"]
         views = local_views(matrix_views(self.model, group["params"]), *sizes[:2])

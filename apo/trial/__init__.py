@@ -7,10 +7,11 @@ torch keeps that depends on the weights (autocast's casts, parametrizations).
 """
 
 from apo.trial.autocast import CallersAutocast, forget_casts, without_autocast
-from apo.trial.closures import changed_by, leaves_of_backwards
+from apo.trial.closures import WrittenMeanwhile, changed_by, leaves_of_backwards
 from apo.trial.contents import UNCHANGING
 from apo.trial.copies import copies_of, write
 from apo.trial.lookahead import Lookahead
+from apo.trial.plain_objects import attributes_of, is_plain_object, put_attributes_back
 from apo.trial.random_state import (
     generator_state,
     is_generator,
@@ -27,14 +28,18 @@ __all__ = [
     "CallersAutocast",
     "Lookahead",
     "Undisturbed",
+    "WrittenMeanwhile",
+    "attributes_of",
     "changed_by",
     "copies_of",
     "forget_casts",
     "generator_state",
     "is_generator",
+    "is_plain_object",
     "leaves_of_backwards",
     "modules_of",
     "parameters_of",
+    "put_attributes_back",
     "random_state",
     "restore_generator",
     "restore_random_state",

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apo.trial.contents import place
+from apo.trial.patched import patched
 from apo.trial.walk import modules_of, parameters_of
 
-__all__ = ["changed_by", "leaves_of_backwards"]
+__all__ = ["WrittenMeanwhile", "changed_by", "leaves_of_backwards"]
 
 
 @contextmanager
 def leaves_of_backwards() -> Iterator[list[Tensor]]:
     """The leaves of all graphs that are gone through backward in here: what closures write ``.grad`` of."""
     found: dict[int, Tensor] = {}
-    true = torch.autograd.backward
+    leaves: list[Tensor] = []
 
-    @wraps(true)
-    def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    def backward(true: Callable[..., Any], tensors: Any, *args: Any, **kwargs: Any) -> Any:
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         found.update((id(leaf), leaf) for leaf in _graph_leaves(roots))
         leaves[:] = found.values()
         return true(roots if not isinstance(tensors, Tensor) else tensors, *args, **kwargs)
 
-    leaves: list[Tensor] = []
-    torch.autograd.backward = backward
-    try:
+    with patched(torch.autograd, "backward", backward):
         yield leaves
-    finally:
-        torch.autograd.backward = true
 
 
 def _graph_leaves(roots: Iterable[Tensor]) -> list[Tensor]:
@@ -57,10 +52,38 @@ def _graph_leaves(roots: Iterable[Tensor]) -> list[Tensor]:
 @contextmanager
 def changed_by(models: Iterable[nn.Module], own: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Other parameters of the models than ``own`` whose content was written in here: averages, as teachers hold."""
-    left_out = {id(p) for p in own}
-    parameters = {id(p): p for p in parameters_of(modules_of(models)) if id(p) not in left_out}
-    others = [p for p in parameters.values() if not p.is_inference()]
-    before = [(p._version, place(p)) for p in others]
+    others = _others(models, own)
+    before = [_mark(p) for p in others]
     changed: list[Tensor] = []
     yield changed
-    changed += [p for p, mark in zip(others, before, strict=True) if (p._version, place(p)) != mark]
+    changed += [p for p, mark in zip(others, before, strict=True) if _mark(p) != mark]
+
+
+class WrittenMeanwhile:
+    """The same of what is written between two looks, where no closure is at hand: by the forward passes of training,
+    perhaps, and then by a trial's too."""
+
+    def __init__(self, models: Iterable[nn.Module], own: Iterable[Tensor]) -> None:
+        self._marks: dict[int, Any] = {}
+        self.look(models, own)
+
+    def look(self, models: Iterable[nn.Module], own: Iterable[Tensor]) -> list[Tensor]:
+        """Those written since the last look, and those that weren't there."""
+        others = _others(models, own)
+        marks = {id(p): _mark(p) for p in others}
+        changed = [p for p in others if self._marks.get(id(p)) != marks[id(p)]]
+        self._marks = marks
+        return changed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_marks": {}}  # a copy's parameters are others
+
+
+def _others(models: Iterable[nn.Module], own: Iterable[Tensor]) -> list[Tensor]:
+    left_out = {id(p) for p in own}
+    parameters = {id(p): p for p in parameters_of(modules_of(models)) if id(p) not in left_out}
+    return [p for p in parameters.values() if not p.is_inference()]
+
+
+def _mark(p: Tensor) -> Any:
+    return p._version, place(p)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from operator import is_
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from apo.trial.copies import copies_of, write
+from apo.trial.plain_objects import attributes_of, is_plain_object, put_attributes_back
 from apo.trial.random_state import generator_state, is_generator, restore_generator
 from apo.trial.restoring import set_version
 
@@ -108,7 +111,9 @@ def _overlaps(tensor: Tensor) -> bool:
 
 _OF_EVERY_MODULE = set(nn.Module().__dict__) - {"_non_persistent_buffers_set"}
 _CONTAINERS = (list, dict, set, deque)
-_PLAIN = (Tensor, int, float, complex, str, bytes, type(None), tuple, np.ndarray, np.generic, *_CONTAINERS)
+_PLAIN = (Tensor, int, float, complex, str, bytes, type(None), tuple, np.ndarray, np.generic, bytearray, *_CONTAINERS)
+_LEADING_FAR = (nn.Module, Optimizer)
+"""Attributes of what leads to the whole program, as a trainer does."""
 
 UNCHANGING = frozenset((int, float, complex, bool, str, bytes, type(None)))
 """Types of what holds nothing that could change."""
@@ -117,11 +122,17 @@ UNCHANGING = frozenset((int, float, complex, bool, str, bytes, type(None)))
 class Attributes:
     """What a module keeps in ordinary attributes: hidden states, caches, counts, losses on the side, generators.
 
-    Containers are restored to what they held. Other objects, and tensors with a graph, are left as they are.
+    Containers are restored to what they held, and so are the attributes of plain objects, such as running means in a
+    dataclass: of those that modules hold, not of those that these hold in turn. Other objects, iterators among them,
+    and tensors with a graph are left as they are.
+
+    Args:
+        seen: plain objects that were met before, as a configuration that all modules hold; added to.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, seen: dict[int, Any]) -> None:
         self._module = module
+        self._seen = seen
         own = module.__dict__
         self._all = list(own.values())
         self._values = {k: v for k, v in own.items() if k not in _OF_EVERY_MODULE}
@@ -130,9 +141,10 @@ class Attributes:
         for value in self._values.values():
             self._save(value)
 
-    def _save(self, value: Any) -> None:
+    def _save(self, value: Any, *, inside_object: bool = False) -> None:
         if type(value) in UNCHANGING or id(value) in self._contents:
             return
+        save = partial(self._save, inside_object=inside_object)
         if isinstance(value, Tensor):
             if not value.requires_grad and not value.is_meta and not isinstance(value, nn.Parameter):
                 self._contents[id(value)] = value, Content.of([value])[0]
@@ -143,10 +155,19 @@ class Attributes:
         elif isinstance(value, _CONTAINERS):
             self._contents[id(value)] = value, dict(value) if isinstance(value, dict) else list(value)
             for item in value.values() if isinstance(value, dict) else value:
-                self._save(item)
+                save(item)
+        elif isinstance(value, bytearray):
+            self._contents[id(value)] = value, bytes(value)
         elif isinstance(value, tuple):
             for item in value:
-                self._save(item)
+                save(item)
+        elif not inside_object and id(value) not in self._seen and is_plain_object(value):
+            self._seen[id(value)] = value
+            own = attributes_of(value)
+            if not any(isinstance(x, _LEADING_FAR) for x in own.values()):
+                self._contents[id(value)] = value, own
+                for item in own.values():
+                    self._save(item, inside_object=True)
 
     def restore(self, later: list[Content]) -> None:
         own = self._module.__dict__
@@ -181,6 +202,8 @@ def restored(contents: Iterable[Content | Attributes]) -> None:
 def _restore_content(value: Any, content: Any, later: list[Content]) -> None:
     if isinstance(content, Content):
         content.restore(later)
+    elif isinstance(value, bytearray):
+        value[:] = content
     elif isinstance(value, np.ndarray):
         if not np.array_equal(value, content):
             value[...] = content
@@ -196,8 +219,10 @@ def _restore_content(value: Any, content: Any, later: list[Content]) -> None:
             value.clear()
             for item in content:
                 value.add(item) if isinstance(value, set) else value.append(item)
-    else:
+    elif is_generator(value):
         restore_generator(value, content)
+    elif not _same_items(attributes_of(value), content):
+        put_attributes_back(value, content)
 
 
 def _same_items(a: Any, b: dict[Any, Any]) -> bool:

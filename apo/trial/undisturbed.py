@@ -5,15 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from apo.ranks.sharding import local
+from apo.trial.calls import calls_told
 from apo.trial.contents import Attributes, Content, restored
+from apo.trial.patched import patched
 from apo.trial.random_state import random_state, restore_random_state
 from apo.trial.restoring import surely
 from apo.trial.walk import modules_of
@@ -55,9 +55,10 @@ class Undisturbed:
         self._modules: dict[int, nn.Module] = {}
         self._flags: list[tuple[nn.Module, bool]] = []
         self._dropouts: list[tuple[nn.RNNBase, float]] = []
-        self._own_train: dict[type, Any] = {}
+        self._keeping: set[type] = set()
         self._contents: list[Content | Attributes] = []
         self._buffers: set[int] = set()
+        self._plain_objects: dict[int, Any] = {}
         self._grads: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
         self._rng: dict[str, Any] = {}
         self._exit = ExitStack()
@@ -75,8 +76,7 @@ class Undisturbed:
             # a trial that leaps is refused, and isn't the anomaly that someone looks for
             self._exit.enter_context(torch.autograd.set_detect_anomaly(False))
             self._exit.enter_context(_without_hook_warning(self._modules.values()))
-            handle = register_module_forward_pre_hook(self._on_call)
-            self._exit.callback(handle.remove)
+            self._exit.enter_context(calls_told(self._on_call))
         except BaseException:
             self.__exit__()
             raise
@@ -95,8 +95,8 @@ class Undisturbed:
         for module, flag in self._flags:
             _set_flag(module, flag if self._train or isinstance(module, nn.RNNBase) else False)
 
-    def _on_call(self, module: nn.Module, _: Any) -> None:
-        if not torch.compiler.is_compiling() and id(module) not in self._modules:
+    def _on_call(self, module: nn.Module) -> None:
+        if id(module) not in self._modules:
             self._meet(module)
 
     def _meet(self, root: nn.Module) -> None:
@@ -109,11 +109,11 @@ class Undisturbed:
         self._contents += Content.of(buffers.values())
         for module in fresh:
             self._enter_module(module)
-            self._contents.append(Attributes(module))  # with the dropout that it has in here
+            self._contents.append(Attributes(module, self._plain_objects))  # with the dropout that it has in here
 
     def _meet_again(self) -> None:
         """The modules that are known from the last time, which hold what they held."""
-        for of_last_time in (self._grads, self._hooks, self._dropouts, self._own_train):
+        for of_last_time in (self._grads, self._hooks, self._dropouts, self._keeping):
             of_last_time.clear()
         for module in self._modules.values():
             self._enter_module(module)
@@ -137,9 +137,12 @@ class Undisturbed:
         """``model.train()`` in a closure would switch dropout on between the anchor and the trial. Copies that a
         closure makes of a module aren't concerned."""
         for owner in kind.__mro__:
-            if "train" in vars(owner) and owner not in self._own_train:
-                true = self._own_train[owner] = vars(owner)["train"]
-                owner.train = _train_but(self._modules, true)  # type: ignore[attr-defined]
+            if "train" in vars(owner) and owner not in self._keeping:
+                self._keeping.add(owner)
+                self._exit.enter_context(patched(owner, "train", self._train_but))
+
+    def _train_but(self, true: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module if id(module) in self._modules else true(module, *args, **kwargs)
 
     def _meet_tensor(self, tensor: Tensor) -> None:
         if id(tensor) in self._grads:
@@ -158,8 +161,6 @@ class Undisturbed:
 
     def _restore(self) -> None:
         restored(self._contents)
-        for owner, train in self._own_train.items():
-            owner.train = train  # type: ignore[attr-defined]
         for hooks, former in self._hooks:
             hooks.update(former)
         for rnn, dropout in self._dropouts:
@@ -180,14 +181,6 @@ def _set_flag(module: nn.Module, flag: bool) -> None:
         module.__dict__["training"] = flag  # what ``module.training = flag`` does, at a tenth of its time
     elif module.training != flag:  # some forward theirs to others
         module.training = flag
-
-
-def _train_but(known: dict[int, nn.Module], true: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(true)
-    def train(self: nn.Module, mode: bool = True) -> Any:
-        return self if id(self) in known else true(self, mode)
-
-    return train
 
 
 def _is_part(tensor: Tensor) -> bool:

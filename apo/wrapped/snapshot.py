@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import types
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
@@ -20,9 +19,12 @@ from apo.rates.log_rates import get_rate, set_rate
 from apo.trial import (
     UNCHANGING,
     Lookahead,
+    attributes_of,
     copies_of,
     generator_state,
     is_generator,
+    is_plain_object,
+    put_attributes_back,
     random_state,
     restore_generator,
     restore_random_state,
@@ -72,7 +74,7 @@ class OptimizerSnapshot:
         content, parts = self._content(value, inside_object=inside_object)
         if content is not None:
             self._seen[id(value)] = value, content
-        inside_object = inside_object or _is_plain_object(value)
+        inside_object = inside_object or (is_plain_object(value) and not _is_data(value))
         for part in parts:
             self._save(part, inside_object=inside_object)
 
@@ -90,30 +92,15 @@ class OptimizerSnapshot:
             return list(value), list(value)
         if isinstance(value, tuple):
             return None, list(value)
-        if isinstance(value, Optimizer) or dataclasses.is_dataclass(value) or _is_plain_object(value):
-            if isinstance(value, type) or (inside_object and _is_plain_object(value)):
-                return None, []
-            own = {k: v for k, v in _attributes(value).items() if not k.endswith("_hooks")}
+        if isinstance(value, Optimizer) or (is_plain_object(value) and not (inside_object and not _is_data(value))):
+            own = attributes_of(value)
             return own, list(own.values())
         return None, []
 
 
-def _is_plain_object(value: Any) -> bool:
-    """An object of a user's class, such as a helper that keeps running means. Not what leads to the whole program."""
-    return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, (Tensor, Optimizer, nn.Module, type, types.ModuleType))
-        and not dataclasses.is_dataclass(value)
-        and not callable(value)
-        and not is_generator(value)
-        and type(value).__module__.split(".")[0] not in ("torch", "builtins", "numpy", "collections")
-    )
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(value) and not hasattr(value, "__dict__"):  # slots
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
-    return dict(value.__dict__)
+def _is_data(value: Any) -> bool:
+    """A dataclass: a state, whatever its depth."""
+    return dataclasses.is_dataclass(value)
 
 
 def _put_back(held: Any, content: Any) -> None:
@@ -135,13 +122,8 @@ def _put_back(held: Any, content: Any) -> None:
     elif isinstance(held, set):
         held.clear()
         held.update(content)
-    elif hasattr(held, "__dict__"):
-        for name in [k for k in held.__dict__ if k not in content and not k.endswith("_hooks")]:
-            del held.__dict__[name]
-        held.__dict__.update(content)
     else:
-        for name, value in content.items():
-            object.__setattr__(held, name, value)
+        put_attributes_back(held, content)
 
 
 class Rehearsal:
@@ -320,5 +302,5 @@ def copied(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [copied(v) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return copied(_attributes(value))
+        return copied(attributes_of(value))
     return copy.copy(value) if isinstance(value, (int, float, str, bool, np.ndarray)) else None

@@ -351,3 +351,24 @@ def test_steps_loading_and_groups(front_end: str, name: str) -> None:
 def test_there_are_many_kinds() -> None:
     kinds = {str(bad) for all_ in (*FRONT_ENDS.values(), OBJECTIVE) for bad in all_}
     assert len(kinds) + len(CALLS) + len(STEPS) >= 60
+
+
+def test_float64_beside_other_parameters() -> None:
+    """Refused where it is built, where a group is added, and where a part of the model was cast."""
+    match = r"params must be float64 all or none, but 1.weight is and 0.weight is torch.float32"
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2).double())
+    goal = objective(model, torch.ones(2, 3))
+    with pytest.raises(TypeError, match=match):
+        apo.APO(model, goal)
+    opt = apo.APO(model, goal, params=model[0].parameters())
+    with pytest.raises(TypeError, match=match):
+        opt.add_param_group({"params": list(model[1].parameters())})
+    assert len(opt.param_groups) == 1
+    model[1].float()
+    opt.add_param_group({"params": list(model[1].parameters())})
+    model[1].double()
+    model[1].weight.grad = torch.ones_like(model[1].weight)
+    before = weights(model)
+    with pytest.raises(TypeError, match=match):
+        opt.step(lambda: torch.zeros(()))
+    assert same(weights(model), before)

@@ -310,7 +310,7 @@ def test_memory_is_flat_over_meta_steps(front_end: str) -> None:
     before = tensors()
     for _ in range(300):
         opt.step(closure)
-    assert tensors() == before
+    assert tensors() <= before  # what other tests left may go meanwhile
     assert losses[0]() is None  # no graph is held either
     assert opt.steps == 610
 
