@@ -59,11 +59,13 @@ class Trial:
         V: ``∇_θ′ Q``, one dense tensor per parameter; of a DTensor, this rank's part.
         steps: ``θ′ − θ``, likewise.
         evaluation: the terms of Q.
+        relative_length: ``‖θ′ − θ‖/‖θ‖`` of the matrices that aren't zero, over which a net's units are spread.
     """
 
     V: list[Tensor]
     steps: list[Tensor]
     evaluation: Evaluation
+    relative_length: float
 
 
 class MetaLearner(Remembering):
@@ -293,7 +295,7 @@ class MetaLearner(Remembering):
                 proposal = self._propose(lookahead, undo)
                 forget_casts(self._gathering)
                 trial = self._evaluate(closure, loss, lookahead.start, anchor, autocast, scaling, undisturbed)
-            self.accepted = self._verdict(trial) and not (move and not self._begun and self._rises_along(trial))
+            self.accepted = self._verdict(trial) and not (move and not self._begun and self._too_far(trial))
             if self.accepted and move:
                 learned = self._learn(proposal, trial)
                 self._move(proposal, trial)
@@ -351,14 +353,16 @@ class MetaLearner(Remembering):
             self._ranks.average_(V)
         if objective.wsd_weight:
             torch._foreach_add_(V, steps, alpha=objective.wsd_weight)
-        squares = self._shards.sum(norms(steps).square()).sum()
+        lengths = self._shards.sum(norms([*steps, *start]).square())
+        squares = lengths[: len(steps)].sum()
         base = loss if anchor is None or anchor.loss is None else anchor.loss
         values = torch.stack([_scalar(loss_there, squares), _scalar(base, squares), _scalar(fsd or 0.0, squares)])
         self._shards.mean_([values])
         self._ranks.average_([values])
         # one synchronisation for all terms
-        self.last = self._evaluation(*torch.cat([values, squares.reshape(1)]).tolist())
-        return Trial(V, steps, self.last)
+        found = torch.cat([values, squares.reshape(1), lengths.to(values)]).tolist()
+        self.last = self._evaluation(*found[:4])
+        return Trial(V, steps, self.last, _relative_length(parameters, found[4:]))
 
     def _gradients_there(self) -> list[Tensor]:
         """``.grad`` as dense tensors that no later backward writes to."""
@@ -388,10 +392,12 @@ class MetaLearner(Remembering):
 
     def _verdict(self, trial: Trial) -> bool:
         """Whether a trial can be learned from."""
-        return passes(trial.evaluation, self._base(trial))
+        return passes(trial.evaluation, self._base(trial), trial.relative_length)
 
-    def _rises_along(self, trial: Trial) -> bool:
+    def _too_far(self, trial: Trial) -> bool:
         """Whether a trial before the first step went too far."""
+        if trial.relative_length > 1:
+            return True
         slope = float(self._shards.sum(inner_products(trial.V, trial.steps).double()).sum())
         return overshoots(trial.evaluation, self._base(trial), slope, fresh=self.objective.loss is not None)
 
@@ -529,6 +535,14 @@ def _plain_settings(holder: object) -> dict[str, Any]:
         for name, value in found.items()
         if not name.startswith("_") and isinstance(value, (bool, int, float, str, tuple)) and name not in _CHANGING
     }
+
+
+def _relative_length(parameters: list[Tensor], squares: list[float]) -> float:
+    """By the squared lengths of steps, and then those of the weights."""
+    count = len(parameters)
+    those = [i for i, p in enumerate(parameters) if p.ndim > 1 and squares[count + i] > 0]
+    steps, weights = (sum(squares[first + i] for i in those) for first in (0, count))
+    return math.sqrt(steps / weights) if those else 0.0
 
 
 def _own(found: Tensor | None, part: Tensor) -> Tensor:

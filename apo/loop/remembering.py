@@ -36,8 +36,8 @@ class Remembering(Optimizer):
 
     @property
     def failed_trials(self) -> int:
-        """How many trials were refused: Q not finite, or above ``J(θ) + |J(θ)| + 1``; before the first step also those
-        that overshoot."""
+        """How many trials were refused: Q not finite, or above ``J(θ) + |J(θ)| + 1``, or above ``J(θ)`` by a step that
+        is longer than the weights; before the first step all that overshoot or are longer than the weights."""
         return int(self.param_groups[0]["apo_failed_trials"])
 
     @property

@@ -12,6 +12,10 @@ HARDLY = 1e-3
 """Share of the loss by which a trial has to change it to say anything of the rate before the first step."""
 
 
+LONG = 1.0
+"""Length of a step, over that of the weights, from which Q must not rise."""
+
+
 class Worth(NamedTuple):
     """What a step gains at first on B′, and what curvature costs it there."""
 
@@ -19,14 +23,18 @@ class Worth(NamedTuple):
     cost: float
 
 
-def passes(evaluation: Evaluation, base: float) -> bool:
+def passes(evaluation: Evaluation, base: float, relative_length: float) -> bool:
     """Whether a trial can be learned from: Q is finite, and not far above the loss at θ.
 
-    Stricter bounds drive rates to zero, because a step along the momentum may well go up on this batch.
+    Stricter bounds drive rates to zero, because a step along the momentum may well go up on this batch. Yet a step as
+    long as that from which units may not come back has to be worth something.
 
     Args:
         base: the loss at θ, negative where it is maximized.
+        relative_length: of the step, over that of the weights.
     """
+    if relative_length > LONG and evaluation.objective > base:
+        return False
     return evaluation.objective <= base + abs(base) + 1  # False where Q is NaN
 
 

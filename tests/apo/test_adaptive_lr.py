@@ -277,14 +277,15 @@ def test_an_adaptive_optimizer_is_not_adapted_again() -> None:
 
 def test_a_shorter_reach_doesnt_let_the_whole_step_leap() -> None:
     """Half-way w goes from 0.1 to -1.3, which passes; the whole way it would go to -2.7."""
-    model = nn.Linear(1, 1, bias=False).double()
+    model = nn.Linear(2, 1, bias=False).double()
     goal = apo.ProximalObjective(model, discrepancy="mse", fsd_weight=0)
+    x = torch.tensor([[1.0, 0.0]]).double()
     for lr, failed in ((28.0, 1), (14.0, 0)):
         with torch.no_grad():
-            model.weight.fill_(0.1)
+            model.weight.copy_(torch.tensor([[0.1, 10.0]]))  # the latter gives the weights their length
         opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), lr=lr), goal, meta_lr=0, reach=0.5)
         begun(opt)
-        opt.step(closure_of(opt, model, torch.ones(1, 1).double(), None, lambda y, _: y.square().sum() / 2))
+        opt.step(closure_of(opt, model, x, None, lambda y, _: y.square().sum() / 2))
         assert opt.failed_trials == failed
-        assert model.weight.item() == pytest.approx(0.1 if failed else -1.3)
+        assert model.weight[0, 0].item() == pytest.approx(0.1 if failed else -1.3)
         assert opt.param_groups[0]["lr"] == pytest.approx(lr / math.e if failed else lr)

@@ -112,7 +112,7 @@ def failed_trials_learned_from(patch: Patch) -> None:
 
 
 def first_trials_may_overshoot(patch: Patch) -> None:
-    patch.setattr(meta_learner.MetaLearner, "_rises_along", lambda self, trial: False)
+    patch.setattr(meta_learner.MetaLearner, "_too_far", lambda self, trial: False)
 
 
 def first_trials_test(patch: Patch) -> None:

@@ -20,14 +20,23 @@ class Valley:
 
     Args:
         other: the objective has a loss on B′, ``½ 3 (w − 1 + other)² + level``; None: it has none.
+        beside: a further weight.
     """
 
     def __init__(
-        self, front_end: str, lr: float, interval: int = 1, *, other: float | None = None, level: float = 0.0
+        self,
+        front_end: str,
+        lr: float,
+        interval: int = 1,
+        *,
+        other: float | None = None,
+        level: float = 0.0,
+        beside: float = 100.0,
     ) -> None:
-        self.model = nn.Linear(1, 1, bias=False).double()
-        nn.init.ones_(self.model.weight)
-        self.x = torch.ones(1, 1).double()
+        self.model = nn.Linear(2, 1, bias=False).double()
+        with torch.no_grad():
+            self.model.weight.copy_(torch.tensor([[1.0, beside]]))  # of no effect, but of a length
+        self.x = torch.tensor([[1.0, 0.0]]).double()
         loss = {} if other is None else {"loss": lambda y, _: self.loss(y - 1 + other) + level}
         batches = [self.x] if other is None else [(self.x, self.x)]
         goal = apo.ProximalObjective(self.model, batches, "mse", fsd_weight=0.0, wsd_weight=0.0, **loss)
@@ -45,7 +54,7 @@ class Valley:
 
     @property
     def weight(self) -> float:
-        return self.model.weight.item()
+        return self.model.weight[0, 0].item()
 
     def step(self) -> None:
         self.opt.step(closure_of(self.opt, self.model, self.x, None, lambda y, _: self.loss(y)))
@@ -118,3 +127,35 @@ def test_a_checkpoint_knows_that_training_has_begun(front_end: str) -> None:
         group["lr"] = 0.5 / own.reach
     fresh.step()
     assert fresh.opt.failed_trials == 0
+
+
+@pytest.mark.parametrize(("beside", "refused"), [(100.0, 0), (0.3, 1)])
+@pytest.mark.parametrize("front_end", ["APO", "AdaptiveLR"])
+def test_a_first_trial_is_no_longer_than_the_weights(front_end: str, beside: float, refused: int) -> None:
+    """Though it may gain, as here on other examples, whose minimum lies far ahead."""
+    own = Valley(front_end, 0.6, other=8.0, beside=beside)
+    own.step()
+    assert own.opt.last is not None
+    assert own.opt.last.loss < own.opt.last.base
+    assert own.opt.failed_trials == refused
+
+
+@pytest.mark.parametrize("front_end", ["APO", "AdaptiveLR"])
+def test_weights_of_zero_say_nothing_of_lengths(front_end: str) -> None:
+    own = Valley(front_end, 0.1)
+    nn.init.zeros_(own.model.weight)
+    own.opt.step(closure_of(own.opt, own.model, own.x, None, lambda y, _: own.loss(y - 1)))
+    assert own.opt.failed_trials == 0
+    assert own.weight > 0
+
+
+@pytest.mark.parametrize(("other", "refused"), [(8.0, 0), (1.0, 1)])
+@pytest.mark.parametrize("front_end", ["APO", "AdaptiveLR"])
+def test_later_trials_that_are_longer_must_gain(front_end: str, other: float, refused: int) -> None:
+    """On other examples the loss falls, or rises by less than makes a trial fail otherwise."""
+    own = Valley(front_end, 0.01, other=other, beside=0.3, level=100.0)
+    own.step()
+    for group in own.opt.param_groups:
+        group["lr"] = 1.2 / own.reach
+    own.step()
+    assert own.opt.failed_trials == refused
