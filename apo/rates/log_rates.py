@@ -182,8 +182,6 @@ class LogRates:
         """Divide every rate by e: the trial at these rates failed."""
         for group in groups:
             self._change(group, -1.0)
-            if self._steady is not None:
-                self._steady.forget_sizes(group)
 
     def scale(self, groups: Sequence[Group], changes: Sequence[float], places: Sequence[int]) -> list[float]:
         """Change every log rate by the mean of the changes that stand for its group (for any group, where one

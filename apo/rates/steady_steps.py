@@ -75,7 +75,6 @@ class SteadySteps:
         for name in ("ratio_short", "size_mean", "rising", "risen", "gain_mean", "gain_square", "cost_mean"):
             group.setdefault(f"apo_{name}", 0.0)
         group.setdefault("apo_ratios", 0)
-        group.setdefault("apo_sizes", 0)
         for name in ("log_loss", "log_loss_before"):
             group.setdefault(f"apo_{name}", math.nan)
 
@@ -126,11 +125,6 @@ class SteadySteps:
         group["apo_cost_mean"] *= math.exp(change)  # as c/g goes with the rate
         return change
 
-    @staticmethod
-    def forget_sizes(group: Group) -> None:
-        """A trial failed: what led there may have been larger than all that follows, by orders of magnitude."""
-        group["apo_sizes"], group["apo_size_mean"] = 0, 0.0
-
     def _fall(self, mean: float, short: float, *, first: bool) -> float:
         """By how much ``log lr`` falls where trials go too far."""
         if first:
@@ -159,9 +153,8 @@ class SteadySteps:
     def _ratios(self, group: Group, slope: float, size: float) -> tuple[float, float, float]:
         """The means of r, the short one unbiased, and that of sizes."""
         count = group["apo_ratios"] = group["apo_ratios"] + 1
-        sizes = group["apo_sizes"] = group["apo_sizes"] + 1
         size_mean = group["apo_size_mean"] = self.SIZES * group["apo_size_mean"] + (1 - self.SIZES) * size
-        size_mean /= 1 - self.SIZES**sizes
+        size_mean /= 1 - self.SIZES**count
         ratio = min(max(slope / size_mean, self.least), 10.0) if size_mean > 0 else 0.0
         mean: float = self.MEAN * group["apo_ratio_mean"] + (1 - self.MEAN) * ratio
         short: float = self.SHORT * group["apo_ratio_short"] + (1 - self.SHORT) * ratio

@@ -147,8 +147,7 @@ def test_what_is_said_of_the_peers() -> None:
         "protein": {"soap", "schedule-free"},
     }
     protein = losses["protein"]
-    assert protein["apo"]["end"] / protein["soap"]["end"] == pytest.approx(1.02, abs=0.005)
-    assert protein["apo"]["end"] / protein["schedule-free"]["end"] == pytest.approx(1.01, abs=0.005)
+    assert all(1 < protein["apo"]["end"] / protein[name]["end"] < 1.01 for name in ("soap", "schedule-free"))
     for task, ratio in (("cifar10-cnn", 0.97), ("cifar10-lenet", 0.9), ("mnist-autoencoder", 0.93), ("gpt", 1.005)):
         assert losses[task]["apo"]["adamw"] / losses[task]["adamw"]["end"] == pytest.approx(ratio, abs=0.005)
     assert losses["cifar10-cnn"]["apo-lr:adamw"]["end"] / losses["cifar10-cnn"]["adamw"]["end"] == pytest.approx(
