@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from apo.trial.contents import place
 from apo.trial.patched import patched
@@ -82,7 +83,7 @@ class WrittenMeanwhile:
 def _others(models: Iterable[nn.Module], own: Iterable[Tensor]) -> list[Tensor]:
     left_out = {id(p) for p in own}
     parameters = {id(p): p for p in parameters_of(modules_of(models)) if id(p) not in left_out}
-    return [p for p in parameters.values() if not p.is_inference()]
+    return [p for p in parameters.values() if not is_lazy(p) and not p.is_inference()]
 
 
 def _mark(p: Tensor) -> Any:

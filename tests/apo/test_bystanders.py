@@ -233,6 +233,20 @@ def test_frozen_parameters_that_a_forward_pass_writes(front_end: str, step_of: C
 
 
 @each_front_end
+def test_parameters_of_others_that_the_first_forward_pass_makes(front_end: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LazyLinear(3))
+    goal = apo.ProximalObjective(model, batches(), loss=F.cross_entropy)
+    own = model[0].parameters()
+    opt: Any = apo.APO(model, goal, own) if front_end == "APO" else apo.AdaptiveLR(torch.optim.Adam(own), goal)
+    x, t = batches()()
+    for _ in range(3):
+        F.cross_entropy(model(x), t).backward()
+        opt.step()
+    assert opt.failed_trials == 0
+
+
+@each_front_end
 @pytest.mark.parametrize("step_of", [with_closure, without_closure])
 @pytest.mark.parametrize("kind", ["dataclass", "namespace", "in a list", "bytes", "callable"])
 def test_objects_that_a_forward_pass_writes(front_end: str, step_of: Callable[..., Step], kind: str) -> None:
