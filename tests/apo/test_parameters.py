@@ -234,7 +234,7 @@ def test_parameters_that_only_moved_within_their_module_train_on(front_end: str)
     del run.model[2]
     before = run.model[0].weight.detach().clone()
     run.opt.zero_grad()
-    run.go(2)
+    run.go(4)  # the first trials, at a rate for the net that it was, may be refused
     assert not torch.equal(run.model[0].weight, before)
 
 
