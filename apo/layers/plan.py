@@ -203,7 +203,7 @@ def _sent(layer: PreconditionedLayer, *, relative: bool) -> tuple[int, int]:
     blocks = [(own, len(own.alike)) for own in layer.phi if own.block]
     of_blocks = sum(count * (x.tensor.nbytes + relative * x.tensor.nbytes // x.tensor.shape[-1]) for x, count in blocks)
     weights = _handed_on(layer)
-    lengths = LENGTH * sum(len(over(p)) for p in view.parameters)
+    lengths = 2 * LENGTH * sum(len(over(p)) for p in view.parameters)  # of the step and of the weights
     products = len(view.over) * (
         2 * LENGTH + relative * size
     )  # its slope and that's size, and its share of S's mean size
