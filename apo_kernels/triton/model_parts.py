@@ -23,19 +23,25 @@ from apo_kernels.triton.primitives import (
     operand,
     storable,
     store_tile,
-    tile_reach,
 )
-from apo_kernels.triton.table_layout import ModelField
+from apo_kernels.triton.table_layout import LayerField, ModelField
 
-_N1 = tl.constexpr(int(ModelField.N1))
+_M, _N, _N1 = (tl.constexpr(int(x)) for x in (LayerField.M, LayerField.N, ModelField.N1))
+_SIDE_B, _SIDE_A = tl.constexpr(int(LayerField.SIDE_B)), tl.constexpr(int(LayerField.SIDE_A))
+_GROUP_B, _GROUP_A = tl.constexpr(int(LayerField.GROUP_B)), tl.constexpr(int(LayerField.GROUP_A))
 
 
 @triton.jit
 def tile_of(layers, layer, i, j, WIDE_MATRICES: tl.constexpr):
     """Where tile ``(i, j)`` of a layer begins and how far it reaches; ``part``: so many of its columns are the
     weight's."""
-    first_B, first_A, side_B, side_A, row0, col0, rows, cols = tile_reach(layers, layer, i, j)
-    part = tl.minimum(tl.load(layers + layer * LAYER_FIELDS + _N1) - col0, cols).to(tl.int32)
+    shape = layers + layer * LAYER_FIELDS
+    first_B, first_A = i * tl.load(shape + _GROUP_B), j * tl.load(shape + _GROUP_A)
+    side_B, side_A = tl.load(shape + _SIDE_B), tl.load(shape + _SIDE_A)
+    row0, col0 = first_B * side_B, first_A * side_A
+    rows = tl.minimum(tl.load(shape + _M) - row0, side_B * tl.load(shape + _GROUP_B)).to(tl.int32)
+    cols = tl.minimum(tl.load(shape + _N) - col0, side_A * tl.load(shape + _GROUP_A)).to(tl.int32)
+    part = tl.minimum(tl.load(shape + _N1) - col0, cols).to(tl.int32)
     if WIDE_MATRICES:
         col0, part = tl.multiple_of(col0, UNIT), tl.multiple_of(part, UNIT)
     return first_B, first_A, side_B, side_A, row0, col0, rows, cols, part

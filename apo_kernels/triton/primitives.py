@@ -20,9 +20,6 @@ LAYER_FIELDS = tl.constexpr(len(LayerField))
 PROBLEM_FIELDS = tl.constexpr(len(ProblemField))
 UNIT = tl.constexpr(ALIGN)
 AMAX_CHUNK = tl.constexpr(256)
-_M, _N = tl.constexpr(int(LayerField.M)), tl.constexpr(int(LayerField.N))
-_SIDE_B, _SIDE_A = tl.constexpr(int(LayerField.SIDE_B)), tl.constexpr(int(LayerField.SIDE_A))
-_GROUP_B, _GROUP_A = tl.constexpr(int(LayerField.GROUP_B)), tl.constexpr(int(LayerField.GROUP_A))
 
 
 @triton.jit
@@ -128,19 +125,6 @@ def packed(operands, layer, role, TYPE: tl.constexpr):
     entry = operands + (layer * ROLES + role) * COLUMNS
     pointer = tl.multiple_of(tl.load(entry).to(tl.pointer_type(TYPE)), 16)
     return pointer, tl.load(entry + 1) // UNIT * UNIT, tl.load(entry + 3) // UNIT * UNIT
-
-
-@triton.jit
-def tile_reach(layers, layer, i, j):
-    """Of tile ``(i, j)`` of a layer: its first squares of B and A, the sides of these, where it begins, and how many
-    rows and columns it has."""
-    shape = layers + layer * LAYER_FIELDS
-    first_B, first_A = i * tl.load(shape + _GROUP_B), j * tl.load(shape + _GROUP_A)
-    side_B, side_A = tl.load(shape + _SIDE_B), tl.load(shape + _SIDE_A)
-    row0, col0 = first_B * side_B, first_A * side_A
-    rows = tl.minimum(tl.load(shape + _M) - row0, side_B * tl.load(shape + _GROUP_B)).to(tl.int32)
-    cols = tl.minimum(tl.load(shape + _N) - col0, side_A * tl.load(shape + _GROUP_A)).to(tl.int32)
-    return first_B, first_A, side_B, side_A, row0, col0, rows, cols
 
 
 @triton.jit

@@ -43,11 +43,12 @@ from apo_kernels.triton.primitives import (
     stack,
     store_squares,
     store_tile,
-    tile_reach,
     update,
 )
 from apo_kernels.triton.table_layout import LayerField, Role
 
+_M, _N = tl.constexpr(int(LayerField.M)), tl.constexpr(int(LayerField.N))
+_SIDE_B, _SIDE_A = tl.constexpr(int(LayerField.SIDE_B)), tl.constexpr(int(LayerField.SIDE_A))
 _GROUP_B, _GROUP_A = tl.constexpr(int(LayerField.GROUP_B)), tl.constexpr(int(LayerField.GROUP_A))
 _COUNT_B, _COUNT_A = tl.constexpr(int(LayerField.COUNT_B)), tl.constexpr(int(LayerField.COUNT_A))
 _G, _V, _A, _B, _S = (tl.constexpr(int(role)) for role in (Role.G, Role.V, Role.A, Role.B, Role.S))
@@ -61,7 +62,12 @@ def place(tiles, layers, WIDE_MATRICES: tl.constexpr, WIDE_SQUARES: tl.constexpr
     """Which tile of which layer this program has, and how far it reaches."""
     entry = tiles + tl.program_id(0) * 4
     layer, i, j = tl.load(entry).to(tl.int64), tl.load(entry + 1), tl.load(entry + 2)
-    first_B, first_A, side_B, side_A, row0, col0, rows, cols = tile_reach(layers, layer, i, j)
+    shape = layers + layer * LAYER_FIELDS
+    first_B, first_A = i * tl.load(shape + _GROUP_B), j * tl.load(shape + _GROUP_A)
+    side_B, side_A = tl.load(shape + _SIDE_B), tl.load(shape + _SIDE_A)
+    row0, col0 = first_B * side_B, first_A * side_A
+    rows = tl.minimum(tl.load(shape + _M) - row0, side_B * tl.load(shape + _GROUP_B)).to(tl.int32)
+    cols = tl.minimum(tl.load(shape + _N) - col0, side_A * tl.load(shape + _GROUP_A)).to(tl.int32)
     # Where 16 bytes are moved at a time, all begins and ends at multiples of 8.
     if WIDE_MATRICES:
         col0 = tl.multiple_of(col0, UNIT)
