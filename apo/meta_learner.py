@@ -30,13 +30,12 @@ from apo.ranks.distributed import Ranks
 from apo.ranks.sharding import Shards, is_placed
 from apo.rates.log_rates import get_rate
 from apo.safeguards.finite_gradients import scale_of_gradients
-from apo.safeguards.verdict import overshoots, passes
+from apo.safeguards.verdict import LONG, overshoots, passes
 from apo.trial import (
     CallersAutocast,
     Lookahead,
     Undisturbed,
     WrittenMeanwhile,
-    changed_by,
     forget_casts,
     leaves_of_backwards,
     random_state,
@@ -223,19 +222,18 @@ class MetaLearner(Remembering):
         self, closure: Closure | None, autocast: CallersAutocast, scaling: Scaling, *, meta: bool, move: bool
     ) -> Any:
         loss: Any = None
-        touched, written = self.parameters, list[Tensor]()
+        touched = self.parameters
         begun = random_state(touched) if meta and self._goes_back else None
         if closure is not None and meta:
             before = GradientsBefore(touched, self._shards.any) if self.objective.loss is None else None
-            with torch.enable_grad(), leaves_of_backwards() as leaves, changed_by(self._models, touched) as written:
+            with torch.enable_grad(), leaves_of_backwards() as leaves:
                 loss = closure()
             touched = [*touched, *leaves]
             closure = closure if before is None else before.guarded(closure)
-        elif meta:
-            written = self._others.look(self._models, touched)
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        written = self._others.look(self._models, self.parameters) if meta else []
         self._settle()  # after the closure, so that a GPU has its passes to do while the host waits
         with autocast.lifted():
             scaling.unscale()
@@ -396,7 +394,7 @@ class MetaLearner(Remembering):
 
     def _too_far(self, trial: Trial) -> bool:
         """Whether a trial before the first step went too far."""
-        if trial.relative_length > 1:
+        if trial.relative_length > LONG:
             return True
         slope = float(self._shards.sum(inner_products(trial.V, trial.steps).double()).sum())
         return overshoots(trial.evaluation, self._base(trial), slope, fresh=self.objective.loss is not None)

@@ -6,14 +6,12 @@ from typing import NamedTuple
 
 from apo.objective import Evaluation
 
-__all__ = ["Worth", "overshoots", "passes", "worth"]
+__all__ = ["LONG", "Worth", "overshoots", "passes", "worth"]
 
 HARDLY = 1e-3
 """Share of the loss by which a trial has to change it to say anything of the rate before the first step."""
-
-
 LONG = 1.0
-"""Length of a step, over that of the weights, from which Q must not rise."""
+"""Length of a step, over that of the weights, above which Q must not rise; before the first step the greatest."""
 
 
 class Worth(NamedTuple):

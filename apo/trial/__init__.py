@@ -7,7 +7,7 @@ torch keeps that depends on the weights (autocast's casts, parametrizations).
 """
 
 from apo.trial.autocast import CallersAutocast, forget_casts, without_autocast
-from apo.trial.closures import WrittenMeanwhile, changed_by, leaves_of_backwards
+from apo.trial.closures import WrittenMeanwhile, leaves_of_backwards
 from apo.trial.contents import UNCHANGING
 from apo.trial.copies import copies_of, write
 from apo.trial.lookahead import Lookahead
@@ -30,7 +30,6 @@ __all__ = [
     "Undisturbed",
     "WrittenMeanwhile",
     "attributes_of",
-    "changed_by",
     "copies_of",
     "forget_casts",
     "generator_state",

@@ -14,7 +14,7 @@ from apo.trial.contents import place
 from apo.trial.patched import patched
 from apo.trial.walk import modules_of, parameters_of
 
-__all__ = ["WrittenMeanwhile", "changed_by", "leaves_of_backwards"]
+__all__ = ["WrittenMeanwhile", "leaves_of_backwards"]
 
 
 @contextmanager
@@ -50,19 +50,9 @@ def _graph_leaves(roots: Iterable[Tensor]) -> list[Tensor]:
     return leaves
 
 
-@contextmanager
-def changed_by(models: Iterable[nn.Module], own: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Other parameters of the models than ``own`` whose content was written in here: averages, as teachers hold."""
-    others = _others(models, own)
-    before = [_mark(p) for p in others]
-    changed: list[Tensor] = []
-    yield changed
-    changed += [p for p, mark in zip(others, before, strict=True) if _mark(p) != mark]
-
-
 class WrittenMeanwhile:
-    """The same of what is written between two looks, where no closure is at hand: by the forward passes of training,
-    perhaps, and then by a trial's too."""
+    """Other parameters of the models than ``own`` whose content is written between two looks: averages, as teachers
+    hold, or what the forward passes of training write, and then a trial's too."""
 
     def __init__(self, models: Iterable[nn.Module], own: Iterable[Tensor]) -> None:
         self._marks: dict[int, Any] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from contextlib import nullcontext
-from functools import partial
 from operator import is_
 from typing import Any, ClassVar
 
@@ -144,7 +143,6 @@ class Attributes:
     def _save(self, value: Any, *, inside_object: bool = False) -> None:
         if type(value) in UNCHANGING or id(value) in self._contents:
             return
-        save = partial(self._save, inside_object=inside_object)
         if isinstance(value, Tensor):
             if not value.requires_grad and not value.is_meta and not isinstance(value, nn.Parameter):
                 self._contents[id(value)] = value, Content.of([value])[0]
@@ -155,12 +153,12 @@ class Attributes:
         elif isinstance(value, _CONTAINERS):
             self._contents[id(value)] = value, dict(value) if isinstance(value, dict) else list(value)
             for item in value.values() if isinstance(value, dict) else value:
-                save(item)
+                self._save(item, inside_object=inside_object)
         elif isinstance(value, bytearray):
             self._contents[id(value)] = value, bytes(value)
         elif isinstance(value, tuple):
             for item in value:
-                save(item)
+                self._save(item, inside_object=inside_object)
         elif not inside_object and id(value) not in self._seen and is_plain_object(value):
             self._seen[id(value)] = value
             own = attributes_of(value)
@@ -183,11 +181,15 @@ class Attributes:
     def _put_back(self, own: dict[str, Any]) -> None:
         for name, value in self._values.items():
             now = own.get(name)
-            if now is not value and isinstance(value, _PLAIN) and isinstance(now, _PLAIN):
+            if now is not value and _is_kept(value) and _is_kept(now):
                 own[name] = value
         for name in [k for k in own if k not in self._values and k not in _OF_EVERY_MODULE]:
-            if isinstance(own[name], _PLAIN):
+            if _is_kept(own[name]):
                 del own[name]
+
+
+def _is_kept(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or is_plain_object(value)
 
 
 def restored(contents: Iterable[Content | Attributes]) -> None:

@@ -186,9 +186,11 @@ class Counting(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.linear = nn.Linear(6, 3)
+        self.replaces = kind == "replaced"
         self.held: Any = {
             "dataclass": lambda: Running(),
             "namespace": lambda: SimpleNamespace(count=0, mean=0.0),
+            "replaced": lambda: Running(),
             "in a list": lambda: [Running()],
             "bytes": lambda: bytearray(8),
             "callable": lambda: Meter(),
@@ -199,6 +201,8 @@ class Counting(nn.Module):
             self.held[0] += 1
         elif isinstance(self.held, Meter):
             self.held(x)
+        elif self.replaces:
+            self.held = Running(self.held.count + 1, x.mean().item())
         else:
             own = self.held[0] if isinstance(self.held, list) else self.held
             own.count += 1
@@ -233,6 +237,22 @@ def test_frozen_parameters_that_a_forward_pass_writes(front_end: str, step_of: C
 
 
 @each_front_end
+def test_so_where_the_closure_hands_on_a_loss_of_before(front_end: str) -> None:
+    """The forward pass was outside of the step."""
+    model, alone, draw = Momentum(), Momentum(), batches()
+    opt = FRONT_ENDS[front_end](model, apo.ProximalObjective(model, batches(), loss=F.cross_entropy))
+    for _ in range(5):
+        x, t = draw()
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), t)
+        loss.backward()
+        alone.query.load_state_dict(model.query.state_dict())
+        alone(x)
+        opt.step(lambda loss=loss: loss)
+    assert torch.equal(model.key.weight, alone.key.weight)
+
+
+@each_front_end
 def test_parameters_of_others_that_the_first_forward_pass_makes(front_end: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.LazyLinear(3))
@@ -248,7 +268,7 @@ def test_parameters_of_others_that_the_first_forward_pass_makes(front_end: str) 
 
 @each_front_end
 @pytest.mark.parametrize("step_of", [with_closure, without_closure])
-@pytest.mark.parametrize("kind", ["dataclass", "namespace", "in a list", "bytes", "callable"])
+@pytest.mark.parametrize("kind", ["dataclass", "namespace", "replaced", "in a list", "bytes", "callable"])
 def test_objects_that_a_forward_pass_writes(front_end: str, step_of: Callable[..., Step], kind: str) -> None:
     model, alone = Counting(kind), Counting(kind)
     step, draw = step_of(model, front_end), batches()
