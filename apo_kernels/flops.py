@@ -7,6 +7,7 @@ A product on ``A``'s side costs ``2·m·Σ bⱼ²`` over the squares of ``A`` (`
 from __future__ import annotations
 
 from apo_kernels.blocks import check_size
+from apo_kernels.checks import wanted_letters
 
 __all__ = ["precondition_flops", "precondition_vjp_flops"]
 
@@ -40,8 +41,7 @@ def precondition_vjp_flops(
     ``relative`` ones, as ``aten`` computes them: ``6mn(m + n)`` and ``8mn(m + n)``.
     """
     _check(m, n, block_size_A, block_size_B, batch)
-    if not isinstance(wanted, str) or not set(wanted) <= set("GABS"):
-        raise ValueError(f"wanted must be letters of 'GABS', but got {wanted!r}")
+    wanted_letters(wanted)
     wide, narrow = _sides(m, n, block_size_A, block_size_B)
     if _turned(m, n, block_size_A, block_size_B):
         wanted = wanted.translate(str.maketrans("AB", "BA"))

@@ -1,8 +1,5 @@
 """The layers that the Fisher start steps, laid out once: like blocks as one stack, S in pieces that a cache holds, and
-room for the energies that noise would give them.
-
-With noise of variance 1 in the place of W the energies of S are ``E_ij = S_ij² ‖B_:i‖² ‖A_:j‖²``, and those of A
-``N_kj = (AᵀA)_kj Σ_i S_ij² ‖B_:i‖² / m``; B's likewise.
+room for the energies that noise would give them: E and N of :class:`~apo.fisher.start.FisherStart`.
 """
 
 from __future__ import annotations

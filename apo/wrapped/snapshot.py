@@ -74,7 +74,7 @@ class OptimizerSnapshot:
         content, parts = self._content(value, inside_object=inside_object)
         if content is not None:
             self._seen[id(value)] = value, content
-        inside_object = inside_object or (is_plain_object(value) and not _is_data(value))
+        inside_object = inside_object or _is_helper(value)
         for part in parts:
             self._save(part, inside_object=inside_object)
 
@@ -92,15 +92,15 @@ class OptimizerSnapshot:
             return list(value), list(value)
         if isinstance(value, tuple):
             return None, list(value)
-        if isinstance(value, Optimizer) or (is_plain_object(value) and not (inside_object and not _is_data(value))):
+        if isinstance(value, Optimizer) or (is_plain_object(value) and not (inside_object and _is_helper(value))):
             own = attributes_of(value)
             return own, list(own.values())
         return None, []
 
 
-def _is_data(value: Any) -> bool:
-    """A dataclass: a state, whatever its depth."""
-    return dataclasses.is_dataclass(value)
+def _is_helper(value: Any) -> bool:
+    """An object of a user's class; dataclasses are states, whatever their depth."""
+    return is_plain_object(value) and not dataclasses.is_dataclass(value)
 
 
 def _put_back(held: Any, content: Any) -> None:

@@ -59,7 +59,10 @@ def test_by_square_cuts_a_side_as_the_blocks_do() -> None:
         (lambda: ak.precondition_flops(4, 4, 0), "block_size_A must be at least 1, but got 0"),
         (lambda: ak.precondition_vjp_flops(4, 4, None, 0), "block_size_B must be at least 1"),
         (lambda: ak.precondition_vjp_flops(4, 4, batch=-1), "batch must be at least 0"),
-        (lambda: ak.precondition_vjp_flops(4, 4, wanted="V"), "wanted must be letters of 'GABS', but got 'V'"),
+        (
+            lambda: ak.precondition_vjp_flops(4, 4, wanted="V"),
+            "wanted must be one or more different letters from 'GABS', but got 'V'",
+        ),
     ],
 )
 def test_what_the_small_functions_refuse(call: Callable[[], object], match: str) -> None:
