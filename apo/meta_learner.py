@@ -531,7 +531,9 @@ def _plain_settings(holder: object) -> dict[str, Any]:
     return {
         name: value
         for name, value in found.items()
-        if not name.startswith("_") and isinstance(value, (bool, int, float, str, tuple)) and name not in _CHANGING
+        if not name.startswith("_")
+        and issubclass(type(value), (bool, int, float, str, tuple))
+        and name not in _CHANGING
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from operator import is_
 from typing import Any, ClassVar
+from weakref import ProxyTypes
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ _PLAIN = (Tensor, int, float, complex, str, bytes, type(None), tuple, np.ndarray
 _LEADING_FAR = (nn.Module, Optimizer)
 """Attributes of what leads to the whole program, as a trainer does."""
 
-UNCHANGING = frozenset((int, float, complex, bool, str, bytes, type(None)))
+UNCHANGING = frozenset((int, float, complex, bool, str, bytes, type(None), *ProxyTypes))
 """Types of what holds nothing that could change."""
 
 
@@ -162,7 +163,7 @@ class Attributes:
         elif not inside_object and id(value) not in self._seen and is_plain_object(value):
             self._seen[id(value)] = value
             own = attributes_of(value)
-            if not any(isinstance(x, _LEADING_FAR) for x in own.values()):
+            if not any(issubclass(type(x), _LEADING_FAR) for x in own.values()):
                 self._contents[id(value)] = value, own
                 for item in own.values():
                     self._save(item, inside_object=True)
@@ -189,7 +190,7 @@ class Attributes:
 
 
 def _is_kept(value: Any) -> bool:
-    return isinstance(value, _PLAIN) or is_plain_object(value)
+    return issubclass(type(value), _PLAIN) or is_plain_object(value)
 
 
 def restored(contents: Iterable[Content | Attributes]) -> None:

@@ -16,10 +16,10 @@ _OTHERS = sys.stdlib_module_names - {"types"} | {"torch", "numpy"}
 
 def is_plain_object(value: Any) -> bool:
     """Whether it is one, a dataclass or a namespace. Not what leads to the whole program."""
-    if isinstance(value, (Tensor, Optimizer, nn.Module, type)):
+    kind = type(value)  # a proxy whose object is gone has no class
+    if issubclass(kind, (Tensor, Optimizer, nn.Module, type)) or kind.__module__.split(".")[0] in _OTHERS:
         return False
-    kept = dataclasses.is_dataclass(value) or hasattr(value, "__dict__")
-    return kept and type(value).__module__.split(".")[0] not in _OTHERS
+    return dataclasses.is_dataclass(value) or hasattr(value, "__dict__")
 
 
 def attributes_of(value: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import ProxyTypes
 
 import numpy as np
 import torch
@@ -201,9 +202,10 @@ def with_wrapped(optimizer: Optimizer) -> list[Optimizer]:
     def visit(one: Optimizer) -> None:
         seen.add(id(one))
         for value in one.__dict__.values():
-            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-            for item in held:
-                if isinstance(item, Optimizer) and id(item) not in seen:
+            kind = type(value)  # as a proxy whose object is gone has no class
+            inside = value.values() if issubclass(kind, dict) else value if issubclass(kind, (list, tuple)) else [value]
+            for item in inside:
+                if issubclass(type(item), Optimizer) and id(item) not in seen:
                     visit(item)
         found.append(one)
 
@@ -294,7 +296,9 @@ def without_hooks(optimizers: Sequence[Optimizer], *, before: bool = False) -> I
 
 
 def copied(value: Any) -> Any:
-    """A copy of numbers and tensors in containers; anything else as it is."""
+    """A copy of numbers and tensors in containers; None for anything else."""
+    if type(value) in ProxyTypes:
+        return None
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):

@@ -3,7 +3,9 @@ parameters and objects of others."""
 
 from __future__ import annotations
 
+import copy
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event, Thread
@@ -294,3 +296,21 @@ def test_a_step_under_inference_mode(front_end: str) -> None:
         assert opt.failed_trials == 0
         runs.append(weights(model))
     assert same(*runs)
+
+
+@each_front_end
+def test_references_to_what_is_gone(front_end: str) -> None:
+    """A proxy whose object is gone raises at every look but for its type's."""
+    model, draw = small(), batches()
+    opt = FRONT_ENDS[front_end](model, apo.ProximalObjective(model, batches(), loss=F.cross_entropy))
+    owner = Meter()
+    for holder in (model, opt, opt.optimizer if isinstance(opt, apo.AdaptiveLR) else opt):
+        holder.owner, holder.owners = weakref.proxy(owner), [weakref.proxy(owner)]
+    del owner
+    for _ in range(3):
+        x, t = draw()
+        opt.zero_grad()
+        F.cross_entropy(model(x), t).backward()
+        opt.step()
+    assert opt.failed_trials == 0
+    copy.deepcopy(opt.state_dict())
