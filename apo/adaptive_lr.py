@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import Optimizer, RMSprop
+from torch.optim import Optimizer
 
 from apo import checks
 from apo.inner_products import inner_products
@@ -24,6 +24,7 @@ from apo.rates.log_rates import LogRates, RateOptimizer
 from apo.rates.schedules import Schedules
 from apo.safeguards.verdict import worth
 from apo.trial import Lookahead
+from apo.wrapped.lengths import carried, lengthened
 from apo.wrapped.linearity import check_linear, is_proportional
 from apo.wrapped.snapshot import Rehearsal, with_wrapped
 
@@ -52,8 +53,10 @@ class AdaptiveLR(MetaLearner):
     Step hooks of ``optimizer``, and of optimizers that it wraps, still run. Those before the step run once, in the
     trial, which needs the gradients as they leave them. Those after it run where the step is taken.
 
-    A scheduler may be put on top, with the AdaptiveLR as its optimizer. Schedulers that multiply the rate keep what was
-    learned. Those that set it from a base of their own need ``rescale_schedule``.
+    A scheduler may be put on top, with the AdaptiveLR as its optimizer: where the length of training is known, let the
+    rate fall to 0 over its last third. What is learned is the schedule's height: it doesn't make up for its falls.
+    Schedulers that multiply the rate keep what was learned. Those that set it from a base of their own need
+    ``rescale_schedule``.
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose step is proportional to ``lr``: SGD, RMSprop, Adam, AdamW,
@@ -81,8 +84,9 @@ class AdaptiveLR(MetaLearner):
         process_group: the ranks that train one model. None: DDP's own, or found at the first meta-step
             (:mod:`apo.ranks.distributed`).
 
-    A trial fails if Q isn't finite or leaps (:attr:`failed_trials`), or, with a reach below 1, if its slope says that
-    the whole step would leap. The step is then left out, every rate is divided by e, and ``failed_trials`` counts it.
+    A trial fails if Q isn't finite or leaps (:attr:`failed_trials`), if it gains nothing by a step that momentum will
+    carry further than the weights are long, or, with a reach below 1, if its slope says that the whole step would leap.
+    The step is then left out, every rate is divided by e, and ``failed_trials`` counts it.
 
     Raises:
         TypeError, ValueError: an argument isn't as above; at the first meta-step: the optimizer isn't linear.
@@ -217,29 +221,26 @@ class AdaptiveLR(MetaLearner):
 
     def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Attempt:
         assert self._rehearsal is not None
-        attempt, self._rehearsal = _Attempt(self._rehearsal, lookahead, self.reach / self._lengthened()), None
+        reach = self.reach * (carried(self.optimizer) if self._searching else 1.0)
+        if self.rates.meta_optimizer == "steady":
+            reach /= lengthened(self.optimizer)
+        attempt, self._rehearsal = _Attempt(self._rehearsal, lookahead, reach), None
         attempt.rehearsal.rehearse(attempt.reach)
         return attempt
 
-    def _lengthened(self) -> float:
-        """How many times as long as later ones, at the same rate, the coming step is.
+    @property
+    def _searching(self) -> bool:
+        """Whether no step was taken yet, as the rate was too large. Trials go the whole way that momentum would carry
+        the first one, then, and have to be worth something."""
+        return not self._begun and self.failed_trials > 0
 
-        RMSprop's first ones are up to 1/√(1 − α) times as long, because it has no bias correction. Trials go as far as
-        later steps will: by the first ones the rate would fall, and where noise balances progress it wouldn't rise
-        again.
-        """
-        if self.rates.meta_optimizer != "steady":
-            return 1.0
-        found = 1.0
-        for optimizer in with_wrapped(self.optimizer):
-            for group in optimizer.param_groups if isinstance(optimizer, RMSprop) else ():
-                steps = [optimizer.state[p].get("step", 0) for p in group["params"] if p in optimizer.state]
-                share = 1 - group["alpha"] ** (1 + max(map(float, steps), default=0.0))
-                found = max(found, share**-0.5 if share > 0 else 1.0)
-        return found
+    def _goes_on(self) -> float:
+        return 1.0 if self._searching else carried(self.optimizer)
 
     def _verdict(self, trial: Trial) -> bool:
         passed = super()._verdict(trial)
+        if passed and self._searching and carried(self.optimizer) > 1:
+            passed = trial.evaluation.objective < self._base(trial)
         if passed and self.reach < 1:
             # Q at the whole step wasn't evaluated. A leap is as b s²; at s = reach its slope is 2 b s.
             slope = sum(self._products((trial.V, trial.steps))[0])

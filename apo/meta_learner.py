@@ -390,7 +390,11 @@ class MetaLearner(Remembering):
 
     def _verdict(self, trial: Trial) -> bool:
         """Whether a trial can be learned from."""
-        return passes(trial.evaluation, self._base(trial), trial.relative_length)
+        return passes(trial.evaluation, self._base(trial), trial.relative_length * self._goes_on())
+
+    def _goes_on(self) -> float:
+        """How many times as far as the trial momentum will carry its step."""
+        return 1.0
 
     def _too_far(self, trial: Trial) -> bool:
         """Whether a trial before the first step went too far."""

@@ -248,11 +248,12 @@ def _rates() -> str:
     groups = {group.name: group for group in grouped(collect([COMMITTED])["mnist"])}
     rows = []
     for base, learned in (("sgdm", "apo-lr"), ("rmsprop", "apo-lr:rmsprop")):
-        found = [groups[name] for name in (base, f"{base}+step", learned)]
+        found = [groups[name] for name in (base, f"{base}+step", learned, f"apo-lr:{base}+cooldown")]
         losses = [sorted(group.last("loss")) for group in found]
         cells = [f"{fmean(each):.4f} ({each[0]:.4f} to {each[-1]:.4f})" for each in losses]
         rows.append([METHODS[base].label, *cells, " / ".join(f"{fmean(group.last('metric')):.2f}" for group in found)])
-    header = ["", "best fixed rate", "best step schedule", "AdaptiveLR", "test accuracy of the three, %"]
+    header = ["", "best fixed rate", "best step schedule", "AdaptiveLR, searched", "its default, cooled down"]
+    header.append("test accuracy of the four, %")
     return markdown(header, rows, numbers=True)
 
 
@@ -298,6 +299,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": _tasks,
     "rates": _rates,
     "peers": lambda: peers.tables(COMMITTED / "peers"),
+    "cooled": lambda: peers.cooled(COMMITTED / "peers"),
     "gpu_peers": lambda: peers.tables(GPU_RESULTS / "peers"),
     "summary": _summary,
 }

@@ -14,7 +14,7 @@ PACKAGES = ("apo_kernels", "apo", "benchmarks")
 LONGEST_FUNCTION, LONGEST_KERNEL = 65, 90
 MOST_PARAMETERS = 14
 MOST_LINES, MOST_LINES_OF_TESTS = 640, 540  # of a file
-MOST_LINES_OF_BENCHMARKS = 8_100
+MOST_LINES_OF_BENCHMARKS = 8_150
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

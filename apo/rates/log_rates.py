@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from apo import checks
+from apo.rates.scheduled import Scheduled
 from apo.rates.schedules import Schedules
 from apo.rates.steady_steps import SteadySteps
 
@@ -85,6 +86,7 @@ class LogRates:
         """Put what is remembered of a rate into a new group."""
         if self._steady is not None:
             self._steady.prepare(group)
+            Scheduled.prepare(group)
         else:
             group.setdefault("apo_slope_mean", 0.0)
             group.setdefault("apo_slope_square", 0.0)
@@ -107,12 +109,15 @@ class LogRates:
         for group in written:
             found, left, before = get_rate(group), group["apo_left_lr"], group["apo_found_lr"]
             # from a rate of 0 nothing can be multiplied; at one, what was learned is still remembered
-            if found != 0 and (left == 0 or not (self._seems_kept(found, left, before) if keeps is None else keeps)):
-                if self.rescale_schedule:
-                    set_rate(group, self._within(found * math.exp(group["apo_log_factor"])))
-                else:
-                    overwritten = True
-                    group["apo_log_factor"] = 0.0
+            kept = found == 0 or (left != 0 and (self._seems_kept(found, left, before) if keeps is None else keeps))
+            if not kept and self.rescale_schedule:
+                set_rate(group, self._within(found * math.exp(group["apo_log_factor"])))
+                kept = True
+            if not kept:
+                overwritten = True
+                group["apo_log_factor"] = 0.0
+            if self._steady is not None:
+                Scheduled.notice(group, kept=kept)
             group["apo_found_lr"] = group["apo_left_lr"] = get_rate(group)
         if overwritten and not self._warned:
             self._warned = True
@@ -175,7 +180,8 @@ class LogRates:
             changes = []
             for group, slope, size in zip(groups, slopes, sizes, strict=True):
                 own = () if worth is None or not whole else [x * (size / whole) for x in worth]
-                changes.append(change(group, slope, size, *own))
+                scheduled = Scheduled.of(group, get_rate(group) * math.exp(-group["apo_log_factor"]))
+                changes.append(change(group, slope, size, *own, scheduled=scheduled))
         return [self._change(group, change) for group, change in zip(groups, changes, strict=True)]
 
     def shrink(self, groups: Sequence[Group]) -> None:

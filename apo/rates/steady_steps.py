@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from apo.rates.scheduled import Scheduled
+
 __all__ = ["SteadySteps"]
 
 Group = dict[str, Any]
@@ -37,6 +39,10 @@ class SteadySteps:
 
     A loss on B, which the step was fitted to, lowers r by about a half. The rate then rises below −0.5, and falls for
     noise about −0.2.
+
+    Where a schedule has the rate at a share s of its greatest, r + 1 and c/g are s times what they would be there.
+    The rate rises by what they would be, so that what is learned doesn't make up for the schedule, and for noise it
+    falls by what the schedule hasn't fallen.
 
     Changes are in proportion to the share of training that has passed since the last one, so that the rate can change
     by orders of magnitude at first, and not by accident later.
@@ -75,6 +81,7 @@ class SteadySteps:
         for name in ("ratio_short", "size_mean", "rising", "risen", "gain_mean", "gain_square", "cost_mean"):
             group.setdefault(f"apo_{name}", 0.0)
         group.setdefault("apo_ratios", 0)
+        group.setdefault("apo_share_mean", 1.0)
         for name in ("log_loss", "log_loss_before"):
             group.setdefault(f"apo_{name}", math.nan)
 
@@ -89,6 +96,7 @@ class SteadySteps:
         share: float,
         meta_lr: float,
         loss: float,
+        scheduled: Scheduled | None = None,
     ) -> float:
         """The change of a group's ``log lr``.
 
@@ -99,14 +107,20 @@ class SteadySteps:
             share: of the training so far, what has passed since the last update.
             meta_lr: the most that ``log lr`` rises by.
             loss: at present.
+            scheduled: where a schedule has the rate; None: there is none.
         """
         mean, short, size_mean = self._ratios(group, slope, size)
         speed = self._speed(group, loss, share)
         leaps = short > self.LEAP
-        how_far = min(max(0.0, self.rises_below - mean) / (1 + self.rises_below), 1.0)
+        at, moved = scheduled or Scheduled()
+        group["apo_share_mean"] = self.MEAN * group["apo_share_mean"] + (1 - self.MEAN) * at  # as the mean of r
+        group["apo_cost_mean"] *= math.exp(moved)  # as c/g goes with the rate
+        rises_below = group["apo_share_mean"] * (1 + self.rises_below) - 1  # and so does r + 1
+        how_far = min(max(0.0, rises_below - mean) / (1 + rises_below), 1.0)
         passed, best = False, math.inf
         if gain is not None and cost is not None and size_mean > 0:
             spare, best = self._weigh(group, gain / size_mean, cost / size_mean)
+            spare = 1 - (1 - spare) / at
             passed = slope > 0
             how_far = max(how_far, spare if spare > 0.5 and not passed else 0.0)
         early, change = min(1.0, self.EARLY * share), 0.0
@@ -116,13 +130,13 @@ class SteadySteps:
                 change = meta_lr * early * min(1.0, 1 / 12 + group["apo_rising"] / 45) * how_far
         else:
             group["apo_rising"] = 0.0
-            change = -share * self._noisy(group, mean, speed) if meta_lr else 0.0
+            change = min(max(-moved, 0.0) - share * self._noisy(group, mean, speed), 0.0) if meta_lr else 0.0
             fall = self._fall(mean, short, first=group["apo_ratios"] <= self.FIRST)
             if fall > 0 and meta_lr:
                 change = min(change, -early * fall)
             change = min(change, self._taken_back(group, best, leaps=leaps))
         group["apo_risen"] += max(change, 0.0)
-        group["apo_cost_mean"] *= math.exp(change)  # as c/g goes with the rate
+        group["apo_cost_mean"] *= math.exp(change)
         return change
 
     def _fall(self, mean: float, short: float, *, first: bool) -> float:

@@ -42,6 +42,7 @@ LEARNED = {"apo-lr:adamw": "adamw", "apo-lr:sgdm": "sgdm"}
 """Learned rates, and whose they are."""
 
 STARTS = (1e-4, 1.0)
+COOLED = "+cooldown"
 OTHER_SIZE = 64  # the most examples of APO's B′
 BATCH_SIZES = {"mnist-autoencoder": 100}
 """Of tasks that are run at a smaller one than the paper's, so that all of this takes hours and not days."""
@@ -114,6 +115,11 @@ def _on_task(task: Task, options: argparse.Namespace) -> dict[str, Any]:
         write()
     for optimizer, rate in finals.items():
         each_seed(optimizer, rate)
+    for learned, base in LEARNED.items():
+        for optimizer in (base, learned):
+            each_seed(optimizer + COOLED, finals[base])
+        for lr in STARTS:
+            each_seed(learned + COOLED, lr, seeds=[0])
     return content
 
 
@@ -152,7 +158,9 @@ def in_turn(
         chosen = method(optimizer)
         hyper = chosen.hyper({"other_size": OTHER_SIZE} if lr is None else {"lr": lr}, "fp32")
         make = lambda setting: chosen.make(setting, hyper)  # noqa: E731
-        return hyper, Training(task, data, make, seed=seed, steps=lengths[optimizer], every=EVERY, device=device)
+        training = Training(task, data, make, seed=seed, steps=lengths[optimizer], every=EVERY, device=device)
+        training.follow(chosen.schedule, hyper)
+        return hyper, training
 
     trainings = {optimizer: begun(optimizer, lr) for optimizer, lr in rates.items()}
     while left := [training for _, training in trainings.values() if training.status == "unfinished"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import apo
-from tests.apo.helpers import closure_of
+from apo.wrapped.lengths import carried
+from tests.apo.helpers import begun, closure_of
+from tests.apo.optimizers import Lookahead
 
 CURVATURE = 3.0
 
@@ -21,6 +24,7 @@ class Valley:
     Args:
         other: the objective has a loss on B′, ``½ 3 (w − 1 + other)² + level``; None: it has none.
         beside: a further weight.
+        momentum: of AdaptiveLR's SGD.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class Valley:
         other: float | None = None,
         level: float = 0.0,
         beside: float = 100.0,
+        momentum: float = 0.0,
     ) -> None:
         self.model = nn.Linear(2, 1, bias=False).double()
         with torch.no_grad():
@@ -45,7 +50,7 @@ class Valley:
         if front_end == "APO":
             self.opt, self.reach = apo.APO(self.model, goal, lr=lr, momentum=0.5, **settings), 2.0
         else:
-            base = torch.optim.SGD(self.model.parameters(), lr=lr)
+            base = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=momentum)
             self.opt, self.reach = apo.AdaptiveLR(base, goal, **settings), 1.0
 
     @staticmethod
@@ -76,6 +81,48 @@ def test_the_rate_falls_until_a_trial_ends_before_the_minimum(front_end: str, in
     assert own.opt.steps == refused + 1
     assert 0 <= own.weight < 1
     assert own.opt.meta_due == (own.opt.steps % interval == 0)
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_once_a_rate_was_too_large_a_trial_goes_the_whole_way_that_momentum_would(momentum: float) -> None:
+    own = Valley("AdaptiveLR", 5.0, momentum=momentum)
+    while own.weight == 1.0:
+        own.step()
+    length = 5.0 / (1 - momentum) * math.exp(-own.opt.failed_trials)
+    assert length <= 1 / CURVATURE < length * math.e
+    assert own.opt.failed_trials == own.opt.steps - 1
+
+
+def test_a_rate_that_was_not_is_taken_as_it_is() -> None:
+    own = Valley("AdaptiveLR", 0.3, momentum=0.9)
+    own.step()
+    assert own.opt.failed_trials == 0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_that_momentum_carries_further_than_the_weights_are_long_has_to_gain(momentum: float) -> None:
+    """Here the loss on other examples rises a little, at a step of a fifth of the weights."""
+    own = Valley("AdaptiveLR", 0.1, other=-1.0, level=10.0, beside=1.0, momentum=momentum)
+    begun(own.opt)
+    own.step()
+    assert own.opt.last is not None
+    assert own.opt.last.base < own.opt.last.loss < 2 * own.opt.last.base
+    assert own.opt.failed_trials == (momentum > 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "times"),
+    [
+        (lambda p: torch.optim.SGD(p, 0.1), 1),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), 10),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.5), 5),
+        (lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.75), 4),
+        (lambda p: torch.optim.Adam(p, 0.1), 1),
+        (lambda p: Lookahead(torch.optim.SGD(p, 0.1, momentum=0.5)), 2),
+    ],
+)
+def test_how_far_momentum_carries_a_step(make: Callable[[Any], torch.optim.Optimizer], times: float) -> None:
+    assert carried(make([nn.Parameter(torch.ones(2))])) == pytest.approx(times)
 
 
 @pytest.mark.parametrize("front_end", ["APO", "AdaptiveLR"])

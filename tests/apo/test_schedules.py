@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -203,3 +204,56 @@ def test_asking_a_scheduler_changes_nothing() -> None:
     run.opt._schedules.keep_what_was_learned(run.opt.param_groups)
     after = run.scheduler.state_dict(), [dict(g) for g in run.opt.param_groups]
     assert str(after) == str(before)
+
+
+class Bowl:
+    """SGD on ``½ |w − ξ|²``, ξ another at each step: a rate of 1 takes one step to ξ, and 0.9 is held."""
+
+    def __init__(self, make: Make | None, lr: float = 0.9, **settings: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(8, 1, bias=False).double()
+        nn.init.constant_(self.model.weight, 10.0)  # beside which no step is long
+        goal = apo.ProximalObjective(self.model, [torch.eye(8).double()], "mse", fsd_weight=0.0)
+        self.opt = apo.AdaptiveLR(torch.optim.SGD(self.model.parameters(), lr=lr), goal, **settings)
+        self.scheduler = make(self.opt) if make is not None else None
+
+    def go(self, steps: int) -> float:
+        """By how much the rate's logarithm rises, but for the schedule."""
+        for target in torch.randn(steps, 8, generator=torch.Generator().manual_seed(0)).double() + 10:
+            self.opt.step(partial(self.towards, target))
+            if self.scheduler is not None:
+                self.scheduler.step()
+        found: float = self.opt.param_groups[0]["apo_log_factor"]
+        return found
+
+    def towards(self, target: Tensor) -> Tensor:
+        self.opt.zero_grad()
+        loss = (self.model.weight - target).square().sum() / 2
+        loss.backward()
+        return loss
+
+
+DECAYS: dict[str, Make] = {
+    "StepLR": lambda opt: torch_schedulers.StepLR(opt, 20, 0.3),
+    "cosine": lambda opt: torch_schedulers.CosineAnnealingLR(opt, 130),
+    "warm-up": lambda opt: torch_schedulers.LambdaLR(opt, lambda s: min(1.0, (s + 1) / 50)),
+    "one cycle": lambda opt: torch_schedulers.OneCycleLR(opt, 0.9, total_steps=130, cycle_momentum=False),
+    "by hand": lambda opt: ByHand(opt, lambda lr, base, step: lr * 0.95),
+}
+
+
+@pytest.mark.parametrize("name", DECAYS)
+def test_a_height_that_is_right_is_left_alone_under_a_schedule(name: str) -> None:
+    own = Bowl(DECAYS[name], rescale_schedule=name in ("warm-up", "one cycle"), lr=0.9 / 25 if "cycle" in name else 0.9)
+    assert abs(own.go(120)) < 0.15
+
+
+def test_one_that_is_too_small_rises_under_a_schedule() -> None:
+    assert Bowl(DECAYS["cosine"], lr=1e-3).go(60) > math.log(20)
+
+
+def test_what_is_no_schedule_is_no_reason_to_stay_small() -> None:
+    """As a rate from an earlier phase of training, noted in the group."""
+    noted = Bowl(None, lr=1e-3)
+    noted.opt.param_groups[0]["initial_lr"] = 0.9
+    assert noted.go(60) > math.log(20)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import apo
+from apo.rates.scheduled import Scheduled
 from apo.rates.steady_steps import SteadySteps
 
 EARLY = 1 / 20
@@ -28,14 +29,18 @@ def path(
     size: float = 1.0,
     gain: Callable[[int], float] | None = None,
     loss: Callable[[int], float] = lambda i: 0.9**i,
+    share: float = 1.0,
 ) -> list[float]:
-    """``log lr`` after each update of early training, where slope and gain are in units of the size. The loss falls."""
+    """``log lr`` after each update of early training, where slope and gain are in units of the size. The loss falls.
+    A schedule has the rate at a share of its height."""
     rule, group, log = SteadySteps(fitted=fitted), dict[str, Any](), [0.0]
     rule.prepare(group)
     for i in range(updates):
         slope = ratio(i) * size
         worth = () if gain is None else (gain(i) * size, gain(i) * size + slope)
-        log.append(log[-1] + rule.change(group, slope, size, *worth, share=EARLY, meta_lr=0.3, loss=loss(i)))
+        at = Scheduled(share, math.log(share) if i == 0 else 0.0)
+        now = {"share": EARLY, "meta_lr": 0.3, "loss": loss(i)}
+        log.append(log[-1] + rule.change(group, slope, size, *worth, **now, scheduled=at))
     return log
 
 
@@ -85,6 +90,31 @@ def test_a_rate_falls_where_noise_keeps_the_loss_from_falling(fitted: bool, spee
         log.append(rule.change(group, slope, 1.0, share=10 / step, meta_lr=0.3, loss=loss))
     after = sum(log[290:])  # from step 3,000
     assert after == pytest.approx(-math.log(10_000 / 3000) * max(1 - 7 * speed, 0), rel=0.1, abs=1e-9)
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize(("share", "rise"), [(0.5, 300), (0.1, 50), (0.01, 2)])
+def test_what_is_learned_does_not_make_up_for_a_schedule(fitted: bool, share: float, rise: float) -> None:
+    """A rate that is right at a schedule's height is right below it. One that is far too small there is too, though
+    the less is left of it the longer that takes to show."""
+    right, small = -0.2 if fitted else 0.3, -0.999
+    assert path(lambda _: share * (1 + right) - 1, 66, fitted=fitted, share=share)[-1] <= 0
+    assert path(lambda _: share * (1 + small) - 1, 66, fitted=fitted, share=share)[-1] > math.log(rise)
+
+
+def test_nor_where_curvature_costs_little_of_a_gain_that_a_schedule_has_made_small() -> None:
+    for c_over_g, rises in ((0.8, False), (0.1, True)):
+        assert (path(lambda _, c=0.1 * c_over_g: c - 1, 66, gain=lambda _: 1.0, share=0.1)[-1] > 1) == rises
+
+
+@pytest.mark.parametrize("fallen", [0.5, 1.0, 2.0])
+def test_for_noise_a_rate_falls_by_what_a_schedule_has_not_fallen(fallen: float) -> None:
+    rule, group, log = SteadySteps(fitted=False), dict[str, Any](), []
+    rule.prepare(group)
+    for step in range(100, 10_000, 10):
+        now = {"share": 10 / step, "meta_lr": 0.3, "loss": 3.0}
+        log.append(rule.change(group, 0.4, 1.0, **now, scheduled=Scheduled(1.0, -fallen * 10 / step)))
+    assert sum(log[290:]) == pytest.approx(-math.log(10_000 / 3000) * max(1 - fallen, 0), rel=0.1, abs=1e-9)
 
 
 def test_a_loss_without_a_logarithm_says_nothing_of_noise() -> None:

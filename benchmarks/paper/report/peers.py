@@ -1,8 +1,9 @@
-"""The tables of ``python -m benchmarks peers``, one per task, from its results files."""
+"""The tables of ``python -m benchmarks peers`` from its results files: one per task, and one of rates that fall."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from benchmarks.common import results
 from benchmarks.common.tables import markdown, short
-from benchmarks.paper.peers import LEARNED, RATES, STARTS, TASKS, judged_at, loss_at
+from benchmarks.paper.peers import COOLED, LEARNED, RATES, STARTS, TASKS, best_rate, judged_at, loss_at
 from benchmarks.paper.tasks import named
 from benchmarks.paper.training.optimizers import METHODS
 
@@ -24,13 +25,35 @@ LABELS |= {name: METHODS[name].label for name in RATES}
 
 def tables(folder: Path) -> str:
     """Where the runs were made, then a table for each task that has a file."""
-    contents = {name: results.load(path) for name in TASKS if (path := folder / f"{name}.json").is_file()}
+    contents = _of_tasks(folder)
     parts = [_machines(contents.values()) if contents else "Not run yet."]
     for name, content in contents.items():
         network = f"{named(name).model_name}, {named(name).parameters():,} parameters"
         parts.append(f"{network}; {content['data']}, batches of {content['batch_size']}; {content['loss']}:")
         parts.append(table(name, content))
     return "\n\n".join(parts)
+
+
+def cooled(folder: Path) -> str:
+    """The losses of rates that fall in the end, fixed and learned, beside the best constant ones."""
+    header = ["task, optimizer", "constant", "cooled down", "learned, cooled down", *(f"from {lr:g}" for lr in STARTS)]
+    rows = []
+    for (task, content), (learned, base) in product(_of_tasks(folder).items(), LEARNED.items()):
+        lr = best_rate(content["runs"], base, content["steps"], RATES[base])
+        named_runs = [(base, lr), (base + COOLED, lr), *((learned + COOLED, start) for start in (lr, *STARTS))]
+        found = [_runs_of(content, f"{name}/{rate:g}/") for name, rate in named_runs]
+        if all(found):
+            losses, metrics = ([_mean([run[of][-1] for run in own]) for own in found] for of in ("loss", "metric"))
+            rows.append([f"{task}, {METHODS[base].label}", *losses, " / ".join(metrics[:3])])
+    return markdown([*header, "test metric of the first three"], rows, numbers=True)
+
+
+def _runs_of(content: dict[str, Any], key: str) -> list[Run]:
+    return [_read(run) for name, run in content["runs"].items() if name.startswith(key)]
+
+
+def _of_tasks(folder: Path) -> dict[str, dict[str, Any]]:
+    return {name: results.load(path) for name in TASKS if (path := folder / f"{name}.json").is_file()}
 
 
 def _machines(contents: Collection[dict[str, Any]]) -> str:
@@ -68,7 +91,8 @@ def complete(content: dict[str, Any]) -> dict[str, Settings]:
     found: dict[str, Settings] = {name: {} for name in LABELS}
     for key, run in content["runs"].items():
         name, lr, _ = key.split("/")
-        found[name].setdefault(lr, []).append(_read(run))
+        if name in found:
+            found[name].setdefault(lr, []).append(_read(run))
     rates = content.get("rates", RATES)
     needed = {name: {f"{lr:g}" for lr in rates.get(name, ())} for name in LABELS}
     return {name: own for name, own in found.items() if own and own.keys() >= needed[name]}

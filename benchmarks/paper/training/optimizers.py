@@ -1,6 +1,7 @@
 """Optimizers by name, each with the hyperparameters it has, their defaults and the ranges a search draws from.
 
 ``sgdm`` is an optimizer at a fixed rate, ``sgdm+step`` the same with a manual schedule of ``schedules.py``.
+``apo-lr:adam+cooldown`` learns the height of that schedule.
 ``apo-lr:adam`` learns its rate (``apo-lr`` alone: SGDm's). ``apo`` learns a preconditioner; of ``apo-defaults`` nothing
 is searched.
 """
@@ -154,8 +155,8 @@ def method(name: str) -> NamedOptimizer:
     """The method of that name; ValueError where there is none."""
     base, plus, schedule = name.partition("+")
     kind, colon, inner = base.partition(":")
-    if kind == "apo-lr" and not plus and (inner in _FIRST_ORDER or not colon):
-        return _adaptive(inner or "sgdm")
+    if kind == "apo-lr" and (not plus or schedule == "cooldown") and (inner in _FIRST_ORDER or not colon):
+        return _scheduled(_adaptive(inner or "sgdm"), schedule) if plus else _adaptive(inner or "sgdm")
     if base in METHODS and not plus:
         return METHODS[base]
     if base in METHODS and schedule in SCHEDULES and not base.startswith("apo"):
@@ -169,7 +170,7 @@ def method(name: str) -> NamedOptimizer:
 def _adaptive(base: str) -> NamedOptimizer:
     """AdaptiveLR over a first-order method, with the loss on B′. Its initial rate hardly matters and isn't searched."""
     inner, momentum = METHODS[base], base not in _WITHOUT_MOMENTUM
-    meta = _defaults(apo.AdaptiveLR, "interval", "warmup", "meta_lr", "meta_optimizer", "reach")
+    meta = _defaults(apo.AdaptiveLR, "interval", "warmup", "meta_lr", "meta_optimizer", "reach", "rescale_schedule")
 
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
         own, terms = _split(hyper)
@@ -189,7 +190,7 @@ def _adaptive(base: str) -> NamedOptimizer:
 
 
 def _scheduled(inner: NamedOptimizer, schedule: str) -> NamedOptimizer:
-    own: dict[str, Any] = {"factor": 0.1} if schedule == "step" else {"warmup": 0.1}
+    own: dict[str, Any] = {"step": {"factor": 0.1}, "cooldown": {}}.get(schedule, {"warmup": 0.1})
     drawn = {"factor": Range(choices=(0.1, 0.2, 0.5))} if schedule == "step" else {}
 
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
@@ -199,7 +200,8 @@ def _scheduled(inner: NamedOptimizer, schedule: str) -> NamedOptimizer:
         inner,
         label=f"{inner.label}, {schedule.replace('-', ' then ')}",
         make=make,
-        defaults={**inner.defaults, **own},
+        defaults={**inner.defaults, **own}
+        | ({"rescale_schedule": True} if "rescale_schedule" in inner.defaults else {}),
         ranges={**inner.ranges, **drawn},
         schedule=schedule,
     )

@@ -7,7 +7,6 @@ from benchmarks.common.steps import weights_to_judge
 from benchmarks.paper.data import Dataset
 from benchmarks.paper.training import run_files
 from benchmarks.paper.training.run_spec import RunSpec
-from benchmarks.paper.training.schedules import factor
 from benchmarks.paper.training.training import Training, Watch
 
 
@@ -34,10 +33,7 @@ class Run(Training):
             device=spec.device,
             dtype=spec.dtype,
         )
-        if spec.method.schedule:
-            decay, warmup = self.hyper.get("factor", 1.0), self.hyper.get("warmup", 0.0)
-            share = factor(spec.method.schedule, self.total, self.task.milestones, decay=decay, warmup=warmup)
-            self.rate_at = lambda step: self.hyper["lr"] * share(step)
+        self.follow(spec.method.schedule, self.hyper)
 
     def resume(self) -> bool:
         """Take up the checkpoint in ``out``, if there is one. Raises ValueError where it is another run's."""

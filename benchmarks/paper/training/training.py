@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from benchmarks.common.steps import take_steps, weights_to_judge
 from benchmarks.common.timing import training_timer
 from benchmarks.paper.data import Dataset, Examples
 from benchmarks.paper.tasks import Batches, Task
+from benchmarks.paper.training.schedules import factor
 
 COLUMNS = ("step", "epoch", "seconds", "loss", "batch_loss", "test_loss", "metric", "rate", "failed_trials")
 """Of a curve. ``seconds`` are of training alone. ``loss`` is of training examples at the weights of that step,
@@ -82,6 +83,13 @@ class Training:
         self.step, self.seconds, self.status, self.reason = 0, 0.0, "unfinished", ""
         self.curve: dict[str, list[float]] = {column: [] for column in COLUMNS}
         self._losses: list[Tensor] = []
+
+    def follow(self, schedule: str, hyper: Mapping[str, Any]) -> None:
+        """Let a manual schedule, if there is one, set the rate."""
+        if schedule:
+            decay, warmup = hyper.get("factor", 1.0), hyper.get("warmup", 0.0)
+            share = factor(schedule, self.total, self.task.milestones, decay=decay, warmup=warmup)
+            self.rate_at = lambda step: hyper["lr"] * share(step)
 
     @property
     def rate(self) -> float:

@@ -55,6 +55,8 @@ def test_the_best_rates_alone_are_run_on_every_seed(tmp_path: Path) -> None:
     for optimizer, base in LEARNED.items():
         wanted |= {key_of(optimizer, RATES[base][1], seed) for seed in (0, 1)}
         wanted |= {key_of(optimizer, lr, 0) for lr in (1e-4, 1.0)}
+        wanted |= {key_of(f"{name}+cooldown", RATES[base][1], i) for name in (base, optimizer) for i in (0, 1)}
+        wanted |= {key_of(f"{optimizer}+cooldown", lr, 0) for lr in (1e-4, 1.0)}
     assert runs.keys() == wanted
     assert all(run["step"][-1] == 100 for run in runs.values())
     assert content["clock"]["step"] == [0, 20, 100]
@@ -88,6 +90,18 @@ def test_they_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert turns == [50, 50, 100, 60, 120]
     assert [run["step"] for run in runs.values()] == [[0, 50, 100, 120], [0, 50, 60]]
     assert all(run["seconds"] == sorted(run["seconds"]) for run in runs.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "apo-lr:adamw"])
+def test_rates_that_are_cooled_down(optimizer: str) -> None:
+    """Fixed and learned ones alike fall to 0, and until then go as without."""
+    cooled, constant = (
+        in_turn(named("pinn"), few("pinn"), {name: 1e-3}, 0, {name: 200})[name]
+        for name in (f"{optimizer}+cooldown", optimizer)
+    )
+    assert cooled["loss"][:3] == pytest.approx(constant["loss"][:3])
+    assert cooled["rate"][:3] == pytest.approx(constant["rate"][:3])
+    assert cooled["rate"][-1] < 0.1 * constant["rate"][-1]
 
 
 def test_runs_are_kept_and_those_of_another_length_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,8 @@ def test_schedules() -> None:
     assert [rising(s) for s in (0, 4, 9, 50)] == pytest.approx([0.1, 0.5, 1, 1])
     falling = factor("warmup-decay", 100, steps, decay=1, warmup=0.1)
     assert [falling(s) for s in (4, 9, 39)] == pytest.approx([0.5, 1, 0.5])
+    cooling = factor("cooldown", 100, steps, decay=1, warmup=0)
+    assert [cooling(s) for s in (0, 70, 85, 99)] == pytest.approx([1, 1, 0.5, 1 / 30])
     run = Run(spec("sgdm+step", epochs=12, hyper={"lr": 0.05, "factor": 0.1}), DIGITS)
     assert run.go()["curve"]["rate"][1:] == pytest.approx(6 * [0.05] + 3 * [0.005] + 3 * [0.0005])
 

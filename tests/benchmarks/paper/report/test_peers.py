@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.paper.peers import LEARNED, RATES, key_of
-from benchmarks.paper.report.peers import after_steps, best, steps_in_time_of, table, tables
+from benchmarks.paper.report.peers import after_steps, best, cooled, steps_in_time_of, table, tables
 
 STEPS = [0, 200, 1000]
 
@@ -65,6 +65,18 @@ def test_the_table_says_what_the_runs_say() -> None:
     assert rows["SGDm"][:3] == ["1 at 0.0001", "1 at 0.0006", "1 of 5 diverged"]
     assert rows["Muon"][1:4] == ["1 (1 of 2 diverged) at 0.006", "3.5", "0.5 (1 of 2 diverged)"]
     assert rows["AdaptiveLR on AdamW"][1:3] == ["0.25 at 0.0003", "3, 0.5 from 0.0001, 0.75 from 1"]
+
+
+def test_rates_that_fall_are_shown_beside_the_best_constant_one(tmp_path: Path) -> None:
+    content, best_lr = contents(), RATES["adamw"][1]
+    for name, ends in (("adamw", (0.8, 0.6)), ("apo-lr:adamw", (0.5, 0.3))):
+        content["runs"] |= {key_of(f"{name}+cooldown", best_lr, i): run(4.0, 2.0, end) for i, end in enumerate(ends)}
+    for lr, end in ((1e-4, 0.9), (1.0, 0.2)):
+        content["runs"][key_of("apo-lr:adamw+cooldown", lr, 0)] = run(4.0, 2.0, end)
+    (tmp_path / "pinn.json").write_text(json.dumps(content))
+    rows = rows_of(cooled(tmp_path))
+    assert [*rows][2:] == ["pinn, AdamW"]  # SGDm's runs are missing
+    assert rows["pinn, AdamW"] == ["1", "0.7", "0.4", "0.9", "0.2", "0.5 / 0.5 / 0.5"]
 
 
 def test_the_loss_in_another_ones_time() -> None:

@@ -1,0 +1,35 @@
+"""How long an optimizer's coming step is beside others, at the same rate and for the same gradient."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer, RMSprop
+
+from apo.wrapped.snapshot import with_wrapped
+
+__all__ = ["carried", "lengthened"]
+
+
+def lengthened(optimizer: Optimizer) -> float:
+    """How many times as long as later ones it is.
+
+    RMSprop's first ones are up to 1/√(1 − α) times as long, because it has no bias correction. Trials go as far as
+    later steps will: by the first ones the rate would fall, and where noise balances progress it wouldn't rise again.
+    """
+    found = 1.0
+    for one in with_wrapped(optimizer):
+        for group in one.param_groups if isinstance(one, RMSprop) else ():
+            steps = [one.state[p].get("step", 0) for p in group["params"] if p in one.state]
+            share = 1 - group["alpha"] ** (1 + max(map(float, steps), default=0.0))
+            found = max(found, share**-0.5 if share > 0 else 1.0)
+    return found
+
+
+def carried(optimizer: Optimizer) -> float:
+    """How many times its own length momentum will carry it: that of SGD and of RMSprop, which adds steps up."""
+    found = 1.0
+    for one in with_wrapped(optimizer):
+        for group in one.param_groups:
+            momentum = float(group.get("momentum") or 0.0)
+            if 0 < momentum < 1:
+                found = max(found, (1 - float(group.get("dampening") or 0.0)) / (1 - momentum))
+    return found
