@@ -22,7 +22,7 @@ from apo.objective import ProximalObjective, check_objective
 from apo.ranks.placement_checks import check_placements
 from apo.rates.log_rates import LogRates, RateOptimizer
 from apo.rates.schedules import Schedules
-from apo.safeguards.verdict import worth
+from apo.safeguards.verdict import SHORT, worth
 from apo.trial import Lookahead
 from apo.wrapped.lengths import carried, lengthened
 from apo.wrapped.linearity import check_linear, is_proportional
@@ -221,26 +221,19 @@ class AdaptiveLR(MetaLearner):
 
     def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Attempt:
         assert self._rehearsal is not None
-        reach = self.reach * (carried(self.optimizer) if self._searching else 1.0)
-        if self.rates.meta_optimizer == "steady":
-            reach /= lengthened(self.optimizer)
+        reach = self.reach / (lengthened(self.optimizer) if self.rates.meta_optimizer == "steady" else 1.0)
         attempt, self._rehearsal = _Attempt(self._rehearsal, lookahead, reach), None
         attempt.rehearsal.rehearse(attempt.reach)
         return attempt
 
-    @property
-    def _searching(self) -> bool:
-        """Whether no step was taken yet, as the rate was too large. Trials go the whole way that momentum would carry
-        the first one, then, and have to be worth something."""
-        return not self._begun and self.failed_trials > 0
-
-    def _goes_on(self) -> float:
-        return 1.0 if self._searching else carried(self.optimizer)
+    def _carried(self) -> float:
+        """As far as trials are judged by it: those of Algorithm 1 itself aren't."""
+        return carried(self.optimizer) if self.rates.meta_optimizer == "steady" else 1.0
 
     def _verdict(self, trial: Trial) -> bool:
-        passed = super()._verdict(trial)
-        if passed and self._searching and carried(self.optimizer) > 1:
-            passed = trial.evaluation.objective < self._base(trial)
+        passed, further = super()._verdict(trial), self._carried()
+        if further > 1 and self.failed_trials and not self._begun:  # the rate was found too large
+            passed = passed and trial.relative_length * further <= SHORT
         if passed and self.reach < 1:
             # Q at the whole step wasn't evaluated. A leap is as b s²; at s = reach its slope is 2 b s.
             slope = sum(self._products((trial.V, trial.steps))[0])

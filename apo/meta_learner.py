@@ -390,9 +390,9 @@ class MetaLearner(Remembering):
 
     def _verdict(self, trial: Trial) -> bool:
         """Whether a trial can be learned from."""
-        return passes(trial.evaluation, self._base(trial), trial.relative_length * self._goes_on())
+        return passes(trial.evaluation, self._base(trial), trial.relative_length * self._carried())
 
-    def _goes_on(self) -> float:
+    def _carried(self) -> float:
         """How many times as far as the trial momentum will carry its step."""
         return 1.0
 

@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 from apo.objective import Evaluation
 
-__all__ = ["LONG", "Worth", "overshoots", "passes", "worth"]
+__all__ = ["LONG", "SHORT", "Worth", "overshoots", "passes", "worth"]
 
 HARDLY = 1e-3
 """Share of the loss by which a trial has to change it to say anything of the rate before the first step."""
 LONG = 1.0
 """Length of a step, over that of the weights, above which Q must not rise; before the first step the greatest."""
+SHORT = 0.1
+"""The greatest length of a first step, as far as momentum will carry it, where the rate was found too large before."""
 
 
 class Worth(NamedTuple):

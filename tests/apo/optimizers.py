@@ -205,11 +205,11 @@ class SetsItsRate(PerParameter):
 
 
 BASES: dict[str, Callable[[Any], Base]] = {
-    "SGD": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
     "capturable": lambda p: torch.optim.Adam(p, lr=torch.tensor(1e-2)),
     "Lookahead": lambda p: Lookahead(torch.optim.Adam(p, lr=1e-2)),
-    "Lookahead twice": lambda p: Lookahead(Lookahead(torch.optim.SGD(p, lr=0.02, momentum=0.9))),
+    "Lookahead twice": lambda p: Lookahead(Lookahead(torch.optim.SGD(p, lr=0.1, momentum=0.9))),
     "rate in momentum": lambda p: RateInMomentum(p, 0.1),
     "Langevin": lambda p: Langevin(p, 0.01, 1.0),
     "own generator": lambda p: Langevin(p, 0.01, 1.0, torch.Generator().manual_seed(1)),
