@@ -44,7 +44,7 @@ from apo.ranks.sharding import any_over, is_placed
 from apo.rates.log_rates import LogRates, get_rate
 from apo.rates.scale_moves import move_scale_to_rates
 from apo.rates.schedules import Schedules
-from apo.rates.slopes import decay_of, rate_slopes
+from apo.rates.slopes import carried_in, decay_of, rate_slopes
 from apo.safeguards.late_verdict import LateVerdicts
 from apo.safeguards.promise import Promise
 from apo.trial import Lookahead, Undisturbed
@@ -368,7 +368,7 @@ class APO(MetaLearner):
             momentum=self._each(lambda group: float(group["momentum"])),
             weight_decay=self._each(lambda group: decay_of(group) / scale),
             most=self.param_groups[0]["apo_most_promised"],
-            shares=self._each(lambda group: taken * get_rate(group) * _carried(group) * promise),
+            shares=self._each(lambda group: taken * get_rate(group) * carried_in(group) * promise),
         )
         self._late.await_verdict(self._promise)
 
@@ -535,7 +535,7 @@ class APO(MetaLearner):
 
     def _trial_factor(self, group: dict[str, Any]) -> float:
         """How many times ``lr·P(G)`` the trial takes."""
-        return _carried(group) if self.method.lookahead == "whole" else 1.0
+        return carried_in(group) if self.method.lookahead == "whole" else 1.0
 
     def _shrink(self) -> None:
         """Divide the step by e, what momentum adds to it included."""
@@ -617,11 +617,6 @@ def _form(parameters: Sequence[Tensor]) -> object:
 def _meta_optimizer(method: Method) -> MetaOptimizer | RelativeSteps:
     name = method.meta_optimizer
     return RelativeSteps() if name == "relative" else MetaOptimizer(name)
-
-
-def _carried(group: dict[str, Any]) -> float:
-    """How many times its own length momentum will carry a step."""
-    return 1 / (1 - float(group["momentum"]))
 
 
 def _check_group(group: dict[str, Any]) -> None:

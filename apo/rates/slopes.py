@@ -14,7 +14,7 @@ from apo.layers.preconditioner import PreconditionedLayer
 from apo.ranks.sharding import local, over, sum_over
 from apo.rates.log_rates import get_rate
 
-__all__ = ["decay_of", "rate_slopes"]
+__all__ = ["carried_in", "decay_of", "rate_slopes"]
 
 Group = dict[str, Any]
 
@@ -22,6 +22,12 @@ Group = dict[str, Any]
 def decay_of(group: Group) -> float:
     """λ, where the decay isn't part of the gradient."""
     return float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0
+
+
+def carried_in(group: Group) -> float:
+    """How many times its own length the momentum of a group carries a step."""
+    momentum = float(group.get("momentum") or 0.0)
+    return (1 - float(group.get("dampening") or 0.0)) / (1 - momentum) if 0 < momentum < 1 else 1.0
 
 
 def rate_slopes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.optim import Optimizer, RMSprop
 
+from apo.rates.slopes import carried_in
 from apo.wrapped.snapshot import with_wrapped
 
 __all__ = ["carried", "lengthened"]
@@ -26,10 +27,4 @@ def lengthened(optimizer: Optimizer) -> float:
 
 def carried(optimizer: Optimizer) -> float:
     """How many times its own length momentum will carry it: that of SGD and of RMSprop, which adds steps up."""
-    found = 1.0
-    for one in with_wrapped(optimizer):
-        for group in one.param_groups:
-            momentum = float(group.get("momentum") or 0.0)
-            if 0 < momentum < 1:
-                found = max(found, (1 - float(group.get("dampening") or 0.0)) / (1 - momentum))
-    return found
+    return max(1.0, *(carried_in(group) for one in with_wrapped(optimizer) for group in one.param_groups))

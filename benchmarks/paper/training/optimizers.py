@@ -156,7 +156,8 @@ def method(name: str) -> NamedOptimizer:
     base, plus, schedule = name.partition("+")
     kind, colon, inner = base.partition(":")
     if kind == "apo-lr" and (not plus or schedule == "cooldown") and (inner in _FIRST_ORDER or not colon):
-        return _scheduled(_adaptive(inner or "sgdm"), schedule) if plus else _adaptive(inner or "sgdm")
+        learned = _adaptive(inner or "sgdm", rescale_schedule=bool(plus))
+        return _scheduled(learned, schedule) if plus else learned
     if base in METHODS and not plus:
         return METHODS[base]
     if base in METHODS and schedule in SCHEDULES and not base.startswith("apo"):
@@ -167,10 +168,11 @@ def method(name: str) -> NamedOptimizer:
     )
 
 
-def _adaptive(base: str) -> NamedOptimizer:
+def _adaptive(base: str, *, rescale_schedule: bool = False) -> NamedOptimizer:
     """AdaptiveLR over a first-order method, with the loss on B′. Its initial rate hardly matters and isn't searched."""
     inner, momentum = METHODS[base], base not in _WITHOUT_MOMENTUM
-    meta = _defaults(apo.AdaptiveLR, "interval", "warmup", "meta_lr", "meta_optimizer", "reach", "rescale_schedule")
+    meta = _defaults(apo.AdaptiveLR, "interval", "warmup", "meta_lr", "meta_optimizer", "reach")
+    meta["rescale_schedule"] = rescale_schedule
 
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
         own, terms = _split(hyper)
@@ -190,7 +192,7 @@ def _adaptive(base: str) -> NamedOptimizer:
 
 
 def _scheduled(inner: NamedOptimizer, schedule: str) -> NamedOptimizer:
-    own: dict[str, Any] = {"step": {"factor": 0.1}, "cooldown": {}}.get(schedule, {"warmup": 0.1})
+    own: Hyper = {"step": {"factor": 0.1}, "cooldown": {}}.get(schedule, {"warmup": 0.1})
     drawn = {"factor": Range(choices=(0.1, 0.2, 0.5))} if schedule == "step" else {}
 
     def make(setting: Setting, hyper: Hyper) -> Optimizer:
@@ -200,8 +202,7 @@ def _scheduled(inner: NamedOptimizer, schedule: str) -> NamedOptimizer:
         inner,
         label=f"{inner.label}, {schedule.replace('-', ' then ')}",
         make=make,
-        defaults={**inner.defaults, **own}
-        | ({"rescale_schedule": True} if "rescale_schedule" in inner.defaults else {}),
+        defaults={**inner.defaults, **own},
         ranges={**inner.ranges, **drawn},
         schedule=schedule,
     )
