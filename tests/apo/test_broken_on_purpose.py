@@ -103,7 +103,7 @@ def optimizer_state_not_restored(patch: Patch) -> None:
 
 
 def momentum_outside_the_lookahead(patch: Patch) -> None:
-    patch.setattr(preconditioned, "_carried", lambda group: 1.0)
+    patch.setattr(preconditioned, "carried_in", lambda group: 1.0)
 
 
 def failed_trials_learned_from(patch: Patch) -> None:
