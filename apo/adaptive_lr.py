@@ -22,9 +22,10 @@ from apo.objective import ProximalObjective, check_objective
 from apo.ranks.placement_checks import check_placements
 from apo.rates.log_rates import LogRates, RateOptimizer
 from apo.rates.schedules import Schedules
+from apo.rates.steady_steps import Stride
 from apo.safeguards.verdict import SHORT, worth
 from apo.trial import Lookahead
-from apo.wrapped.lengths import carried, lengthened
+from apo.wrapped.lengths import carried, lasting, lengthened
 from apo.wrapped.linearity import check_linear, is_proportional
 from apo.wrapped.snapshot import Rehearsal, with_wrapped
 
@@ -258,7 +259,9 @@ class AdaptiveLR(MetaLearner):
         share = max(1, now - self.param_groups[0]["apo_last_update"]) / now
         base = self._base(trial)
         of_step = None if self.objective.loss is None else worth(trial.evaluation, base, sum(by_group))
-        proposal.factors = self.rates.update(self.param_groups, by_group, sizes, share, of_step, base)
+        length = trial.usual_length / self.reach
+        stride = Stride(length * lasting(self.optimizer), length * carried(self.optimizer))
+        proposal.factors = self.rates.update(self.param_groups, by_group, sizes, share, of_step, base, stride)
         self._note("apo_last_update", now)
         self._note("apo_clipped_by", clipped_by)
         return True

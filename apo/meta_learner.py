@@ -59,12 +59,14 @@ class Trial:
         steps: ``θ′ − θ``, likewise.
         evaluation: the terms of Q.
         relative_length: ``‖θ′ − θ‖/‖θ‖`` of the matrices that aren't zero, over which a net's units are spread.
+        usual_length: the same of all matrices, each taken to be at least as long as torch starts one of its shape.
     """
 
     V: list[Tensor]
     steps: list[Tensor]
     evaluation: Evaluation
     relative_length: float
+    usual_length: float
 
 
 class MetaLearner(Remembering):
@@ -360,7 +362,7 @@ class MetaLearner(Remembering):
         # one synchronisation for all terms
         found = torch.cat([values, squares.reshape(1), lengths.to(values)]).tolist()
         self.last = self._evaluation(*found[:4])
-        return Trial(V, steps, self.last, _relative_length(parameters, found[4:]))
+        return Trial(V, steps, self.last, *_relative_lengths(parameters, found[4:]))
 
     def _gradients_there(self) -> list[Tensor]:
         """``.grad`` as dense tensors that no later backward writes to."""
@@ -541,12 +543,18 @@ def _plain_settings(holder: object) -> dict[str, Any]:
     }
 
 
-def _relative_length(parameters: list[Tensor], squares: list[float]) -> float:
-    """By the squared lengths of steps, and then those of the weights."""
-    count = len(parameters)
-    those = [i for i, p in enumerate(parameters) if p.ndim > 1 and squares[count + i] > 0]
-    steps, weights = (sum(squares[first + i] for i in those) for first in (0, count))
-    return math.sqrt(steps / weights) if those else 0.0
+def _relative_lengths(parameters: list[Tensor], squares: list[float]) -> tuple[float, float]:
+    """The lengths of a trial, by the squared ones of steps, and then those of the weights."""
+    of_all = zip(parameters, squares, squares[len(parameters) :], strict=False)
+    matrices = [(step, weight, p.shape[0] / 3) for p, step, weight in of_all if p.ndim > 1]  # E‖U(±1/√fan_in)‖²
+    there = [(step, weight) for step, weight, _ in matrices if weight > 0]
+    return _over(there), _over([(step, max(weight, usual)) for step, weight, usual in matrices])
+
+
+def _over(squares: list[tuple[float, float]]) -> float:
+    """``‖a‖/‖b‖`` by the squared lengths of their parts; 0 where b has none."""
+    a, b = (sum(each) for each in zip(*squares, strict=True)) if squares else (0.0, 0.0)
+    return math.sqrt(a / b) if b else 0.0
 
 
 def _own(found: Tensor | None, part: Tensor) -> Tensor:

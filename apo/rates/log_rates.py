@@ -13,7 +13,7 @@ from torch import Tensor
 from apo import checks
 from apo.rates.scheduled import Scheduled
 from apo.rates.schedules import Schedules
-from apo.rates.steady_steps import SteadySteps
+from apo.rates.steady_steps import SteadySteps, Stride
 
 __all__ = ["LogRates", "RateOptimizer", "get_rate", "set_rate"]
 
@@ -153,6 +153,7 @@ class LogRates:
         share: float = 1.0,
         worth: tuple[float, float] | None = None,
         loss: float = math.nan,
+        stride: Stride | None = None,
     ) -> list[float]:
         """Descend ``dQ/d log lr``.
 
@@ -163,6 +164,7 @@ class LogRates:
             worth: the gain and the cost of the whole step on fresh examples, of which each group has a part by its
                 size; of steady steps.
             loss: at present; of steady steps.
+            stride: of the whole step; of steady steps.
 
         Returns:
             Each group's new rate over its old one.
@@ -176,7 +178,7 @@ class LogRates:
         elif self._steady is None:
             changes = [self._relative_step(*each) for each in zip(groups, slopes, sizes, strict=True)]
         else:
-            change = partial(self._steady.change, share=share, meta_lr=self.meta_lr, loss=loss)
+            change = partial(self._steady.change, share=share, meta_lr=self.meta_lr, loss=loss, stride=stride)
             changes = []
             for group, slope, size in zip(groups, slopes, sizes, strict=True):
                 own = () if worth is None or not whole else [x * (size / whole) for x in worth]

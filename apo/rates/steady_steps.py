@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from apo.rates.scheduled import Scheduled
 
-__all__ = ["SteadySteps"]
+__all__ = ["SteadySteps", "Stride"]
 
 Group = dict[str, Any]
+
+
+class Stride(NamedTuple):
+    """How long a step is beside the weights.
+
+    Attributes:
+        lasting: as far as momentum or a mean of gradients makes it go on.
+        carried: as far as momentum carries it. A mean of gradients doesn't add them up, and Adam's first steps are much
+            longer than later ones.
+    """
+
+    lasting: float = 0.0
+    carried: float = 0.0
 
 
 class SteadySteps:
@@ -40,6 +53,10 @@ class SteadySteps:
     A loss on B, which the step was fitted to, lowers r by about a half. The rate then rises below −0.5, and falls for
     noise about −0.2.
 
+    Units that a step carries too far don't come back, and a plateau doesn't warn of it: there r is −1. So the rate
+    rises only while a step, as far as momentum or a mean of gradients makes it last, is at most half as long as the
+    weights, and falls to where momentum carries it no further.
+
     Where a schedule has the rate at a share s of its greatest, r + 1 and c/g are s times what they would be there.
     The rate rises by what they would be, so that what is learned doesn't make up for the schedule, and for noise it
     falls by what the schedule hasn't fallen.
@@ -61,6 +78,8 @@ class SteadySteps:
     """Speed of a loss, ``−d log J/d log t``, below which noise is in the way."""
     RECENT, BEFORE = 8.0, 2.0
     """How fast a mean of log losses follows them, over the step's logarithm, and an earlier one this mean."""
+    LONG = 0.5
+    """The stride above which the rate doesn't rise, or falls."""
     FIRST = 40
     """Trials in which the rate falls in full, as training may have begun far above the right one."""
     UNTIL_NOISE = 60
@@ -96,6 +115,7 @@ class SteadySteps:
         share: float,
         meta_lr: float,
         loss: float,
+        stride: Stride | None = None,
         scheduled: Scheduled | None = None,
     ) -> float:
         """The change of a group's ``log lr``.
@@ -107,12 +127,14 @@ class SteadySteps:
             share: of the training so far, what has passed since the last update.
             meta_lr: the most that ``log lr`` rises by.
             loss: at present.
+            stride: how long the step is; None: too short to matter.
             scheduled: where a schedule has the rate; None: there is none.
         """
         mean, short, size_mean = self._ratios(group, slope, size)
         speed = self._speed(group, loss, share)
         leaps = short > self.LEAP
         at, moved = scheduled or Scheduled()
+        lasting, carried = stride or Stride()
         group["apo_share_mean"] = self.MEAN * group["apo_share_mean"] + (1 - self.MEAN) * at  # as the mean of r
         group["apo_cost_mean"] *= math.exp(moved)  # as c/g goes with the rate
         rises_below = group["apo_share_mean"] * (1 + self.rises_below) - 1  # and so does r + 1
@@ -124,7 +146,7 @@ class SteadySteps:
             passed = slope > 0
             how_far = max(how_far, spare if spare > 0.5 and not passed else 0.0)
         early, change = min(1.0, self.EARLY * share), 0.0
-        if how_far > 0 and not leaps:
+        if how_far > 0 and not leaps and lasting <= self.LONG:
             if not passed:
                 group["apo_rising"] += how_far
                 change = meta_lr * early * min(1.0, 1 / 12 + group["apo_rising"] / 45) * how_far
@@ -134,6 +156,8 @@ class SteadySteps:
             fall = self._fall(mean, short, first=group["apo_ratios"] <= self.FIRST)
             if fall > 0 and meta_lr:
                 change = min(change, -early * fall)
+            if carried > self.LONG and meta_lr:
+                change = min(change, math.log(self.LONG / carried))
             change = min(change, self._taken_back(group, best, leaps=leaps))
         group["apo_risen"] += max(change, 0.0)
         group["apo_cost_mean"] *= math.exp(change)

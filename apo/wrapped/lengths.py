@@ -7,7 +7,7 @@ from torch.optim import Optimizer, RMSprop
 from apo.rates.slopes import carried_in
 from apo.wrapped.snapshot import with_wrapped
 
-__all__ = ["carried", "lengthened"]
+__all__ = ["carried", "lasting", "lengthened"]
 
 
 def lengthened(optimizer: Optimizer) -> float:
@@ -28,3 +28,11 @@ def lengthened(optimizer: Optimizer) -> float:
 def carried(optimizer: Optimizer) -> float:
     """How many times its own length momentum will carry it: that of SGD and of RMSprop, which adds steps up."""
     return max(1.0, *(carried_in(group) for one in with_wrapped(optimizer) for group in one.param_groups))
+
+
+def lasting(optimizer: Optimizer) -> float:
+    """How many times its own length a step goes on to go, whatever gradients follow: as momentum decays, or a mean of
+    gradients as Adam's."""
+    groups = [group for one in with_wrapped(optimizer) for group in one.param_groups]
+    decays = [float(g["betas"][0] if g.get("betas") else g.get("momentum") or 0.0) for g in groups]
+    return max([1.0, *(1 / (1 - decay) for decay in decays if 0 < decay < 1)])

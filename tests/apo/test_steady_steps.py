@@ -181,7 +181,7 @@ def test_gain_and_cost_are_those_of_the_loss_on_other_examples(monkeypatch: pyte
     opt = apo.AdaptiveLR(torch.optim.SGD(model.parameters(), 0.05), objective)
     seen = []
     taken = opt.rates.update
-    monkeypatch.setattr(opt.rates, "update", lambda *each: (seen.append(each[-2]), taken(*each))[1])
+    monkeypatch.setattr(opt.rates, "update", lambda *each: (seen.append(each[4]), taken(*each))[1])
     F.mse_loss(model(other[0]), other[1]).backward()  # type: ignore[no-untyped-call]
     there = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
