@@ -245,15 +245,20 @@ def _loss(group: SeedGroup, step: float) -> str:
 
 def _rates() -> str:
     """The learning rate fixed, decayed by hand and learned, on the MNIST MLP (Figure 4, right)."""
-    groups = {group.name: group for group in grouped(collect([COMMITTED])["mnist"])}
+    searched, *starts = (
+        {group.name: group for group in grouped(collect([folder])["mnist"])}
+        for folder in (COMMITTED, COMMITTED / "starts" / "1e-4", COMMITTED / "starts" / "1")
+    )
     rows = []
     for base, learned in (("sgdm", "apo-lr"), ("rmsprop", "apo-lr:rmsprop")):
-        found = [groups[name] for name in (base, f"{base}+step", learned, f"apo-lr:{base}+cooldown")]
+        default = f"apo-lr:{base}+cooldown"
+        found = [searched[name] for name in (base, f"{base}+step", learned, default)]
+        found += [at[default] for at in starts]
         losses = [sorted(group.last("loss")) for group in found]
         cells = [f"{fmean(each):.4f} ({each[0]:.4f} to {each[-1]:.4f})" for each in losses]
         rows.append([METHODS[base].label, *cells, " / ".join(f"{fmean(group.last('metric')):.2f}" for group in found)])
     header = ["", "best fixed rate", "best step schedule", "AdaptiveLR, searched", "its default, cooled down"]
-    header.append("test accuracy of the four, %")
+    header += ["the same from 1e-4", "from 1", "test accuracy of the six, %"]
     return markdown(header, rows, numbers=True)
 
 
