@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.optim import Optimizer, RMSprop
 
 from apo.rates.slopes import carried_in
 from apo.wrapped.snapshot import with_wrapped
 
 __all__ = ["carried", "lasting", "lengthened"]
+
+Group = dict[str, Any]
 
 
 def lengthened(optimizer: Optimizer) -> float:
@@ -27,12 +31,15 @@ def lengthened(optimizer: Optimizer) -> float:
 
 def carried(optimizer: Optimizer) -> float:
     """How many times its own length momentum will carry it: that of SGD and of RMSprop, which adds steps up."""
-    return max(1.0, *(carried_in(group) for one in with_wrapped(optimizer) for group in one.param_groups))
+    return max(1.0, *map(carried_in, _groups(optimizer)))
 
 
 def lasting(optimizer: Optimizer) -> float:
     """How many times its own length a step goes on to go, whatever gradients follow: as momentum decays, or a mean of
     gradients as Adam's."""
-    groups = [group for one in with_wrapped(optimizer) for group in one.param_groups]
-    decays = [float(g["betas"][0] if g.get("betas") else g.get("momentum") or 0.0) for g in groups]
+    decays = [float(g["betas"][0] if g.get("betas") else g.get("momentum") or 0.0) for g in _groups(optimizer)]
     return max([1.0, *(1 / (1 - decay) for decay in decays if 0 < decay < 1)])
+
+
+def _groups(optimizer: Optimizer) -> list[Group]:
+    return [group for one in with_wrapped(optimizer) for group in one.param_groups]

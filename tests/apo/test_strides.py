@@ -16,6 +16,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 import apo
 from apo.rates.steady_steps import SteadySteps, Stride
 from apo.wrapped.lengths import carried, lasting
+from tests.apo.helpers import closure_of
 
 MAKERS: dict[str, Callable[[Any, float], Optimizer]] = {
     "SGDm": lambda parameters, lr: SGD(parameters, lr, momentum=0.9),
@@ -62,24 +63,20 @@ def test_how_long_a_step_goes_on(make: Callable[[Any], Optimizer], lasts: float,
     assert carried(opt) == pytest.approx(carries)
 
 
-def trained(name: str, lr: float, model: nn.Module, batch: Callable[[], tuple[Tensor, Tensor]], **kwargs: Any) -> Any:
+def trained(
+    name: str,
+    lr: float,
+    model: nn.Module,
+    batch: Callable[[], tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+) -> tuple[list[float], list[float]]:
     """Of the loss after each of 150 steps, and of what each moved the matrices by over what they are long."""
-    loss = kwargs.pop("loss", F.mse_loss)
     objective = apo.ProximalObjective(model, batch, "mse", loss=loss)
     opt = apo.AdaptiveLR(MAKERS[name](model.parameters(), lr), objective)
     matrices, losses, lengths = [p for p in model.parameters() if p.ndim > 1], [], []
     for _ in range(150):
         before = [p.detach().clone() for p in matrices]
-
-        inputs, targets = batch()
-
-        def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-            opt.zero_grad()
-            found: Tensor = loss(model(inputs), targets)
-            found.backward()  # type: ignore[no-untyped-call]
-            return found
-
-        losses.append(float(opt.step(closure).detach()))
+        losses.append(float(opt.step(closure_of(opt, model, *batch(), loss)).detach()))
         moved, long = (
             math.sqrt(sum(float((p * p).sum()) for p in those))
             for those in ([p.detach() - b for p, b in zip(matrices, before, strict=True)], before)
