@@ -17,6 +17,8 @@ from apo import checks
 from apo.inner_products import inner_products
 from apo.loop.grad_scaler import Scaling
 from apo.loop.held_parameters import HeldParameters
+from apo.loop.past_weights import MEAN, PastWeights, WithPastWeights
+from apo.loop.remembering import with_groups
 from apo.meta_learner import MetaLearner, Trial
 from apo.objective import ProximalObjective, check_objective
 from apo.ranks.placement_checks import check_placements
@@ -137,6 +139,7 @@ class AdaptiveLR(MetaLearner):
         self.optimizer = optimizer
         self.rates = rates
         self._rehearsal: Rehearsal | None = None
+        self._past = PastWeights()
         self._found_proportional: bool | None = None
         self._schedules = Schedules([self, optimizer])
         filled = objective.with_defaults(fsd_weight=0.1 if fresh else 0.3)
@@ -153,6 +156,8 @@ class AdaptiveLR(MetaLearner):
     def _link(self) -> None:
         """Share the optimizer's own groups and state: loading a state dict replaces both objects."""
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+        if self.rates.meta_optimizer == "steady":
+            self.state = WithPastWeights(self.state, self._past, self.param_groups)  # type: ignore[assignment]
         self.defaults = self.optimizer.defaults
 
     def _prepare_groups(self) -> None:
@@ -243,16 +248,17 @@ class AdaptiveLR(MetaLearner):
 
     def _learn(self, proposal: _Attempt, trial: Trial) -> bool:
         steps = trial.steps if self._proportional is not False else self._without_constant(proposal, trial)
-        pairs, sizes, clipped_by = [(trial.V, steps)], None, 1.0
+        pairs, sizes, backs, clipped_by = [(trial.V, steps)], None, None, 1.0
         if self.rates.meta_optimizer == "steady":
             G = self._gradients_there()
-            pairs += [(G, steps), (trial.V, trial.V), (G, G)]
+            pairs += [(G, steps), (trial.V, trial.V), (G, G), (G, self._past.way_to(self._shards.parts))]
         by_group, *others = self._products(*pairs)
         if others:
-            sizes, ours, theirs = others
+            sizes, ours, theirs, backs = others
             clipped_by = self._clipped_by(sum(ours), sum(theirs))
             sizes = [clipped_by * abs(size) for size in sizes]
-        if not all(map(math.isfinite, [*by_group, *(sizes or ())])):
+            backs = [self._sign() * clipped_by * back for back in backs]
+        if not all(map(math.isfinite, [*by_group, *(sizes or ()), *(backs or ())])):
             return False
         proposal.rehearsal.start_over()  # some optimizers hook the model's passes
         now = self.steps + 1
@@ -261,7 +267,8 @@ class AdaptiveLR(MetaLearner):
         of_step = None if self.objective.loss is None else worth(trial.evaluation, base, sum(by_group))
         length = trial.usual_length / self.reach
         stride = Stride(length * lasting(self.optimizer), length * carried(self.optimizer))
-        proposal.factors = self.rates.update(self.param_groups, by_group, sizes, share, of_step, base, stride)
+        proposal.share = share
+        proposal.factors = self.rates.update(self.param_groups, by_group, sizes, share, of_step, base, backs, stride)
         self._note("apo_last_update", now)
         self._note("apo_clipped_by", clipped_by)
         return True
@@ -294,6 +301,8 @@ class AdaptiveLR(MetaLearner):
     def _move(self, proposal: _Attempt, trial: Trial) -> None:
         """The optimizer's own step at the new rates."""
         proposal.rehearsal.perform()
+        if self.rates.meta_optimizer == "steady" and proposal.factors is not None:
+            self._past.follow(proposal.lookahead.start, proposal.share)
         self._note("apo_proportional", self._proportional)
         if not self._proportional or proposal.factors is None:
             return
@@ -316,26 +325,44 @@ class AdaptiveLR(MetaLearner):
         state = copy.deepcopy(self.optimizer.state_dict())
         for after in self._optimizer_state_dict_post_hooks.values():
             state = after(self, state) or state
+        states, names = _of_parameters(state)
+        if names and self.rates.meta_optimizer == "steady":
+            for name, mean in zip(names, self._past.means(self.parameters), strict=True):
+                states[name] = {**states.get(name, {}), MEAN: mean.clone()}
         return state
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
+        states, names = _of_parameters(state_dict)
+        means = [states.get(name, {}).pop(MEAN, None) for name in names]
+        for name in [name for name in names if states.get(name) == {}]:
+            del states[name]  # of optimizers that have none
         self.optimizer.load_state_dict(state_dict)
         self._link()
+        self._past.load(self.parameters, means or [None] * len(self.parameters))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
 
 @dataclass
 class _Attempt:
-    """A trial's step: what takes it again, the weights at θ, how much of the step the trial is, and each group's new
-    rate over its old one."""
+    """A trial's step: what takes it again, the weights at θ, how much of the step the trial is, each group's new rate
+    over its old one, and the share of training since the last update."""
 
     rehearsal: Rehearsal
     lookahead: Lookahead
     reach: float
     factors: list[float] | None = None
+    share: float = 0.0
+
+
+def _of_parameters(state_dict: Any) -> tuple[dict[Any, Any], list[Any]]:
+    """A state dict's states of parameters, and by which names it has them, in order."""
+    held = with_groups(state_dict)
+    if held is None or not isinstance(held.get("state"), dict):
+        return {}, []
+    return held["state"], [name for group in held["param_groups"] for name in group["params"]]
 
 
 def _placed(parameters: list[Tensor]) -> list[tuple[torch.dtype, torch.device]]:

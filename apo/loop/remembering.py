@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-__all__ = ["Remembering", "apart"]
+__all__ = ["Remembering", "apart", "with_groups"]
 
 # What torch.optim.Optimizer.__getstate__ leaves out too: hooks belong to the process, and schedulers wrap `step`.
 _NOT_PICKLED = {"step", "_opt_called", "_zero_grad_profile_name"}
@@ -100,7 +100,8 @@ class Remembering(Optimizer):
         Raises:
             ValueError: it isn't one. Nothing has been loaded then.
         """
-        groups = _groups_in(state_dict)
+        held = with_groups(state_dict)
+        groups = held["param_groups"] if held else None
         saved = groups[0].get("apo_settings") if groups else None
         name = type(self).__name__
         if not isinstance(saved, str) or not saved.startswith(f"{name}("):
@@ -143,10 +144,8 @@ def apart(x: Any) -> Any:
     return x.detach().clone() if isinstance(x, Tensor) else copy.deepcopy(x)
 
 
-def _groups_in(state_dict: Any) -> Any:
-    """The param groups of a state dict; of a wrapper's, which holds that of another optimizer, those of the latter."""
-    if not isinstance(state_dict, dict):
-        return None
-    if "param_groups" in state_dict:
-        return state_dict["param_groups"]
-    return next((groups for part in state_dict.values() if (groups := _groups_in(part))), None)
+def with_groups(state_dict: Any) -> dict[str, Any] | None:
+    """Of a state dict the part that has the param groups: itself, or in a wrapper's that of another optimizer."""
+    if not isinstance(state_dict, dict) or "param_groups" in state_dict:
+        return state_dict if isinstance(state_dict, dict) else None
+    return next((found for part in state_dict.values() if (found := with_groups(part))), None)

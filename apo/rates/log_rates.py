@@ -153,6 +153,7 @@ class LogRates:
         share: float = 1.0,
         worth: tuple[float, float] | None = None,
         loss: float = math.nan,
+        backs: Sequence[float] | None = None,
         stride: Stride | None = None,
     ) -> list[float]:
         """Descend ``dQ/d log lr``.
@@ -162,8 +163,9 @@ class LogRates:
             sizes: their magnitudes if V equalled G, ``|⟨G, Δ⟩|``; of relative and steady steps.
             share: of the training so far, what has passed since the last update; of steady steps.
             worth: the gain and the cost of the whole step on fresh examples, of which each group has a part by its
-                size; of steady steps.
+                size, as of what the loss falls by; of steady steps.
             loss: at present; of steady steps.
+            backs: one per group, ``⟨G, θ − θ̄⟩``; of steady steps.
             stride: of the whole step; of steady steps.
 
         Returns:
@@ -173,6 +175,7 @@ class LogRates:
         if self.shared_lr:
             slopes = [sum(slopes)] * len(groups)
             sizes = None if sizes is None else [whole] * len(groups)
+            backs = None if backs is None else [sum(backs)] * len(groups)
         if sizes is None:
             changes = [self._step(group, slope) for group, slope in zip(groups, slopes, strict=True)]
         elif self._steady is None:
@@ -180,10 +183,12 @@ class LogRates:
         else:
             change = partial(self._steady.change, share=share, meta_lr=self.meta_lr, loss=loss, stride=stride)
             changes = []
-            for group, slope, size in zip(groups, slopes, sizes, strict=True):
-                own = () if worth is None or not whole else [x * (size / whole) for x in worth]
+            for group, slope, size, back in zip(groups, slopes, sizes, backs or [math.nan] * len(groups), strict=True):
+                part = size / whole if whole else 0.0
+                own = () if worth is None or not whole else [x * part for x in worth]
+                back = back / part if part else math.nan  # beside what the whole loss falls by
                 scheduled = Scheduled.of(group, get_rate(group) * math.exp(-group["apo_log_factor"]))
-                changes.append(change(group, slope, size, *own, scheduled=scheduled))
+                changes.append(change(group, slope, size, *own, back=back, scheduled=scheduled))
         return [self._change(group, change) for group, change in zip(groups, changes, strict=True)]
 
     def shrink(self, groups: Sequence[Group]) -> None:

@@ -37,10 +37,14 @@ class SteadySteps:
     - rises while the mean of r is below 0, the faster the longer that lasts;
     - is held while it is between 0 and 1¼: about 1 is where steps bounce between the walls of a valley, which at a
       lower rate only grows steeper;
-    - yet falls about 0.3 where the loss says that noise is in the way: as ``1/t`` where the loss stands still, and
-      less the faster it falls, until it falls as t^(−1/7);
     - falls above 1¼, the further the more, from ``r ≫ 1`` by about ``log r``, as far as a Newton step along Δ goes;
       above 1½ already by a short mean. In the first trials it falls by ``log r`` above 1.
+
+    About 0.3 the way come tells what r doesn't. Let θ̄ be a mean of the weights over training, each weighed by its
+    time. ``⟨G, θ − θ̄⟩`` is twice what noise adds to the loss, less what the loss falls by on the way; over
+    ``−dJ/d log t`` it is w, −⅓ where there is no noise. The rate rises while w is below 1, at most as t³, and falls
+    above 1¼, at most as t^(−2), so that what noise adds is about what the loss falls by in the time that training has
+    taken.
 
     A loss on B′ says more. On these examples a step gains ``g = −⟨∇Q(θ), Δ⟩`` at first, in which the noise of its own
     batch has no part, and curvature costs it ``c = ⟨V, Δ⟩ + g``. Of short means, the rate
@@ -50,16 +54,16 @@ class SteadySteps:
     - falls to the minimum at ``g/c`` once, but by no more than it has risen, where c is above g after a rise. Later
       noise balances progress at c = 2g, whatever the rate.
 
-    A loss on B, which the step was fitted to, lowers r by about a half. The rate then rises below −0.5, and falls for
-    noise about −0.2.
+    A loss on B, which the step was fitted to, lowers r by about a half. The rate then rises below −0.5, and noise
+    balances progress about −0.2. θ − θ̄ isn't fitted to it.
 
     Units that a step carries too far don't come back, and a plateau doesn't warn of it: there r is −1. So the rate
     rises only while a step, as far as momentum or a mean of gradients makes it last, is at most half as long as the
     weights, and falls to where momentum carries it no further.
 
     Where a schedule has the rate at a share s of its greatest, r + 1 and c/g are s times what they would be there.
-    The rate rises by what they would be, so that what is learned doesn't make up for the schedule, and for noise it
-    falls by what the schedule hasn't fallen.
+    The rate rises by what they would be, so that what is learned doesn't make up for the schedule; w, which lags
+    behind it, then raises no rate. For noise the rate falls by what the schedule hasn't fallen.
 
     Changes are in proportion to the share of training that has passed since the last one, so that the rate can change
     by orders of magnitude at first, and not by accident later.
@@ -74,16 +78,20 @@ class SteadySteps:
     """The mean of r, and the short mean, above which the rate falls."""
     BALANCED = (0.0, 0.2, 0.6, 0.9)
     """Means of r at which noise may balance progress: from the first to the last, in full between the middle ones."""
-    SLOW = 1 / 7
-    """Speed of a loss, ``−d log J/d log t``, below which noise is in the way."""
+    CALM = (0.3, 0.5)
+    """Means of r to which the way come raises a rate in full, and from which not at all."""
+    ONWARD, BACK = 1.0, 1.25
+    """w below which the rate rises, and above which it falls."""
+    FASTER, SLOWER = 3.0, 2.0
+    """By which powers of t at most."""
     RECENT, BEFORE = 8.0, 2.0
     """How fast a mean of log losses follows them, over the step's logarithm, and an earlier one this mean."""
     LONG = 0.5
     """The stride above which the rate doesn't rise, or falls."""
     FIRST = 40
     """Trials in which the rate falls in full, as training may have begun far above the right one."""
-    UNTIL_NOISE = 60
-    """Trials before the loss says anything of noise."""
+    UNTIL_ONWARD, UNTIL_NOISE = 20, 60
+    """Trials before the way come raises a rate, and lowers it."""
     DOUBT = 0.1
     """Share of g's variance in that of its mean."""
     FEWEST = 2
@@ -97,7 +105,8 @@ class SteadySteps:
     def prepare(self, group: Group) -> None:
         """Put what is remembered into a new group. The mean begins where a right rate would have it."""
         group.setdefault("apo_ratio_mean", self.expected)
-        for name in ("ratio_short", "size_mean", "rising", "risen", "gain_mean", "gain_square", "cost_mean"):
+        means = ("ratio_short", "size_mean", "gain_mean", "gain_square", "cost_mean", "back_mean")
+        for name in (*means, "rising", "risen"):
             group.setdefault(f"apo_{name}", 0.0)
         group.setdefault("apo_ratios", 0)
         group.setdefault("apo_share_mean", 1.0)
@@ -115,6 +124,7 @@ class SteadySteps:
         share: float,
         meta_lr: float,
         loss: float,
+        back: float = math.nan,
         stride: Stride | None = None,
         scheduled: Scheduled | None = None,
     ) -> float:
@@ -127,19 +137,18 @@ class SteadySteps:
             share: of the training so far, what has passed since the last update.
             meta_lr: the most that ``log lr`` rises by.
             loss: at present.
+            back: ``⟨G, θ − θ̄⟩``; not a number: not known.
             stride: how long the step is; None: too short to matter.
             scheduled: where a schedule has the rate; None: there is none.
         """
         mean, short, size_mean = self._ratios(group, slope, size)
-        speed = self._speed(group, loss, share)
         leaps = short > self.LEAP
         at, moved = scheduled or Scheduled()
         lasting, carried = stride or Stride()
         group["apo_share_mean"] = self.MEAN * group["apo_share_mean"] + (1 - self.MEAN) * at  # as the mean of r
         group["apo_cost_mean"] *= math.exp(moved)  # as c/g goes with the rate
-        rises_below = group["apo_share_mean"] * (1 + self.rises_below) - 1  # and so does r + 1
-        how_far = min(max(0.0, rises_below - mean) / (1 + rises_below), 1.0)
-        passed, best = False, math.inf
+        way = self._way(group, back, self._fallen(group, loss, share))
+        how_far, passed, best = self._small(group, mean), False, math.inf
         if gain is not None and cost is not None and size_mean > 0:
             spare, best = self._weigh(group, gain / size_mean, cost / size_mean)
             spare = 1 - (1 - spare) / at
@@ -150,18 +159,24 @@ class SteadySteps:
             if not passed:
                 group["apo_rising"] += how_far
                 change = meta_lr * early * min(1.0, 1 / 12 + group["apo_rising"] / 45) * how_far
-        else:
+        elif meta_lr:
             group["apo_rising"] = 0.0
-            change = min(max(-moved, 0.0) - share * self._noisy(group, mean, speed), 0.0) if meta_lr else 0.0
+            change = min(max(-moved, 0.0) - share * self._noisy(group, mean, way), 0.0)
             fall = self._fall(mean, short, first=group["apo_ratios"] <= self.FIRST)
-            if fall > 0 and meta_lr:
-                change = min(change, -early * fall)
-            if carried > self.LONG and meta_lr:
+            change = min(change, -early * fall)
+            if carried > self.LONG:
                 change = min(change, math.log(self.LONG / carried))
-            change = min(change, self._taken_back(group, best, leaps=leaps))
+            change = min(change, self._taken_back(group, best, way, leaps=leaps))
+            if change == 0 and not leaps and lasting <= self.LONG:
+                change = min(share * self._onward(group, mean, way, at), meta_lr)
         group["apo_risen"] += max(change, 0.0)
         group["apo_cost_mean"] *= math.exp(change)
         return change
+
+    def _small(self, group: Group, mean: float) -> float:
+        """From 0 to 1, how far r says that the rate is too small."""
+        rises_below = group["apo_share_mean"] * (1 + self.rises_below) - 1  # as r + 1 goes with the rate
+        return float(min(max(0.0, rises_below - mean) / (1 + rises_below), 1.0))
 
     def _fall(self, mean: float, short: float, *, first: bool) -> float:
         """By how much ``log lr`` falls where trials go too far."""
@@ -169,24 +184,42 @@ class SteadySteps:
             return math.log(short if short > self.LEAP else max(mean, 1.0))
         return math.log1p(max(mean - self.PAST, short - self.LEAP, 0.0))
 
-    def _noisy(self, group: Group, mean: float, speed: float) -> float:
-        """From 0 to 1, how far noise is in the way, as r and the loss's speed say."""
-        if group["apo_ratios"] <= self.UNTIL_NOISE:
+    def _noisy(self, group: Group, mean: float, way: float) -> float:
+        """By which power of t the rate falls for noise."""
+        if group["apo_ratios"] <= self.UNTIL_NOISE or way <= self.BACK:
             return 0.0
         balanced = float(np.interp(mean - self.rises_below, self.BALANCED, (0.0, 1.0, 1.0, 0.0)))
-        return balanced * min(max(1 - speed / self.SLOW, 0.0), 1.0)
+        return self.SLOWER * balanced * (1 - self.BACK / way)
 
-    def _speed(self, group: Group, loss: float, share: float) -> float:
-        """How fast the loss falls, by an earlier and a recent mean of its logarithm; infinite where it has none."""
-        if not loss > 0:
-            return math.inf
+    def _onward(self, group: Group, mean: float, way: float, at: float) -> float:
+        """By which power of t the rate rises, as the way come goes on."""
+        scheduled = min(at, group["apo_share_mean"]) < 0.99
+        if group["apo_ratios"] <= self.UNTIL_ONWARD or way >= self.ONWARD or scheduled:
+            return 0.0
+        calm = float(np.interp(mean - self.rises_below, self.CALM, (1.0, 0.0)))
+        return calm * self.FASTER * (1.0 if way <= 0 else (self.ONWARD - way) / (1 + way))
+
+    def _way(self, group: Group, back: float, fallen: float) -> float:
+        """w by the mean of what going back would gain; where nothing is known, as where the rate is held."""
+        if math.isnan(back) or math.isnan(fallen):
+            return self.BACK
+        group["apo_back_mean"] = self.MEAN * group["apo_back_mean"] + (1 - self.MEAN) * back
+        mean = group["apo_back_mean"] / (1 - self.MEAN ** group["apo_ratios"])
+        if fallen > 0:
+            return float(mean / fallen)
+        return math.copysign(math.inf, mean) if mean else self.BACK
+
+    def _fallen(self, group: Group, loss: float, share: float) -> float:
+        """``−dJ/d log t``, by an earlier and a recent mean of the loss's logarithm; not a number where it has none."""
+        if not 0 < loss < math.inf:
+            return math.nan
         now, recent, before = math.log(loss), group["apo_log_loss"], group["apo_log_loss_before"]
         if math.isnan(recent):
             recent = before = now
         recent += min(self.RECENT * share, 1.0) * (now - recent)
         before += min(self.BEFORE * share, 1.0) * (recent - before)
         group["apo_log_loss"], group["apo_log_loss_before"] = recent, before
-        return float(self.BEFORE * (before - recent))
+        return float(self.BEFORE * (before - recent)) * math.exp(recent)
 
     def _ratios(self, group: Group, slope: float, size: float) -> tuple[float, float, float]:
         """The means of r, the short one unbiased, and that of sizes."""
@@ -210,11 +243,10 @@ class SteadySteps:
             return 0.0, math.inf
         return 1 - max(c, 0.0) / g, g / c if c > 0 else math.inf
 
-    @staticmethod
-    def _taken_back(group: Group, best: float, *, leaps: bool) -> float:
+    def _taken_back(self, group: Group, best: float, way: float, *, leaps: bool) -> float:
         """The change of ``log lr`` after a rise that went past the minimum, which is at ``best`` times the rate."""
-        risen = group["apo_risen"]
-        past = risen > 0.5 and best < 0.8 and group["apo_ratio_mean"] > 0.1
+        risen, onward = group["apo_risen"], group["apo_ratios"] > self.UNTIL_ONWARD and -math.inf < way < self.BACK
+        past = risen > 0.5 and best < 0.8 and group["apo_ratio_mean"] > 0.1 and not onward
         if past or leaps:
             group["apo_risen"] = 0.0
         return max(math.log(max(best, 0.2)), -risen) if past else math.inf

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import apo
+from apo.rates.log_rates import LogRates
 from apo.rates.scheduled import Scheduled
 from apo.rates.steady_steps import SteadySteps
 
@@ -29,17 +30,18 @@ def path(
     size: float = 1.0,
     gain: Callable[[int], float] | None = None,
     loss: Callable[[int], float] = lambda i: 0.9**i,
+    back: float = math.nan,
     share: float = 1.0,
 ) -> list[float]:
-    """``log lr`` after each update of early training, where slope and gain are in units of the size. The loss falls.
-    A schedule has the rate at a share of its height."""
+    """``log lr`` after each update of early training, where slope and gain are in units of the size. The loss falls,
+    and going back would gain ``back`` times it. A schedule has the rate at a share of its height."""
     rule, group, log = SteadySteps(fitted=fitted), dict[str, Any](), [0.0]
     rule.prepare(group)
     for i in range(updates):
         slope = ratio(i) * size
         worth = () if gain is None else (gain(i) * size, gain(i) * size + slope)
         at = Scheduled(share, math.log(share) if i == 0 else 0.0)
-        now = {"share": EARLY, "meta_lr": 0.3, "loss": loss(i)}
+        now = {"share": EARLY, "meta_lr": 0.3, "loss": loss(i), "back": back * abs(loss(i))}
         log.append(log[-1] + rule.change(group, slope, size, *worth, **now, scheduled=at))
     return log
 
@@ -79,17 +81,49 @@ def test_what_noise_looks_like_hardly_changes_a_rate(ratio: float) -> None:
     assert -math.log(2.5) < log[-1] < math.log(1.5)
 
 
-@pytest.mark.parametrize("fitted", [False, True])
-@pytest.mark.parametrize("speed", [0.0, 0.05, 0.2, 1.0])
-def test_a_rate_falls_where_noise_keeps_the_loss_from_falling(fitted: bool, speed: float) -> None:
-    """Late in training, of a loss that falls as ``t**-speed``: as 1/t where it stands still, not at all from 1/7 on."""
+def late(way: float, *, fitted: bool = False, ratio: float = 0.3, speed: float = 0.2, fallen: float = 0.0) -> float:
+    """The power of t by which a rate goes late in training, of a loss that falls as ``t**-speed``, where going back
+    would gain ``way`` times what that is over log t. A schedule lets the rate fall by a power of its own."""
     rule, group, log = SteadySteps(fitted=fitted), dict[str, Any](), []
     rule.prepare(group)
     for step in range(100, 10_000, 10):
-        slope, loss = 0.4 - 0.5 * fitted, 3 * step**-speed
-        log.append(rule.change(group, slope, 1.0, share=10 / step, meta_lr=0.3, loss=loss))
-    after = sum(log[290:])  # from step 3,000
-    assert after == pytest.approx(-math.log(10_000 / 3000) * max(1 - 7 * speed, 0), rel=0.1, abs=1e-9)
+        loss = 3 * step**-speed
+        back = way * speed * loss if speed else way
+        now = {"share": 10 / step, "meta_lr": 0.3, "loss": loss, "back": back}
+        at = Scheduled(1.0, -fallen * 10 / step)
+        log.append(rule.change(group, ratio - 0.5 * fitted, 1.0, **now, scheduled=at))
+    return sum(log[290:]) / math.log(10_000 / 3000)  # from step 3,000
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_rate_rises_by_orders_where_the_way_goes_on_though_noise_hides_it_from_single_steps(fitted: bool) -> None:
+    assert late(-1 / 3, fitted=fitted) == pytest.approx(3, rel=0.1)
+    assert late(1 / 3, fitted=fitted) == pytest.approx(1.5, rel=0.1)
+    assert late(1.1, fitted=fitted) == 0
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_rate_falls_where_noise_adds_more_to_the_loss_than_it_falls_by(fitted: bool) -> None:
+    """The faster the more, as 1/t² at most, which is where the loss stands still."""
+    assert late(2.5, fitted=fitted) == pytest.approx(-1, rel=0.1)
+    assert late(5, fitted=fitted) == pytest.approx(-1.5, rel=0.1)
+    assert late(1.0, speed=0, fitted=fitted) == pytest.approx(-2, rel=0.1)
+
+
+@pytest.mark.parametrize("speed", [0.02, 1.0])
+def test_the_way_counts_beside_what_the_loss_falls_by(speed: float) -> None:
+    assert late(1 / 3, speed=speed) == pytest.approx(late(1 / 3), rel=0.15)
+    assert late(2.5, speed=speed) == pytest.approx(late(2.5), rel=0.15)
+
+
+def test_it_does_not_raise_a_rate_at_which_steps_bounce() -> None:
+    assert [late(-1 / 3, ratio=ratio) > 0 for ratio in (0.1, 0.3, 0.4, 0.55, 0.7, 1.0)] == [True] * 3 + [False] * 3
+
+
+def test_nor_one_that_a_schedule_has_lowered() -> None:
+    """As the weights come to rest then, the way goes on whatever the rate."""
+    assert path(lambda _: 0.3, 66, back=-1.0)[-1] > 1
+    assert path(lambda _: 0.3 * 0.5 - 0.5, 66, back=-1.0, share=0.5)[-1] <= 0
 
 
 @pytest.mark.parametrize("fitted", [False, True])
@@ -109,18 +143,29 @@ def test_nor_where_curvature_costs_little_of_a_gain_that_a_schedule_has_made_sma
 
 @pytest.mark.parametrize("fallen", [0.5, 1.0, 2.0])
 def test_for_noise_a_rate_falls_by_what_a_schedule_has_not_fallen(fallen: float) -> None:
-    rule, group, log = SteadySteps(fitted=False), dict[str, Any](), []
-    rule.prepare(group)
-    for step in range(100, 10_000, 10):
-        now = {"share": 10 / step, "meta_lr": 0.3, "loss": 3.0}
-        log.append(rule.change(group, 0.4, 1.0, **now, scheduled=Scheduled(1.0, -fallen * 10 / step)))
-    assert sum(log[290:]) == pytest.approx(-math.log(10_000 / 3000) * max(1 - fallen, 0), rel=0.1, abs=1e-9)
+    assert late(2.5, fallen=fallen) == pytest.approx(-max(1 - fallen, 0), rel=0.1, abs=1e-9)
 
 
-def test_a_loss_without_a_logarithm_says_nothing_of_noise() -> None:
-    held = path(lambda _: 0.4, 100, loss=lambda _: -1.0)
-    assert held[-1] == held[60]
-    assert path(lambda _: 0.4, 100, loss=lambda _: 1.0)[-1] < held[-1] - 1
+def test_a_loss_without_a_logarithm_says_nothing_of_the_way() -> None:
+    for back in (-1.0, 1.0):
+        held = path(lambda _: 0.4, 100, loss=lambda _: -1.0, back=back)
+        assert held[-1] == held[20]
+    assert path(lambda _: 0.4, 100, loss=lambda _: 1.0, back=1.0)[-1] < held[-1] - 1
+
+
+def test_what_is_a_part_of_the_step_has_its_part_of_the_fall() -> None:
+    """Two groups, of which one makes a tenth of the step: both are as far from where they should be."""
+    rates = LogRates(meta_lr=0.3, meta_optimizer="steady", fitted=False, shared_lr=False, bounds=(1e-10, 1e10))
+    groups: list[dict[str, Any]] = [{"lr": 1.0}, {"lr": 1.0}]
+    for group in groups:
+        rates.prepare(group)
+    for step in range(100, 1000, 10):
+        loss = 3 * step**-0.2
+        parts = [0.9, 0.1]
+        backs = [0.5 * 0.2 * loss * part for part in parts]
+        rates.update(groups, [0.3 * x for x in parts], parts, 10 / step, None, loss, backs)
+    assert groups[0]["lr"] == pytest.approx(groups[1]["lr"])
+    assert groups[0]["lr"] > 2
 
 
 def test_a_loss_that_the_step_was_fitted_to_raises_no_rate_by_that() -> None:
