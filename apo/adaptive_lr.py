@@ -17,8 +17,7 @@ from apo import checks
 from apo.inner_products import inner_products
 from apo.loop.grad_scaler import Scaling
 from apo.loop.held_parameters import HeldParameters
-from apo.loop.past_weights import MEAN, PastWeights, WithPastWeights
-from apo.loop.remembering import with_groups
+from apo.loop.past_weights import PastWeights, Way, WithPastWeights, means_taken, with_means
 from apo.meta_learner import MetaLearner, Trial
 from apo.objective import ProximalObjective, check_objective
 from apo.ranks.placement_checks import check_placements
@@ -248,17 +247,20 @@ class AdaptiveLR(MetaLearner):
 
     def _learn(self, proposal: _Attempt, trial: Trial) -> bool:
         steps = trial.steps if self._proportional is not False else self._without_constant(proposal, trial)
-        pairs, sizes, backs, clipped_by = [(trial.V, steps)], None, None, 1.0
+        pairs, sizes, clipped_by = [(trial.V, steps)], None, 1.0
+        ways: list[Way] = []
         if self.rates.meta_optimizer == "steady":
             G = self._gradients_there()
-            pairs += [(G, steps), (trial.V, trial.V), (G, G), (G, self._past.way_to(self._shards.parts))]
+            pairs += [(G, steps), (trial.V, trial.V), (G, G)]
+            pairs += [(G, way) for way in self._past.ways_to(self._shards.parts)]
         by_group, *others = self._products(*pairs)
         if others:
-            sizes, ours, theirs, backs = others
+            sizes, ours, theirs, *along = others
             clipped_by = self._clipped_by(sum(ours), sum(theirs))
             sizes = [clipped_by * abs(size) for size in sizes]
-            backs = [self._sign() * clipped_by * back for back in backs]
-        if not all(map(math.isfinite, [*by_group, *(sizes or ()), *(backs or ())])):
+            scale = self._sign() * clipped_by
+            ways = [Way.by(scale * past, scale * recent) for past, recent in zip(*along, strict=True)]
+        if not all(map(math.isfinite, [*by_group, *(sizes or ()), *(x for way in ways for x in way)])):
             return False
         proposal.rehearsal.start_over()  # some optimizers hook the model's passes
         now = self.steps + 1
@@ -268,7 +270,7 @@ class AdaptiveLR(MetaLearner):
         length = trial.usual_length / self.reach
         stride = Stride(length * lasting(self.optimizer), length * carried(self.optimizer))
         proposal.share = share
-        proposal.factors = self.rates.update(self.param_groups, by_group, sizes, share, of_step, base, backs, stride)
+        proposal.factors = self.rates.update(self.param_groups, by_group, sizes, share, of_step, base, ways, stride)
         self._note("apo_last_update", now)
         self._note("apo_clipped_by", clipped_by)
         return True
@@ -325,22 +327,17 @@ class AdaptiveLR(MetaLearner):
         state = copy.deepcopy(self.optimizer.state_dict())
         for after in self._optimizer_state_dict_post_hooks.values():
             state = after(self, state) or state
-        states, names = _of_parameters(state)
-        if names and self.rates.meta_optimizer == "steady":
-            for name, mean in zip(names, self._past.means(self.parameters), strict=True):
-                states[name] = {**states.get(name, {}), MEAN: mean.clone()}
+        if self.rates.meta_optimizer == "steady":
+            with_means(state, self._past, self.parameters)
         return state
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        states, names = _of_parameters(state_dict)
-        means = [states.get(name, {}).pop(MEAN, None) for name in names]
-        for name in [name for name in names if states.get(name) == {}]:
-            del states[name]  # of optimizers that have none
+        means = means_taken(state_dict)
         self.optimizer.load_state_dict(state_dict)
         self._link()
-        self._past.load(self.parameters, means or [None] * len(self.parameters))
+        self._past.load(self.parameters, means or [{}] * len(self.parameters))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -355,14 +352,6 @@ class _Attempt:
     reach: float
     factors: list[float] | None = None
     share: float = 0.0
-
-
-def _of_parameters(state_dict: Any) -> tuple[dict[Any, Any], list[Any]]:
-    """A state dict's states of parameters, and by which names it has them, in order."""
-    held = with_groups(state_dict)
-    if held is None or not isinstance(held.get("state"), dict):
-        return {}, []
-    return held["state"], [name for group in held["param_groups"] for name in group["params"]]
 
 
 def _placed(parameters: list[Tensor]) -> list[tuple[torch.dtype, torch.device]]:

@@ -2,59 +2,90 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from apo.loop.remembering import with_groups
 from apo.ranks.sharding import is_placed, local
 
-__all__ = ["MEAN", "PastWeights", "WithPastWeights"]
+__all__ = ["PastWeights", "Way", "WithPastWeights", "means_taken", "with_means"]
 
-MEAN = "apo_past_weights"
-"""Under which name states hold a parameter's mean."""
+NAMES = ("apo_past_weights", "apo_recent_weights")
+"""Under which names states hold a parameter's means."""
+POWERS = (2.0, 8.0)
+"""Of the time, by which shares of training follow one another in them: on the mean a third and a ninth of it ago."""
+BETWEEN = 1 / (1 + POWERS[0]) - 1 / (1 + POWERS[1])
+"""What of a straight way lies between them."""
+
+
+class Way(NamedTuple):
+    """What gradients say of the way come.
+
+    Attributes:
+        back: ``⟨G, θ − θ̄⟩``, what going back to the older mean would gain.
+        falling: ``−dJ/d log t``, by what lies between the means.
+    """
+
+    back: float = math.nan
+    falling: float = math.nan
+
+    @classmethod
+    def by(cls, past: float, recent: float) -> Way:
+        """By the products of G and the ways from the means."""
+        return cls(past, (recent - past) / BETWEEN)
 
 
 class PastWeights:
-    """A mean θ̄ of the weights over training, each weighed by its time: of a straight way, where two thirds of it lay.
+    """Two means θ̄ of the weights over training, in which later times weigh more, in the second more so.
 
     Of each parameter, or this rank's part of it, in float32 at least, because a mean changes by less than the weights.
     """
 
-    POWER = 2.0
-    """Of the time, by which shares of training follow one another in it."""
-
     def __init__(self) -> None:
-        self._means: list[Tensor] = []
+        self._means: list[list[Tensor]] = [[] for _ in POWERS]
 
-    def way_to(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """``θ − θ̄``; 0 of weights that are new."""
-        return list(torch._foreach_sub(self._settled(weights), self._means))
+    def ways_to(self, weights: Sequence[Tensor]) -> list[list[Tensor]]:
+        """``θ − θ̄`` for each mean; 0 of weights that are new."""
+        now = self._settled(weights)
+        return [list(torch._foreach_sub(now, means)) for means in self._means]
 
     def follow(self, weights: Sequence[Tensor], share: float) -> None:
         """Take up the weights, which have been there for a share of training."""
-        torch._foreach_lerp_(self._means, self._settled(weights), min(self.POWER * share, 1.0))
+        now = self._settled(weights)
+        for means, power in zip(self._means, POWERS, strict=True):
+            torch._foreach_lerp_(means, now, min(power * share, 1.0))
 
-    def means(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """As they are, placed as the parameters are."""
+    def states(self, parameters: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """The means of each parameter by name, as they are, placed as it is."""
         self._settled([local(p) for p in parameters])
-        return [_placed_as(p, m) for p, m in zip(parameters, self._means, strict=True)]
+        by_parameter = zip(*self._means, strict=True)
+        return [
+            {name: _placed_as(p, mean) for name, mean in zip(NAMES, means, strict=True)}
+            for p, means in zip(parameters, by_parameter, strict=True)
+        ]
 
-    def load(self, parameters: Sequence[Tensor], saved: Sequence[Tensor | None]) -> None:
-        """Take up what :meth:`means` gave; where that is None, begin from the weights."""
+    def load(self, parameters: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take up what :meth:`states` gave; where a mean isn't there, it begins from the weights."""
         parts = [local(p) for p in parameters]
-        self._means = [_begun(part if s is None else local(s)) for part, s in zip(parts, saved, strict=True)]
+        self._means = [
+            [_begun(local(state[name]) if name in state else part) for part, state in zip(parts, states, strict=True)]
+            for name in NAMES
+        ]
 
     def _settled(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """The weights in the means' dtypes; where they are new or have moved, the means follow first."""
-        self._means += [_begun(w) for w in weights[len(self._means) :]]
-        self._means = [m.to(w.device, _wide(w)) for m, w in zip(self._means, weights, strict=True)]
-        return [w.detach().to(m.dtype) for w, m in zip(weights, self._means, strict=True)]
+        for i, means in enumerate(self._means):
+            begun = means + [_begun(w) for w in weights[len(means) :]]
+            self._means[i] = [m.to(w.device, _wide(w)) for m, w in zip(begun, weights, strict=True)]
+        return [w.detach().to(_wide(w)) for w in weights]
 
 
 class WithPastWeights(Mapping[Tensor, dict[str, Any]]):
-    """An optimizer's state of each parameter, and the mean beside it, of which the optimizer isn't told: most take an
+    """An optimizer's state of each parameter with the means beside it, of which the optimizer isn't told: most take an
     empty state for one that isn't begun.
 
     Args:
@@ -70,8 +101,8 @@ class WithPastWeights(Mapping[Tensor, dict[str, Any]]):
 
     def __getitem__(self, p: Tensor) -> dict[str, Any]:
         parameters = self._parameters
-        means = dict(zip(map(id, parameters), self._past.means(parameters), strict=True))
-        return {**self._own.get(p, {}), MEAN: means[id(p)]} if id(p) in means else self._own[p]
+        states = dict(zip(map(id, parameters), self._past.states(parameters), strict=True))
+        return {**self._own.get(p, {}), **states[id(p)]} if id(p) in states else self._own[p]
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from dict.fromkeys([*self._parameters, *self._own])
@@ -86,6 +117,33 @@ class WithPastWeights(Mapping[Tensor, dict[str, Any]]):
     @property
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._groups for p in group["params"]]
+
+
+def with_means(state_dict: dict[str, Any], past: PastWeights, parameters: Sequence[Tensor]) -> None:
+    """Put copies of the means into a state dict of the optimizer that has the parameters."""
+    states, names = _of_parameters(state_dict)
+    for name, means in zip(names, past.states(parameters) if names else [], strict=True):
+        states[name] = {**states.get(name, {}), **{k: mean.clone() for k, mean in means.items()}}
+
+
+def means_taken(state_dict: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """Take the means out of a state dict, so that it is the optimizer's own; of each parameter by name."""
+    states, names = _of_parameters(state_dict)
+    taken = []
+    for name in names:
+        state = states.get(name, {})
+        taken.append({key: state.pop(key) for key in NAMES if key in state})
+        if not state:
+            states.pop(name, None)  # of optimizers that have none
+    return taken
+
+
+def _of_parameters(state_dict: Any) -> tuple[dict[Any, Any], list[Any]]:
+    """A state dict's states of parameters, and by which names it has them, in order."""
+    held = with_groups(state_dict)
+    if held is None or not isinstance(held.get("state"), dict):
+        return {}, []
+    return held["state"], [name for group in held["param_groups"] for name in group["params"]]
 
 
 def _wide(weight: Tensor) -> torch.dtype:

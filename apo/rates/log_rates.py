@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from apo import checks
+from apo.loop.past_weights import Way
 from apo.rates.scheduled import Scheduled
 from apo.rates.schedules import Schedules
 from apo.rates.steady_steps import SteadySteps, Stride
@@ -153,7 +154,7 @@ class LogRates:
         share: float = 1.0,
         worth: tuple[float, float] | None = None,
         loss: float = math.nan,
-        backs: Sequence[float] | None = None,
+        ways: Sequence[Way] = (),
         stride: Stride | None = None,
     ) -> list[float]:
         """Descend ``dQ/d log lr``.
@@ -165,7 +166,7 @@ class LogRates:
             worth: the gain and the cost of the whole step on fresh examples, of which each group has a part by its
                 size, as of what the loss falls by; of steady steps.
             loss: at present; of steady steps.
-            backs: one per group, ``⟨G, θ − θ̄⟩``; of steady steps.
+            ways: one per group, by the gradients on B; of steady steps.
             stride: of the whole step; of steady steps.
 
         Returns:
@@ -175,7 +176,7 @@ class LogRates:
         if self.shared_lr:
             slopes = [sum(slopes)] * len(groups)
             sizes = None if sizes is None else [whole] * len(groups)
-            backs = None if backs is None else [sum(backs)] * len(groups)
+            ways = [Way(*map(sum, zip(*ways, strict=True)))] * len(groups) if ways else ()
         if sizes is None:
             changes = [self._step(group, slope) for group, slope in zip(groups, slopes, strict=True)]
         elif self._steady is None:
@@ -183,12 +184,12 @@ class LogRates:
         else:
             change = partial(self._steady.change, share=share, meta_lr=self.meta_lr, loss=loss, stride=stride)
             changes = []
-            for group, slope, size, back in zip(groups, slopes, sizes, backs or [math.nan] * len(groups), strict=True):
+            for group, slope, size, way in zip(groups, slopes, sizes, ways or [Way()] * len(groups), strict=True):
                 part = size / whole if whole else 0.0
                 own = () if worth is None or not whole else [x * part for x in worth]
-                back = back / part if part else math.nan  # beside what the whole loss falls by
+                way = Way(*(x / part for x in way)) if part else Way()  # beside what the whole loss falls by
                 scheduled = Scheduled.of(group, get_rate(group) * math.exp(-group["apo_log_factor"]))
-                changes.append(change(group, slope, size, *own, back=back, scheduled=scheduled))
+                changes.append(change(group, slope, size, *own, way=way, scheduled=scheduled))
         return [self._change(group, change) for group, change in zip(groups, changes, strict=True)]
 
     def shrink(self, groups: Sequence[Group]) -> None:

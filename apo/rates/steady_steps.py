@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from apo.loop.past_weights import Way
 from apo.rates.scheduled import Scheduled
 
 __all__ = ["SteadySteps", "Stride"]
@@ -42,7 +43,8 @@ class SteadySteps:
 
     About 0.3 the way come tells what r doesn't. Let θ̄ be a mean of the weights over training, each weighed by its
     time. ``⟨G, θ − θ̄⟩`` is twice what noise adds to the loss, less what the loss falls by on the way; over
-    ``−dJ/d log t`` it is w, −⅓ where there is no noise. The rate rises while w is below 1, at most as t³, and falls
+    ``−dJ/d log t`` it is w, −⅓ where there is no noise. The latter is the mean of what losses say, which are noisy,
+    and of what gradients say along the way, which bends. The rate rises while w is below 1, at most as t³, and falls
     above 1¼, at most as t^(−2), so that what noise adds is about what the loss falls by in the time that training has
     taken.
 
@@ -105,7 +107,7 @@ class SteadySteps:
     def prepare(self, group: Group) -> None:
         """Put what is remembered into a new group. The mean begins where a right rate would have it."""
         group.setdefault("apo_ratio_mean", self.expected)
-        means = ("ratio_short", "size_mean", "gain_mean", "gain_square", "cost_mean", "back_mean")
+        means = ("ratio_short", "size_mean", "gain_mean", "gain_square", "cost_mean", "back_mean", "falling_mean")
         for name in (*means, "rising", "risen"):
             group.setdefault(f"apo_{name}", 0.0)
         group.setdefault("apo_ratios", 0)
@@ -124,7 +126,7 @@ class SteadySteps:
         share: float,
         meta_lr: float,
         loss: float,
-        back: float = math.nan,
+        way: Way | None = None,
         stride: Stride | None = None,
         scheduled: Scheduled | None = None,
     ) -> float:
@@ -137,7 +139,7 @@ class SteadySteps:
             share: of the training so far, what has passed since the last update.
             meta_lr: the most that ``log lr`` rises by.
             loss: at present.
-            back: ``⟨G, θ − θ̄⟩``; not a number: not known.
+            way: what the gradient on B says of the way come; None: not known.
             stride: how long the step is; None: too short to matter.
             scheduled: where a schedule has the rate; None: there is none.
         """
@@ -147,7 +149,7 @@ class SteadySteps:
         lasting, carried = stride or Stride()
         group["apo_share_mean"] = self.MEAN * group["apo_share_mean"] + (1 - self.MEAN) * at  # as the mean of r
         group["apo_cost_mean"] *= math.exp(moved)  # as c/g goes with the rate
-        way = self._way(group, back, self._fallen(group, loss, share))
+        w = self._back(group, way or Way(), self._fallen(group, loss, share))
         how_far, passed, best = self._small(group, mean), False, math.inf
         if gain is not None and cost is not None and size_mean > 0:
             spare, best = self._weigh(group, gain / size_mean, cost / size_mean)
@@ -161,14 +163,14 @@ class SteadySteps:
                 change = meta_lr * early * min(1.0, 1 / 12 + group["apo_rising"] / 45) * how_far
         elif meta_lr:
             group["apo_rising"] = 0.0
-            change = min(max(-moved, 0.0) - share * self._noisy(group, mean, way), 0.0)
+            change = min(max(-moved, 0.0) - share * self._noisy(group, mean, w), 0.0)
             fall = self._fall(mean, short, first=group["apo_ratios"] <= self.FIRST)
             change = min(change, -early * fall)
             if carried > self.LONG:
                 change = min(change, math.log(self.LONG / carried))
-            change = min(change, self._taken_back(group, best, way, leaps=leaps))
+            change = min(change, self._taken_back(group, best, w, leaps=leaps))
             if change == 0 and not leaps and lasting <= self.LONG:
-                change = min(share * self._onward(group, mean, way, at), meta_lr)
+                change = min(share * self._onward(group, mean, w, at), meta_lr)
         group["apo_risen"] += max(change, 0.0)
         group["apo_cost_mean"] *= math.exp(change)
         return change
@@ -184,30 +186,33 @@ class SteadySteps:
             return math.log(short if short > self.LEAP else max(mean, 1.0))
         return math.log1p(max(mean - self.PAST, short - self.LEAP, 0.0))
 
-    def _noisy(self, group: Group, mean: float, way: float) -> float:
+    def _noisy(self, group: Group, mean: float, w: float) -> float:
         """By which power of t the rate falls for noise."""
-        if group["apo_ratios"] <= self.UNTIL_NOISE or way <= self.BACK:
+        if group["apo_ratios"] <= self.UNTIL_NOISE or w <= self.BACK:
             return 0.0
         balanced = float(np.interp(mean - self.rises_below, self.BALANCED, (0.0, 1.0, 1.0, 0.0)))
-        return self.SLOWER * balanced * (1 - self.BACK / way)
+        return self.SLOWER * balanced * (1 - self.BACK / w)
 
-    def _onward(self, group: Group, mean: float, way: float, at: float) -> float:
+    def _onward(self, group: Group, mean: float, w: float, at: float) -> float:
         """By which power of t the rate rises, as the way come goes on."""
         scheduled = min(at, group["apo_share_mean"]) < 0.99
-        if group["apo_ratios"] <= self.UNTIL_ONWARD or way >= self.ONWARD or scheduled:
+        if group["apo_ratios"] <= self.UNTIL_ONWARD or w >= self.ONWARD or scheduled:
             return 0.0
         calm = float(np.interp(mean - self.rises_below, self.CALM, (1.0, 0.0)))
-        return calm * self.FASTER * (1.0 if way <= 0 else (self.ONWARD - way) / (1 + way))
+        return calm * self.FASTER * (1.0 if w <= 0 else (self.ONWARD - w) / (1 + w))
 
-    def _way(self, group: Group, back: float, fallen: float) -> float:
-        """w by the mean of what going back would gain; where nothing is known, as where the rate is held."""
-        if math.isnan(back) or math.isnan(fallen):
+    def _back(self, group: Group, way: Way, fallen: float) -> float:
+        """w, by means of what the way says; where nothing is known, as where the rate is held."""
+        if math.isnan(way.back):
             return self.BACK
-        group["apo_back_mean"] = self.MEAN * group["apo_back_mean"] + (1 - self.MEAN) * back
-        mean = group["apo_back_mean"] / (1 - self.MEAN ** group["apo_ratios"])
-        if fallen > 0:
-            return float(mean / fallen)
-        return math.copysign(math.inf, mean) if mean else self.BACK
+        for name, value in zip(("back_mean", "falling_mean"), way, strict=True):
+            group[f"apo_{name}"] = self.MEAN * group[f"apo_{name}"] + (1 - self.MEAN) * value
+        seen = 1 - self.MEAN ** group["apo_ratios"]
+        back, falling = group["apo_back_mean"] / seen, group["apo_falling_mean"] / seen
+        falls = falling if math.isnan(fallen) else (falling + fallen) / 2
+        if falls > 0:
+            return float(back / falls)
+        return math.copysign(math.inf, back) if back else self.BACK
 
     def _fallen(self, group: Group, loss: float, share: float) -> float:
         """``−dJ/d log t``, by an earlier and a recent mean of the loss's logarithm; not a number where it has none."""
@@ -243,9 +248,9 @@ class SteadySteps:
             return 0.0, math.inf
         return 1 - max(c, 0.0) / g, g / c if c > 0 else math.inf
 
-    def _taken_back(self, group: Group, best: float, way: float, *, leaps: bool) -> float:
+    def _taken_back(self, group: Group, best: float, w: float, *, leaps: bool) -> float:
         """The change of ``log lr`` after a rise that went past the minimum, which is at ``best`` times the rate."""
-        risen, onward = group["apo_risen"], group["apo_ratios"] > self.UNTIL_ONWARD and -math.inf < way < self.BACK
+        risen, onward = group["apo_risen"], group["apo_ratios"] > self.UNTIL_ONWARD and -math.inf < w < self.BACK
         past = risen > 0.5 and best < 0.8 and group["apo_ratio_mean"] > 0.1 and not onward
         if past or leaps:
             group["apo_risen"] = 0.0

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import apo
+from apo.loop.past_weights import Way
 from apo.rates.log_rates import LogRates
 from apo.rates.scheduled import Scheduled
 from apo.rates.steady_steps import SteadySteps
@@ -30,18 +31,18 @@ def path(
     size: float = 1.0,
     gain: Callable[[int], float] | None = None,
     loss: Callable[[int], float] = lambda i: 0.9**i,
-    back: float = math.nan,
+    way: Way | None = None,
     share: float = 1.0,
 ) -> list[float]:
-    """``log lr`` after each update of early training, where slope and gain are in units of the size. The loss falls,
-    and going back would gain ``back`` times it. A schedule has the rate at a share of its height."""
+    """``log lr`` after each update of early training, where slope and gain are in units of the size. The loss falls.
+    A schedule has the rate at a share of its height."""
     rule, group, log = SteadySteps(fitted=fitted), dict[str, Any](), [0.0]
     rule.prepare(group)
     for i in range(updates):
         slope = ratio(i) * size
         worth = () if gain is None else (gain(i) * size, gain(i) * size + slope)
         at = Scheduled(share, math.log(share) if i == 0 else 0.0)
-        now = {"share": EARLY, "meta_lr": 0.3, "loss": loss(i), "back": back * abs(loss(i))}
+        now = {"share": EARLY, "meta_lr": 0.3, "loss": loss(i), "way": way}
         log.append(log[-1] + rule.change(group, slope, size, *worth, **now, scheduled=at))
     return log
 
@@ -81,15 +82,15 @@ def test_what_noise_looks_like_hardly_changes_a_rate(ratio: float) -> None:
     assert -math.log(2.5) < log[-1] < math.log(1.5)
 
 
-def late(way: float, *, fitted: bool = False, ratio: float = 0.3, speed: float = 0.2, fallen: float = 0.0) -> float:
+def late(w: float, *, fitted: bool = False, ratio: float = 0.3, speed: float = 0.2, fallen: float = 0.0) -> float:
     """The power of t by which a rate goes late in training, of a loss that falls as ``t**-speed``, where going back
-    would gain ``way`` times what that is over log t. A schedule lets the rate fall by a power of its own."""
+    would gain w times what that is over log t. A schedule lets the rate fall by a power of its own."""
     rule, group, log = SteadySteps(fitted=fitted), dict[str, Any](), []
     rule.prepare(group)
     for step in range(100, 10_000, 10):
         loss = 3 * step**-speed
-        back = way * speed * loss if speed else way
-        now = {"share": 10 / step, "meta_lr": 0.3, "loss": loss, "back": back}
+        way = Way(w * speed * loss, speed * loss) if speed else Way(w, 0.0)
+        now = {"share": 10 / step, "meta_lr": 0.3, "loss": loss, "way": way}
         at = Scheduled(1.0, -fallen * 10 / step)
         log.append(rule.change(group, ratio - 0.5 * fitted, 1.0, **now, scheduled=at))
     return sum(log[290:]) / math.log(10_000 / 3000)  # from step 3,000
@@ -122,8 +123,8 @@ def test_it_does_not_raise_a_rate_at_which_steps_bounce() -> None:
 
 def test_nor_one_that_a_schedule_has_lowered() -> None:
     """As the weights come to rest then, the way goes on whatever the rate."""
-    assert path(lambda _: 0.3, 66, back=-1.0)[-1] > 1
-    assert path(lambda _: 0.3 * 0.5 - 0.5, 66, back=-1.0, share=0.5)[-1] <= 0
+    assert path(lambda _: 0.3, 66, way=Way(-1.0, 3.0))[-1] > 1
+    assert path(lambda _: 0.3 * 0.5 - 0.5, 66, way=Way(-1.0, 3.0), share=0.5)[-1] <= 0
 
 
 @pytest.mark.parametrize("fitted", [False, True])
@@ -146,11 +147,24 @@ def test_for_noise_a_rate_falls_by_what_a_schedule_has_not_fallen(fallen: float)
     assert late(2.5, fallen=fallen) == pytest.approx(-max(1 - fallen, 0), rel=0.1, abs=1e-9)
 
 
-def test_a_loss_without_a_logarithm_says_nothing_of_the_way() -> None:
-    for back in (-1.0, 1.0):
-        held = path(lambda _: 0.4, 100, loss=lambda _: -1.0, back=back)
-        assert held[-1] == held[20]
-    assert path(lambda _: 0.4, 100, loss=lambda _: 1.0, back=1.0)[-1] < held[-1] - 1
+def test_a_loss_without_a_logarithm_leaves_it_to_the_way() -> None:
+    found = [path(lambda _: 0.3, 100, loss=lambda _: -1.0, way=way)[-1] for way in (Way(0.2, 1.0), Way(1.1, 1.0))]
+    assert found[0] > found[1] + 1
+    assert path(lambda _: 0.3, 100, loss=lambda _: -1.0, way=Way(3.0, 1.0))[-1] < found[1] - 0.5
+
+
+def test_what_the_loss_falls_by_is_the_mean_of_two_estimates() -> None:
+    """So that what noisy batches, or a way that turned back, say alone does less."""
+    rule, group = SteadySteps(fitted=False), dict[str, Any]()
+    rule.prepare(group)
+    group["apo_ratios"] = 1
+    assert rule._back(group, Way(1.0, -1.0), 3.0) == pytest.approx(1.0)
+    assert rule._back(group, Way(1.0, -1.0), 0.5) == math.inf
+
+
+def test_a_way_that_is_not_known_changes_no_rate() -> None:
+    held = path(lambda _: 0.4, 100, loss=lambda _: 1.0)
+    assert held[-1] == held[20]
 
 
 def test_what_is_a_part_of_the_step_has_its_part_of_the_fall() -> None:
@@ -162,8 +176,8 @@ def test_what_is_a_part_of_the_step_has_its_part_of_the_fall() -> None:
     for step in range(100, 1000, 10):
         loss = 3 * step**-0.2
         parts = [0.9, 0.1]
-        backs = [0.5 * 0.2 * loss * part for part in parts]
-        rates.update(groups, [0.3 * x for x in parts], parts, 10 / step, None, loss, backs)
+        ways = [Way(0.5 * 0.2 * loss * part, 0.2 * loss * part) for part in parts]
+        rates.update(groups, [0.3 * x for x in parts], parts, 10 / step, None, loss, ways)
     assert groups[0]["lr"] == pytest.approx(groups[1]["lr"])
     assert groups[0]["lr"] > 2
 
