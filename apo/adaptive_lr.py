@@ -45,10 +45,10 @@ class AdaptiveLR(MetaLearner):
     The real step is the optimizer's own at the new rate, from the same state, gradients and random numbers. A meta-step
     runs the closure once more, evaluates B′ twice, and takes one more backward pass; with a ``loss`` in the objective
     the closure isn't run again. While it runs it holds a copy of the weights and of the optimizer's state, so that an
-    exception or a failed trial can be undone.
+    exception or a failed trial can be undone. Two means of the weights are held throughout, and saved in checkpoints.
 
     The one-step objective is short-sighted, and a step always fits the noise of its own batch. So the rate changes only
-    where slopes say so clearly, or where noise keeps the loss from falling (:mod:`apo.rates.steady_steps`), and a
+    where slopes say so clearly, or where the way that the weights have come does (:mod:`apo.rates.steady_steps`), and a
     ``loss`` in the objective, which is taken on B′, says it best. To follow each slope, as the paper does, give a
     ``loss`` and ``meta_optimizer="rmsprop"``.
 

@@ -59,17 +59,15 @@ class PastWeights:
         for means, power in zip(self._means, POWERS, strict=True):
             torch._foreach_lerp_(means, now, min(power * share, 1.0))
 
-    def states(self, parameters: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """The means of each parameter by name, as they are, placed as it is."""
-        self._settled([local(p) for p in parameters])
-        by_parameter = zip(*self._means, strict=True)
-        return [
-            {name: _placed_as(p, mean) for name, mean in zip(NAMES, means, strict=True)}
-            for p, means in zip(parameters, by_parameter, strict=True)
-        ]
+    def state(self, parameters: Sequence[Tensor], place: int) -> dict[str, Tensor]:
+        """The means of the parameter at a place, by name, as they are, placed as it is."""
+        if place >= len(self._means[0]):
+            self._settled([local(p) for p in parameters])
+        p = parameters[place]
+        return {n: _placed_as(p, m[place].to(p.device)) for n, m in zip(NAMES, self._means, strict=True)}
 
     def load(self, parameters: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take up what :meth:`states` gave; where a mean isn't there, it begins from the weights."""
+        """Take up what :meth:`state` gave of each; where a mean isn't there, it begins from the weights."""
         parts = [local(p) for p in parameters]
         self._means = [
             [_begun(local(state[name]) if name in state else part) for part, state in zip(parts, states, strict=True)]
@@ -101,8 +99,8 @@ class WithPastWeights(Mapping[Tensor, dict[str, Any]]):
 
     def __getitem__(self, p: Tensor) -> dict[str, Any]:
         parameters = self._parameters
-        states = dict(zip(map(id, parameters), self._past.states(parameters), strict=True))
-        return {**self._own.get(p, {}), **states[id(p)]} if id(p) in states else self._own[p]
+        place = {id(q): i for i, q in enumerate(parameters)}.get(id(p))
+        return self._own[p] if place is None else {**self._own.get(p, {}), **self._past.state(parameters, place)}
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from dict.fromkeys([*self._parameters, *self._own])
@@ -122,7 +120,8 @@ class WithPastWeights(Mapping[Tensor, dict[str, Any]]):
 def with_means(state_dict: dict[str, Any], past: PastWeights, parameters: Sequence[Tensor]) -> None:
     """Put copies of the means into a state dict of the optimizer that has the parameters."""
     states, names = _of_parameters(state_dict)
-    for name, means in zip(names, past.states(parameters) if names else [], strict=True):
+    for place, name in enumerate(names):
+        means = past.state(parameters, place)
         states[name] = {**states.get(name, {}), **{k: mean.clone() for k, mean in means.items()}}
 
 
