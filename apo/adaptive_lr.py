@@ -17,7 +17,7 @@ from apo import checks
 from apo.inner_products import inner_products
 from apo.loop.grad_scaler import Scaling
 from apo.loop.held_parameters import HeldParameters
-from apo.loop.past_weights import PastWeights, Way, WithPastWeights, means_taken, with_means
+from apo.loop.past_weights import PastWeights, Way
 from apo.meta_learner import MetaLearner, Trial
 from apo.objective import ProximalObjective, check_objective
 from apo.ranks.placement_checks import check_placements
@@ -155,8 +155,6 @@ class AdaptiveLR(MetaLearner):
     def _link(self) -> None:
         """Share the optimizer's own groups and state: loading a state dict replaces both objects."""
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
-        if self.rates.meta_optimizer == "steady":
-            self.state = WithPastWeights(self.state, self._past, self.param_groups)  # type: ignore[assignment]
         self.defaults = self.optimizer.defaults
 
     def _prepare_groups(self) -> None:
@@ -217,6 +215,8 @@ class AdaptiveLR(MetaLearner):
 
     def _plain_step(self) -> None:
         self.optimizer.step()
+        if self.steps == 0 and self.rates.meta_optimizer == "steady":
+            self._past.begin(self.state, self.parameters, self._shards.parts)
 
     def _begin(self, lookahead: Lookahead, undo: ExitStack) -> None:
         if self._proportional is None:
@@ -252,7 +252,7 @@ class AdaptiveLR(MetaLearner):
         if self.rates.meta_optimizer == "steady":
             G = self._gradients_there()
             pairs += [(G, steps), (trial.V, trial.V), (G, G)]
-            pairs += [(G, way) for way in self._past.ways_to(self._shards.parts)]
+            pairs += [(G, way) for way in self._past.ways_to(self.state, self.parameters)]
         by_group, *others = self._products(*pairs)
         if others:
             sizes, ours, theirs, *along = others
@@ -304,7 +304,7 @@ class AdaptiveLR(MetaLearner):
         """The optimizer's own step at the new rates."""
         proposal.rehearsal.perform()
         if self.rates.meta_optimizer == "steady" and proposal.factors is not None:
-            self._past.follow(proposal.lookahead.start, proposal.share)
+            self._past.follow(self.state, self.parameters, proposal.lookahead.start, proposal.share)
         self._note("apo_proportional", self._proportional)
         if not self._proportional or proposal.factors is None:
             return
@@ -327,17 +327,15 @@ class AdaptiveLR(MetaLearner):
         state = copy.deepcopy(self.optimizer.state_dict())
         for after in self._optimizer_state_dict_post_hooks.values():
             state = after(self, state) or state
-        if self.rates.meta_optimizer == "steady":
-            with_means(state, self._past, self.parameters)
         return state
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        means = means_taken(state_dict)
+        means = self._past.taken(state_dict)
         self.optimizer.load_state_dict(state_dict)
         self._link()
-        self._past.load(self.parameters, means or [{}] * len(self.parameters))
+        self._past.put(self.state, self.parameters, means)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

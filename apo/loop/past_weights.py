@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 from apo.loop.remembering import with_groups
 from apo.ranks.sharding import is_placed, local
 
-__all__ = ["PastWeights", "Way", "WithPastWeights", "means_taken", "with_means"]
+__all__ = ["NAMES", "PastWeights", "Way"]
+
+State = MutableMapping[Tensor, dict[str, Any]]
 
 NAMES = ("apo_past_weights", "apo_recent_weights")
 """Under which names states hold a parameter's means."""
@@ -42,115 +44,70 @@ class Way(NamedTuple):
 class PastWeights:
     """Two means θ̄ of the weights over training, in which later times weigh more, in the second more so.
 
-    Of each parameter, or this rank's part of it, in float32 at least, because a mean changes by less than the weights.
+    They stand in the optimizer's own state, so that every checkpoint holds them and trainers move them: of each
+    parameter once it has been stepped, because most optimizers take an empty state for one that they haven't begun. In
+    float32 at least, as a mean changes by less than the weights, and placed as the parameter is.
     """
 
-    def __init__(self) -> None:
-        self._means: list[list[Tensor]] = [[] for _ in POWERS]
-
-    def ways_to(self, weights: Sequence[Tensor]) -> list[list[Tensor]]:
-        """``θ − θ̄`` for each mean; 0 of weights that are new."""
-        now = self._settled(weights)
-        return [list(torch._foreach_sub(now, means)) for means in self._means]
-
-    def follow(self, weights: Sequence[Tensor], share: float) -> None:
-        """Take up the weights, which have been there for a share of training."""
-        now = self._settled(weights)
-        for means, power in zip(self._means, POWERS, strict=True):
-            torch._foreach_lerp_(means, now, min(power * share, 1.0))
-
-    def state(self, parameters: Sequence[Tensor], place: int) -> dict[str, Tensor]:
-        """The means of the parameter at a place, by name, as they are, placed as it is."""
-        if place >= len(self._means[0]):
-            self._settled([local(p) for p in parameters])
-        p = parameters[place]
-        return {n: _placed_as(p, m[place].to(p.device)) for n, m in zip(NAMES, self._means, strict=True)}
-
-    def load(self, parameters: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take up what :meth:`state` gave of each; where a mean isn't there, it begins from the weights."""
-        parts = [local(p) for p in parameters]
-        self._means = [
-            [_begun(local(state[name]) if name in state else part) for part, state in zip(parts, states, strict=True)]
-            for name in NAMES
+    def ways_to(self, state: State, parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+        """``θ − θ̄`` for each mean, of this rank's parts; 0 of parameters that have none yet."""
+        now = [_wide(local(p).detach()) for p in parameters]
+        means = [self._means(state, parameters, name) for name in NAMES]
+        return [
+            list(torch._foreach_sub(now, [w if m is None else m for w, m in zip(now, of_name, strict=True)]))
+            for of_name in means
         ]
 
-    def _settled(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The weights in the means' dtypes; where they are new or have moved, the means follow first."""
-        for i, means in enumerate(self._means):
-            begun = means + [_begun(w) for w in weights[len(means) :]]
-            self._means[i] = [m.to(w.device, _wide(w)) for m, w in zip(begun, weights, strict=True)]
-        return [w.detach().to(_wide(w)) for w in weights]
+    def follow(self, state: State, parameters: Sequence[Tensor], weights: Sequence[Tensor], share: float) -> None:
+        """Take up weights, this rank's parts, which have been there for a share of training."""
+        for name, power in zip(NAMES, POWERS, strict=True):
+            means = self._means(state, parameters, name)
+            pairs = [(m, _wide(w.detach())) for m, w in zip(means, weights, strict=True) if m is not None]
+            if pairs:
+                torch._foreach_lerp_([m for m, _ in pairs], [w for _, w in pairs], min(power * share, 1.0))
+        self.begin(state, parameters, weights)
+
+    def begin(self, state: State, parameters: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        """Begin the means of parameters that have been stepped for the first time."""
+        for p, weight in zip(parameters, weights, strict=True):
+            if p.grad is not None and NAMES[0] not in state.get(p, {}):
+                own = state.setdefault(p, {})
+                for name in NAMES:
+                    own[name] = _placed_as(p, _wide(weight.detach()).clone())
+
+    def taken(self, state_dict: dict[str, Any]) -> list[dict[str, Tensor]]:
+        """Take the means out of a state dict, as torch casts what it loads to the parameters' dtypes; of each
+        parameter by name."""
+        held = with_groups(state_dict)
+        states = held.get("state") if held else None
+        if held is None or not isinstance(states, dict):
+            return []
+        names = [name for group in held["param_groups"] for name in group["params"]]
+        return [{k: states[n].pop(k) for k in NAMES if k in states[n]} if n in states else {} for n in names]
+
+    def put(self, state: State, parameters: Sequence[Tensor], taken: Sequence[Mapping[str, Tensor]]) -> None:
+        """Put what was taken into the state of the parameters, in order."""
+        for p, means in zip(parameters, taken, strict=False):
+            if means:
+                state.setdefault(p, {}).update({name: _wide(mean.to(p.device)) for name, mean in means.items()})
+
+    def _means(self, state: State, parameters: Sequence[Tensor], name: str) -> list[Tensor | None]:
+        """This rank's parts. A mean that was cast or left on another device is put right."""
+        found: list[Tensor | None] = []
+        for p in parameters:
+            mean = state.get(p, {}).get(name)
+            if mean is not None and (mean.device != p.device or mean.dtype != _wide_dtype(p)):
+                mean = state[p][name] = mean.to(p.device, _wide_dtype(p))
+            found.append(None if mean is None else local(mean))
+        return found
 
 
-class WithPastWeights(Mapping[Tensor, dict[str, Any]]):
-    """An optimizer's state of each parameter with the means beside it, of which the optimizer isn't told: most take an
-    empty state for one that isn't begun.
-
-    Args:
-        own: the optimizer's.
-        past: the means.
-        groups: the optimizer's param groups.
-    """
-
-    def __init__(
-        self, own: Mapping[Tensor, dict[str, Any]], past: PastWeights, groups: Sequence[Mapping[str, Any]]
-    ) -> None:
-        self._own, self._past, self._groups = own, past, groups
-
-    def __getitem__(self, p: Tensor) -> dict[str, Any]:
-        parameters = self._parameters
-        place = {id(q): i for i, q in enumerate(parameters)}.get(id(p))
-        return self._own[p] if place is None else {**self._own.get(p, {}), **self._past.state(parameters, place)}
-
-    def __iter__(self) -> Iterator[Tensor]:
-        yield from dict.fromkeys([*self._parameters, *self._own])
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-    def __bool__(self) -> bool:
-        """Whether the optimizer's own is begun, which is what callers ask."""
-        return bool(self._own)
-
-    @property
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self._groups for p in group["params"]]
-
-
-def with_means(state_dict: dict[str, Any], past: PastWeights, parameters: Sequence[Tensor]) -> None:
-    """Put copies of the means into a state dict of the optimizer that has the parameters."""
-    states, names = _of_parameters(state_dict)
-    for place, name in enumerate(names):
-        means = past.state(parameters, place)
-        states[name] = {**states.get(name, {}), **{k: mean.clone() for k, mean in means.items()}}
-
-
-def means_taken(state_dict: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """Take the means out of a state dict, so that it is the optimizer's own; of each parameter by name."""
-    states, names = _of_parameters(state_dict)
-    taken = []
-    for name in names:
-        state = states.get(name, {})
-        taken.append({key: state.pop(key) for key in NAMES if key in state})
-        if not state:
-            states.pop(name, None)  # of optimizers that have none
-    return taken
-
-
-def _of_parameters(state_dict: Any) -> tuple[dict[Any, Any], list[Any]]:
-    """A state dict's states of parameters, and by which names it has them, in order."""
-    held = with_groups(state_dict)
-    if held is None or not isinstance(held.get("state"), dict):
-        return {}, []
-    return held["state"], [name for group in held["param_groups"] for name in group["params"]]
-
-
-def _wide(weight: Tensor) -> torch.dtype:
+def _wide_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _begun(weight: Tensor) -> Tensor:
-    return weight.detach().to(_wide(weight), copy=True)
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(_wide_dtype(weight))
 
 
 def _placed_as(parameter: Tensor, part: Tensor) -> Tensor:

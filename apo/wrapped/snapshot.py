@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from apo.loop.past_weights import NAMES
 from apo.rates.log_rates import get_rate, set_rate
 from apo.trial import (
     UNCHANGING,
@@ -87,7 +88,8 @@ class OptimizerSnapshot:
             return generator_state(value), []
         if isinstance(value, dict):
             params = list(value["params"]) if isinstance(value.get("params"), list) else None
-            inside = [x for name, x in value.items() if name != "params" and id(name) not in self._left_out]
+            alone = ("params", *NAMES)  # no step of the optimizer's writes the means
+            inside = [x for name, x in value.items() if name not in alone and id(name) not in self._left_out]
             return (dict(value), params), inside
         if isinstance(value, (list, deque, set)):
             return list(value), list(value)

@@ -224,7 +224,7 @@ def chained(params: list[Tensor]) -> Base:
 
 
 def state_of(base: Base) -> str:
-    """All that a base holds, as text."""
+    """All that a base holds, as text; not what AdaptiveLR puts beside it."""
     inner = getattr(base, "inner", None)
     held = base.held() if isinstance(base, Hoarder) else []
     generator = getattr(base, "generator", None)
@@ -235,4 +235,5 @@ def state_of(base: Base) -> str:
     ]
     drawn = None if generator is None else generator.get_state().tolist()
     groups = [{k: v for k, v in g.items() if not k.startswith("apo_")} for g in base.param_groups]
-    return repr((held, own, drawn, groups, dict(base.state)))
+    states = {p: {k: v for k, v in s.items() if not str(k).startswith("apo_")} for p, s in base.state.items()}
+    return repr((held, own, drawn, groups, {p: s for p, s in states.items() if s}))
