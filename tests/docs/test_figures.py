@@ -137,8 +137,10 @@ def test_what_is_said_of_the_peers() -> None:
         lower[task] = {name for name in end if end[name] < apo["end"]}
         assert (apo["adamw"] < end["adamw"]) == (task in ("cifar10-cnn", "cifar10-lenet", "mnist-autoencoder"))
         assert (apo["sgdm"] < end["sgdm"]) == (task != "protein")
-        assert (own["apo-lr:adamw"]["end"] < 1.02 * end["adamw"]) == (task != "cifar10-cnn")
-        said = {"cifar10-lenet": (1.025, 1.035), "mnist-autoencoder": (1.025, 1.035), "protein": (0, 1), "pinn": (0, 1)}
+        said = {"cifar10-cnn": (1.035, 1.045), "cifar10-lenet": (1.015, 1.025), "mnist-autoencoder": (0.925, 0.94)}
+        least, most = {"pinn": (0.0, 0.5), **said}.get(task, (0.99, 1.01))
+        assert least < own["apo-lr:adamw"]["end"] / end["adamw"] < most
+        said = {"cifar10-lenet": (1.025, 1.035), "mnist-autoencoder": (0.855, 0.865), "protein": (0, 1), "pinn": (0, 1)}
         least, most = said.get(task, (1, 1.02))
         assert least < own["apo-lr:sgdm"]["end"] / end["sgdm"] < most
     assert {task: names for task, names in lower.items() if names} == {
@@ -150,9 +152,6 @@ def test_what_is_said_of_the_peers() -> None:
     assert all(1 < protein["apo"]["end"] / protein[name]["end"] < 1.01 for name in ("soap", "schedule-free"))
     for task, ratio in (("cifar10-cnn", 0.97), ("cifar10-lenet", 0.9), ("mnist-autoencoder", 0.93), ("gpt", 1.005)):
         assert losses[task]["apo"]["adamw"] / losses[task]["adamw"]["end"] == pytest.approx(ratio, abs=0.005)
-    assert losses["cifar10-cnn"]["apo-lr:adamw"]["end"] / losses["cifar10-cnn"]["adamw"]["end"] == pytest.approx(
-        1.04, abs=0.005
-    )
 
 
 def test_what_is_said_of_losses_on_a_gpu() -> None:
@@ -212,7 +211,7 @@ def test_what_is_said_of_learned_rates_from_any_start() -> None:
         task, base, rate = what.removesuffix(", its best").split(", ")
         assert [fixed, now] == [*map(short, measured[tasks[task], base.lower(), f"{float(rate):g}"])], row
     far = {key for key, (fixed, loss) in measured.items() if key[2] in ("0.0001", "1") and loss > 1.5 * fixed}
-    assert far == {("pinn", "adamw", "1"), ("pinn", "sgdm", "1")}
+    assert far == {("pinn", "adamw", "1")}
 
 
 def test_what_the_experiments_say_of_the_study() -> None:
