@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from apo import checks
 from apo.inner_products import inner_products
+from apo.loop import past_weights
 from apo.loop.grad_scaler import Scaling
 from apo.loop.held_parameters import HeldParameters
-from apo.loop.past_weights import PastWeights, Way
 from apo.meta_learner import MetaLearner, Trial
 from apo.objective import ProximalObjective, check_objective
 from apo.ranks.placement_checks import check_placements
@@ -138,7 +138,6 @@ class AdaptiveLR(MetaLearner):
         self.optimizer = optimizer
         self.rates = rates
         self._rehearsal: Rehearsal | None = None
-        self._past = PastWeights()
         self._found_proportional: bool | None = None
         self._schedules = Schedules([self, optimizer])
         filled = objective.with_defaults(fsd_weight=0.1 if fresh else 0.3)
@@ -197,6 +196,11 @@ class AdaptiveLR(MetaLearner):
     def _models(self) -> list[nn.Module]:
         return [self.objective.model]
 
+    @property
+    def _steady(self) -> bool:
+        """Whether the rate is learned by more than single slopes."""
+        return self.rates.meta_optimizer == "steady"
+
     def _sign(self) -> float:
         signs = {-1.0 if group.get("maximize", False) else 1.0 for group in self.param_groups}
         if len(signs) > 1:
@@ -215,8 +219,8 @@ class AdaptiveLR(MetaLearner):
 
     def _plain_step(self) -> None:
         self.optimizer.step()
-        if self.steps == 0 and self.rates.meta_optimizer == "steady":
-            self._past.begin(self.state, self.parameters, self._shards.parts)
+        if self.steps == 0 and self._steady:
+            past_weights.begin(self.state, self.parameters, self._shards.parts)
 
     def _begin(self, lookahead: Lookahead, undo: ExitStack) -> None:
         if self._proportional is None:
@@ -226,14 +230,14 @@ class AdaptiveLR(MetaLearner):
 
     def _propose(self, lookahead: Lookahead, undo: ExitStack) -> _Attempt:
         assert self._rehearsal is not None
-        reach = self.reach / (lengthened(self.optimizer) if self.rates.meta_optimizer == "steady" else 1.0)
+        reach = self.reach / (lengthened(self.optimizer) if self._steady else 1.0)
         attempt, self._rehearsal = _Attempt(self._rehearsal, lookahead, reach), None
         attempt.rehearsal.rehearse(attempt.reach)
         return attempt
 
     def _carried(self) -> float:
         """As far as trials are judged by it: those of Algorithm 1 itself aren't."""
-        return carried(self.optimizer) if self.rates.meta_optimizer == "steady" else 1.0
+        return carried(self.optimizer) if self._steady else 1.0
 
     def _verdict(self, trial: Trial) -> bool:
         passed, further = super()._verdict(trial), self._carried()
@@ -248,18 +252,18 @@ class AdaptiveLR(MetaLearner):
     def _learn(self, proposal: _Attempt, trial: Trial) -> bool:
         steps = trial.steps if self._proportional is not False else self._without_constant(proposal, trial)
         pairs, sizes, clipped_by = [(trial.V, steps)], None, 1.0
-        ways: list[Way] = []
-        if self.rates.meta_optimizer == "steady":
+        ways: list[past_weights.Way] = []
+        if self._steady:
             G = self._gradients_there()
             pairs += [(G, steps), (trial.V, trial.V), (G, G)]
-            pairs += [(G, way) for way in self._past.ways_to(self.state, self.parameters)]
+            pairs += [(G, way) for way in past_weights.ways_to(self.state, self.parameters)]
         by_group, *others = self._products(*pairs)
         if others:
             sizes, ours, theirs, *along = others
             clipped_by = self._clipped_by(sum(ours), sum(theirs))
             sizes = [clipped_by * abs(size) for size in sizes]
             scale = self._sign() * clipped_by
-            ways = [Way.by(scale * past, scale * recent) for past, recent in zip(*along, strict=True)]
+            ways = [past_weights.Way.by(scale * past, scale * recent) for past, recent in zip(*along, strict=True)]
         if not all(map(math.isfinite, [*by_group, *(sizes or ()), *(x for way in ways for x in way)])):
             return False
         proposal.rehearsal.start_over()  # some optimizers hook the model's passes
@@ -303,10 +307,12 @@ class AdaptiveLR(MetaLearner):
     def _move(self, proposal: _Attempt, trial: Trial) -> None:
         """The optimizer's own step at the new rates."""
         proposal.rehearsal.perform()
-        if self.rates.meta_optimizer == "steady" and proposal.factors is not None:
-            self._past.follow(self.state, self.parameters, proposal.lookahead.start, proposal.share)
         self._note("apo_proportional", self._proportional)
-        if not self._proportional or proposal.factors is None:
+        if proposal.factors is None:
+            return
+        if self._steady:
+            past_weights.follow(self.state, self.parameters, proposal.lookahead.start, proposal.share)
+        if not self._proportional:
             return
         sizes = [len(group["params"]) for group in self.param_groups]
         factors = [f / proposal.reach for f, size in zip(proposal.factors, sizes, strict=True) for _ in range(size)]
@@ -332,10 +338,10 @@ class AdaptiveLR(MetaLearner):
     def _load(self, state_dict: dict[str, Any]) -> None:
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        means = self._past.taken(state_dict)
+        means = past_weights.taken(state_dict)
         self.optimizer.load_state_dict(state_dict)
         self._link()
-        self._past.put(self.state, self.parameters, means)
+        past_weights.put(self.state, self.parameters, means)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

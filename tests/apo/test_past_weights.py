@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import apo
-from apo.loop.past_weights import NAMES, PastWeights, Way
+from apo.loop.past_weights import NAMES, Way, follow, ways_to
 from apo.rates.steady_steps import SteadySteps
 
 
@@ -18,11 +18,10 @@ def ways(way: Tensor) -> list[Tensor]:
     """From the older mean and the recent one to where a way ends."""
     p, state = nn.Parameter(torch.zeros_like(way[0])), dict[Tensor, dict[str, Any]]()
     p.grad = torch.zeros_like(p)
-    past = PastWeights()
     for step, weight in enumerate(way, 1):
-        past.follow(state, [p], [weight], 1 / step)
+        follow(state, [p], [weight], 1 / step)
     p.data = way[-1]
-    return [found[0] for found in past.ways_to(state, [p])]
+    return [found[0] for found in ways_to(state, [p])]
 
 
 @pytest.mark.parametrize(("place", "power"), [(0, 1), (1, 7)])
@@ -66,10 +65,9 @@ def test_weights_of_16_bits_have_a_mean_of_32() -> None:
 
 def test_where_weights_have_just_come_there_is_no_way() -> None:
     p, state = nn.Parameter(torch.ones(3)), dict[Tensor, dict[str, Any]]()
-    past = PastWeights()
-    past.follow(state, [p], [torch.zeros(3)], 1.0)  # it has no gradient, so that no step has begun it
+    follow(state, [p], [torch.zeros(3)], 1.0)  # it has no gradient, so that no step has begun it
     assert state == {}
-    assert [x[0].tolist() for x in past.ways_to(state, [p])] == [[0, 0, 0]] * 2
+    assert [x[0].tolist() for x in ways_to(state, [p])] == [[0, 0, 0]] * 2
 
 
 class Lazy(torch.optim.Optimizer):
