@@ -43,10 +43,10 @@ class SteadySteps:
 
     About 0.3 the way come tells what r doesn't. Let θ̄ be a mean of the weights over training, each weighed by its
     time. ``⟨G, θ − θ̄⟩`` is twice what noise adds to the loss, less what the loss falls by on the way; over
-    ``−dJ/d log t`` it is w, −⅓ where there is no noise. The latter is the mean of what losses say, which are noisy,
-    and of what gradients say along the way, which bends. The rate rises while w is below 1, at most as t³, and falls
-    above 1¼, at most as t^(−2), so that what noise adds is about what the loss falls by in the time that training has
-    taken.
+    ``−dJ/d log t`` it is w, −⅓ where there is no noise. Of the latter there are two estimates: what losses say, which
+    are noisy and fall by themselves too, and what gradients say along the way, which bends. The rate rises while w is
+    below 1 by both, at most as t³, and falls above 1¼ by both, at most as t^(−2), so that what noise adds is about
+    what the loss falls by in the time that training has taken.
 
     A loss on B′ says more. On these examples a step gains ``g = −⟨∇Q(θ), Δ⟩`` at first, in which the noise of its own
     batch has no part, and curvature costs it ``c = ⟨V, Δ⟩ + g``. Of short means, the rate
@@ -149,7 +149,7 @@ class SteadySteps:
         lasting, carried = stride or Stride()
         group["apo_share_mean"] = self.MEAN * group["apo_share_mean"] + (1 - self.MEAN) * at  # as the mean of r
         group["apo_cost_mean"] *= math.exp(moved)  # as c/g goes with the rate
-        w = self._back(group, way or Way(), self._fallen(group, loss, share))
+        least, most = self._back(group, way or Way(), self._fallen(group, loss, share))
         how_far, passed, best = self._small(group, mean), False, math.inf
         if gain is not None and cost is not None and size_mean > 0:
             spare, best = self._weigh(group, gain / size_mean, cost / size_mean)
@@ -163,14 +163,14 @@ class SteadySteps:
                 change = meta_lr * early * min(1.0, 1 / 12 + group["apo_rising"] / 45) * how_far
         elif meta_lr:
             group["apo_rising"] = 0.0
-            change = min(max(-moved, 0.0) - share * self._noisy(group, mean, w), 0.0)
+            change = min(max(-moved, 0.0) - share * self._noisy(group, mean, least), 0.0)
             fall = self._fall(mean, short, first=group["apo_ratios"] <= self.FIRST)
             change = min(change, -early * fall)
             if carried > self.LONG:
                 change = min(change, math.log(self.LONG / carried))
-            change = min(change, self._taken_back(group, best, w, leaps=leaps))
+            change = min(change, self._taken_back(group, best, least, leaps=leaps))
             if change == 0 and not leaps and lasting <= self.LONG:
-                change = min(share * self._onward(group, mean, w, at), meta_lr)
+                change = min(share * self._onward(group, mean, most, at), meta_lr)
         group["apo_risen"] += max(change, 0.0)
         group["apo_cost_mean"] *= math.exp(change)
         return change
@@ -201,18 +201,19 @@ class SteadySteps:
         calm = float(np.interp(mean - self.rises_below, self.CALM, (1.0, 0.0)))
         return calm * self.FASTER * (1.0 if w <= 0 else (self.ONWARD - w) / (1 + w))
 
-    def _back(self, group: Group, way: Way, fallen: float) -> float:
-        """w, by means of what the way says; where nothing is known, as where the rate is held."""
+    def _back(self, group: Group, way: Way, fallen: float) -> tuple[float, float]:
+        """w by the greater estimate of the fall, and by the lesser; where nothing is known, as where a rate is held."""
         if math.isnan(way.back):
-            return self.BACK
+            return self.BACK, self.BACK
         for name, value in zip(("back_mean", "falling_mean"), way, strict=True):
             group[f"apo_{name}"] = self.MEAN * group[f"apo_{name}"] + (1 - self.MEAN) * value
         seen = 1 - self.MEAN ** group["apo_ratios"]
         back, falling = group["apo_back_mean"] / seen, group["apo_falling_mean"] / seen
-        falls = falling if math.isnan(fallen) else (falling + fallen) / 2
-        if falls > 0:
-            return float(back / falls)
-        return math.copysign(math.inf, back) if back else self.BACK
+        if back == 0:
+            return self.BACK, self.BACK
+        falls = (falling,) if math.isnan(fallen) else (falling, fallen)
+        least, most = (back / f if f > 0 else math.copysign(math.inf, back) for f in (max(falls), min(falls)))
+        return least, most
 
     def _fallen(self, group: Group, loss: float, share: float) -> float:
         """``−dJ/d log t``, by an earlier and a recent mean of the loss's logarithm; not a number where it has none."""

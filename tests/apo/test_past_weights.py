@@ -157,5 +157,5 @@ def learned(rate: float) -> float:
 
 def test_a_rate_that_noise_would_hold_rises_while_the_way_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     by_the_way = learned(1e-3)
-    monkeypatch.setattr(SteadySteps, "_back", lambda self, *_: self.BACK)
+    monkeypatch.setattr(SteadySteps, "_back", lambda self, *_: (self.BACK, self.BACK))
     assert by_the_way < 0.2 * learned(1e-3)

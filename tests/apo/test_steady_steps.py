@@ -82,14 +82,17 @@ def test_what_noise_looks_like_hardly_changes_a_rate(ratio: float) -> None:
     assert -math.log(2.5) < log[-1] < math.log(1.5)
 
 
-def late(w: float, *, fitted: bool = False, ratio: float = 0.3, speed: float = 0.2, fallen: float = 0.0) -> float:
+def late(
+    w: float, *, fitted: bool = False, ratio: float = 0.3, speed: float = 0.2, fallen: float = 0.0, beside: float = 1.0
+) -> float:
     """The power of t by which a rate goes late in training, of a loss that falls as ``t**-speed``, where going back
-    would gain w times what that is over log t. A schedule lets the rate fall by a power of its own."""
+    would gain w times what that is over log t. By gradients it falls by ``beside`` times as much as by losses. A
+    schedule lets the rate fall by a power of its own."""
     rule, group, log = SteadySteps(fitted=fitted), dict[str, Any](), []
     rule.prepare(group)
     for step in range(100, 10_000, 10):
         loss = 3 * step**-speed
-        way = Way(w * speed * loss, speed * loss) if speed else Way(w, 0.0)
+        way = Way(w * speed * loss, beside * speed * loss) if speed else Way(w, 0.0)
         now = {"share": 10 / step, "meta_lr": 0.3, "loss": loss, "way": way}
         at = Scheduled(1.0, -fallen * 10 / step)
         log.append(rule.change(group, ratio - 0.5 * fitted, 1.0, **now, scheduled=at))
@@ -153,13 +156,12 @@ def test_a_loss_without_a_logarithm_leaves_it_to_the_way() -> None:
     assert path(lambda _: 0.3, 100, loss=lambda _: -1.0, way=Way(3.0, 1.0))[-1] < found[1] - 0.5
 
 
-def test_what_the_loss_falls_by_is_the_mean_of_two_estimates() -> None:
-    """So that what noisy batches, or a way that turned back, say alone does less."""
-    rule, group = SteadySteps(fitted=False), dict[str, Any]()
-    rule.prepare(group)
-    group["apo_ratios"] = 1
-    assert rule._back(group, Way(1.0, -1.0), 3.0) == pytest.approx(1.0)
-    assert rule._back(group, Way(1.0, -1.0), 0.5) == math.inf
+def test_a_rate_changes_only_where_two_estimates_of_the_fall_agree() -> None:
+    """Losses fall by themselves too, and are noisy; a way may have turned back."""
+    assert late(0.4, beside=0.2) == late(3.0, beside=5) == 0  # w is 2 and 0.6 by gradients
+    assert late(0.4, beside=0.5) == pytest.approx(late(0.8), rel=0.1)
+    assert late(5, beside=2) == pytest.approx(late(2.5), rel=0.1)
+    assert late(0.4, beside=-1) == 0
 
 
 def test_a_way_that_is_not_known_changes_no_rate() -> None:

@@ -40,16 +40,13 @@ def cooled(folder: Path) -> str:
     rows = []
     for (task, content), (learned, base) in product(_of_tasks(folder).items(), LEARNED.items()):
         lr = best_rate(content["runs"], base, content["steps"], RATES[base])
-        named_runs = [(base, lr), (base + COOLED, lr), *((learned + COOLED, start) for start in (lr, *STARTS))]
-        found = [_runs_of(content, f"{name}/{rate:g}/") for name, rate in named_runs]
+        keys = [f"{base}/{lr:g}/", *(f"{name}{COOLED}/{lr:g}/" for name in (base, learned))]
+        keys += [f"{learned}{COOLED}/{start:g}/" for start in STARTS]
+        found = [[_read(run) for key, run in content["runs"].items() if key.startswith(begun)] for begun in keys]
         if all(found):
             losses, metrics = ([_mean([run[of][-1] for run in own]) for own in found] for of in ("loss", "metric"))
             rows.append([f"{task}, {METHODS[base].label}", *losses, " / ".join(metrics[:3])])
     return markdown([*header, "test metric of the first three"], rows, numbers=True)
-
-
-def _runs_of(content: dict[str, Any], key: str) -> list[Run]:
-    return [_read(run) for name, run in content["runs"].items() if name.startswith(key)]
 
 
 def _of_tasks(folder: Path) -> dict[str, dict[str, Any]]:
@@ -77,7 +74,7 @@ def table(task: str, content: dict[str, Any]) -> str:
         at = [(_mean([*map(measure, runs)]), lr) for measure in (early, end) for lr, runs in [best(own, measure)]]
         starts = [lr for lr in map("{:g}".format, STARTS) if name in LEARNED and lr in own]
         cells = [LABELS[name], *(loss if lr == "default" else f"{loss} at {lr}" for loss, lr in at)]
-        cells.append(", ".join([_spread(own, end), *(f"{_mean([end(own[lr][0])])} from {lr}" for lr in starts)]))
+        cells.append(", ".join([_spread(own, end), *(f"{_mean([*map(end, own[lr])])} from {lr}" for lr in starts)]))
         cells.append(_mean([run["metric"][-1] for run in finals[name]]))
         cells += [_in_time_of(base, name, clock, own) for base in ("adamw", "sgdm")]
         rows.append([*cells, f"{clock['seconds'][name][-1] / clock['seconds']['adamw'][-1]:.2f}"])

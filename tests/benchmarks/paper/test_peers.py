@@ -36,7 +36,7 @@ def made_up_run(optimizer: str, lr: float | None, steps: int) -> dict[str, Any]:
 
 
 def arguments(folder: Path, steps: int = 100) -> list[str]:
-    return ["peers", "--tasks", "pinn", "--steps", str(steps), "--out", str(folder)]
+    return ["peers", "--tasks", "pinn", "--seeds", "2", "--steps", str(steps), "--out", str(folder)]
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,15 @@ def test_the_best_rates_alone_are_run_on_every_seed(tmp_path: Path) -> None:
     assert [seconds.pop(name) for name in RATES] == [[0.0, 5.0, 25.0]] * len(RATES)  # after a fifth, and beyond
     assert seconds == {name: [0.0, 0.1, 5.0] for name in ("apo", *LEARNED)}
     assert not any("seconds" in run for run in runs.values())  # which only those taken in turn can compare
+
+
+def test_starts_from_afar_are_run_on_half_of_the_seeds(tmp_path: Path) -> None:
+    """There are more of them where their losses lie far apart."""
+    main(["peers", "--tasks", "pinn", "--steps", "100", "--out", str(tmp_path)])
+    runs = load(tmp_path / "peers" / "pinn.json")["runs"]
+    for name, base in LEARNED.items():
+        for begun, seeds in ((key_of(name, RATES[base][1], 0), 8), (key_of(name, 1.0, 0), 4)):
+            assert [f"{begun[:-1]}{seed}" in runs for seed in range(9)] == [True] * seeds + [False] * (9 - seeds)
 
 
 def test_rates_of_an_earlier_search_are_run_alone(tmp_path: Path) -> None:
