@@ -46,7 +46,8 @@ class SteadySteps:
     ``−dJ/d log t`` it is w, −⅓ where there is no noise. Of the latter there are two estimates: what losses say, which
     are noisy and fall by themselves too, and what gradients say along the way, which bends. The rate rises while w is
     below 1 by both, at most as t³, and falls above 1¼ by both, at most as t^(−2), so that what noise adds is about
-    what the loss falls by in the time that training has taken.
+    what the loss falls by in the time that training has taken. Where the loss falls faster than as 1/t no noise holds
+    it up, and where steps are long a cliff may be near: there this raises no rate.
 
     A loss on B′ says more. On these examples a step gains ``g = −⟨∇Q(θ), Δ⟩`` at first, in which the noise of its own
     batch has no part, and curvature costs it ``c = ⟨V, Δ⟩ + g``. Of short means, the rate
@@ -86,10 +87,14 @@ class SteadySteps:
     """w below which the rate rises, and above which it falls."""
     FASTER, SLOWER = 3.0, 2.0
     """By which powers of t at most."""
+    FAST = (1.0, 2.0)
+    """Powers of 1/t to which the loss falls where the way come raises a rate in full, and from which not at all."""
     RECENT, BEFORE = 8.0, 2.0
     """How fast a mean of log losses follows them, over the step's logarithm, and an earlier one this mean."""
     LONG = 0.5
     """The stride above which the rate doesn't rise, or falls."""
+    NEAR = 0.25
+    """The stride above which the way come raises no rate."""
     FIRST = 40
     """Trials in which the rate falls in full, as training may have begun far above the right one."""
     UNTIL_ONWARD, UNTIL_NOISE = 20, 60
@@ -169,7 +174,7 @@ class SteadySteps:
             if carried > self.LONG:
                 change = min(change, math.log(self.LONG / carried))
             change = min(change, self._taken_back(group, best, least, leaps=leaps))
-            if change == 0 and not leaps and lasting <= self.LONG:
+            if change == 0 and not leaps and lasting <= self.NEAR:
                 change = min(share * self._onward(group, mean, most, at), meta_lr)
         group["apo_risen"] += max(change, 0.0)
         group["apo_cost_mean"] *= math.exp(change)
@@ -199,6 +204,8 @@ class SteadySteps:
         if group["apo_ratios"] <= self.UNTIL_ONWARD or w >= self.ONWARD or scheduled:
             return 0.0
         calm = float(np.interp(mean - self.rises_below, self.CALM, (1.0, 0.0)))
+        if not math.isnan(speed := self._speed(group)):
+            calm *= float(np.interp(speed, self.FAST, (1.0, 0.0)))
         return calm * self.FASTER * (1.0 if w <= 0 else (self.ONWARD - w) / (1 + w))
 
     def _back(self, group: Group, way: Way, fallen: float) -> tuple[float, float]:
@@ -225,7 +232,11 @@ class SteadySteps:
         recent += min(self.RECENT * share, 1.0) * (now - recent)
         before += min(self.BEFORE * share, 1.0) * (recent - before)
         group["apo_log_loss"], group["apo_log_loss_before"] = recent, before
-        return float(self.BEFORE * (before - recent)) * math.exp(recent)
+        return self._speed(group) * math.exp(recent)
+
+    def _speed(self, group: Group) -> float:
+        """By which power of 1/t the loss falls; not a number where it has no logarithm."""
+        return float(self.BEFORE * (group["apo_log_loss_before"] - group["apo_log_loss"]))
 
     def _ratios(self, group: Group, slope: float, size: float) -> tuple[float, float, float]:
         """The means of r, the short one unbiased, and that of sizes."""

@@ -18,7 +18,7 @@ import apo
 from apo.loop.past_weights import Way
 from apo.rates.log_rates import LogRates
 from apo.rates.scheduled import Scheduled
-from apo.rates.steady_steps import SteadySteps
+from apo.rates.steady_steps import SteadySteps, Stride
 
 EARLY = 1 / 20
 
@@ -83,11 +83,18 @@ def test_what_noise_looks_like_hardly_changes_a_rate(ratio: float) -> None:
 
 
 def late(
-    w: float, *, fitted: bool = False, ratio: float = 0.3, speed: float = 0.2, fallen: float = 0.0, beside: float = 1.0
+    w: float,
+    *,
+    fitted: bool = False,
+    ratio: float = 0.3,
+    speed: float = 0.2,
+    fallen: float = 0.0,
+    beside: float = 1.0,
+    lasting: float = 0.0,
 ) -> float:
     """The power of t by which a rate goes late in training, of a loss that falls as ``t**-speed``, where going back
     would gain w times what that is over log t. By gradients it falls by ``beside`` times as much as by losses. A
-    schedule lets the rate fall by a power of its own."""
+    schedule lets the rate fall by a power of its own. Steps are ``lasting`` times as long as the weights."""
     rule, group, log = SteadySteps(fitted=fitted), dict[str, Any](), []
     rule.prepare(group)
     for step in range(100, 10_000, 10):
@@ -95,7 +102,7 @@ def late(
         way = Way(w * speed * loss, beside * speed * loss) if speed else Way(w, 0.0)
         now = {"share": 10 / step, "meta_lr": 0.3, "loss": loss, "way": way}
         at = Scheduled(1.0, -fallen * 10 / step)
-        log.append(rule.change(group, ratio - 0.5 * fitted, 1.0, **now, scheduled=at))
+        log.append(rule.change(group, ratio - 0.5 * fitted, 1.0, **now, scheduled=at, stride=Stride(lasting)))
     return sum(log[290:]) / math.log(10_000 / 3000)  # from step 3,000
 
 
@@ -126,8 +133,19 @@ def test_it_does_not_raise_a_rate_at_which_steps_bounce() -> None:
 
 def test_nor_one_that_a_schedule_has_lowered() -> None:
     """As the weights come to rest then, the way goes on whatever the rate."""
-    assert path(lambda _: 0.3, 66, way=Way(-1.0, 3.0))[-1] > 1
-    assert path(lambda _: 0.3 * 0.5 - 0.5, 66, way=Way(-1.0, 3.0), share=0.5)[-1] <= 0
+    noisy: dict[str, Any] = {"way": Way(-1.0, 3.0), "loss": lambda i: 0.99**i}
+    assert path(lambda _: 0.3, 66, **noisy)[-1] > 1
+    assert path(lambda _: 0.3 * 0.5 - 0.5, 66, **noisy, share=0.5)[-1] <= 0
+
+
+def test_nor_one_at_which_the_loss_falls_faster_than_where_noise_holds_it_up() -> None:
+    """As behind a cliff, or where all examples come to be fitted."""
+    assert late(-1 / 3, speed=1.5) == pytest.approx(1.5, rel=0.1)
+    assert late(-1 / 3, speed=2.5) == 0
+
+
+def test_nor_one_at_which_steps_are_long_beside_the_weights() -> None:
+    assert [late(-1 / 3, lasting=lasting) > 0 for lasting in (0.1, 0.24, 0.26, 0.5)] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("fitted", [False, True])

@@ -164,8 +164,8 @@ def test_what_is_said_of_losses_on_a_gpu() -> None:
         end = partial(peers.loss_at, step=content["steps"])
         runs, former = (peers.complete(each) for each in (content, on_cpu))
         ends = {name: mean(map(end, peers.best(own, end)[1])) for name, own in runs.items()}
-        for name, own in former.items():
-            assert ends[name] == pytest.approx(mean(map(end, peers.best(own, end)[1])), rel=off)
+        for name in former.keys() - LEARNED.keys():
+            assert ends[name] == pytest.approx(mean(map(end, peers.best(former[name], end)[1])), rel=off)
         assert ends["apo"] < min(ends["adamw"], ends["sgdm"])
         assert (min(ends, key=ends.__getitem__) == "apo") == (task == "gpt")
         steps = peers.steps_in_time_of("adamw", "apo", content["clock"])
