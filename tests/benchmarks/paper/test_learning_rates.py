@@ -37,5 +37,5 @@ def test_learned_rates_on_digits(name: str) -> None:
     low, high = (learning_rates.train(name, lr, adaptive=True, epochs=epochs) for lr in (1e-4, 1.0))
     for learned in (low, high):
         assert learned.loss < LOSS[name]
-        assert learned.accuracy > best.accuracy - 2  # of one run each on 360 images, known to 1 point
+        assert learned.accuracy > best.accuracy - 1.5  # of one run each on 360 images, known to 1 point
     assert 1 / 20 < high.rate / low.rate < 20  # they start four orders apart
